@@ -1,0 +1,81 @@
+"""DataLoader: batches of arrays that are in memory."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class DataLoader:
+    """Batches of `data` in the same container, as tensors: `for x, y in DataLoader((X, Y), batch_size=64, shuffle=True)`.
+
+    `data` is one tensor or NumPy array, or a tuple, list or dict of them, with equally many rows. Whole batches are
+    taken at once, with no Python per sample. Every epoch of `shuffle` has a fresh order, from `generator` or else from
+    torch's global one. Without shuffling, batches are views of `data`. `drop_last` leaves out an incomplete last batch.
+
+    >>> loader = DataLoader({"x": torch.arange(5), "y": np.zeros((5, 2))}, batch_size=2)
+    >>> len(loader), [batch["x"].tolist() for batch in loader]
+    (3, [[0, 1], [2, 3], [4]])
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int = 32,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if isinstance(data, Mapping):
+            named = dict(data)
+        else:
+            named = dict(enumerate(data)) if isinstance(data, tuple | list) else {"data": data}
+        self._tensors = {name: _tensor(name, array) for name, array in named.items()}
+        self._like = data if isinstance(data, tuple | list | Mapping) else None
+        rows = {name: len(t) for name, t in self._tensors.items()}
+        if len(set(rows.values())) != 1:
+            raise ValueError(f"DataLoader: arrays must have equally many rows, and there must be one; got rows {rows}")
+        self._rows = next(iter(rows.values()))
+        if self._rows == 0:
+            raise ValueError("DataLoader: the arrays are empty (0 rows); there is no batch to give")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"DataLoader: batch_size={batch_size!r} is not allowed; it must be a whole number above 0")
+        if drop_last and batch_size > self._rows:
+            raise ValueError(f"DataLoader: batch_size={batch_size} with drop_last gives no batch of {self._rows} rows")
+        self.batch_size, self.shuffle, self.drop_last, self.generator = batch_size, shuffle, drop_last, generator
+
+    def __len__(self) -> int:
+        """The number of batches of an epoch."""
+        return self._rows // self.batch_size if self.drop_last else -(-self._rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        tensors, size = list(self._tensors.values()), self.batch_size
+        starts = range(0, len(self) * size, size)
+        if not self.shuffle:
+            return (self._batch([t[i : i + size] for t in tensors]) for i in starts)
+        order = torch.randperm(self._rows, generator=self.generator, device=self.generator and self.generator.device)
+        orders = [order.to(t.device) for t in tensors]
+        # On rows of 784, batches of 32, index_select is 1.1 to 1.6 times as fast as t[order[...]].
+        pairs = list(zip(tensors, orders, strict=True))
+        return (self._batch([t.index_select(0, o[i : i + size]) for t, o in pairs]) for i in starts)
+
+    def _batch(self, tensors: list[Tensor]) -> Any:
+        if isinstance(self._like, Mapping):
+            return dict(zip(self._tensors, tensors, strict=True))
+        if isinstance(self._like, tuple):
+            return self._like._make(tensors) if hasattr(self._like, "_make") else tuple(tensors)  # pyright: ignore
+        return tensors[0] if self._like is None else tensors
+
+
+def _tensor(name: Any, array: Any) -> Tensor:
+    if isinstance(array, np.ndarray) and array.dtype.kind in "biufc":
+        # torch cannot share memory that is read-only, runs backwards or has the other byte order.
+        shares = array.flags.writeable and min(array.strides, default=0) >= 0 and array.dtype.isnative
+        array = torch.from_numpy(array if shares else array.astype(array.dtype.newbyteorder("="), order="C"))
+    if not isinstance(array, Tensor) or array.ndim == 0:
+        got = f"a {array.dtype} array" if isinstance(array, np.ndarray) else type(array).__name__
+        got = "a tensor without dimensions" if isinstance(array, Tensor) else got
+        raise TypeError(f"DataLoader: expected tensors or NumPy arrays of numbers with rows; {name!r} is {got}")
+    return array

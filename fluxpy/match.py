@@ -1,0 +1,137 @@
+"""What belongs to what: parameters and gradients by the places of a state tree, and models rebuilt from them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tree import Mirror, Spec, is_parameter, level, names_of, near, unwrap, walk
+
+
+def fit(spec: Spec, model: Any) -> dict[int, Tensor]:
+    """The model's parameters by the numbers of `spec`; ValueError with the place where the model has another shape."""
+    if spec.kind in ("slice", "selection"):
+        raise ValueError(
+            "a slice or a selection of the state has no matching branch of a model; "
+            "pass the whole state or a branch of it (frozen leaves are passed by)"
+        )
+    other, values = walk(model)
+    if other.signature != spec.signature:
+        raise ValueError(_difference(spec, other, ""))
+    return {i: values[j] for i, j in zip(spec.unique, other.unique, strict=True)}
+
+
+def _difference(ours: Spec, other: Spec, path: str) -> str:
+    at = f"at {path!r}" if path else "at the top"
+    if (ours.kind == "leaf") != (other.kind == "leaf") or ours.keys != other.keys:
+        return (
+            f"the model does not fit the state: {at} the state has {_describe(ours)}, the model {_describe(other)}; "
+            "pass the model (or branch) that setup was given, or call setup(rule, model, keep=state) again"
+        )
+    for key, a, b in zip(ours.keys, ours.children, other.children, strict=True):
+        if a.signature != b.signature:
+            return _difference(a, b, f"{path}.{key}" if path else str(key))
+    return f"the model does not fit the state: {at} other parameters are tied than at setup; call setup again"
+
+
+def _describe(spec: Spec) -> str:
+    return {"leaf": "a parameter", "empty": "no parameter"}.get(spec.kind, f"children {names_of(spec.keys)}")
+
+
+def scatter(spec: Spec, tree: Any, what: str = "gradients") -> dict[int, Any]:
+    """Values given for the parameters of `spec` by number, from a mirror tree, a pytree like the model, or a mapping
+    by (dotted) name. None, and a name left out, is nothing given. ValueError names the place of what does not fit."""
+    found: dict[int, Any] = {}
+
+    def put(spec: Spec, value: Any, path: str) -> None:
+        at = f"at {path!r}" if path else "at the top"
+        if value is None:
+            return
+        if spec.kind == "leaf":
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{what} {at} must be a tensor or None, but got {type(value).__name__}")
+            known = found.setdefault(spec.index, value)
+            if known is not value and not _same_memory(known, value):
+                raise ValueError(
+                    f"two different {what} for one tied parameter, the second {at}: give their sum, at one of its "
+                    "places (fluxpy.gradient does)"
+                )
+        elif isinstance(value, Mirror):
+            other = value._spec
+            if other is not spec and other.signature != spec.signature:
+                raise ValueError(f"the {what} do not fit the state: " + _difference(spec, other, path).partition(": ")[2])
+            for (below, i), (_, j) in zip(spec.slots, other.slots, strict=True):
+                put(Spec("leaf", index=i), value._values[j], f"{path}.{below}" if path else below)
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                place = spec.find(key)
+                if place is None:
+                    raise ValueError(f"{what} {at} have an unknown name {key!r}; {near(key, (p for p, _ in spec.slots))}")
+                put(place, inner, f"{path}.{key}" if path else str(key))
+        elif spec.kind == "empty":
+            if is_parameter(value):
+                raise ValueError(f"{what} {at} have a tensor where the model has no parameter")
+        else:
+            here = level(unwrap(value))
+            if here is None or here.keys != spec.keys:
+                came = type(value).__name__ if here is None else f"children {names_of(here.keys)}"
+                raise ValueError(f"{what} {at} do not fit: the state has {_describe(spec)}, but got {came}")
+            for key, place, inner in zip(spec.keys, spec.children, here.children, strict=True):
+                put(place, inner, f"{path}.{key}" if path else str(key))
+
+    put(spec, tree, "")
+    return found
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.numel() > 0
+
+
+def rebuild(model: Any, values: Mapping[int, Tensor]) -> Any:
+    """A structural copy of a model with other parameters (by the number `walk` gives them).
+
+    Modules are new, with cloned buffers; everything else that is no parameter is shared. A compiled or data-parallel
+    wrapper is left out of the copy.
+    """
+    _, old = walk(model)
+    memo: dict[int, Any] = {id(old[i]): _like(value, old[i]) for i, value in values.items()}
+    modules: list[nn.Module] = []
+
+    def copy(x: Any) -> Any:
+        x = unwrap(x)
+        if id(x) in memo:
+            return memo[id(x)]
+        if isinstance(x, nn.Module):
+            new = memo[id(x)] = x.__new__(type(x))
+            modules.append(new)
+            new.__dict__.update(x.__dict__)
+            new._buffers = {k: b if b is None else memo.setdefault(id(b), b.clone()) for k, b in x._buffers.items()}
+            new._parameters = {k: copy(p) for k, p in x._parameters.items()}
+            new._modules = {k: copy(m) for k, m in x._modules.items()}
+            return new
+        here = level(x)
+        return x if here is None else here.make([copy(child) for child in here.children])
+
+    def swap(x: Any) -> Any:
+        """Parameters and modules that stand a second time in plain attributes (as in nn.LSTM) follow."""
+        if isinstance(x, list | tuple) and type(x) in (list, tuple):
+            return type(x)(map(swap, x))
+        if type(x) is dict:
+            return {key: swap(value) for key, value in x.items()}
+        return memo.get(id(x), x) if isinstance(x, Tensor | nn.Module) else x
+
+    new = copy(model)
+    for module in modules:
+        registered = ("_parameters", "_buffers", "_modules")
+        module.__dict__.update({k: swap(v) for k, v in module.__dict__.items() if k not in registered})
+    return new
+
+
+def _like(new: Tensor, old: Tensor) -> Tensor:
+    """`new` as a parameter in place of `old`; a tensor with a history stays as it is, to be differentiated through."""
+    if new.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(new):
+        return new
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, requires_grad=old.requires_grad)
+    return new.requires_grad_(old.requires_grad)

@@ -1,0 +1,80 @@
+"""Rules that bound the gradient: each element, each array, or the whole update."""
+
+from dataclasses import KW_ONLY
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rule import Ask, Hyper, Rule, StagedRule, Steps, hyper
+
+
+class ClipGrad(Rule):
+    """Each element of the gradient, clamped to `[-clip_value, clip_value]` (`torch.nn.utils.clip_grad_value_`).
+
+    >>> ClipGrad(1.0).apply((), torch.zeros(2), torch.tensor([0.5, -3.0]))[1]
+    tensor([ 0.5000, -1.0000])
+    """
+
+    clip_value: Hyper = hyper(10.0, "(0, inf]")
+    elementwise = True
+
+    def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
+        return state, dx.clamp(-self.clip_value, self.clip_value)
+
+
+class ClipNorm(StagedRule):
+    """Each array's gradient, scaled down to a norm of at most `max_norm`, for each array by itself, as Flux does it.
+
+    PyTorch's `clip_grad_norm_` clips the norm over *all* arrays: that is `ClipGlobalNorm`.
+
+    `norm_type` is the p of the p-norm, `math.inf` included. `nonfinite` says what a gradient with a norm that is not
+    finite does: "raise" a `FloatingPointError` that names the array, "skip" the whole update (nothing moves, no count
+    either), or "ignore" it.
+
+    >>> ClipNorm(1.0).apply((), torch.zeros(2), torch.tensor([3.0, 4.0]))[1]
+    tensor([0.6000, 0.8000])
+    """
+
+    max_norm: Hyper = hyper(10.0, "(0, inf]")
+    _: KW_ONLY
+    norm_type: Hyper = hyper(2.0, "(0, inf]")
+    nonfinite: Hyper = hyper("raise", ("raise", "skip", "ignore"))
+
+    def steps(self, state: Any, x: Tensor, dx: Tensor) -> Steps:
+        norm = yield Ask(self, norm_of(dx, self.norm_type), across=False, nonfinite=self.nonfinite)
+        return state, shrink(dx, norm, self.max_norm)
+
+
+class ClipGlobalNorm(StagedRule):
+    """The gradients of the whole update, scaled down together to a norm of at most `max_norm`.
+
+    One norm over all leaves stepped in this `update` whose chain has an equal `ClipGlobalNorm` at the same place among
+    its global clips; frozen leaves are out. Computed in float32 or better. That of `torch.nn.utils.clip_grad_norm_`,
+    without the 1e-6 it adds to the norm. `norm_type` and `nonfinite` are those of `ClipNorm`.
+    """
+
+    max_norm: Hyper = hyper(1.0, "(0, inf]")
+    _: KW_ONLY
+    norm_type: Hyper = hyper(2.0, "(0, inf]")
+    nonfinite: Hyper = hyper("raise", ("raise", "skip", "ignore"))
+
+    def combine(self, parts: list[Tensor]) -> Tensor:
+        return norm_of(torch.stack([part.to(parts[0]) for part in parts]), self.norm_type)
+
+    def steps(self, state: Any, x: Tensor, dx: Tensor) -> Steps:
+        norm = yield Ask(self, norm_of(dx, self.norm_type), nonfinite=self.nonfinite)
+        return state, shrink(dx, norm, self.max_norm)
+
+
+def norm_of(x: Tensor, p: Hyper) -> Tensor:
+    """The p-norm of all elements (their moduli), in float32 or better; 0 of none."""
+    x = x.abs() if x.is_complex() else x
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, p, dtype=dtype) if x.numel() else x.new_zeros((), dtype=dtype)
+
+
+def shrink(dx: Tensor, norm: Tensor, max_norm: Hyper) -> Tensor:
+    # Not clamp(max_norm / norm): at a norm of zero that divides by zero, and its derivative is NaN.
+    scale = torch.where(norm > max_norm, max_norm / norm, torch.ones_like(norm))
+    return dx * scale.to(device=dx.device, dtype=dx.real.dtype if dx.is_complex() else dx.dtype)

@@ -1,0 +1,84 @@
+"""The state as a person wants to read it: `print(state)` is a tree, `summary(state)` a table."""
+
+from typing import Any
+
+from .rule import Rule, hyperparameters, title
+from .rule import walk as walk_rules
+from .state import Leaf, State, leaves, value
+from .tree import Frame, Spec
+
+
+def show(state: State) -> str:
+    """The tree, a line a place. What all leaves of a branch share stands on its line; repeated siblings are folded."""
+    found = list(leaves(state))
+    frozen = sum(leaf.frozen for _, leaf in found)
+    head = f"State of {len(found)} parameters" + (f", {frozen} frozen" if frozen else "")
+    return "\n".join([head, *_lines(state._spec, state, "", None)])
+
+
+def _lines(spec: Spec, state: State, indent: str, above: str | None) -> list[str]:
+    blocks: list[tuple[str, str, str, list[str]]] = []  # first name, last name, the line's rest, lines below
+    for key, child in zip(spec.keys, spec.children, strict=True):
+        inside = [state._values[index] for index in child.unique]
+        if not inside:
+            continue
+        notes = {_note(leaf) for leaf in inside}
+        note = notes.pop() if len(notes) == 1 else None
+        rest = f"  {note}" if note is not None and note != above else ""
+        if child.kind == "leaf":
+            leaf = inside[0]
+            rest = f"  {list(leaf._shape)}{rest}"
+        below = _lines(child, state, indent + "  ", note)
+        folds = spec.kind in ("sequence", "slice") and bool(child.children)
+        if blocks and folds and blocks[-1][2:] == (rest, below):
+            blocks[-1] = (blocks[-1][0], str(key), rest, below)
+        else:
+            blocks.append((str(key), str(key), rest, below))
+    lines = []
+    for first, last, rest, below in blocks:
+        lines += [f"{indent}  {first if first == last else f'{first} to {last}'}{rest}", *below]
+    return lines
+
+
+def _note(leaf: Leaf) -> str:
+    if leaf.rule is None:
+        return "no rule, frozen"
+    return _rule(leaf) + (", frozen" if leaf.frozen else "")
+
+
+def _rule(leaf: Leaf) -> str:
+    assert leaf.rule is not None
+    rate = _rate(leaf)
+    return title(leaf.rule) + (f" lr={rate}" if rate else "")
+
+
+def _rate(leaf: Leaf) -> str:
+    if leaf.rule is None or not any("lr" in hyperparameters(inner) for inner in walk_rules(leaf.rule)):
+        return ""
+    rate: Any = value(leaf, "lr")
+    return f"{float(rate):.6g}"
+
+
+def summary(state: State | Leaf) -> str:
+    """A table with a line for each leaf under this view: path, shape, dtype, rule, the rate that the next update will
+    use, whether it is frozen, and the bytes of its momenta.
+
+    >>> print(summary(setup(Adam(), torch.nn.Linear(2, 3))))
+    path    shape   dtype    rule  lr     frozen  state bytes
+    weight  [3, 2]  float32  Adam  0.001                   48
+    bias    [3]     float32  Adam  0.001                   24
+    2 parameters, 9 numbers, 0 frozen                      72
+    """
+    rows = [("path", "shape", "dtype", "rule", "lr", "frozen", "state bytes")]
+    numbers = total = frozen = 0
+    found = list(leaves(state))
+    for path, leaf in found:
+        size = sum(t.numel() * t.element_size() for t in Frame.split(leaf.state)[0])
+        rule = title(leaf.rule) if isinstance(leaf.rule, Rule) else "none"
+        dtype = str(leaf._dtype).removeprefix("torch.")
+        rows.append((path, str(list(leaf._shape)), dtype, rule, _rate(leaf), "frozen" * leaf.frozen, f"{size:,}"))
+        numbers, total, frozen = numbers + leaf._shape.numel(), total + size, frozen + leaf.frozen
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join([*(c.ljust(w) for c, w in zip(r[:-1], widths)), r[-1].rjust(widths[-1])]) for r in rows]
+    foot = f"{len(found)} parameters, {numbers:,} numbers, {frozen} frozen"
+    return "\n".join([*lines, foot + f"{total:,}".rjust(max(len(lines[0]) - len(foot), len(f"{total:,}") + 2))])

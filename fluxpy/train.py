@@ -1,0 +1,120 @@
+"""train: the loop everybody writes, as one function. It is meant to be read, copied and changed."""
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .gradient import withgradient
+from .state import Leaf, State, leaves
+from .tree import Frame, level, unwrap, walk
+from .update import update
+
+
+def train(
+    loss: Callable[..., Any],
+    model: Any,
+    data: Iterable[Any],
+    state: State | Leaf,
+    *,
+    progress: bool | None = None,
+    **refused: Any,
+) -> list[float]:
+    """Train `model` once over `data`; returns the losses, each measured before its update.
+
+    `loss(model, *batch)` where the batch is a tuple or list, else `loss(model, batch)`, as `withgradient` takes it.
+    Batches are moved to the model's device. `progress` shows a bar with the running loss; by default where a person is
+    watching. What is not wholly frozen is put into training mode. For epochs, call it again; for callbacks, metrics and
+    checkpoints there is `fluxpy.Learner`.
+
+    Raises FloatingPointError with the item's index for a loss that is not finite, before that item updated anything,
+    and ValueError for data without a batch.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> state = setup(Descent(0.1), model)
+    >>> losses = train(lambda m, x, y: (m(x) - y).square().mean(), model, [(torch.ones(4, 2), torch.ones(4, 1))], state)
+    >>> len(losses)
+    1
+    """
+    _refuse(refused, data, state)
+    losses: list[float] = []
+    training_mode(model, state)
+    watched = _watched() if progress is None else progress
+    with tqdm(data, disable=not watched, unit="batch") as bar:
+        for i, batch in enumerate(bar):
+            value = trainstep(loss, model, batch, state)
+            number = float(value[0] if isinstance(value, tuple) else value)
+            if not math.isfinite(number):
+                raise FloatingPointError(f"the loss is {number} on item {i} of the data; that item updated nothing")
+            losses.append(number)
+            if watched:
+                bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
+    if not losses:
+        raise ValueError("train got no batch: the data is empty, or an iterator that was used up before")
+    return losses
+
+
+def trainstep(loss: Callable[..., Any], model: Any, batch: Any, state: State | Leaf) -> Any:
+    """One turn of `train`: gradient and update on one batch. Returns what the loss returned, detached.
+
+    Where the loss is not finite nothing is updated; the caller decides what to do.
+    """
+    batch = to_device(batch, model)
+    args = batch if isinstance(batch, tuple | list) else (batch,)
+    value, grads = withgradient(loss, model, *args, state=state)
+    if (value[0] if isinstance(value, tuple) else value).isfinite().all():
+        update(state, model, grads)
+    return value
+
+
+def training_mode(model: Any, state: State | Leaf) -> None:
+    """Put modules into training mode, but those that are wholly frozen: these stay as the user left them."""
+
+    def visit(x: Any, state: Any) -> None:
+        found = [leaf for _, leaf in leaves(state)]
+        if found and all(leaf.frozen for leaf in found):
+            return
+        x = unwrap(x)
+        if isinstance(x, nn.Module):
+            x.training = True
+        here = level(x)
+        for key, child in zip(here.keys, here.children, strict=True) if here else ():
+            visit(child, state[key])
+
+    visit(model, state)
+
+
+def to_device(batch: Any, model: Any) -> Any:
+    """The batch with its tensors on the model's device; ValueError where the model is on several."""
+    tensors, frame = Frame.split(batch)
+    devices = {x.device for x in walk(model)[1]}
+    if not tensors or devices == {tensors[0].device}:
+        return batch
+    if len(devices) != 1:
+        names = ", ".join(sorted(map(str, devices))) or "none"
+        raise ValueError(
+            f"cannot tell the batch's device: the model's parameters are on {names}; write the loop yourself with "
+            "withgradient and update, and place the batch there"
+        )
+    (device,) = devices
+    return frame.join(t.to(device, non_blocking=t.is_pinned()) for t in tensors)
+
+
+def _watched() -> bool:
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def _refuse(refused: dict[str, Any], data: Any, state: Any) -> None:
+    if refused:
+        name = next(iter(refused))
+        hint = "; callbacks are for fluxpy.Learner, or write the loop with trainstep" if name in ("callbacks", "cb") else ""
+        raise TypeError(f"train has no argument {name!r}{hint}")
+    if not isinstance(state, State | Leaf):
+        raise TypeError(f"train takes the state that setup returns in fourth place, but got {type(state).__name__}")
+    arrays = isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(a, Tensor | np.ndarray) for a in data)
+    if arrays and (isinstance(data, tuple) or data[0].shape != data[1].shape or data[0].dtype != data[1].dtype):
+        raise TypeError("train takes an iterable of batches, not a pair of arrays: DataLoader((X, Y), batch_size=32)")

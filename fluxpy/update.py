@@ -1,0 +1,236 @@
+"""update: one step of every leaf, all or nothing, on the plain path: each rule's `apply`, leaf by leaf.
+
+Everything that can fail is worked out first, into new tensors; then it is written, in place or into copies.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .guard import Skip, require_finite
+from .match import fit, rebuild, scatter
+from .rule import Ask, Assign, Rule, StagedRule, at
+from .state import Leaf, State, start
+from .tree import Frame, Spec
+
+
+class _Step:
+    """One leaf on its way through its rule."""
+
+    def __init__(self, path: str, leaf: Leaf, x: Tensor, dx: Tensor | None, rules: dict[Any, Rule]) -> None:
+        assert leaf.rule is not None
+        self.path, self.x, self.dx = path, x, dx
+        key = (id(leaf.rule), leaf._count)
+        try:
+            if key not in rules:
+                rules[key] = at(leaf.rule, leaf._count)
+        except Exception as error:
+            error.add_note(f"in a schedule of the parameter {path!r}, at its count {leaf._count}")
+            raise
+        self.rule = rules[key]
+        self.state = start(leaf.rule, x, leaf._count, path) if leaf.state is None else leaf.state
+        if leaf._missed:
+            self.state = self.rule.miss(self.state, leaf._missed)
+        self.run = self.rule.steps(self.state, x, dx)  # type: ignore[arg-type]
+        self.asked = 0  # how many totals over the tree it has asked for
+        self.change: Any = None
+
+    def advance(self, answer: Tensor | None) -> Ask | None:
+        """Run to the next question that concerns other leaves too; None at the end."""
+        while True:
+            try:
+                ask = self.run.send(answer)  # type: ignore[arg-type]
+            except StopIteration as done:
+                self.new, self.change = done.value
+                self._check()
+                return None
+            except Exception as error:
+                error.add_note(f"in the rule {self.rule!r} of the parameter {self.path!r}")
+                raise
+            if ask.across:
+                self.asked += 1
+                return ask
+            require_finite(ask.part, ask, [(self.path, ask.part)])
+            answer = ask.part
+
+    def _check(self) -> None:
+        value = self.change.value if isinstance(self.change, Assign) else self.change
+        if value is not None and (not isinstance(value, Tensor) or value.shape != self.x.shape):
+            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(
+                f"the rule {self.rule!r} of the parameter {self.path!r} gave a change of {came}; "
+                f"it must have the parameter's shape {tuple(self.x.shape)}"
+            )
+
+    def value(self) -> Tensor:
+        """What the parameter becomes."""
+        if isinstance(self.change, Assign):
+            return self.change.value
+        return self.x.clone() if self.change is None else (self.x - self.change).to(self.x.dtype)
+
+
+def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -> tuple[Any, Any]:
+    """One step: apply each leaf's rule to its parameter and gradient. Returns `(state, model)`.
+
+    `grads` is what `gradient` returns; or a pytree like the model; or a dict by dotted name, as `torch.func.grad` over
+    `functional_call` gives; or None: each parameter's `.grad`. Gradients are read, never written. A leaf without one
+    is not stepped, nor is a frozen one: parameter, momenta and count stay as they are, bit for bit.
+
+    In place, parameters and momenta are written where they are, and the same objects are returned. With
+    `inplace=False` nothing given is changed and new ones are returned (of a module a structural copy: new parameters,
+    cloned buffers, the rest shared). Where gradients, hyperparameters, momenta or parameters carry autograd history,
+    so do the results: one can differentiate through the step.
+
+    All or nothing: where anything raises, parameters and state are what they were. ValueError names the place where
+    structure, shape, dtype or device do not fit. FloatingPointError comes from clipping rules (see `ClipNorm`).
+
+    >>> model = {"w": torch.ones(2)}
+    >>> state = setup(Descent(0.1), model)
+    >>> state, model = update(state, model, {"w": torch.tensor([1.0, 2.0])})
+    >>> model["w"]
+    tensor([0.9000, 0.8000])
+    """
+    if not isinstance(state, State | Leaf):
+        what = "a rule; call state = setup(rule, model) first" if isinstance(state, Rule) else f"{type(state).__name__}"
+        raise TypeError(f"update takes (state, model, grads), but the first is {what}")
+    spec = state._spec if isinstance(state, State) else Spec("leaf", index=0)
+    leaves = state._values if isinstance(state, State) else [state]
+    params = fit(spec, model)
+    given = _gradients(spec, params, grads)
+    for index, path in spec.unique.items():
+        _check(path, leaves[index], params[index], given.get(index))
+    with torch.set_grad_enabled(not inplace and _has_history(leaves, params, given)):
+        try:
+            steps = _run(spec, leaves, params, given)
+        except Skip:
+            steps = {}
+        else:
+            leaves = leaves if inplace else [leaf._with(leaf.rule, leaf.state) for leaf in leaves]
+            for leaf in (leaves[index] for index in spec.unique):
+                leaf._missed += leaf.frozen and leaf.rule is not None and leaf.rule.gathers
+        if inplace:
+            for index, step in steps.items():
+                _write(step, leaves[index])
+            return state, model
+        return _copies(spec, leaves, params, steps, model)
+
+
+def _gradients(spec: Spec, params: Mapping[int, Tensor], grads: Any) -> dict[int, Tensor]:
+    if grads is not None:
+        return scatter(spec, grads)
+    given = {index: x.grad for index, x in params.items() if x.grad is not None}
+    if params and not given:
+        raise ValueError(
+            "update was given no gradients, and no parameter has a .grad: call loss.backward() first, "
+            "or pass what fluxpy.gradient returns"
+        )
+    return given
+
+
+def _check(path: str, leaf: Leaf, x: Tensor, dx: Tensor | None) -> None:
+    if (x.shape, x.dtype) != (leaf._shape, leaf._dtype):
+        raise ValueError(
+            f"the model does not fit the state: {path!r} was {_form(leaf._shape, leaf._dtype)} at setup and is now "
+            f"{_form(x.shape, x.dtype)}; call setup(rule, model, keep=state) after changing a model"
+        )
+    if dx is None:
+        return
+    if dx.layout != torch.strided:
+        raise ValueError(f"the gradient of {path!r} is sparse ({dx.layout}); pass grad.to_dense()")
+    if (dx.shape, dx.dtype, dx.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"the gradient of {path!r} does not fit: the parameter is {_form(x.shape, x.dtype)} on {x.device}, "
+            f"the gradient {_form(dx.shape, dx.dtype)} on {dx.device}"
+        )
+    for held in Frame.split(leaf.state)[0]:
+        if held.device != x.device and held.ndim:
+            raise ValueError(
+                f"the momenta of {path!r} are on {held.device}, but the parameter is on {x.device}: after model.to(...), "
+                "move the state too: optree.tree_map(lambda t: t.to(device), state, namespace='fluxpy')"
+            )
+
+
+def _form(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+
+
+def _has_history(leaves: list[Leaf], params: Mapping[int, Tensor], given: Mapping[int, Tensor]) -> bool:
+    """Whether there is anything to differentiate through. A parameter that merely requires grad is not: the graph of
+    an ordinary loop would grow with every step."""
+    if not torch.is_grad_enabled():
+        return False
+    held = [t for leaf in leaves for t in Frame.split((leaf.state, leaf.rule and vars(leaf.rule)))[0]]
+    return any(t.requires_grad for t in (*given.values(), *held)) or any(
+        x.requires_grad and not x.is_leaf for x in params.values()
+    )
+
+
+def _run(
+    spec: Spec, leaves: list[Leaf], params: Mapping[int, Tensor], given: Mapping[int, Tensor]
+) -> dict[int, _Step]:
+    """All leaves through their rules. Where rules ask for totals, all leaves get there before any goes on."""
+    rules: dict[Any, Rule] = {}
+    steps = {
+        index: _Step(path, leaf, params[index], given.get(index), rules)
+        for index, path in spec.unique.items()
+        if not (leaf := leaves[index]).frozen and leaf.rule and (index in given or leaf.rule.gathers)
+    }
+    waiting: list[tuple[_Step, Any]] = [(step, None) for step in steps.values()]
+    while waiting:
+        groups: dict[Any, list[tuple[_Step, Ask]]] = {}
+        for step, answer in waiting:
+            ask = step.advance(answer)
+            if ask is not None:
+                groups.setdefault((step.asked, _identity(ask.rule)), []).append((step, ask))
+        waiting = []
+        for group in groups.values():
+            total = group[0][1].rule.combine([ask.part for _, ask in group])
+            require_finite(total, group[0][1], [(step.path, ask.part) for step, ask in group])
+            waiting += [(step, total) for step, _ in group]
+    return steps
+
+
+def _identity(rule: StagedRule) -> Any:
+    """Equal rules share a total; tensors among their hyperparameters are compared by identity, not by reading them."""
+    return type(rule), tuple((n, id(v) if isinstance(v, Tensor) else v) for n, v in sorted(vars(rule).items()))
+
+
+def _settle(step: _Step, leaf: Leaf, state: Any) -> None:
+    leaf._state, leaf._missed = state, 0
+    leaf._count += step.change is not None
+
+
+def _write(step: _Step, leaf: Leaf) -> None:
+    """Commit in place: the parameter and each tensor of the state keep their memory."""
+    if isinstance(step.change, Assign):
+        step.x.copy_(step.change.value)
+    elif step.change is not None:
+        step.x.sub_(step.change)
+    (olds, before), (news, after) = Frame.split(step.state), Frame.split(step.new)
+    if before == after and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(olds, news, strict=True)):
+        for old, new in zip(olds, news, strict=True):
+            if old is not new:
+                old.copy_(new)
+        news = olds
+    # Never keep the parameter or the gradient itself: others write to them.
+    _settle(step, leaf, after.join(t.clone() if t is step.x or t is step.dx else t for t in news))
+
+
+def _copies(
+    spec: Spec, leaves: list[Leaf], params: Mapping[int, Tensor], steps: Mapping[int, _Step], model: Any
+) -> tuple[Any, Any]:
+    """The outcome as a new state and a new model, which share no tensor with the old."""
+    fresh, values = list(leaves), {}
+    for i, index in enumerate(spec.unique):
+        leaf, step = leaves[index], steps.get(index)
+        tensors, frame = Frame.split(leaf.state if step is None else step.new)
+        held = {id(t) for t in (params[index], *Frame.split(leaf.state)[0], *([] if step is None else [step.dx]))}
+        state = frame.join(t.clone() if id(t) in held else t for t in tensors)
+        fresh[index] = leaf._with(leaf.rule, state)
+        if step is not None:
+            _settle(step, fresh[index], state)
+        values[i] = params[index].clone() if step is None else step.value()
+    new = fresh[0] if spec.kind == "leaf" else State(spec, fresh)
+    return new, rebuild(model, values)

@@ -1,0 +1,201 @@
+"""setup, adjust, scale, freeze, thaw, reset, value: each acts on the leaves under a view, all or nothing."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fluxpy
+from fluxpy import (
+    AccumGrad, Adam, AdamW, ClipNorm, Descent, MixedPrecision, Momentum, OptimiserChain, RMSProp, Rprop, WeightDecay,
+    adjust, freeze, leaves, reset, scale, schedules, select, setup, thaw, update, value,
+)  # fmt: skip
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+
+
+def step(state, model, times=1):
+    for _ in range(times):
+        update(state, model, {name: torch.ones_like(p) for name, p in model.named_parameters()})
+
+
+def rates(state):
+    return [leaf.rule.lr for _, leaf in leaves(state)]
+
+
+def test_setup_by_patterns():
+    state = setup({"0.*": Descent(0.5), "*.bias": None, "*": Adam()}, net())
+    assert [leaf.rule for _, leaf in leaves(state)] == [Descent(0.5), Descent(0.5), Adam(), None]
+    fixed = state["2.bias"]
+    assert fixed.frozen and fixed.state is None
+    adjust(select(state, "2.*"), 0.3)
+    assert fixed.rule is None and state["2.weight"].rule.lr == 0.3
+    with pytest.raises(ValueError, match=r"no rule.*'2.bias'"):
+        thaw(state)
+    with pytest.raises(ValueError, match=r"'2.weight', '2.bias'.*pattern 'x.\*' matches no parameter"):
+        setup({"0.*": Adam(), "x.*": Adam()}, net())
+
+
+def test_setup_is_pure_and_lazy():
+    """A parameter that does not require grad gets a frozen leaf, which holds no momenta until it first trains."""
+    model = net()
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    state = setup(Adam(), model)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert state[0].weight.frozen and state[0].weight.state is None and state[2].weight.state.t == 0
+    thaw(state)
+    assert state[0].weight.state is None
+    step(state, model)
+    assert state[0].weight.state.t == 1
+
+
+def test_keep_takes_over_what_is_still_there():
+    model = net()
+    state = adjust(setup(Adam(), model), 0.02)
+    step(state, model, 3)
+    freeze(state[0])
+    model[2] = nn.Linear(3, 5)
+    new = setup(Descent(), model, keep=state)
+    assert new[0].weight.rule.lr == 0.02 and new[0].weight.state.t == 3 and new[0].weight.frozen
+    assert new[0].weight.state.m is not state[0].weight.state.m
+    assert new[2].weight.rule == new[2].bias.rule == Descent()
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda m, s: setup(m, Adam()), "rule comes first"),
+        (lambda m, s: setup(Adam, m), r"write Adam\(\)"),
+        (lambda m, s: setup([Adam(), Descent()], m), "OptimiserChain"),
+        (lambda m, s: setup({"*": 0.1}, m), "needs a rule or None"),
+        (lambda m, s: setup(Adam(), s), "takes the model"),
+        (lambda m, s: freeze(m), "state tree"),
+        (lambda m, s: thaw(m), "state tree"),
+        (lambda m, s: adjust(m, 0.1), "state tree"),
+        (lambda m, s: reset(Adam()), "state tree"),
+        (lambda m, s: adjust(s), "needs a hyperparameter"),
+        (lambda m, s: adjust(s, 0.1, lr=0.2), "twice"),
+        (lambda m, s: update(Adam(), m, {}), "setup"),
+        (lambda m, s: value(s, "lr"), "one leaf"),
+    ],
+)
+def test_the_wrong_thing_in_a_place_says_so(call, match):
+    model = net()
+    with pytest.raises(TypeError, match=match):
+        call(model, setup(Adam(), model))
+
+
+def test_adjust_a_branch_keeps_momenta_and_counts():
+    model = net()
+    state = setup(OptimiserChain(WeightDecay(0.1), ClipNorm(5.0), AdamW(1e-3)), model)
+    step(state, model, 2)
+    kept = state[0].weight.state
+    assert adjust(state[0], 3e-4, betas=(0.8, 0.99)) is not None
+    assert rates(state) == [3e-4, 3e-4, 1e-3, 1e-3]
+    assert state[0].weight.rule[2].betas == (0.8, 0.99) and state[2].weight.rule.betas == (0.9, 0.999)
+    assert state[0].weight.state is kept
+    adjust(state, weight_decay=0.3)
+    assert [r.weight_decay for r in (state[0].bias.rule[0], state[0].bias.rule[2])] == [0.3, 0.3]
+    adjust(select(state, "*bias"), weight_decay=0.0, max_norm=1.0)
+    assert state[0].weight.rule.weight_decay == 0.3 and state[2].bias.rule.max_norm == 1.0
+    freeze(state[2])
+    adjust(state, 0.7)
+    assert rates(state) == [0.7] * 4
+
+
+def test_scale_keeps_ratios_and_scales_schedules():
+    state = setup({"0.*": Adam(0.1), "2.weight": Adam(lambda count: 1.0 + count), "*": AccumGrad(4)}, net())
+    adjust(select(state, "*weight"), scale(0.5))
+    assert state["0.weight"].rule.lr == 0.05 and value(state["2.weight"], "lr") == 0.5
+    adjust(state["2.bias"], n=scale(0.5))
+    assert state["2.bias"].rule.n == 2
+    adjust(state["0.weight"], betas=scale(0.5))
+    assert state["0.weight"].rule.betas == (0.45, 0.4995)
+
+
+@pytest.mark.parametrize(
+    ("rule", "change", "match"),
+    [
+        (Adam(), {"eta": 0.1}, "Adam has no hyperparameter 'eta'; here it is called 'lr'"),
+        (Adam(), {"beta": (0.1, 0.2)}, "'betas'"),
+        (Adam(), {"epps": 0.1}, "did you mean 'eps'"),
+        (Momentum(), {"rho": 0.1}, "'momentum'"),
+        (OptimiserChain(ClipNorm(1.0), Descent()), {"omega": 0.1}, "'max_norm'"),
+        (WeightDecay(), {"lr": 0.1}, "WeightDecay has no hyperparameter 'lr'"),
+        (Adam(), {"lr": -0.1}, r"lr=-0.1 .* \[0, inf\)"),
+        (Adam(), {"lr": float("nan")}, "lr=nan"),
+        (Adam(), {"lr": "0.1"}, "lr='0.1'"),
+        (Adam(), {"betas": (0.9,)}, "2 numbers"),
+        (Adam(), {"lr": scale(-1.0)}, "lr=-0.001"),
+        (RMSProp(), {"centered": True}, "cannot be adjusted"),
+        (Rprop(), {"lr": 0.1}, "cannot be adjusted"),
+        (MixedPrecision(Adam()), {"dtype": torch.float64}, "cannot be adjusted"),
+        (AccumGrad(2), {"n": scale(0.25)}, "n=0.5"),
+    ],
+)
+def test_adjust_is_strict_and_changes_nothing_on_error(rule, change, match):
+    state = setup({"0.*": Descent(), "*": rule}, net())
+    before = [leaf.rule for _, leaf in leaves(state)]
+    with pytest.raises(ValueError, match=match) as caught:
+        adjust(state[2], **change)
+    assert "'weight', 'bias'" in str(caught.value)
+    with pytest.raises(ValueError):
+        adjust(state, **change)
+    assert [leaf.rule for _, leaf in leaves(state)] == before
+
+
+def test_schedules_count_applications():
+    """The first update sees schedule(0); frozen, skipped and gathering updates do not advance it."""
+    model = net()
+    state = setup(OptimiserChain(AccumGrad(2), Descent(lambda count: 1.0 / (1 + count))), model)
+    seen = []
+    for i in range(8):
+        seen.append(round(value(state["0.weight"], "lr"), 3))
+        freeze(state[2]) if i in (2, 3) else thaw(state)
+        step(state, model)
+    assert seen == [1, 1, 0.5, 0.5, 0.333, 0.333, 0.25, 0.25]
+    assert value(state["0.bias"], "lr") == 0.2 and value(state["2.weight"], "lr") == 0.25
+    adjust(state, schedules.shifted(lambda count: 10.0 + count, 4))
+    assert value(state["0.weight"], "lr") == 10.0
+    adjust(state, lambda count: -1.0)
+    with pytest.raises(ValueError, match="lr=-1.0") as caught:
+        step(state, model, 2)
+    assert "'0.weight'" in "".join(caught.value.__notes__)
+
+
+def test_reset_empties_momenta_and_counts():
+    model = net()
+    state = setup(Adam(lambda count: 0.1 + count), model)
+    step(state, model, 2)
+    freeze(reset(state[0]))
+    assert state[0].weight.state is None and value(state[0].weight, "lr") == 0.1 and state[2].weight.state.t == 2
+    thaw(state[0])
+    fresh, other = copy.deepcopy(model), setup(Adam(lambda count: 0.1 + count), model)
+    step(state[0], model[0])
+    step(other[0], fresh[0])
+    assert torch.equal(model[0].weight, fresh[0].weight)
+
+
+def test_leaf_is_read_only_and_names_the_verb():
+    leaf = setup(Adam(), torch.ones(1))
+    for name, verb in (("rule", "adjust"), ("frozen", "freeze"), ("state", "reset")):
+        with pytest.raises(AttributeError, match=verb):
+            setattr(leaf, name, None)
+    assert {name for name in dir(leaf) if not name.startswith("_")} == {"rule", "state", "frozen"}
+
+
+def test_value_in_a_chain():
+    leaf = setup(OptimiserChain(WeightDecay(0.1), AdamW(weight_decay=0.2)), torch.ones(1))
+    assert value(leaf, "lr") == 1e-3 and leaf.rule[1].weight_decay == 0.2
+    with pytest.raises(AttributeError, match="more than once"):
+        value(leaf, "weight_decay")
+    with pytest.raises(ValueError, match="did you mean"):
+        value(leaf, "lrr")
+    with pytest.raises(ValueError, match="no rule"):
+        value(setup({"*": None}, torch.ones(1)), "lr")
+    assert fluxpy.setup(Adam(), torch.ones(1), compile=True).rule == Adam()
