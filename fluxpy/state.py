@@ -35,7 +35,7 @@ class Leaf:
     after a thaw or a reset.
     """
 
-    __slots__ = ("_count", "_dtype", "_frozen", "_missed", "_rule", "_shape", "_state")
+    __slots__ = ("_count", "_dtype", "_frozen", "_missed", "_open", "_rule", "_shape", "_state")
 
     rule: Rule | None = _read_only("rule", "The hyperparameters.", "fluxpy.adjust(leaf, lr=...)")
     state: Any = _read_only("state", "The rule's momenta.", "fluxpy.reset(leaf), or load a saved state")
@@ -45,6 +45,7 @@ class Leaf:
         self._rule, self._state, self._frozen, self._shape, self._dtype = rule, state, frozen, shape, dtype
         self._count = 0  # how often the rule stepped the parameter: what schedules see
         self._missed = 0  # updates sat out frozen, that a rule which gathers must hear of
+        self._open: Any = None  # as a pytree with something else in place of its tensors: those, and the rest
 
     def __repr__(self) -> str:
         return f"Leaf({self._rule!r}, {'x'.join(map(str, self._shape)) or '0-dim'}{', frozen' * self._frozen})"
@@ -238,7 +239,9 @@ class _LeafShape:
         return hash(len(self.rules))
 
 
-def _flatten(leaf: Leaf) -> tuple[tuple[Tensor, ...], _LeafShape]:
+def _flatten(leaf: Leaf) -> tuple[tuple[Any, ...], _LeafShape]:
+    if leaf._open is not None:
+        return leaf._open
     held: list[Tensor] = []
     if leaf.rule is not None and leaf.rule.traced:
         _map_tensors(leaf.rule, lambda t: held.append(t) or t)
@@ -249,7 +252,10 @@ def _flatten(leaf: Leaf) -> tuple[tuple[Tensor, ...], _LeafShape]:
 def _unflatten(shape: _LeafShape, tensors: Any) -> Leaf:
     state, held = shape.frame.join(tensors)
     source, rule = iter(held), shape.leaf.rule
-    return shape.leaf._with(_map_tensors(rule, lambda _: next(source)) if rule and held else rule, state)
+    leaf = shape.leaf._with(_map_tensors(rule, lambda _: next(source)) if rule and held else rule, state)
+    if not all(isinstance(t, Tensor) for t in tensors):  # as torch.vmap does on its way, with dimensions
+        leaf._open = tuple(tensors), shape
+    return leaf
 
 
 def _map_tensors(rule: Rule, f: Callable[[Tensor], Any]) -> Rule:
