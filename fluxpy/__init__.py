@@ -17,12 +17,12 @@ from .rules import __all__ as _rules
 from .show import summary
 from .state import leaves, select, setup, value
 from .train import train, trainstep
-from .update import update
+from .update import check, update
 
 __all__ = sorted(
     [
         *_rules,
-        *("Ask", "Assign", "DataLoader", "Rule", "StagedRule", "adjust", "destructure", "freeze", "gradient", "hyper"),
+        *("Ask", "Assign", "DataLoader", "Rule", "StagedRule", "adjust", "check", "destructure", "freeze", "gradient", "hyper"),
         *("leaves", "reset", "scale", "schedules", "select", "setup", "summary", "thaw", "train", "trainables"),
         *("trainstep", "update", "value", "withgradient"),
     ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class DataLoader:
-    """Batches of `data` in the same container, as tensors: `for x, y in DataLoader((X, Y), batch_size=64, shuffle=True)`.
+    """Batches of `data` in the same container, as tensors: `for x, y in DataLoader((X, Y), shuffle=True)`.
 
     `data` is one tensor or NumPy array, or a tuple, list or dict of them, with equally many rows. Whole batches are
     taken at once, with no Python per sample. Every epoch of `shuffle` has a fresh order, from `generator` or else from

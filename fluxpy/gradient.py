@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .match import fit
-from .state import Leaf, State
-from .tree import Frame, Mirror, Spec, register_mirror, walk
+from .state import Leaf, State, spec_of
+from .tree import Frame, Mirror, register_mirror, walk
 
 
 class Gradients(Mirror):
@@ -64,7 +64,7 @@ def withgradient(
     spec, values = walk(model)
     if not values:
         raise ValueError("the model has no parameter, so no loss can depend on it")
-    trains = _trains(spec, values, model, state)
+    trains = _trains(values, model, state)
     with torch.enable_grad(), _requiring(values, trains, exact=state is not None):
         value = f(model, *args)
         loss = _loss(value)
@@ -86,16 +86,14 @@ _WHY = (
 )
 
 
-def _trains(spec: Spec, values: list[Tensor], model: Any, state: State | Leaf | None) -> list[bool]:
+def _trains(values: list[Tensor], model: Any, state: State | Leaf | None) -> list[bool]:
     if state is None:
         return [x.requires_grad or not isinstance(x, torch.nn.Parameter) for x in values]
     if not isinstance(state, State | Leaf):
         raise TypeError(f"withgradient(..., state=) takes the state tree, but got {type(state).__name__}")
-    if isinstance(state, Leaf):
-        fit(Spec("leaf", index=0), model)
-        return [not state.frozen]
-    fit(state._spec, model)
-    return [not state._values[index].frozen for index in state._spec.unique]
+    held, spec = [state] if isinstance(state, Leaf) else state._values, spec_of(state)
+    fit(spec, model)
+    return [not held[index].frozen for index in spec.unique]
 
 
 @contextmanager
@@ -124,12 +122,30 @@ def _loss(value: Any) -> Tensor:
 def _differentiate(loss: Tensor, params: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
     if not loss.requires_grad:
         return (None,) * len(params)
+    found: tuple[Tensor | None, ...] = (None,)
+    hidden = None
     try:
-        return torch.autograd.grad(loss, params, allow_unused=True, create_graph=create_graph)
+        found = torch.autograd.grad(loss, params, allow_unused=True, create_graph=create_graph)
     except RuntimeError as error:
-        if "use_reentrant" in str(error):
-            raise RuntimeError(
-                "reentrant activation checkpointing hides parameters from the gradient; "
-                "pass use_reentrant=False to torch.utils.checkpoint"
-            ) from error
-        raise
+        if "use_reentrant" not in str(error):
+            raise
+        hidden = error
+    if hidden or (any(g is None for g in found) and _has_checkpoint(loss)):
+        raise RuntimeError(
+            "reentrant activation checkpointing hides parameters from the gradient; "
+            "pass use_reentrant=False to torch.utils.checkpoint"
+        ) from hidden
+    return found
+
+
+def _has_checkpoint(loss: Tensor) -> bool:
+    """Whether the graph below has a node of reentrant checkpointing: a parameter without a gradient may be hidden in it."""
+    todo, seen = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if node.name() == "CheckpointFunctionBackward":
+                return True
+            todo.extend(below for below, _ in node.next_functions)
+    return False

@@ -1,7 +1,7 @@
-"""Numbers that must be finite: on the CPU a bad one raises at once, naming the place."""
+"""Numbers that must be finite. On the CPU a bad one raises at once. Elsewhere nothing is read in a step: a flag on the
+device goes up and holds back that update and all after it, and `check` reads it when the user asks."""
 
-from typing import Any
-
+import torch
 from torch import Tensor
 
 from .rule import Ask
@@ -11,15 +11,57 @@ class Skip(Exception):
     """Raised inside an update that is to move nothing."""
 
 
-def require_finite(total: Tensor, ask: Ask, parts: list[tuple[str, Tensor]]) -> None:
+def reads_at_once(x: Tensor) -> bool:
+    """Whether the host may look at a number without waiting for a device."""
+    return x.device.type == "cpu"
+
+
+class Guard:
+    """The flag of one state tree: whether a number was bad, and of the first one which, where and when."""
+
+    def __init__(self) -> None:
+        self.updates = 0  # how many were asked for
+        self.kinds: list[tuple[str, tuple[str, ...]]] = []  # what can go wrong, and at which paths
+        self.bad: Tensor | None = None  # 0-dim, on the device, as `first`: kind, place among its paths, update
+        self.first: Tensor | None = None
+
+    def note(self, ok: Tensor, what: str, paths: tuple[str, ...] = (), place: Tensor | int = 0) -> None:
+        """Raise the flag unless `ok`, which the host does not read."""
+        if (what, paths) not in self.kinds:
+            self.kinds.append((what, paths))
+        record = torch.full((3,), self.updates, device=ok.device)
+        record[0], record[1] = place, self.kinds.index((what, paths))
+        if self.bad is None or self.first is None:
+            self.bad, self.first = ~ok, record
+        else:
+            self.first = torch.where(self.bad, self.first, record)
+            self.bad = self.bad | ~ok
+
+    def held(self, old: Tensor, new: Tensor) -> Tensor:
+        """`new`, or `old` where the flag is up."""
+        return new if self.bad is None else torch.where(self.bad.to(old.device), old, new.to(old.dtype))
+
+    def check(self) -> None:
+        """Read the flag; where it is up, take it down and raise."""
+        bad, self.bad = self.bad, None
+        if bad is not None and self.first is not None and bad:
+            place, kind, update = self.first.tolist()
+            what, paths = self.kinds[kind]
+            where = f" of {paths[place]!r}" if paths else ""
+            raise FloatingPointError(f"{what}{where} is not finite, in update {update}; nothing was updated since")
+
+
+def require_finite(total: Tensor, ask: Ask, parts: list[tuple[str, Tensor]], guard: Guard) -> None:
     """Act on a total that is not finite as `ask.nonfinite` says: raise, skip the update, or ignore it."""
-    if ask.nonfinite == "ignore" or bool(total.isfinite()):
+    if ask.nonfinite == "ignore" or torch._C._functorch.is_functorch_wrapped_tensor(total):
         return
-    if ask.nonfinite == "skip":
-        raise Skip
-    path = next((path for path, part in parts if not part.isfinite()), None)
-    where = f"of the gradient of {path!r}" if path is not None else "over all gradients together"
-    raise FloatingPointError(
-        f"{type(ask.rule).__name__}: the norm {where} is {total.item()}; "
-        'nothing was updated (nonfinite="skip" passes such an update by)'
-    )
+    name = f"{type(ask.rule).__name__}: the norm of the gradient"
+    if ask.nonfinite == "raise" and not reads_at_once(total):
+        bad = torch.stack([~part.isfinite() for _, part in parts])
+        guard.note(total.isfinite(), name, tuple(path for path, _ in parts), bad.long().argmax())
+    elif not total.isfinite():
+        if ask.nonfinite == "skip":
+            raise Skip
+        path = next((path for path, part in parts if not part.isfinite()), None)
+        where = f"{name} of {path!r}" if path is not None else f"{name}s together"
+        raise FloatingPointError(f'{where} is {total.item()}; nothing was updated (nonfinite="skip" would go on)')

@@ -23,14 +23,16 @@ from torch import Tensor
 Hyper: TypeAlias = Any
 
 
-def hyper(default: Any = dataclasses.MISSING, allowed: str | tuple[str, ...] | None = None, *, fixed: bool = False) -> Any:
+def hyper(
+    *, default: Any = dataclasses.MISSING, allowed: str | tuple[str, ...] | None = None, fixed: bool = False
+) -> Any:
     """Declare a hyperparameter of a rule with the values it allows.
 
     `allowed` is an interval in the notation of the docs (`"[0, 1)"`, for a tuple: of each element), `"1, 2, ..."` for a
     positive integer, or a tuple of words. A `fixed` field shapes the state, so `adjust` refuses it.
 
     >>> class Halve(Rule):
-    ...     lr: float = hyper(0.5, "(0, 1]")
+    ...     lr: float = hyper(default=0.5, allowed="(0, 1]")
     >>> Halve(lr=2.0)
     Traceback (most recent call last):
         ...
@@ -263,4 +265,6 @@ def _allows(interval: str, value: Any) -> bool:
     if interval[0] not in "[(":
         return isinstance(value, int) and value >= 1
     low, high = (float(end) for end in interval[1:-1].split(","))
-    return (low <= value if interval[0] == "[" else low < value) and (value <= high if interval[-1] == "]" else value < high)
+    return (low <= value if interval[0] == "[" else low < value) and (
+        value <= high if interval[-1] == "]" else value < high
+    )

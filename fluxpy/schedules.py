@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY
 from itertools import pairwise
-from typing import Any, ClassVar, Self, dataclass_transform
+from typing import Any, ClassVar, dataclass_transform
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class Schedule(_Data):
 
     __call__: ClassVar[Callable[..., Any]]
 
-    def with_total(self, total: int) -> Self:
+    def with_total(self, total: int) -> "Schedule":
         """This schedule, with the number of updates filled in where a `segments` leaves it open."""
         return self
 
@@ -142,7 +142,7 @@ class warmup_cosine(Schedule):
 class one_cycle(Schedule):
     """Up to `peak` in the first `pct_start` of `total` steps, then down, along half a cosine each [Smith 2018].
 
-    It goes from `peak / div_factor` to a `final_div_factor`th of that. PyTorch's `OneCycleLR` is one count earlier at both ends.
+    From `peak / div_factor` to a `final_div_factor`th of that. PyTorch's `OneCycleLR` has both ends one count earlier.
     A momentum that dips from 0.95 to 0.85 and back: `one_cycle(0.85, n, div_factor=0.85 / 0.95, final_div_factor=1)`.
     """
 
@@ -216,16 +216,15 @@ class scaled(Schedule):
         value = self.schedule(count)
         return tuple(self.factor * v for v in value) if isinstance(value, tuple) else self.factor * value
 
-    def with_total(self, total: int) -> Self:
+    def with_total(self, total: int) -> Schedule:
         inner = self.schedule
-        return dataclasses.replace(self, schedule=inner.with_total(total)) if isinstance(inner, Schedule) else self
+        return scaled(inner.with_total(total), self.factor) if isinstance(inner, Schedule) else self
 
 
 class Segment(_Data):
     """A part of `segments`: `shape`, stretched so that it goes from `start` to `end` in `steps` steps.
 
-    `shape` is "linear", "cosine" (which can be saved) or any function on [0, 1] whose values at 0 and 1 differ. A
-    `start` left out is where the segment before ends.
+    `shape` is "linear", "cosine" (these can be saved) or any function on [0, 1] whose values at 0 and 1 differ.
     """
 
     shape: str | Callable[[float], float]
@@ -249,7 +248,7 @@ class Segment(_Data):
 
 
 class segments(Schedule):
-    """`Segment`s one after another, then the last one's end. The first starts at 0 unless it says otherwise.
+    """`Segment`s one after another, then the last one's end. A start left out is the end before it; the first one's, 0.
 
     The last may leave out its steps and fills up to `total`, the number of updates, which the Learner fills in.
 
@@ -280,9 +279,8 @@ class segments(Schedule):
             value, count, left = part.end, count - steps, left - steps
         return value
 
-    def with_total(self, total: int) -> Self:
-        is_open = self.total is None and self.parts[-1].steps is None
-        return dataclasses.replace(self, total=total) if is_open else self
+    def with_total(self, total: int) -> Schedule:
+        return segments(self.parts, total) if self.total is None and self.parts[-1].steps is None else self
 
 
 def _mix(start: float, end: float, t: float) -> float:

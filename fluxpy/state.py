@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .guard import Guard
 from .rule import Rule, at, hyperparameters, replace
 from .rule import walk as walk_rules
 from .tree import Frame, Mirror, Spec, near, register, register_mirror, walk
@@ -35,14 +36,15 @@ class Leaf:
     after a thaw or a reset.
     """
 
-    __slots__ = ("_count", "_dtype", "_frozen", "_missed", "_open", "_rule", "_shape", "_state")
+    __slots__ = ("_count", "_dtype", "_frozen", "_guard", "_missed", "_open", "_rule", "_shape", "_state")
 
     rule: Rule | None = _read_only("rule", "The hyperparameters.", "fluxpy.adjust(leaf, lr=...)")
     state: Any = _read_only("state", "The rule's momenta.", "fluxpy.reset(leaf), or load a saved state")
     frozen: bool = _read_only("frozen", "Whether updates pass it by.", "fluxpy.freeze(leaf) or fluxpy.thaw(leaf)")
 
-    def __init__(self, rule: Rule | None, state: Any, frozen: bool, shape: torch.Size, dtype: torch.dtype) -> None:
-        self._rule, self._state, self._frozen, self._shape, self._dtype = rule, state, frozen, shape, dtype
+    def __init__(self, rule: Rule | None, frozen: bool, x: Tensor, guard: Guard) -> None:
+        self._rule, self._state, self._frozen = rule, None, frozen
+        self._shape, self._dtype, self._guard = x.shape, x.dtype, guard  # one guard for all leaves of a tree
         self._count = 0  # how often the rule stepped the parameter: what schedules see
         self._missed = 0  # updates sat out frozen, that a rule which gathers must hear of
         self._open: Any = None  # as a pytree with something else in place of its tensors: those, and the rest
@@ -67,6 +69,11 @@ class State(Mirror):
         from .show import show
 
         return show(self)
+
+
+def spec_of(state: "State | Leaf") -> Spec:
+    """The shape of a state; that of a single leaf is a leaf."""
+    return state._spec if isinstance(state, State) else Spec("leaf", index=0)
 
 
 def start(rule: Rule, x: Tensor, count: int, path: str) -> Any:
@@ -121,13 +128,14 @@ def setup(
             before = old.get(name)
             if before is not None and (before._shape, before._dtype) == (x.shape, x.dtype):
                 kept = copy.deepcopy(before)
-                kept._frozen |= frozen and own is not None
+                kept._frozen, kept._guard = before._frozen or (frozen and own is not None), guard
                 return kept
-        new = Leaf(own, None, frozen, x.shape, x.dtype)
+        new = Leaf(own, frozen, x, guard)
         if own is not None and not frozen:
             new._state = start(own, x, 0, names[index][0])
         return new
 
+    guard = Guard()
     leaves = [leaf(index, x) for index, x in enumerate(values)]
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
 

@@ -1,18 +1,23 @@
 """train: the loop everybody writes, as one function. It is meant to be read, copied and changed."""
 
+import contextlib
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .gradient import withgradient
-from .state import Leaf, State, leaves
+from .guard import reads_at_once
+from .match import fit
+from .state import Leaf, State, leaves, spec_of
 from .tree import Frame, level, unwrap, walk
-from .update import update
+from .update import check, guard_of, update
 
 
 def train(
@@ -41,21 +46,28 @@ def train(
     1
     """
     _refuse(refused, data, state)
-    losses: list[float] = []
+    fit(spec_of(state), model)
     training_mode(model, state)
-    watched = _watched() if progress is None else progress
+    losses: list[Tensor] = []
+    watched, drawn = _watched() if progress is None else progress, 0.0
     with tqdm(data, disable=not watched, unit="batch") as bar:
-        for i, batch in enumerate(bar):
+        for batch in bar:
             value = trainstep(loss, model, batch, state)
-            number = float(value[0] if isinstance(value, tuple) else value)
-            if not math.isfinite(number):
-                raise FloatingPointError(f"the loss is {number} on item {i} of the data; that item updated nothing")
-            losses.append(number)
-            if watched:
-                bar.set_postfix(loss=f"{np.mean(losses[-100:]):.4f}", refresh=False)
+            losses.append(value[0] if isinstance(value, tuple) else value)
+            if reads_at_once(losses[-1]) and not losses[-1].isfinite():
+                break
+            if watched and time.monotonic() > drawn + 0.1:  # reading the loss more often would make a device wait
+                bar.set_postfix(loss=f"{torch.stack(losses[-100:]).mean().item():.4f}", refresh=False)
+                drawn = time.monotonic()
     if not losses:
         raise ValueError("train got no batch: the data is empty, or an iterator that was used up before")
-    return losses
+    numbers = torch.stack([x.reshape(()) for x in losses]).tolist()
+    bad = next((i for i, number in enumerate(numbers) if not math.isfinite(number)), None)
+    with contextlib.suppress(*[FloatingPointError] * (bad is not None)):
+        check(state)
+    if bad is not None:
+        raise FloatingPointError(f"the loss is {numbers[bad]} on item {bad} of the data; that item updated nothing")
+    return numbers
 
 
 def trainstep(loss: Callable[..., Any], model: Any, batch: Any, state: State | Leaf) -> Any:
@@ -66,8 +78,12 @@ def trainstep(loss: Callable[..., Any], model: Any, batch: Any, state: State | L
     batch = to_device(batch, model)
     args = batch if isinstance(batch, tuple | list) else (batch,)
     value, grads = withgradient(loss, model, *args, state=state)
-    if (value[0] if isinstance(value, tuple) else value).isfinite().all():
-        update(state, model, grads)
+    finite = (value[0] if isinstance(value, tuple) else value).isfinite().all()
+    if not reads_at_once(finite):
+        guard_of(state).note(finite, "the loss")
+    elif not finite:
+        return value
+    update(state, model, grads)
     return value
 
 
@@ -92,14 +108,13 @@ def to_device(batch: Any, model: Any) -> Any:
     """The batch with its tensors on the model's device; ValueError where the model is on several."""
     tensors, frame = Frame.split(batch)
     devices = {x.device for x in walk(model)[1]}
-    if not tensors or devices == {tensors[0].device}:
-        return batch
-    if len(devices) != 1:
-        names = ", ".join(sorted(map(str, devices))) or "none"
+    if len(devices) > 1 and tensors:
         raise ValueError(
-            f"cannot tell the batch's device: the model's parameters are on {names}; write the loop yourself with "
-            "withgradient and update, and place the batch there"
+            f"cannot tell the batch's device: the model's parameters are on {', '.join(sorted(map(str, devices)))}; "
+            "write the loop with withgradient and update, and place the batch there"
         )
+    if all({t.device} == devices for t in tensors) or not devices:
+        return batch
     (device,) = devices
     return frame.join(t.to(device, non_blocking=t.is_pinned()) for t in tensors)
 

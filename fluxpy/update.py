@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guard import Skip, require_finite
+from .guard import Guard, Skip, require_finite
 from .match import fit, rebuild, scatter
 from .rule import Ask, Assign, Rule, StagedRule, at
-from .state import Leaf, State, start
+from .state import Leaf, State, spec_of, start
+from .state import leaves as leaves_of
 from .tree import Frame, Spec
 
 
@@ -37,7 +38,7 @@ class _Step:
         self.asked = 0  # how many totals over the tree it has asked for
         self.change: Any = None
 
-    def advance(self, answer: Tensor | None) -> Ask | None:
+    def advance(self, answer: Tensor | None, guard: Guard) -> Ask | None:
         """Run to the next question that concerns other leaves too; None at the end."""
         while True:
             try:
@@ -52,7 +53,7 @@ class _Step:
             if ask.across:
                 self.asked += 1
                 return ask
-            require_finite(ask.part, ask, [(self.path, ask.part)])
+            require_finite(ask.part, ask, [(self.path, ask.part)], guard)
             answer = ask.part
 
     def _check(self) -> None:
@@ -95,15 +96,16 @@ def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -
     if not isinstance(state, State | Leaf):
         what = "a rule; call state = setup(rule, model) first" if isinstance(state, Rule) else f"{type(state).__name__}"
         raise TypeError(f"update takes (state, model, grads), but the first is {what}")
-    spec = state._spec if isinstance(state, State) else Spec("leaf", index=0)
+    spec = spec_of(state)
     leaves = state._values if isinstance(state, State) else [state]
     params = fit(spec, model)
     given = _gradients(spec, params, grads)
     for index, path in spec.unique.items():
         _check(path, leaves[index], params[index], given.get(index))
+    guard = guard_of(state)
     with torch.set_grad_enabled(not inplace and _has_history(leaves, params, given)):
         try:
-            steps = _run(spec, leaves, params, given)
+            steps = _run(spec, leaves, params, given, guard)
         except Skip:
             steps = {}
         else:
@@ -111,10 +113,13 @@ def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -
             for leaf in (leaves[index] for index in spec.unique):
                 leaf._missed += leaf.frozen and leaf.rule is not None and leaf.rule.gathers
         if inplace:
+            guard.updates += 1
             for index, step in steps.items():
-                _write(step, leaves[index])
+                if step.change is not None:
+                    step.x.copy_(guard.held(step.x, step.value()))
+                _settle(step, leaves[index], guard, inplace=True)
             return state, model
-        return _copies(spec, leaves, params, steps, model)
+        return _copies(spec, leaves, params, steps, model, guard)
 
 
 def _gradients(spec: Spec, params: Mapping[int, Tensor], grads: Any) -> dict[int, Tensor]:
@@ -168,7 +173,7 @@ def _has_history(leaves: list[Leaf], params: Mapping[int, Tensor], given: Mappin
 
 
 def _run(
-    spec: Spec, leaves: list[Leaf], params: Mapping[int, Tensor], given: Mapping[int, Tensor]
+    spec: Spec, leaves: list[Leaf], params: Mapping[int, Tensor], given: Mapping[int, Tensor], guard: Guard
 ) -> dict[int, _Step]:
     """All leaves through their rules. Where rules ask for totals, all leaves get there before any goes on."""
     rules: dict[Any, Rule] = {}
@@ -181,13 +186,13 @@ def _run(
     while waiting:
         groups: dict[Any, list[tuple[_Step, Ask]]] = {}
         for step, answer in waiting:
-            ask = step.advance(answer)
+            ask = step.advance(answer, guard)
             if ask is not None:
                 groups.setdefault((step.asked, _identity(ask.rule)), []).append((step, ask))
         waiting = []
         for group in groups.values():
             total = group[0][1].rule.combine([ask.part for _, ask in group])
-            require_finite(total, group[0][1], [(step.path, ask.part) for step, ask in group])
+            require_finite(total, group[0][1], [(step.path, ask.part) for step, ask in group], guard)
             waiting += [(step, total) for step, _ in group]
     return steps
 
@@ -197,40 +202,48 @@ def _identity(rule: StagedRule) -> Any:
     return type(rule), tuple((n, id(v) if isinstance(v, Tensor) else v) for n, v in sorted(vars(rule).items()))
 
 
-def _settle(step: _Step, leaf: Leaf, state: Any) -> None:
-    leaf._state, leaf._missed = state, 0
+def _settle(step: _Step, leaf: Leaf, guard: Guard, inplace: bool) -> None:
+    """Give a leaf its new state. In place, each tensor keeps its memory where its shape allows."""
+    (olds, before), (news, after) = Frame.split(step.state), Frame.split(step.new)
+    if before == after and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(olds, news, strict=True)):
+        news = [guard.held(old, new) for old, new in zip(olds, news, strict=True)]
+        if inplace:
+            news = [old if old is new else old.copy_(new) for old, new in zip(olds, news, strict=True)]
+    # Never keep a tensor that others write to: the parameter, the gradient, or, of a copy, the old state's.
+    others = {id(t) for t in (step.x, step.dx, *([] if inplace else olds))}
+    leaf._state = after.join(t.clone() if id(t) in others else t for t in news)
+    leaf._missed = 0
     leaf._count += step.change is not None
 
 
-def _write(step: _Step, leaf: Leaf) -> None:
-    """Commit in place: the parameter and each tensor of the state keep their memory."""
-    if isinstance(step.change, Assign):
-        step.x.copy_(step.change.value)
-    elif step.change is not None:
-        step.x.sub_(step.change)
-    (olds, before), (news, after) = Frame.split(step.state), Frame.split(step.new)
-    if before == after and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(olds, news, strict=True)):
-        for old, new in zip(olds, news, strict=True):
-            if old is not new:
-                old.copy_(new)
-        news = olds
-    # Never keep the parameter or the gradient itself: others write to them.
-    _settle(step, leaf, after.join(t.clone() if t is step.x or t is step.dx else t for t in news))
-
-
 def _copies(
-    spec: Spec, leaves: list[Leaf], params: Mapping[int, Tensor], steps: Mapping[int, _Step], model: Any
+    spec: Spec, leaves: list[Leaf], params: Mapping[int, Tensor], steps: Mapping[int, _Step], model: Any, guard: Guard
 ) -> tuple[Any, Any]:
     """The outcome as a new state and a new model, which share no tensor with the old."""
     fresh, values = list(leaves), {}
     for i, index in enumerate(spec.unique):
-        leaf, step = leaves[index], steps.get(index)
-        tensors, frame = Frame.split(leaf.state if step is None else step.new)
-        held = {id(t) for t in (params[index], *Frame.split(leaf.state)[0], *([] if step is None else [step.dx]))}
-        state = frame.join(t.clone() if id(t) in held else t for t in tensors)
-        fresh[index] = leaf._with(leaf.rule, state)
-        if step is not None:
-            _settle(step, fresh[index], state)
-        values[i] = params[index].clone() if step is None else step.value()
+        leaf, x = leaves[index], params[index]
+        if index in steps:
+            fresh[index] = leaf._with(leaf.rule, None)
+            _settle(steps[index], fresh[index], guard, inplace=False)
+            values[i] = guard.held(x, steps[index].value())
+        else:
+            tensors, frame = Frame.split(leaf.state)
+            fresh[index], values[i] = leaf._with(leaf.rule, frame.join(t.clone() for t in tensors)), x.clone()
     new = fresh[0] if spec.kind == "leaf" else State(spec, fresh)
     return new, rebuild(model, values)
+
+
+def guard_of(state: State | Leaf) -> Guard:
+    """The guard that all leaves of a tree share."""
+    return next((leaf._guard for _, leaf in leaves_of(state)), Guard())
+
+
+def check(state: Any) -> None:
+    """Raise FloatingPointError if a number that must be finite (a norm, or the loss of `trainstep`) was not.
+
+    On the CPU that error came already, when it happened. On other devices nothing is read during a step: the first bad
+    number holds back its update and all after it, and this reads it, with its path and the number of the update, and
+    lets updates go on. `train` calls it at its end.
+    """
+    guard_of(state).check()

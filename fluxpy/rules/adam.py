@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..rule import Hyper, Rule, eps_for, hyper
-from .average import average, average_square
+from .average import average, average_square, root
 
 
 class Moments(NamedTuple):
@@ -42,10 +42,10 @@ class Adam(Rule):
     Adam(lr=0.001, betas=(0.8, 0.99), eps=1e-08)
     """
 
-    lr: Hyper = hyper(1e-3, "[0, inf)")
-    betas: Hyper = hyper((0.9, 0.999), "[0, 1)")
+    lr: Hyper = hyper(default=1e-3, allowed="[0, inf)")
+    betas: Hyper = hyper(default=(0.9, 0.999), allowed="[0, 1)")
     _: KW_ONLY
-    eps: Hyper = hyper(1e-8, "[0, inf)")
+    eps: Hyper = hyper(default=1e-8, allowed="[0, inf)")
     elementwise = True
 
     def init(self, x: Tensor) -> Any:
@@ -60,7 +60,7 @@ class Adam(Rule):
         return Moments(average(beta1, state.m, dx), average_square(beta2, state.v, dx), state.t + 1)
 
     def denominator(self, state: Any, x: Tensor) -> Hyper:
-        return state.v.sqrt() / (1 - self.betas[1] ** state.t) ** 0.5 + eps_for(x, self.eps)
+        return root(state.v) / (1 - self.betas[1] ** state.t) ** 0.5 + eps_for(x, self.eps)
 
 
 class AdamW(Adam):
@@ -70,7 +70,7 @@ class AdamW(Adam):
     """
 
     _: KW_ONLY  # that of the parent does not reach here
-    weight_decay: Hyper = hyper(1e-2, "[0, inf)")
+    weight_decay: Hyper = hyper(default=1e-2, allowed="[0, inf)")
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         state, step = super().apply(state, x, dx)
@@ -122,9 +122,9 @@ class NAdam(Adam):
     Numbers of `torch.optim.NAdam`. Flux has a constant momentum and a factor `beta2` in `v̂`.
     """
 
-    lr: Hyper = hyper(2e-3, "[0, inf)")
+    lr: Hyper = hyper(default=2e-3, allowed="[0, inf)")
     _: KW_ONLY
-    momentum_decay: Hyper = hyper(4e-3, "[0, inf)")
+    momentum_decay: Hyper = hyper(default=4e-3, allowed="[0, inf)")
 
     def init(self, x: Tensor) -> NesterovMoments:
         return NesterovMoments(*super().init(x), mu_product=1.0)
@@ -155,7 +155,7 @@ class RAdam(Adam):
         # Any number above 4 keeps the root real where it will not be used.
         longest, length = _where(known, longest, 6.0), _where(known, length, 6.0)
         rectify = ((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)) ** 0.5
-        return _where(known, (state.v.sqrt() + eps_for(x, self.eps)) / (unbias**0.5 * rectify), 1.0)
+        return _where(known, (root(state.v) + eps_for(x, self.eps)) / (unbias**0.5 * rectify), 1.0)
 
 
 def _where(condition: Any, yes: Hyper, no: Hyper) -> Hyper:
@@ -171,7 +171,7 @@ class AdaMax(Adam):
     Numbers of `torch.optim.Adamax`. Flux adds eps to the divisor instead.
     """
 
-    lr: Hyper = hyper(2e-3, "[0, inf)")
+    lr: Hyper = hyper(default=2e-3, allowed="[0, inf)")
 
     def averages(self, state: Moments, x: Tensor, dx: Tensor) -> Moments:
         beta1, beta2 = self.betas
@@ -189,7 +189,7 @@ class AdaBelief(Adam):
     """
 
     _: KW_ONLY
-    eps: Hyper = hyper(1e-16, "[0, inf)")
+    eps: Hyper = hyper(default=1e-16, allowed="[0, inf)")
 
     def averages(self, state: Moments, x: Tensor, dx: Tensor) -> Moments:
         beta1, beta2 = self.betas
@@ -211,7 +211,7 @@ class OAdam(Adam):
     the step before.
     """
 
-    betas: Hyper = hyper((0.5, 0.9), "[0, 1)")
+    betas: Hyper = hyper(default=(0.5, 0.9), allowed="[0, 1)")
 
     def init(self, x: Tensor) -> Optimism:
         return Optimism(super().init(x), torch.zeros_like(x))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..rule import Hyper, Rule, eps_for, hyper
-from .average import average, average_square
+from .average import average, average_square, root
 
 
 class Square(NamedTuple):
@@ -35,11 +35,11 @@ class RMSProp(Rule):
     Spread(v=tensor([0.]), m=tensor([0.]))
     """
 
-    lr: Hyper = hyper(1e-2, "[0, inf)")
+    lr: Hyper = hyper(default=1e-2, allowed="[0, inf)")
     _: KW_ONLY
-    alpha: Hyper = hyper(0.99, "[0, 1]")
-    eps: Hyper = hyper(1e-8, "[0, inf)")
-    centered: bool = hyper(False, fixed=True)
+    alpha: Hyper = hyper(default=0.99, allowed="[0, 1]")
+    eps: Hyper = hyper(default=1e-8, allowed="[0, inf)")
+    centered: bool = hyper(default=False, fixed=True)
     elementwise = True
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class RMSProp(Rule):
             v = (v - state.m * state.m).clamp(min=0)
         else:
             state = Square(v)
-        return state, self.lr * dx / (v.sqrt() + eps_for(x, self.eps))
+        return state, self.lr * dx / (root(v) + eps_for(x, self.eps))
 
 
 class AdaGrad(Rule):
@@ -66,9 +66,9 @@ class AdaGrad(Rule):
     Numbers of `torch.optim.Adagrad`. Flux starts `v` at eps.
     """
 
-    lr: Hyper = hyper(1e-2, "[0, inf)")
+    lr: Hyper = hyper(default=1e-2, allowed="[0, inf)")
     _: KW_ONLY
-    eps: Hyper = hyper(1e-10, "[0, inf)")
+    eps: Hyper = hyper(default=1e-10, allowed="[0, inf)")
     elementwise = True
 
     def init(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class AdaGrad(Rule):
 
     def apply(self, state: Tensor, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         v = state + dx * dx
-        return v, self.lr * dx / (v.sqrt() + eps_for(x, self.eps))
+        return v, self.lr * dx / (root(v) + eps_for(x, self.eps))
 
 
 class Squares(NamedTuple):
@@ -94,10 +94,10 @@ class AdaDelta(Rule):
     Numbers of `torch.optim.Adadelta`. Flux has no lr.
     """
 
-    lr: Hyper = hyper(1.0, "[0, inf)")
+    lr: Hyper = hyper(default=1.0, allowed="[0, inf)")
     _: KW_ONLY
-    rho: Hyper = hyper(0.9, "[0, 1]")
-    eps: Hyper = hyper(1e-6, "[0, inf)")
+    rho: Hyper = hyper(default=0.9, allowed="[0, 1]")
+    eps: Hyper = hyper(default=1e-6, allowed="[0, inf)")
     elementwise = True
 
     def init(self, x: Tensor) -> Squares:

@@ -16,7 +16,7 @@ class ClipGrad(Rule):
     tensor([ 0.5000, -1.0000])
     """
 
-    clip_value: Hyper = hyper(10.0, "(0, inf]")
+    clip_value: Hyper = hyper(default=10.0, allowed="(0, inf]")
     elementwise = True
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
@@ -36,10 +36,10 @@ class ClipNorm(StagedRule):
     tensor([0.6000, 0.8000])
     """
 
-    max_norm: Hyper = hyper(10.0, "(0, inf]")
+    max_norm: Hyper = hyper(default=10.0, allowed="(0, inf]")
     _: KW_ONLY
-    norm_type: Hyper = hyper(2.0, "(0, inf]")
-    nonfinite: Hyper = hyper("raise", ("raise", "skip", "ignore"))
+    norm_type: Hyper = hyper(default=2.0, allowed="(0, inf]")
+    nonfinite: Hyper = hyper(default="raise", allowed=("raise", "skip", "ignore"))
 
     def steps(self, state: Any, x: Tensor, dx: Tensor) -> Steps:
         norm = yield Ask(self, norm_of(dx, self.norm_type), across=False, nonfinite=self.nonfinite)
@@ -54,10 +54,10 @@ class ClipGlobalNorm(StagedRule):
     without the 1e-6 it adds to the norm. `norm_type` and `nonfinite` are those of `ClipNorm`.
     """
 
-    max_norm: Hyper = hyper(1.0, "(0, inf]")
+    max_norm: Hyper = hyper(default=1.0, allowed="(0, inf]")
     _: KW_ONLY
-    norm_type: Hyper = hyper(2.0, "(0, inf]")
-    nonfinite: Hyper = hyper("raise", ("raise", "skip", "ignore"))
+    norm_type: Hyper = hyper(default=2.0, allowed="(0, inf]")
+    nonfinite: Hyper = hyper(default="raise", allowed=("raise", "skip", "ignore"))
 
     def combine(self, parts: list[Tensor]) -> Tensor:
         return norm_of(torch.stack([part.to(parts[0]) for part in parts]), self.norm_type)

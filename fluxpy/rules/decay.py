@@ -16,7 +16,7 @@ class WeightDecay(Rule):
     tensor([ 1., -2.])
     """
 
-    weight_decay: Hyper = hyper(5e-4, "[0, inf)")
+    weight_decay: Hyper = hyper(default=5e-4, allowed="[0, inf)")
     elementwise = True
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
@@ -30,7 +30,7 @@ class SignDecay(Rule):
     tensor([ 0.5000, -0.5000])
     """
 
-    sign_decay: Hyper = hyper(1e-3, "[0, inf)")
+    sign_decay: Hyper = hyper(default=1e-3, allowed="[0, inf)")
     elementwise = True
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:

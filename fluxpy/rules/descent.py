@@ -15,7 +15,7 @@ class Descent(Rule):
     tensor([ 0.5000, -2.0000])
     """
 
-    lr: Hyper = hyper(0.1, "[0, inf)")
+    lr: Hyper = hyper(default=0.1, allowed="[0, inf)")
     elementwise = True
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
@@ -34,8 +34,8 @@ class Momentum(Rule):
     tensor([1.5000])
     """
 
-    lr: Hyper = hyper(0.01, "[0, inf)")
-    momentum: Hyper = hyper(0.9, "[0, 1]")
+    lr: Hyper = hyper(default=0.01, allowed="[0, inf)")
+    momentum: Hyper = hyper(default=0.9, allowed="[0, 1]")
     elementwise = True
 
     def init(self, x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Nesterov(Momentum):
     Numbers of `torch.optim.SGD(momentum=..., nesterov=True)`, defaults of Flux.
     """
 
-    lr: Hyper = hyper(0.001, "[0, inf)")
+    lr: Hyper = hyper(default=0.001, allowed="[0, inf)")
 
     def apply(self, state: Tensor, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         v, step = super().apply(state, x, dx)

@@ -20,8 +20,8 @@ class Lion(Rule):
     tensor([ 0.1000, -0.1000])
     """
 
-    lr: Hyper = hyper(1e-4, "[0, inf)")
-    betas: Hyper = hyper((0.9, 0.99), "[0, 1)")
+    lr: Hyper = hyper(default=1e-4, allowed="[0, inf)")
+    betas: Hyper = hyper(default=(0.9, 0.99), allowed="[0, 1)")
     elementwise = True
 
     def init(self, x: Tensor) -> Tensor:
@@ -54,10 +54,10 @@ class Rprop(Rule):
     tensor([0.1200, 0.0000])
     """
 
-    lr: Hyper = hyper(1e-2, "[0, inf)", fixed=True)
+    lr: Hyper = hyper(default=1e-2, allowed="[0, inf)", fixed=True)
     _: KW_ONLY
-    etas: Hyper = hyper((0.5, 1.2), "(0, inf)")
-    step_sizes: Hyper = hyper((1e-6, 50.0), "(0, inf)")
+    etas: Hyper = hyper(default=(0.5, 1.2), allowed="(0, inf)")
+    step_sizes: Hyper = hyper(default=(1e-6, 50.0), allowed="(0, inf)")
     elementwise = True
 
     def __post_init__(self) -> None:

@@ -159,7 +159,7 @@ class MixedPrecision(_Wrapper):
 
     rule: Rule
     _: KW_ONLY
-    dtype: torch.dtype = hyper(torch.float32, fixed=True)
+    dtype: torch.dtype = hyper(default=torch.float32, fixed=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
