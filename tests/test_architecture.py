@@ -1,0 +1,80 @@
+"""Imports point downwards, files stay small, and the public names are those in `fluxpy.__all__`."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import fluxpy
+
+ROOT = Path(fluxpy.__file__).parent
+FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
+LEARNER = [file for file in FILES if file.startswith("learner/")]
+CORE = [file for file in FILES if file not in LEARNER]
+
+
+def imports(file: str, *, lazy: bool = False) -> Iterator[str]:
+    """The modules that a file imports, in full: `fluxpy.rule`, `torch.nn`; with `lazy` also those inside functions."""
+    path = ROOT / file
+    package = ["fluxpy", *path.relative_to(ROOT).parent.parts]
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if lazy else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1] if node.level else [])
+            module = ".".join(filter(None, (base, node.module)))
+            # `from . import schedules` imports a module, `from .rule import Rule` a name of one.
+            yield from (f"{module}.{alias.name}" if node.module is None else module for alias in node.names)
+
+
+def ours(file: str) -> set[str]:
+    return {name for name in imports(file, lazy=True) if name.split(".")[0] == "fluxpy"}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("rules/")])
+def test_rules_know_one_tensor_and_no_tree(file: str) -> None:
+    assert {name for name in ours(file) if not name.startswith("fluxpy.rules.")} <= {"fluxpy.rule"}
+
+
+@pytest.mark.parametrize("file", ["rule.py", "schedules.py", "data.py", "text.py"])
+def test_the_ground_floor_imports_nothing_of_fluxpy(file: str) -> None:
+    assert ours(file) == set()
+
+
+def test_the_tree_knows_no_rules() -> None:
+    assert ours("tree.py") <= {"fluxpy.text"}
+
+
+def test_only_the_tree_imports_optree() -> None:
+    assert [file for file in FILES if any(name.split(".")[0] == "optree" for name in imports(file))] == ["tree.py"]
+
+
+@pytest.mark.parametrize("file", [file for file in CORE if file != "__init__.py"])
+def test_the_core_knows_no_learner(file: str) -> None:
+    assert not {name for name in ours(file) if name.startswith("fluxpy.learner")}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_file_is_long(file: str) -> None:
+    lines = (ROOT / file).read_text().count("\n")
+    assert lines <= 300, "split it by what changes together"
+
+
+def test_import_is_light() -> None:
+    heavy = ["fluxpy.learner", "tensorboard", "torch.utils.tensorboard", "sklearn", "matplotlib", "tqdm.notebook"]
+    code = f"import sys, fluxpy; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names() -> None:
+    names = fluxpy.__all__
+    assert names == sorted(set(names))
+    assert not [name for name in names if not hasattr(fluxpy, name)]
+    public = {name for name, value in vars(fluxpy).items() if name[0] != "_" and not isinstance(value, ModuleType)}
+    assert public <= set(names)
