@@ -1,5 +1,7 @@
 """Flux-style optimiser state for PyTorch: a tree that you can see, address and change.
 
+In short:
+
     state = fluxpy.setup(rule, model)
     loss, grads = fluxpy.withgradient(loss_of, model)
     fluxpy.update(state, model, grads)
@@ -12,18 +14,85 @@ from .data import DataLoader
 from .flat import destructure, trainables
 from .gradient import gradient, withgradient
 from .rule import Ask, Assign, Rule, StagedRule, hyper
-from .rules import *  # noqa: F403
-from .rules import __all__ as _rules
+from .rules import (
+    AccumGrad,
+    AdaBelief,
+    AdaDelta,
+    AdaGrad,
+    Adam,
+    AdaMax,
+    AdamW,
+    AMSGrad,
+    ClipGlobalNorm,
+    ClipGrad,
+    ClipNorm,
+    Descent,
+    Lion,
+    MixedPrecision,
+    Momentum,
+    NAdam,
+    Nesterov,
+    OAdam,
+    OptimiserChain,
+    RAdam,
+    RMSProp,
+    Rprop,
+    SignDecay,
+    WeightDecay,
+)
 from .show import summary
 from .state import leaves, select, setup, value
 from .train import train, trainstep
 from .update import check, update
 
-__all__ = sorted(
-    [
-        *_rules,
-        *("Ask", "Assign", "DataLoader", "Rule", "StagedRule", "adjust", "check", "destructure", "freeze", "gradient", "hyper"),
-        *("leaves", "reset", "scale", "schedules", "select", "setup", "summary", "thaw", "train", "trainables"),
-        *("trainstep", "update", "value", "withgradient"),
-    ]
-)
+__all__ = [
+    "AMSGrad",
+    "AccumGrad",
+    "AdaBelief",
+    "AdaDelta",
+    "AdaGrad",
+    "AdaMax",
+    "Adam",
+    "AdamW",
+    "Ask",
+    "Assign",
+    "ClipGlobalNorm",
+    "ClipGrad",
+    "ClipNorm",
+    "DataLoader",
+    "Descent",
+    "Lion",
+    "MixedPrecision",
+    "Momentum",
+    "NAdam",
+    "Nesterov",
+    "OAdam",
+    "OptimiserChain",
+    "RAdam",
+    "RMSProp",
+    "Rprop",
+    "Rule",
+    "SignDecay",
+    "StagedRule",
+    "WeightDecay",
+    "adjust",
+    "check",
+    "destructure",
+    "freeze",
+    "gradient",
+    "hyper",
+    "leaves",
+    "reset",
+    "scale",
+    "schedules",
+    "select",
+    "setup",
+    "summary",
+    "thaw",
+    "train",
+    "trainables",
+    "trainstep",
+    "update",
+    "value",
+    "withgradient",
+]

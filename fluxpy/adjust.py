@@ -12,6 +12,7 @@ from .words import unknown
 
 T = TypeVar("T", State, Leaf)
 
+
 class scale:
     """In `adjust`: times the present value, leaf by leaf, so that ratios between subtrees survive.
 

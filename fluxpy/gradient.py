@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .match import fit
 from .state import Leaf, State, spec_of
-from .tree import Frame, Mirror, register_mirror, walk
+from .tree import Frame, Mirror, walk
 
 
 class Gradients(Mirror):
-    """A gradient for each parameter, in the shape of the model: a tensor, or None where the loss does not depend on it."""
+    """A gradient for each parameter in the shape of the model; None where the loss does not depend on one."""
 
     __slots__ = ()
     _what = "tree of gradients"
@@ -24,9 +24,6 @@ class Gradients(Mirror):
 
     def _found(self) -> Iterator[tuple[str, Tensor | None]]:
         return ((path, self._values[index]) for index, path in self._spec.unique.items())
-
-
-register_mirror(Gradients)
 
 
 def gradient(f: Callable[..., Any], model: Any, *args: Any, create_graph: bool = False) -> Any:
@@ -139,7 +136,7 @@ def _differentiate(loss: Tensor, params: list[Tensor], create_graph: bool) -> tu
 
 
 def _has_checkpoint(loss: Tensor) -> bool:
-    """Whether the graph below has a node of reentrant checkpointing: a parameter without a gradient may be hidden in it."""
+    """Whether the graph below has a node of reentrant checkpointing, which may hide parameters."""
     todo, seen = [loss.grad_fn], set()
     while todo:
         node = todo.pop()

@@ -16,6 +16,11 @@ def reads_at_once(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a `torch.func` transform is running over this tensor, whose numbers then cannot be read at all."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class Guard:
     """The flag of one state tree: whether a number was bad, and of the first one which, where and when."""
 
@@ -53,7 +58,7 @@ class Guard:
 
 def require_finite(total: Tensor, ask: Ask, parts: list[tuple[str, Tensor]], guard: Guard) -> None:
     """Act on a total that is not finite as `ask.nonfinite` says: raise, skip the update, or ignore it."""
-    if ask.nonfinite == "ignore" or torch._C._functorch.is_functorch_wrapped_tensor(total):
+    if ask.nonfinite == "ignore" or is_wrapped(total):
         return
     name = f"{type(ask.rule).__name__}: the norm of the gradient"
     if ask.nonfinite == "raise" and not reads_at_once(total):

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .tree import Mirror, Spec, is_parameter, level, names_of, near, unwrap, walk
+from .guard import is_wrapped
+from .text import names_of, near
+from .tree import Mirror, Spec, is_parameter, level, unwrap, walk
 
 
 def fit(spec: Spec, model: Any) -> dict[int, Tensor]:
@@ -17,7 +18,7 @@ def fit(spec: Spec, model: Any) -> dict[int, Tensor]:
             "pass the whole state or a branch of it (frozen leaves are passed by)"
         )
     other, values = walk(model)
-    if other.signature != spec.signature:
+    if other != spec:
         raise ValueError(_difference(spec, other, ""))
     return {i: values[j] for i, j in zip(spec.unique, other.unique, strict=True)}
 
@@ -30,7 +31,7 @@ def _difference(ours: Spec, other: Spec, path: str) -> str:
             "pass the model (or branch) that setup was given, or call setup(rule, model, keep=state) again"
         )
     for key, a, b in zip(ours.keys, ours.children, other.children, strict=True):
-        if a.signature != b.signature:
+        if a != b:
             return _difference(a, b, f"{path}.{key}" if path else str(key))
     return f"the model does not fit the state: {at} other parameters are tied than at setup; call setup again"
 
@@ -59,15 +60,19 @@ def scatter(spec: Spec, tree: Any, what: str = "gradients") -> dict[int, Any]:
                 )
         elif isinstance(value, Mirror):
             other = value._spec
-            if other is not spec and other.signature != spec.signature:
-                raise ValueError(f"the {what} do not fit the state: " + _difference(spec, other, path).partition(": ")[2])
+            if other != spec:
+                raise ValueError(
+                    f"the {what} do not fit the state: " + _difference(spec, other, path).partition(": ")[2]
+                )
             for (below, i), (_, j) in zip(spec.slots, other.slots, strict=True):
                 put(Spec("leaf", index=i), value._values[j], f"{path}.{below}" if path else below)
         elif isinstance(value, Mapping):
             for key, inner in value.items():
                 place = spec.find(key)
                 if place is None:
-                    raise ValueError(f"{what} {at} have an unknown name {key!r}; {near(key, (p for p, _ in spec.slots))}")
+                    raise ValueError(
+                        f"{what} {at} have an unknown name {key!r}; {near(key, (p for p, _ in spec.slots))}"
+                    )
                 put(place, inner, f"{path}.{key}" if path else str(key))
         elif spec.kind == "empty":
             if is_parameter(value):
@@ -130,7 +135,7 @@ def rebuild(model: Any, values: Mapping[int, Tensor]) -> Any:
 
 def _like(new: Tensor, old: Tensor) -> Tensor:
     """`new` as a parameter in place of `old`; a tensor with a history stays as it is, to be differentiated through."""
-    if new.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(new):
+    if new.requires_grad or is_wrapped(new):
         return new
     if isinstance(old, nn.Parameter):
         return nn.Parameter(new, requires_grad=old.requires_grad)

@@ -10,11 +10,11 @@ It knows nothing of models, trees or training; everything else in fluxpy is buil
 import copy
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Generator, Iterator
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeAlias, dataclass_transform
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,9 +44,9 @@ def hyper(
 class Ask(NamedTuple):
     """What a `StagedRule` asks between two of its lines: to check a number, and to total it over the tree.
 
-    `part` is this tensor's share, 0-dim. With `across`, the answer is `rule.combine` of the parts of all leaves that ask
-    the same in this update; without, it is the part itself. Either way `nonfinite` says what happens where that is not
-    finite: "raise", "skip" (the whole update: nothing moves) or "ignore".
+    `part` is this tensor's share, 0-dim. With `across`, the answer is `rule.combine` of the parts of all leaves that
+    ask the same in this update; without, it is the part itself. Either way `nonfinite` says what happens where that is
+    not finite: "raise", "skip" (the whole update: nothing moves) or "ignore".
     """
 
     rule: "StagedRule"
@@ -110,11 +110,12 @@ class Rule:
         """
         raise NotImplementedError(f"{type(self).__name__} must define apply(self, state, x, dx) -> (state, change)")
 
-    def steps(self, state: Any, x: Tensor, dx: Tensor) -> Steps:
+    def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         """`apply` as the engine runs it: a generator, so that rules which need the whole tree can wait for it."""
         if not (self.elementwise and x.is_complex()):
             return self.apply(state, x, dx)
-        state, change = self.apply(state, torch.view_as_real(x), None if dx is None else torch.view_as_real(dx))
+        real: Any = None if dx is None else torch.view_as_real(dx)
+        state, change = self.apply(state, torch.view_as_real(x), real)
         return state, None if change is None else torch.view_as_complex(change)
         yield
 
@@ -159,7 +160,7 @@ class StagedRule(Rule):
             if ask.nonfinite == "raise" and not total.isfinite():
                 raise FloatingPointError(f"{type(ask.rule).__name__}: the total {total.item()} is not finite")
 
-    def steps(self, state: Any, x: Tensor, dx: Tensor) -> Steps:
+    def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         raise NotImplementedError(f"{type(self).__name__} must define steps(self, state, x, dx)")
 
 
@@ -235,9 +236,7 @@ def _plain(value: Any) -> Any:
     """Lists become tuples and NumPy's numbers Python's own, so that a rule can be saved and compared."""
     if isinstance(value, list | tuple):
         return tuple(_plain(v) for v in value)
-    if isinstance(value, numbers.Real) and not isinstance(value, int | float):
-        return float(value)
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check(rule: str, field: dataclasses.Field[Any], value: Any) -> None:

@@ -79,6 +79,9 @@ def summary(state: State | Leaf) -> str:
         rows.append((path, str(list(leaf._shape)), dtype, rule, _rate(leaf), "frozen" * leaf.frozen, f"{size:,}"))
         numbers, total, frozen = numbers + leaf._shape.numel(), total + size, frozen + leaf.frozen
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join([*(c.ljust(w) for c, w in zip(r[:-1], widths)), r[-1].rjust(widths[-1])]) for r in rows]
+    lines = [
+        "  ".join([*(c.ljust(w) for c, w in zip(r[:-1], widths[:-1], strict=True)), r[-1].rjust(widths[-1])])
+        for r in rows
+    ]
     foot = f"{len(found)} parameters, {numbers:,} numbers, {frozen} frozen"
     return "\n".join([*lines, foot + f"{total:,}".rjust(max(len(lines[0]) - len(foot), len(f"{total:,}") + 2))])

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .guard import Guard
 from .rule import Rule, at, hyperparameters, replace
 from .rule import walk as walk_rules
-from .tree import Frame, Mirror, Spec, near, register, register_mirror, walk
+from .text import near
+from .tree import Frame, Mirror, Spec, register, walk
 from .words import unknown
 
 T = TypeVar("T", "State", "Leaf")
@@ -38,7 +39,7 @@ class Leaf:
 
     __slots__ = ("_count", "_dtype", "_frozen", "_guard", "_missed", "_open", "_rule", "_shape", "_state")
 
-    rule: Rule | None = _read_only("rule", "The hyperparameters.", "fluxpy.adjust(leaf, lr=...)")
+    rule: Any = _read_only("rule", "The hyperparameters.", "fluxpy.adjust(leaf, lr=...)")
     state: Any = _read_only("state", "The rule's momenta.", "fluxpy.reset(leaf), or load a saved state")
     frozen: bool = _read_only("frozen", "Whether updates pass it by.", "fluxpy.freeze(leaf) or fluxpy.thaw(leaf)")
 
@@ -275,5 +276,4 @@ def _map_tensors(rule: Rule, f: Callable[[Tensor], Any]) -> Rule:
     return replace(rule, lambda _rule, _name, v: change(v), validate=False)
 
 
-register_mirror(State)
 register(Leaf, _flatten, _unflatten)

@@ -126,7 +126,11 @@ def _watched() -> bool:
 def _refuse(refused: dict[str, Any], data: Any, state: Any) -> None:
     if refused:
         name = next(iter(refused))
-        hint = "; callbacks are for fluxpy.Learner, or write the loop with trainstep" if name in ("callbacks", "cb") else ""
+        hint = (
+            "; callbacks are for fluxpy.Learner, or write the loop with trainstep"
+            if name in ("callbacks", "cb")
+            else ""
+        )
         raise TypeError(f"train has no argument {name!r}{hint}")
     if not isinstance(state, State | Leaf):
         raise TypeError(f"train takes the state that setup returns in fourth place, but got {type(state).__name__}")

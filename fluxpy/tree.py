@@ -7,15 +7,15 @@
 Parameters are numbered in depth-first order; a tied one has one number and stands at several places.
 """
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import optree
-import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
+
+from .text import names_of, near
 
 NAMESPACE = "fluxpy"
 
@@ -67,14 +67,23 @@ def level(x: Any) -> Level | None:
 
 
 class Spec:
-    """One place of a tree. Immutable, and shared by all trees made from one model.
+    """One place of a tree. Immutable, and shared by all trees made from one model. Equal where one's values fit the
+    other: the same keys all the way down, and the same ties.
 
     `kind` is "record" (a module), "mapping", "sequence", "leaf", "empty", or, of views no model has, "slice" and
     "selection". `index` is the parameter's number at a leaf, -1 elsewhere.
     """
 
-    def __init__(self, kind: str, keys: tuple[Any, ...] = (), children: tuple["Spec", ...] = (), index: int = -1) -> None:
+    def __init__(
+        self, kind: str, keys: tuple[Any, ...] = (), children: tuple["Spec", ...] = (), index: int = -1
+    ) -> None:
         self.kind, self.keys, self.children, self.index = kind, keys, children, index
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Spec) and self.signature == other.signature)
+
+    def __hash__(self) -> int:
+        return hash(len(self.slots))
 
     def __deepcopy__(self, memo: Any) -> "Spec":
         return self
@@ -85,13 +94,14 @@ class Spec:
     @cached_property
     def slots(self) -> tuple[tuple[str, int], ...]:
         """(path, number) of every place of a parameter, ties at each of their places, depth first."""
-        found, todo = [], [("", self)]
+        found: list[tuple[str, int]] = []
+        todo: list[tuple[str, Spec]] = [("", self)]
         while todo:
             path, spec = todo.pop()
             if spec.kind == "leaf":
                 found.append((path, spec.index))
-            below = [(f"{path}.{key}" if path else str(key), child) for key, child in zip(spec.keys, spec.children)]
-            todo.extend(reversed(below))
+            for key, child in zip(reversed(spec.keys), reversed(spec.children), strict=True):
+                todo.append((f"{path}.{key}" if path else str(key), child))
         return tuple(found)
 
     @cached_property
@@ -104,7 +114,7 @@ class Spec:
 
     @cached_property
     def signature(self) -> Any:
-        """What two specs of one shape have in common; equal where a value of one fits the other, ties included."""
+        """What two equal specs have in common."""
         order = {index: i for i, index in enumerate(self.unique)}
         return self._shape(order)
 
@@ -113,43 +123,32 @@ class Spec:
             return order.get(self.index)
         return self.keys, tuple([child._shape(order) for child in self.children])
 
+    @cached_property
+    def by_key(self) -> dict[Any, "Spec"]:
+        """Children by key and its type: 1 is not True."""
+        return {(type(key), key): child for key, child in zip(self.keys, self.children, strict=True)}
+
     def child(self, key: Any) -> "Spec | None":
         """The place under a key, or, of a sequence, at a position (negative too) or slice."""
+        sequence = self.kind in ("sequence", "slice")
         if isinstance(key, slice):
-            if self.kind not in ("sequence", "slice"):
+            if not sequence:
                 raise TypeError(f"a slice is for sequences of layers; this place has the names {names_of(self.keys)}")
             return Spec("slice", self.keys[key], self.children[key]) if self.children[key] else None
-        for own, child in zip(self.keys, self.children, strict=True):
-            if own == key and type(own) is type(key) and self.kind != "slice":
-                return child
-        if isinstance(key, int) and self.kind in ("sequence", "slice"):
+        if sequence and isinstance(key, int):
             return self.children[key] if -len(self.children) <= key < len(self.children) else None
-        return None
+        return self.by_key.get((type(key), key))
 
     def find(self, path: Any) -> "Spec | None":
         """The place under an exact key, else under a dotted path."""
         found = self.child(path)
-        if found is not None or not isinstance(path, str):
-            return found
-        for key, child in zip(self.keys, self.children, strict=True):
+        for key, child in zip(self.keys, self.children, strict=True) if found is None and isinstance(path, str) else ():
             name = str(key)
             if path == name:
                 return child
             if path.startswith(name + ".") and (found := child.find(path[len(name) + 1 :])) is not None:
                 return found
-        return None
-
-
-def names_of(keys: Iterable[Any]) -> str:
-    names = [repr(key) for key in keys]
-    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "") if names else "none"
-
-
-def near(name: Any, names: Iterable[str]) -> str:
-    """The end of a message about an unknown name: what was perhaps meant, or what there is."""
-    names = list(names)
-    close = difflib.get_close_matches(str(name), names, n=3)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"there is: {names_of(names)}"
+        return found
 
 
 def walk(model: Any) -> tuple[Spec, list[Tensor]]:
@@ -199,6 +198,9 @@ class Mirror:
     __slots__ = ("_spec", "_values")
     _what: ClassVar[str] = "tree"
 
+    def __init_subclass__(cls) -> None:
+        register(cls, lambda tree: rooted(tree)[::-1], lambda spec, values: cls(spec, list(values)))
+
     def __init__(self, spec: Spec, values: list[Any]) -> None:
         self._spec, self._values = spec, values
 
@@ -216,7 +218,7 @@ class Mirror:
         if found is not None:
             return self._view(found)
         if isinstance(key, int | slice):
-            raise IndexError(f"this {self._what} has nothing at [{_slice(key)}]; it has {len(self)} children here")
+            raise IndexError(f"this {self._what} has nothing at {key}; it has {len(self)} children here")
         names = [*map(str, self._spec.keys), *(path for path, _ in self._spec.slots)]
         raise KeyError(f"this {self._what} has no {key!r} here; {near(key, names)}")
 
@@ -246,10 +248,6 @@ def rooted(tree: Mirror) -> tuple[Spec, list[Any]]:
         return Spec(spec.kind, spec.keys, tuple([renumber(c) for c in spec.children]), order.get(spec.index, -1))
 
     return (tree._spec if list(order) == list(order.values()) else renumber(tree._spec)), values
-
-
-def _slice(key: int | slice) -> str:
-    return str(key) if isinstance(key, int) else ":".join("" if v is None else str(v) for v in (key.start, key.stop))
 
 
 # --- Pytrees ------------------------------------------------------------------------------------------------------
@@ -298,24 +296,3 @@ def register(cls: type, flatten: Any, unflatten: Any) -> None:
         lambda children, metadata: unflatten(metadata, tuple(children)),
         serialized_type_name=f"{NAMESPACE}.{cls.__name__}",
     )
-
-
-class Shape:
-    """A spec as pytree metadata: equal to any spec of the same signature."""
-
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Shape) and (self.spec is other.spec or self.spec.signature == other.spec.signature)
-
-    def __hash__(self) -> int:
-        return hash(len(self.spec.slots))
-
-
-def register_mirror(cls: type[Mirror]) -> None:
-    def flatten(tree: Mirror) -> tuple[tuple[Any, ...], Shape]:
-        spec, values = rooted(tree)
-        return tuple(values), Shape(spec)
-
-    register(cls, flatten, lambda shape, values: cls(shape.spec, list(values)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .guard import Guard, Skip, require_finite
 from .match import fit, rebuild, scatter
-from .rule import Ask, Assign, Rule, StagedRule, at
+from .rule import Ask, Assign, Rule, StagedRule, at, hyperparameters, walk
 from .state import Leaf, State, spec_of, start
 from .state import leaves as leaves_of
 from .tree import Frame, Spec
@@ -34,15 +34,15 @@ class _Step:
         self.state = start(leaf.rule, x, leaf._count, path) if leaf.state is None else leaf.state
         if leaf._missed:
             self.state = self.rule.miss(self.state, leaf._missed)
-        self.run = self.rule.steps(self.state, x, dx)  # type: ignore[arg-type]
+        self.run = self.rule.steps(self.state, x, dx)
         self.asked = 0  # how many totals over the tree it has asked for
         self.change: Any = None
 
-    def advance(self, answer: Tensor | None, guard: Guard) -> Ask | None:
+    def advance(self, answer: Any, guard: Guard) -> Ask | None:
         """Run to the next question that concerns other leaves too; None at the end."""
         while True:
             try:
-                ask = self.run.send(answer)  # type: ignore[arg-type]
+                ask = self.run.send(answer)
             except StopIteration as done:
                 self.new, self.change = done.value
                 self._check()
@@ -152,7 +152,7 @@ def _check(path: str, leaf: Leaf, x: Tensor, dx: Tensor | None) -> None:
     for held in Frame.split(leaf.state)[0]:
         if held.device != x.device and held.ndim:
             raise ValueError(
-                f"the momenta of {path!r} are on {held.device}, but the parameter is on {x.device}: after model.to(...), "
+                f"the momenta of {path!r} are on {held.device}, the parameter on {x.device}: after model.to(...), "
                 "move the state too: optree.tree_map(lambda t: t.to(device), state, namespace='fluxpy')"
             )
 
@@ -166,7 +166,9 @@ def _has_history(leaves: list[Leaf], params: Mapping[int, Tensor], given: Mappin
     an ordinary loop would grow with every step."""
     if not torch.is_grad_enabled():
         return False
-    held = [t for leaf in leaves for t in Frame.split((leaf.state, leaf.rule and vars(leaf.rule)))[0]]
+    rules = {id(leaf.rule): leaf.rule for leaf in leaves if leaf.rule is not None}.values()
+    held = [t for leaf in leaves for t in Frame.split(leaf.state)[0]]
+    held += [t for rule in rules for inner in walk(rule) for t in Frame.split(hyperparameters(inner))[0]]
     return any(t.requires_grad for t in (*given.values(), *held)) or any(
         x.requires_grad and not x.is_leaf for x in params.values()
     )
@@ -199,14 +201,14 @@ def _run(
 
 def _identity(rule: StagedRule) -> Any:
     """Equal rules share a total; tensors among their hyperparameters are compared by identity, not by reading them."""
-    return type(rule), tuple((n, id(v) if isinstance(v, Tensor) else v) for n, v in sorted(vars(rule).items()))
+    return type(rule), tuple((n, id(v) if isinstance(v, Tensor) else v) for n, v in hyperparameters(rule).items())
 
 
 def _settle(step: _Step, leaf: Leaf, guard: Guard, inplace: bool) -> None:
     """Give a leaf its new state. In place, each tensor keeps its memory where its shape allows."""
     (olds, before), (news, after) = Frame.split(step.state), Frame.split(step.new)
-    if before == after and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(olds, news, strict=True)):
-        news = [guard.held(old, new) for old, new in zip(olds, news, strict=True)]
+    if before == after and all(old.shape == new.shape for old, new in zip(olds, news, strict=True)):
+        news = [guard.held(old, new).to(old.dtype) for old, new in zip(olds, news, strict=True)]
         if inplace:
             news = [old if old is new else old.copy_(new) for old, new in zip(olds, news, strict=True)]
     # Never keep a tensor that others write to: the parameter, the gradient, or, of a copy, the old state's.

@@ -1,7 +1,7 @@
 """The words other libraries use, so that an unknown hyperparameter is answered with the right one."""
 
 from .rule import Rule, hyperparameters, title, walk
-from .tree import near
+from .text import near
 
 # What other libraries call a hyperparameter -> what it may be called here.
 WORDS = {
@@ -9,7 +9,9 @@ WORDS = {
     **dict.fromkeys(("beta", "b1", "b2", "beta1", "beta2", "beta_1", "beta_2"), ("betas",)),
     **dict.fromkeys(("epsilon", "eps_root", "ϵ"), ("eps",)),
     **dict.fromkeys(("rho", "mu", "mom", "decay"), ("momentum", "alpha", "rho")),
-    **dict.fromkeys(("lambda_", "lambd", "l2", "wd", "decay_rate", "weight_decay_rate"), ("weight_decay", "sign_decay")),
+    **dict.fromkeys(
+        ("lambda_", "lambd", "l2", "wd", "decay_rate", "weight_decay_rate"), ("weight_decay", "sign_decay")
+    ),
     **dict.fromkeys(("omega", "max_grad_norm", "clip_norm", "clipnorm"), ("max_norm",)),
     **dict.fromkeys(("delta", "clip", "thresh", "clipvalue"), ("clip_value",)),
     **dict.fromkeys(("p", "ord"), ("norm_type",)),

@@ -41,7 +41,7 @@ class ClipNorm(StagedRule):
     norm_type: Hyper = hyper(default=2.0, allowed="(0, inf]")
     nonfinite: Hyper = hyper(default="raise", allowed=("raise", "skip", "ignore"))
 
-    def steps(self, state: Any, x: Tensor, dx: Tensor) -> Steps:
+    def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         norm = yield Ask(self, norm_of(dx, self.norm_type), across=False, nonfinite=self.nonfinite)
         return state, shrink(dx, norm, self.max_norm)
 
@@ -62,7 +62,7 @@ class ClipGlobalNorm(StagedRule):
     def combine(self, parts: list[Tensor]) -> Tensor:
         return norm_of(torch.stack([part.to(parts[0]) for part in parts]), self.norm_type)
 
-    def steps(self, state: Any, x: Tensor, dx: Tensor) -> Steps:
+    def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         norm = yield Ask(self, norm_of(dx, self.norm_type), nonfinite=self.nonfinite)
         return state, shrink(dx, norm, self.max_norm)
 

@@ -85,7 +85,7 @@ class OptimiserChain(_Wrapper):
 
     start = init  # each member sees complex parameters in its own way
 
-    def steps(self, state: tuple[Any, ...], x: Tensor, dx: Tensor) -> Steps:
+    def steps(self, state: tuple[Any, ...], x: Tensor, dx: Any) -> Steps:
         new = list(state)
         for i, rule in enumerate(self.rules):
             if dx is None and not rule.gathers:
@@ -180,7 +180,7 @@ class MixedPrecision(_Wrapper):
         master = x.detach().to(self.dtype, copy=True)
         return Master(master, self.rule.start(master))
 
-    def steps(self, state: Master, x: Tensor, dx: Tensor) -> Steps:
+    def steps(self, state: Master, x: Tensor, dx: Any) -> Steps:
         written = state.x.to(x.dtype) != x
         master = torch.where(written, x.to(self.dtype), state.x)
         inner, change = yield from self.rule.steps(state.state, master, None if dx is None else dx.to(self.dtype))

@@ -1,0 +1,85 @@
+"""One row for each rule: an instance, other values for all that can be adjusted, and who says what it must do."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import oracles
+import torch
+
+import fluxpy
+from fluxpy.rule import Rule, hyperparameters, replace, walk
+
+
+@dataclass(frozen=True)
+class Row:
+    """`adjusted` has another legal value for every adjustable hyperparameter, `fixed` for every one that is not.
+
+    Either `twin` is the optimiser of `torch.optim`, which takes the rule's hyperparameters by their names, or `oracle`
+    makes a step from the paper in NumPy.
+    """
+
+    rule: Rule
+    adjusted: dict[str, Any]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    twin: Callable[..., torch.optim.Optimizer] | None = None
+    oracle: Callable[[], oracles.Step] | None = None
+    window: int = 1  # updates in one application
+
+    def given(self, values: dict[str, Any]) -> Rule:
+        return replace(self.rule, lambda _, name, old: values.get(name, old))
+
+
+def values(rule: Rule) -> dict[str, Any]:
+    """All hyperparameters of a rule and the rules in it."""
+    return {name: v for inner in walk(rule) for name, v in hyperparameters(inner).items()}
+
+
+def torch_row(rule: Rule, twin: Any, adjusted: dict[str, Any], fixed: dict[str, Any] | None = None) -> Row:
+    return Row(rule, {**adjusted}, fixed or {}, twin=partial(twin, foreach=False))
+
+
+def paper_row(rule: Rule, oracle: Callable[[], oracles.Step], adjusted: dict[str, Any]) -> Row:
+    return Row(rule, adjusted, oracle=oracle)
+
+
+opt = torch.optim
+ADAM = {"lr": 3e-2, "betas": (0.7, 0.95), "eps": 1e-3}
+NORM = {"max_norm": 0.5, "norm_type": 3.0, "nonfinite": "ignore"}
+
+ROWS: dict[str, Row] = {
+    "Descent": torch_row(fluxpy.Descent(), opt.SGD, {"lr": 0.3}),
+    "Momentum": torch_row(fluxpy.Momentum(), opt.SGD, {"lr": 0.3, "momentum": 0.5}),
+    "Nesterov": torch_row(fluxpy.Nesterov(), partial(opt.SGD, nesterov=True), {"lr": 0.3, "momentum": 0.5}),
+    "RMSProp": torch_row(fluxpy.RMSProp(), opt.RMSprop, {"lr": 3e-2, "alpha": 0.8, "eps": 1e-3}, {"centered": True}),
+    "Rprop": torch_row(fluxpy.Rprop(), opt.Rprop, {"etas": (0.3, 1.5), "step_sizes": (4e-3, 2e-2)}, {"lr": 1.5e-2}),
+    "Adam": torch_row(fluxpy.Adam(), opt.Adam, ADAM),
+    "AdamW": torch_row(fluxpy.AdamW(), opt.AdamW, {**ADAM, "weight_decay": 0.3}),
+    "AMSGrad": torch_row(fluxpy.AMSGrad(), partial(opt.Adam, amsgrad=True), ADAM),
+    "NAdam": torch_row(fluxpy.NAdam(), opt.NAdam, {**ADAM, "momentum_decay": 0.1}),
+    "RAdam": torch_row(fluxpy.RAdam(), opt.RAdam, ADAM),
+    "AdaMax": torch_row(fluxpy.AdaMax(), opt.Adamax, ADAM),
+    "AdaGrad": torch_row(fluxpy.AdaGrad(), opt.Adagrad, {"lr": 0.3, "eps": 1e-3}),
+    "AdaDelta": torch_row(fluxpy.AdaDelta(), opt.Adadelta, {"lr": 0.3, "rho": 0.7, "eps": 1e-3}),
+    "Lion": paper_row(fluxpy.Lion(), oracles.lion, {"lr": 1e-2, "betas": (0.6, 0.95)}),
+    "OAdam": paper_row(fluxpy.OAdam(), oracles.oadam, ADAM),
+    "AdaBelief": paper_row(fluxpy.AdaBelief(), oracles.adabelief, ADAM),
+    "WeightDecay": paper_row(fluxpy.WeightDecay(), oracles.weight_decay, {"weight_decay": 0.3}),
+    "SignDecay": paper_row(fluxpy.SignDecay(), oracles.sign_decay, {"sign_decay": 0.3}),
+    "ClipGrad": paper_row(fluxpy.ClipGrad(), oracles.clip_grad, {"clip_value": 0.01}),
+    "ClipNorm": paper_row(fluxpy.ClipNorm(), oracles.clip_norm, NORM),
+    "ClipGlobalNorm": paper_row(fluxpy.ClipGlobalNorm(), oracles.clip_global_norm, NORM),
+    "OptimiserChain": torch_row(
+        fluxpy.OptimiserChain(fluxpy.WeightDecay(0.42), fluxpy.Adam(0.1)), opt.Adam, {**ADAM, "weight_decay": 0.05}
+    ),
+    "AccumGrad": Row(
+        fluxpy.OptimiserChain(fluxpy.AccumGrad(7), fluxpy.Momentum()),
+        {"n": 2, "lr": 0.3, "momentum": 0.5},
+        oracle=oracles.accumulated_momentum,
+        window=7,
+    ),
+    "MixedPrecision": torch_row(
+        fluxpy.MixedPrecision(fluxpy.AdamW()), opt.AdamW, {**ADAM, "weight_decay": 0.3}, {"dtype": torch.float64}
+    ),
+}

@@ -1,0 +1,244 @@
+"""What every rule keeps to, found by introspection: a rule without a row in the table fails here."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import optree
+import pytest
+import torch
+from rule_table import ROWS, Row, values
+from torch import Tensor
+
+import fluxpy
+from fluxpy.rule import Rule, walk
+
+UPDATES = 8  # more than any window
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+SHAPES = {"matrix": (3, 4), "scalar": (), "nothing": (0, 3)}
+FIELDS = {key: [f for r in walk(row.rule) for f in dataclasses.fields(r)] for key, row in ROWS.items()}
+HYPERS = {key: [f for f in fields if f.metadata] for key, fields in FIELDS.items()}
+BAD = {
+    float: (-1.0, float("nan"), float("-inf"), "0.1", True, None, (0.1,)),
+    int: (0, -1, 2.5, float("nan"), "3", True),
+    str: ("loud", 0, True),
+    bool: (1, "yes", None),
+    torch.dtype: (torch.int32, torch.complex64, "float32"),
+    tuple: ((0.5,), (0.5, 1.2, 1.2), (-0.5, 1.2), (0.5, float("nan")), (0.5, "1"), (True, 1.2), "ab", 0.5),
+}
+
+each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def draw(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    drawn = {name: 20 * torch.randn(shape, dtype=dtype, generator=rng) for name, shape in SHAPES.items()}
+    drawn["matrix"][0] = 0  # as of a unit that never fires
+    return drawn
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [t for t in optree.tree_leaves(tree, namespace="fluxpy") if isinstance(t, Tensor)]
+
+
+def bits(tree: Any) -> list[bytes]:
+    return [t.detach().clone().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors(tree)]
+
+
+def forms(tree: Any) -> list[Any]:
+    return [(t.dtype, t.shape) for t in tensors(tree)]
+
+
+def begin(row: Row, dtype: torch.dtype = torch.float64, updates: int = 2) -> tuple[Any, Any]:
+    model = draw(dtype)
+    state = fluxpy.setup(row.rule, model)
+    for i in range(updates):
+        fluxpy.update(state, model, draw(dtype, i + 1))
+    return state, model
+
+
+def test_every_rule_has_a_row_that_names_all_its_hyperparameters() -> None:
+    public = {n for n, v in vars(fluxpy).items() if isinstance(v, type) and issubclass(v, Rule)}
+    assert public - {"Rule", "StagedRule"} == ROWS.keys()
+    for name, row in ROWS.items():
+        assert name in [type(rule).__name__ for rule in walk(row.rule)]
+        fixed = {f.name for f in HYPERS[name] if f.metadata["fixed"]}
+        assert (set(row.fixed), set(row.adjusted)) == (fixed, {f.name for f in HYPERS[name]} - fixed)
+        assert all(v != values(row.rule)[n] for n, v in (row.adjusted | row.fixed).items())
+        assert {f.name for f in FIELDS[name]} - {f.name for f in HYPERS[name]} <= {"rule", "rules"}
+        first, *rest = dataclasses.fields(getattr(fluxpy, name))
+        assert not first.kw_only and all(f.kw_only != (f.name in ("betas", "momentum")) for f in rest)
+
+
+@each_dtype
+@each_row
+def test_an_update_keeps_dtypes_and_shapes_and_writes_to_nothing_it_was_given(row: Row, dtype: torch.dtype) -> None:
+    """And in place it gives the same, bit for bit, in the same memory; of matrices, scalars and empty tensors."""
+    model = draw(dtype)
+    if dtype.is_complex and isinstance(row.rule, fluxpy.MixedPrecision):
+        with pytest.raises(ValueError, match="MixedPrecision takes real parameters"):
+            fluxpy.setup(row.rule, model)
+        return
+    state = fluxpy.setup(row.rule, model)
+    own, mine = fluxpy.setup(row.rule, model), copy.deepcopy(model)
+    memory = [t.data_ptr() for t in tensors((own, mine))]
+    for i in range(UPDATES):
+        grads = draw(dtype, i + 1)
+        given = (state, model, grads)
+        before = [t._version for t in tensors(given)], bits(given)
+        state, model = fluxpy.update(*given, inplace=False)
+        assert before == ([t._version for t in tensors(given)], bits(given))
+        assert forms((state, model)) == forms(given[:2])
+        assert not {t.data_ptr() for t in tensors((state, model)) if t.numel()} & {t.data_ptr() for t in tensors(given)}
+        fluxpy.update(own, mine, grads)
+        assert bits((own, mine)) == bits((state, model))
+        assert before[1] == bits(given)
+    assert memory == [t.data_ptr() for t in tensors((own, mine))]
+    assert all(t.isfinite().all() for t in tensors((state, model)))
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS.values() if r.rule.elementwise], ids=lambda r: str(r.rule))
+def test_complex_parameters_are_pairs_of_real_ones_to_elementwise_rules(row: Row) -> None:
+    state, model = begin(row, torch.complex64, updates=UPDATES)
+    real = {name: torch.view_as_real(x) for name, x in draw(torch.complex64).items()}
+    twin = fluxpy.setup(row.rule, real)
+    for i in range(UPDATES):
+        fluxpy.update(twin, real, {name: torch.view_as_real(g) for name, g in draw(torch.complex64, i + 1).items()})
+    assert bits((state, model)) == bits((twin, real))
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "no gradient"])
+@each_row
+def test_a_leaf_that_is_frozen_or_has_no_gradient_keeps_every_bit(row: Row, frozen: bool) -> None:
+    """Also if it is frozen and its gradient is NaN; and it has no part in any total."""
+    state, model = begin(row)
+    other, alone = copy.deepcopy((state, model))
+    if frozen:
+        fluxpy.freeze(state["matrix"])
+    elif row.rule.gathers:
+        return  # an update without a gradient counts in a window
+    before = bits((state["matrix"], model["matrix"])), repr(state["matrix"].state)
+    gradient = torch.full((3, 4), torch.nan, dtype=torch.float64) if frozen else None
+    for i in range(UPDATES):
+        grads = draw(seed=i + 3) | {"matrix": gradient}
+        fluxpy.update(state, model, grads)
+        fluxpy.update(other["scalar"], alone["scalar"], grads["scalar"])
+    assert before == (bits((state["matrix"], model["matrix"])), repr(state["matrix"].state))
+    assert bits((state["scalar"], model["scalar"])) == bits((other["scalar"], alone["scalar"]))
+
+
+def test_a_window_counts_updates_alike_for_all_leaves() -> None:
+    """One without a gradient adds zero, and one that was frozen is in step when it thaws."""
+    model = {name: torch.zeros(()) for name in ("full", "half", "frozen")}
+    state = fluxpy.setup(fluxpy.OptimiserChain(fluxpy.AccumGrad(2), fluxpy.Descent(1.0)), model)
+    fluxpy.freeze(state["frozen"])
+    fluxpy.update(state, model, dict.fromkeys(model, torch.tensor(8.0)))
+    fluxpy.thaw(state)
+    fluxpy.update(state, model, {"full": torch.tensor(4.0), "half": None, "frozen": torch.tensor(4.0)})
+    assert [x.item() for x in model.values()] == [-6.0, -4.0, -2.0]
+
+
+@each_row
+def test_a_tied_leaf_is_stepped_once(row: Row) -> None:
+    x = draw()["matrix"]
+    one, two = {"a": x.clone()}, {"a": (tied := x.clone()), "b": tied}
+    states = fluxpy.setup(row.rule, one), fluxpy.setup(row.rule, two)
+    for i in range(UPDATES):
+        g = draw(seed=i + 1)["matrix"]
+        fluxpy.update(states[0], one, {"a": g})
+        fluxpy.update(states[1], two, {"a": g, "b": g})
+    assert two["a"] is two["b"]
+    assert bits((states[0], one["a"])) == bits((states[1], two["a"]))
+
+
+ADJUSTABLE = [(key, name) for key, row in ROWS.items() for name in row.adjusted]
+FIXED = [(key, name) for key, row in ROWS.items() for name in row.fixed]
+
+
+@pytest.mark.parametrize(("key", "name"), ADJUSTABLE)
+def test_what_is_adjusted_takes_effect(key: str, name: str) -> None:
+    row = ROWS[key]
+    state, model = begin(row)
+    twin, same = copy.deepcopy((state, model))
+    fluxpy.adjust(state, **{name: row.adjusted[name]})
+    assert bits(state) == bits(twin)
+    for leaf in (leaf for _, leaf in fluxpy.leaves(state)):
+        assert fluxpy.value(leaf, name) == getattr(leaf.rule, name) == row.adjusted[name]
+    for i in range(2 * UPDATES):
+        grads = draw(seed=i + 3)
+        if name == "nonfinite":
+            grads["scalar"] = grads["scalar"] / 0
+            with pytest.raises(FloatingPointError, match="scalar"):
+                fluxpy.update(twin, same, grads)
+            fluxpy.update(state, model, grads)
+            return
+        fluxpy.update(state, model, grads)
+        fluxpy.update(twin, same, grads)
+    assert bits((state, model)) != bits((twin, same))
+
+
+@pytest.mark.parametrize(("key", "name"), FIXED)
+def test_what_shapes_the_state_cannot_be_adjusted(key: str, name: str) -> None:
+    state, _ = begin(ROWS[key])
+    with pytest.raises(ValueError, match=name):
+        fluxpy.adjust(state, **{name: ROWS[key].fixed[name]})
+    assert state["matrix"].rule == ROWS[key].rule
+
+
+@each_row
+def test_what_is_out_of_range_is_refused(row: Row) -> None:
+    """By the rule when it is made and by adjust, with name, value and range; nothing is changed."""
+    state, _ = begin(row)
+    for name, value in (row.adjusted | row.fixed).items():
+        for bad in BAD[type(value)]:
+            with pytest.raises(ValueError, match=rf"\b{name}=.*; .*(must|cannot)") as caught:
+                row.given({name: bad})
+            assert repr(bad) in str(caught.value)
+            with pytest.raises(ValueError, match=name):
+                fluxpy.adjust(state, **{name: bad})
+    assert state["matrix"].rule == row.rule
+
+
+@pytest.mark.parametrize(
+    "bad", [{"etas": (1.1, 1.2)}, {"etas": (0.5, 0.9)}, {"step_sizes": (1.0, 0.5)}, {"lr": lambda count: 0.1}]
+)
+def test_rprop_refuses_what_cannot_work(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"Rprop: {next(iter(bad))}="):
+        fluxpy.Rprop(**bad)
+
+
+@each_row
+def test_tensors_may_stand_for_hyperparameters_and_no_rule_reads_them(row: Row) -> None:
+    """On the meta device there is nothing to read: a rule that tries raises."""
+
+    def to_tensor(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(to_tensor, value))
+        return torch.tensor(value, device="meta") if type(value) is float else value
+
+    given = {n: to_tensor(v) for n, v in values(row.rule).items() if n != "norm_type"}
+    rule = row.given(given | ({"nonfinite": "ignore"} if "nonfinite" in given else {}))
+    for dtype in (torch.float64, torch.float16):
+        x = torch.zeros(3, dtype=dtype, device="meta")
+        state = rule.start(x)
+        for _ in range(UPDATES):
+            state, change = rule.apply(state, x, torch.ones_like(x))
+            assert change is None or getattr(change, "value", change).dtype == dtype
+
+
+@each_row
+def test_one_can_differentiate_by_every_hyperparameter(row: Row) -> None:
+    numbers = {n: v for n, v in row.adjusted.items() if n not in ("n", "nonfinite", "norm_type")}
+    tensors = {n: torch.tensor(v, dtype=torch.float64, requires_grad=True) for n, v in numbers.items()}
+    start = {"matrix": draw()["matrix"]}
+    state = fluxpy.setup(row.given({n: tuple(t) if t.ndim else t for n, t in tensors.items()}), start)
+    plain, same, model = fluxpy.setup(row.given(numbers), start), copy.deepcopy(start), start
+    for i in range(UPDATES):
+        slope = draw(seed=i + 1)["matrix"]
+        state, model = fluxpy.update(state, model, {"matrix": slope * model["matrix"]}, inplace=False)
+        fluxpy.update(plain, same, {"matrix": slope * same["matrix"]})
+    torch.testing.assert_close(model["matrix"].detach(), same["matrix"], rtol=1e-12, atol=0)
+    slopes = torch.autograd.grad(model["matrix"].sum(), list(tensors.values()))
+    for name, slope in zip(tensors, slopes, strict=True):
+        assert slope.isfinite().all(), name
