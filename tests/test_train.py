@@ -69,7 +69,11 @@ def test_a_loss_that_is_not_finite_updates_nothing():
         (lambda m, s, d: train(loss, m, d, s, epochs=2), TypeError, "no argument 'epochs'"),
         (lambda m, s, d: train(loss, m, d, Adam()), TypeError, "state that setup returns"),
         (lambda m, s, d: train(loss, nn.Linear(3, 2, bias=False), d, s), ValueError, "does not fit the state"),
-        (lambda m, s, d: train(loss, w := [m, torch.ones(1, device="meta")], d, setup(Adam(), w)), ValueError, "device"),
+        (
+            lambda m, s, d: train(loss, w := [m, torch.ones(1, device="meta")], d, setup(Adam(), w)),
+            ValueError,
+            "device",
+        ),
     ],
 )
 def test_mistakes(call, error, match):

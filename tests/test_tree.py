@@ -86,7 +86,7 @@ def test_a_tie_is_one_leaf_under_all_its_names(state):
 
 
 def test_containers_and_mixtures():
-    """Dicts, lists, tuples, namedtuples, registered dataclasses and modules in each other; all else is an empty place."""
+    """Containers and modules in each other; what is no parameter gives an empty place."""
     model = {
         "net": nn.Linear(2, 2),
         "list": [torch.ones(1), 3, None, torch.ones(2)],
@@ -122,7 +122,9 @@ def test_an_exact_key_wins_over_a_dotted_path():
     assert state["a.b"]._shape == (1,) and state["a.c"]._shape == (2,)
 
 
-@pytest.mark.parametrize("model", [{1: torch.ones(1), "1": torch.ones(1)}, {"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}])
+@pytest.mark.parametrize(
+    "model", [{1: torch.ones(1), "1": torch.ones(1)}, {"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}]
+)
 def test_two_parameters_of_one_path_are_refused(model):
     with pytest.raises(ValueError, match="one path"):
         setup(Adam(), model)
@@ -169,7 +171,9 @@ def test_edge_models():
         setup(Adam(), nn.LazyLinear(3))
 
 
-@pytest.mark.parametrize("part", [lambda s: s, lambda s: s.layers[2:], lambda s: select(s, "*weight"), lambda s: s.decoder.bias])
+@pytest.mark.parametrize(
+    "part", [lambda s: s, lambda s: s.layers[2:], lambda s: select(s, "*weight"), lambda s: s.decoder.bias]
+)
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
 def test_copies_are_independent_and_hold_no_parameters(state, part, clone):
     view = part(state)
@@ -184,7 +188,7 @@ def test_copies_are_independent_and_hold_no_parameters(state, part, clone):
 
 
 def test_the_state_is_a_pytree_of_its_tensors(model, state):
-    """Numbers, counts, flags and rules are metadata compared by structure, so states that differ in them go together."""
+    """Numbers, flags and rules are metadata compared by structure: states that differ in them go together."""
     other = fluxpy.freeze(fluxpy.adjust(setup(Adam(0.5), Net()), eps=1e-3))
     for tree in (state, state.layers[1:], select(state, "*bias"), state.decoder.bias):
         tensors, spec = optree.tree_flatten(tree, namespace="fluxpy")

@@ -8,9 +8,29 @@ from torch import nn
 
 import fluxpy
 from fluxpy import (
-    AccumGrad, Adam, AdamW, ClipNorm, Descent, MixedPrecision, Momentum, OptimiserChain, RMSProp, Rprop, WeightDecay,
-    adjust, freeze, leaves, reset, scale, schedules, select, setup, thaw, update, value,
-)  # fmt: skip
+    AccumGrad,
+    Adam,
+    AdamW,
+    ClipNorm,
+    Descent,
+    MixedPrecision,
+    Momentum,
+    OptimiserChain,
+    RMSProp,
+    Rprop,
+    WeightDecay,
+    adjust,
+    freeze,
+    leaves,
+    reset,
+    scale,
+    schedules,
+    select,
+    setup,
+    thaw,
+    update,
+    value,
+)
 
 
 def net():
