@@ -5,10 +5,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from . import schedules
-from .rule import Rule, field_of, hyperparameters, replace
-from .rule import walk as walk_rules
+from .rule import Rule, field_of, hyperparameters, no_hyperparameter, replace, walk
 from .state import Leaf, State, leaves, slots
-from .words import unknown
 
 T = TypeVar("T", State, Leaf)
 
@@ -62,36 +60,36 @@ def adjust(state: T, lr: Any = None, /, **changes: Any) -> T:
     found = list(leaves(state)) if isinstance(state, State | Leaf) else list(slots(state, "adjust"))
     if not changes:
         raise TypeError("adjust needs a hyperparameter to change, as adjust(state, 0.01) or adjust(state, eps=1e-6)")
-    groups: dict[int, list[tuple[str, Leaf]]] = {}
-    for path, leaf in found:
-        if leaf.rule is not None:
-            groups.setdefault(id(leaf.rule), []).append((path, leaf))
-    new = [(group, _adjusted(group[0][1].rule, changes, [path for path, _ in group])) for group in groups.values()]
-    for group, rule in new:
-        for _, leaf in group:
-            leaf._rule = rule
+    rules = {id(leaf.rule): leaf.rule for _, leaf in found if leaf.rule is not None}
+    new, problems = {}, {}
+    for key, rule in rules.items():
+        try:
+            new[key] = _adjusted(rule, changes)
+        except ValueError as error:
+            problems.setdefault(str(error), []).extend(path for path, leaf in found if leaf.rule is rule)
+    if problems:
+        raise ValueError("; ".join(f"{message} ({_at(paths)})" for message, paths in problems.items()))
+    for _, leaf in found:
+        leaf._rule = new.get(id(leaf.rule))
     return state
 
 
-def _adjusted(rule: Any, changes: dict[str, Any], paths: list[str]) -> Rule:
+def _adjusted(rule: Rule, changes: dict[str, Any]) -> Rule:
     for name in changes:
-        holders = [inner for inner in walk_rules(rule) if name in hyperparameters(inner)]
+        holders = [inner for inner in walk(rule) if name in hyperparameters(inner)]
         if not holders:
-            raise ValueError(f"{unknown(rule, name)} ({_at(paths)})")
+            raise ValueError(no_hyperparameter(rule, name))
         for holder in holders:
             if field_of(holder, name).metadata.get("fixed"):
                 why = f"{type(holder).__name__} uses {name!r} only to make its state, so it cannot be adjusted"
-                raise ValueError(f"{why} ({_at(paths)}); call setup again with the new value")
+                raise ValueError(f"{why}; call setup again with the new value")
 
     def change(inner: Rule, name: str, old: Any) -> Any:
         if name not in changes:
             return old
         return changes[name].of(old) if isinstance(changes[name], scale) else changes[name]
 
-    try:
-        return replace(rule, change)
-    except ValueError as error:
-        raise ValueError(f"{error} ({_at(paths)})") from None
+    return replace(rule, change)
 
 
 def _at(paths: list[str]) -> str:

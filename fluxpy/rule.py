@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .text import unknown
+
 # A hyperparameter as the user writes it is a number, a tuple, a tensor or a schedule (count -> value);
 # by the time `apply` sees it, schedules have become values. No static type says both.
 Hyper: TypeAlias = Any
@@ -85,6 +87,12 @@ class Rule:
     elementwise: ClassVar[bool] = False
     # True for a rule that must see every update, those without a gradient (`dx` is None) too.
     gathers: ClassVar[bool] = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Rule":
+        for name in kwargs:
+            if name not in cls.__dataclass_fields__:
+                raise TypeError(unknown(cls.__name__, (f.name for f in dataclasses.fields(cls)), name))
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -182,6 +190,11 @@ def title(rule: Rule) -> str:
 def hyperparameters(rule: Rule) -> dict[str, Any]:
     """The rule's own hyperparameters by name, without those of rules inside it."""
     return {name: value for name, value in _items(rule) if not any(isinstance(v, Rule) for v in _elements(value))}
+
+
+def no_hyperparameter(rule: Rule, name: str) -> str:
+    """The message for a hyperparameter that neither the rule nor any inside it has."""
+    return unknown(title(rule), (own for inner in walk(rule) for own in hyperparameters(inner)), name)
 
 
 def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool = True) -> Rule:

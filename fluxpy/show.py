@@ -13,7 +13,9 @@ def show(state: State) -> str:
     found = list(leaves(state))
     frozen = sum(leaf.frozen for _, leaf in found)
     head = f"State of {len(found)} parameters" + (f", {frozen} frozen" if frozen else "")
-    return "\n".join([head, *_lines(state._spec, state, "", None)])
+    notes = {_note(leaf) for _, leaf in found}
+    note = notes.pop() if len(notes) == 1 else None
+    return "\n".join([head + (f"  {note}" if note else ""), *_lines(state._spec, state, "", note)])
 
 
 def _lines(spec: Spec, state: State, indent: str, above: str | None) -> list[str]:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .guard import Guard
-from .rule import Rule, at, hyperparameters, replace
+from .rule import Rule, at, hyperparameters, no_hyperparameter, replace
 from .rule import walk as walk_rules
 from .text import near
 from .tree import Frame, Mirror, Spec, register, walk
-from .words import unknown
 
 T = TypeVar("T", "State", "Leaf")
 
@@ -176,7 +175,7 @@ def slots(state: Any, verb: str) -> Iterator[tuple[str, Leaf]]:
     if isinstance(state, Leaf):
         return iter([("", state)])
     if not isinstance(state, State):
-        mistaken = "the rule" if isinstance(state, Rule) else "the model" if walk(state)[1] else repr(state)
+        mistaken = "a rule" if isinstance(state, Rule) else "the model" if walk(state)[1] else type(state).__name__
         raise TypeError(f"{verb} takes the state tree that setup returns (or a branch of it), but got {mistaken}")
     return ((path, state._values[index]) for path, index in state._spec.slots)
 
@@ -227,7 +226,7 @@ def value(leaf: Leaf, name: str) -> Any:
     if leaf.rule is None:
         raise ValueError("this leaf was set up with no rule (None), so it has no hyperparameters")
     if not any(name in hyperparameters(inner) for inner in walk_rules(leaf.rule)):
-        raise ValueError(unknown(leaf.rule, name))
+        raise ValueError(no_hyperparameter(leaf.rule, name))
     return getattr(at(leaf.rule, leaf._count), name)
 
 

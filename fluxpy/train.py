@@ -77,7 +77,11 @@ def trainstep(loss: Callable[..., Any], model: Any, batch: Any, state: State | L
     """
     batch = to_device(batch, model)
     args = batch if isinstance(batch, tuple | list) else (batch,)
-    value, grads = withgradient(loss, model, *args, state=state)
+    try:
+        value, grads = withgradient(loss, model, *args, state=state)
+    except TypeError as error:
+        error.add_note("the loss is called as loss(model, *batch), as in: lambda m, x, y: cross_entropy(m(x), y)")
+        raise
     finite = (value[0] if isinstance(value, tuple) else value).isfinite().all()
     if not reads_at_once(finite):
         guard_of(state).note(finite, "the loss")

@@ -218,7 +218,7 @@ class Mirror:
         if found is not None:
             return self._view(found)
         if isinstance(key, int | slice):
-            raise IndexError(f"this {self._what} has nothing at {key}; it has {len(self)} children here")
+            raise IndexError(f"this {self._what} has nothing at {key}; here there is: {names_of(self._spec.keys)}")
         names = [*map(str, self._spec.keys), *(path for path, _ in self._spec.slots)]
         raise KeyError(f"this {self._what} has no {key!r} here; {near(key, names)}")
 

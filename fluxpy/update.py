@@ -138,7 +138,7 @@ def _check(path: str, leaf: Leaf, x: Tensor, dx: Tensor | None) -> None:
     if (x.shape, x.dtype) != (leaf._shape, leaf._dtype):
         raise ValueError(
             f"the model does not fit the state: {path!r} was {_form(leaf._shape, leaf._dtype)} at setup and is now "
-            f"{_form(x.shape, x.dtype)}; call setup(rule, model, keep=state) after changing a model"
+            f"{_form(x.shape, x.dtype)}; call setup again after changing a model"
         )
     if dx is None:
         return

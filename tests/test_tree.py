@@ -135,7 +135,7 @@ def test_two_parameters_of_one_path_are_refused(model):
     [
         (lambda s: s.layer, AttributeError, "did you mean 'layers'"),
         (lambda s: s["layers.0.wieght"], KeyError, "layers.0.weight"),
-        (lambda s: s.layers[4], IndexError, "4 children"),
+        (lambda s: s.layers[4], IndexError, "'0', '1', '2', '3'"),
         (lambda s: s.layers[9:], IndexError, "nothing"),
         (lambda s: s.table[0:1], TypeError, "sequences"),
         (lambda s: select(s, "nothing.*"), ValueError, "matches no leaf"),
