@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .match import fit
+from .pytree import Frame
 from .state import Leaf, State, spec_of
-from .tree import Frame, Mirror, walk
+from .tree import Mirror, walk
 
 
 class Gradients(Mirror):

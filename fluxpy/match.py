@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .guard import is_wrapped
+from .pytree import is_parameter, level, unwrap
 from .text import names_of, near
-from .tree import Mirror, Spec, is_parameter, level, unwrap, walk
+from .tree import Mirror, Spec, walk
 
 
 def fit(spec: Spec, model: Any) -> dict[int, Tensor]:
@@ -112,11 +113,13 @@ def rebuild(model: Any, values: Mapping[int, Tensor]) -> Any:
             modules.append(new)
             new.__dict__.update(x.__dict__)
             new._buffers = {k: b if b is None else memo.setdefault(id(b), b.clone()) for k, b in x._buffers.items()}
-            new._parameters = {k: copy(p) for k, p in x._parameters.items()}
-            new._modules = {k: copy(m) for k, m in x._modules.items()}
+            new._parameters, new._modules = ({}, {})
+            for kept, held in ((new._parameters, x._parameters), (new._modules, x._modules)):
+                for key, value in held.items():
+                    kept[key] = copy(value)
             return new
         here = level(x)
-        return x if here is None else here.make([copy(child) for child in here.children])
+        return x if here is None else here.make(list(map(copy, here.children)))
 
     def swap(x: Any) -> Any:
         """Parameters and modules that stand a second time in plain attributes (as in nn.LSTM) follow."""

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from .pytree import Frame
 from .rule import Rule, hyperparameters, title
 from .rule import walk as walk_rules
 from .state import Leaf, State, leaves, value
-from .tree import Frame, Spec
+from .tree import Spec
 
 
 def show(state: State) -> str:

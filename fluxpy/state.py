@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .guard import Guard
+from .pytree import Frame, register
 from .rule import Rule, at, hyperparameters, no_hyperparameter, replace
 from .rule import walk as walk_rules
 from .text import near
-from .tree import Frame, Mirror, Spec, register, walk
+from .tree import Mirror, Spec, walk
 
 T = TypeVar("T", "State", "Leaf")
 

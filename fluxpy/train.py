@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from .gradient import withgradient
 from .guard import reads_at_once
 from .match import fit
+from .pytree import Frame, level, unwrap
 from .state import Leaf, State, leaves, spec_of
-from .tree import Frame, level, unwrap, walk
+from .tree import walk
 from .update import check, guard_of, update
 
 

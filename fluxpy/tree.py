@@ -7,63 +7,14 @@
 Parameters are numbered in depth-first order; a tied one has one number and stands at several places.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
-import optree
-import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
+from .pytree import is_parameter, level, register, unwrap
 from .text import names_of, near
-
-NAMESPACE = "fluxpy"
-
-
-# --- Sources of truth: one function for one question about a model -----------------------------------------------
-
-
-def is_parameter(x: Any) -> bool:
-    """Whether a tensor is trained: floating-point and complex ones are, integers and flags are not."""
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-
-
-def unwrap(module: Any) -> Any:
-    """The module inside `torch.compile`, DataParallel and DistributedDataParallel: they are no part of a path."""
-    while isinstance(module, nn.Module):
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            module = module.module
-        elif "_orig_mod" in module._modules:  # torch.compile; its class lives in a module that is slow to import
-            module = module._orig_mod
-        else:
-            break
-    return module
-
-
-class Level(NamedTuple):
-    """One level of a model: what it holds, under which keys, and how to make another one like it."""
-
-    kind: str
-    keys: tuple[Any, ...]
-    children: list[Any]
-    make: Any = None
-
-
-def level(x: Any) -> Level | None:
-    """The children of a container; None of anything else."""
-    if isinstance(x, nn.Module):
-        inside = {**x._parameters, **x._modules}
-        sequence = isinstance(x, nn.Sequential | nn.ModuleList | nn.ParameterList)
-        return Level("sequence" if sequence else "record", tuple(inside), list(inside.values()))
-    if isinstance(x, Mirror) or optree.tree_is_leaf(x, none_is_leaf=True, namespace=NAMESPACE):
-        return None
-    children, metadata, entries, make = optree.tree_flatten_one_level(x, none_is_leaf=True, namespace=NAMESPACE)
-    keys = getattr(x, "_fields", None) or tuple(entries)
-    kind = "sequence" if isinstance(x, list | tuple) or keys == tuple(range(len(keys))) else "mapping"
-    return Level(kind, keys, list(children), lambda new: make(metadata, new))
-
-
-# --- The shape ----------------------------------------------------------------------------------------------------
 
 
 class Spec:
@@ -74,22 +25,43 @@ class Spec:
     "selection". `index` is the parameter's number at a leaf, -1 elsewhere.
     """
 
-    def __init__(
-        self, kind: str, keys: tuple[Any, ...] = (), children: tuple["Spec", ...] = (), index: int = -1
-    ) -> None:
+    def __init__(self, kind: str, keys: tuple[Any, ...] = (), children: tuple[Any, ...] = (), index: int = -1) -> None:
         self.kind, self.keys, self.children, self.index = kind, keys, children, index
+
+    @staticmethod
+    def build(places: list[tuple[str, tuple[Any, ...], int]]) -> "Spec":
+        """The spec of (kind, keys, index) of each place in depth-first order. No recursion: trees may be deep."""
+        done: list[Spec] = []
+        for kind, keys, index in reversed(places):
+            done.append(Spec(kind, keys, tuple([done.pop() for _ in keys]), index))
+        return done[0]
+
+    @property
+    def places(self) -> list[tuple[str, tuple[Any, ...], int]]:
+        found, todo = [], [self]
+        while todo:
+            spec = todo.pop()
+            found.append((spec.kind, spec.keys, spec.index))
+            todo.extend(reversed(spec.children))
+        return found
+
+    def __reduce__(self) -> Any:
+        return Spec.build, (self.places,)
+
+    def __deepcopy__(self, memo: Any) -> "Spec":
+        return self
+
+    @cached_property
+    def signature(self) -> Any:
+        """What two equal specs have in common."""
+        order = {index: i for i, index in enumerate(self.unique)}
+        return [(keys, order.get(index)) for _, keys, index in self.places]
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Spec) and self.signature == other.signature)
 
     def __hash__(self) -> int:
         return hash(len(self.slots))
-
-    def __deepcopy__(self, memo: Any) -> "Spec":
-        return self
-
-    def __reduce__(self) -> Any:
-        return Spec, (self.kind, self.keys, self.children, self.index)
 
     @cached_property
     def slots(self) -> tuple[tuple[str, int], ...]:
@@ -113,20 +85,11 @@ class Spec:
         return found
 
     @cached_property
-    def signature(self) -> Any:
-        """What two equal specs have in common."""
-        order = {index: i for i, index in enumerate(self.unique)}
-        return self._shape(order)
-
-    def _shape(self, order: dict[int, int]) -> Any:
-        if not self.children:
-            return order.get(self.index)
-        return self.keys, tuple([child._shape(order) for child in self.children])
-
-    @cached_property
-    def by_key(self) -> dict[Any, "Spec"]:
-        """Children by key and its type: 1 is not True."""
-        return {(type(key), key): child for key, child in zip(self.keys, self.children, strict=True)}
+    def by_name(self) -> dict[Any, "Spec"]:
+        """Leaves by path; and children by key and its type, for 1 is not True."""
+        children = zip(self.keys, self.children, strict=True)
+        leaves = {path: Spec("leaf", index=index) for path, index in self.slots} if self.children else {}
+        return leaves | {(type(key), key): child for key, child in children}
 
     def child(self, key: Any) -> "Spec | None":
         """The place under a key, or, of a sequence, at a position (negative too) or slice."""
@@ -137,45 +100,55 @@ class Spec:
             return Spec("slice", self.keys[key], self.children[key]) if self.children[key] else None
         if sequence and isinstance(key, int):
             return self.children[key] if -len(self.children) <= key < len(self.children) else None
-        return self.by_key.get((type(key), key))
+        return self.by_name.get((type(key), key))
 
     def find(self, path: Any) -> "Spec | None":
         """The place under an exact key, else under a dotted path."""
         found = self.child(path)
-        for key, child in zip(self.keys, self.children, strict=True) if found is None and isinstance(path, str) else ():
+        if found is not None or not isinstance(path, str):
+            return found
+        if path in self.by_name:
+            return self.by_name[path]
+        for key, child in zip(self.keys, self.children, strict=True):
             name = str(key)
             if path == name:
                 return child
             if path.startswith(name + ".") and (found := child.find(path[len(name) + 1 :])) is not None:
                 return found
-        return found
+        return None
 
 
 def walk(model: Any) -> tuple[Spec, list[Tensor]]:
     """The shape of a model, and its parameters by number.
 
-    Raises ValueError where two parameters would have one path, and where a module is not yet initialised.
+    Raises ValueError where two parameters would have one path, where a module is not yet initialised, and where the
+    model is nested deeper than 900 levels.
     """
     values: list[Tensor] = []
     numbers: dict[int, int] = {}
     above: set[int] = set()
-
-    def visit(x: Any) -> Spec:
-        x = unwrap(x)
-        if is_parameter(x):
+    places: list[tuple[str, tuple[Any, ...], int]] = []
+    todo = [model]
+    while todo:
+        x = unwrap(todo.pop())
+        if isinstance(x, _Done):
+            above.remove(x.place)
+        elif is_parameter(x):
             if id(x) not in numbers:
                 numbers[id(x)] = len(values)
                 values.append(x)
-            return Spec("leaf", index=numbers[id(x)])
-        here = level(x)
-        if here is None or id(x) in above:  # a module that holds one it stands in: its parameters are listed already
-            return Spec("empty")
-        above.add(id(x))
-        children = tuple([visit(child) for child in here.children])
-        above.remove(id(x))
-        return Spec(here.kind, here.keys, children)
-
-    spec = visit(model)
+            places.append(("leaf", (), numbers[id(x)]))
+        elif (here := level(x)) is None or id(
+            x
+        ) in above:  # a module may hold one it stands in, which is listed already
+            places.append(("empty", (), -1))
+        else:
+            places.append((here.kind, here.keys, -1))
+            above.add(id(x))
+            todo += [_Done(id(x)), *reversed(here.children)]
+            if len(above) > 900:
+                raise ValueError("the model is nested deeper than 900 levels")
+    spec = Spec.build(places)
     paths = set()
     for path, index in spec.slots:
         if path in paths:
@@ -186,7 +159,10 @@ def walk(model: Any) -> tuple[Spec, list[Tensor]]:
     return spec, values
 
 
-# --- Values in that shape -----------------------------------------------------------------------------------------
+class _Done(NamedTuple):
+    """In the list of what is to be visited: all below this place was."""
+
+    place: int
 
 
 class Mirror:
@@ -244,55 +220,6 @@ def rooted(tree: Mirror) -> tuple[Spec, list[Any]]:
     order = {index: i for i, index in enumerate(tree._spec.unique)}
     values = [tree._values[index] for index in order]
 
-    def renumber(spec: Spec) -> Spec:
-        return Spec(spec.kind, spec.keys, tuple([renumber(c) for c in spec.children]), order.get(spec.index, -1))
-
-    return (tree._spec if list(order) == list(order.values()) else renumber(tree._spec)), values
-
-
-# --- Pytrees ------------------------------------------------------------------------------------------------------
-
-
-class Frame:
-    """What a pytree is without its tensors. Equal to another where the tensors lie alike; other data do not count."""
-
-    def __init__(self, tree: Any) -> None:
-        self.parts, self.spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
-
-    @classmethod
-    def split(cls, tree: Any) -> tuple[list[Tensor], "Frame"]:
-        """The tensors of a pytree, and the frame to put them back into."""
-        frame = cls(tree)
-        tensors = [part for part in frame.parts if isinstance(part, Tensor)]
-        frame.parts = [_HOLE if isinstance(part, Tensor) else part for part in frame.parts]
-        return tensors, frame
-
-    def join(self, tensors: Iterable[Any]) -> Any:
-        """The pytree again, with other tensors."""
-        source = iter(tensors)
-        return optree.tree_unflatten(self.spec, [next(source) if part is _HOLE else part for part in self.parts])
-
-    def __eq__(self, other: object) -> bool:
-        holes = [part is _HOLE for part in self.parts]
-        return isinstance(other, Frame) and self.spec == other.spec and holes == [p is _HOLE for p in other.parts]
-
-    def __hash__(self) -> int:
-        return hash(len(self.parts))
-
-
-class _HOLE:
-    """Where a tensor stood."""
-
-
-def register(cls: type, flatten: Any, unflatten: Any) -> None:
-    """Make a class a pytree, of optree (namespace "fluxpy") and of torch (for `torch.func`).
-
-    `flatten(x)` gives (children, metadata), `unflatten(metadata, children)` the object again.
-    """
-    optree.register_pytree_node(cls, flatten, unflatten, namespace=NAMESPACE)
-    torch_pytree.register_pytree_node(
-        cls,
-        lambda x: (list((out := flatten(x))[0]), out[1]),
-        lambda children, metadata: unflatten(metadata, tuple(children)),
-        serialized_type_name=f"{NAMESPACE}.{cls.__name__}",
-    )
+    if list(order) == list(order.values()):
+        return tree._spec, values
+    return Spec.build([(kind, keys, order.get(index, -1)) for kind, keys, index in tree._spec.places]), values

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .guard import Guard, Skip, require_finite
 from .match import fit, rebuild, scatter
+from .pytree import Frame
 from .rule import Ask, Assign, Rule, StagedRule, at, hyperparameters, walk
 from .state import Leaf, State, spec_of, start
 from .state import leaves as leaves_of
-from .tree import Frame, Spec
+from .tree import Spec
 
 
 class _Step:

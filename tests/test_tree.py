@@ -219,3 +219,22 @@ def test_a_large_tree_prints_folded():
     assert "0 to 5  Adam lr=0.001, frozen" in text and "6 to 11" in text and len(text.splitlines()) < 50
     table = fluxpy.summary(state).splitlines()
     assert len(table) == 2 + len(list(leaves(state))) and "0.self_attn.in_proj_weight" in table[1]
+
+
+def test_deep_and_wide_trees():
+    """No step recurses where the limit of 900 levels would not let it; beyond, the error says so."""
+    deep = torch.ones(2)
+    for _ in range(899):
+        deep = [deep]
+    state = setup(Adam(), deep)
+    (path, leaf), *_ = leaves(state)
+    for inplace in (True, False):
+        _, new = update(state, deep, {path: torch.ones(2)}, inplace=inplace)
+    assert leaf.state.t == 1 and fluxpy.trainables(new)[0] is not fluxpy.trainables(deep)[0]
+    assert len(pickle.dumps(state)) and len(str(copy.deepcopy(state)))
+    with pytest.raises(ValueError, match="900 levels"):
+        setup(Adam(), [[deep]])
+    wide = {f"layer {i}": {"w": torch.ones(1)} for i in range(2000)}
+    state = setup(Descent(1.0), wide)
+    update(state, wide, {f"layer {i}.w": torch.ones(1) for i in range(0, 2000, 2)})
+    assert wide["layer 1998"]["w"] == 0 and wide["layer 1999"]["w"] == 1
