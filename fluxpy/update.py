@@ -69,7 +69,7 @@ class _Step:
     def value(self) -> Tensor:
         """What the parameter becomes."""
         if isinstance(self.change, Assign):
-            return self.change.value
+            return self.change.value.clone()
         return self.x.clone() if self.change is None else (self.x - self.change).to(self.x.dtype)
 
 
@@ -103,6 +103,10 @@ def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -
     given = _gradients(spec, params, grads)
     for index, path in spec.unique.items():
         _check(path, leaves[index], params[index], given.get(index))
+        if inplace and (torch._debug_has_internal_overlap(params[index]) == 1 or _sealed(params[index])):
+            raise ValueError(
+                f"{path!r} cannot be written in place (expanded, or made in inference mode); clone it first"
+            )
     guard = guard_of(state)
     with torch.set_grad_enabled(not inplace and _has_history(leaves, params, given)):
         try:
@@ -116,9 +120,10 @@ def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -
         if inplace:
             guard.updates += 1
             for index, step in steps.items():
-                if step.change is not None:
-                    step.x.copy_(guard.held(step.x, step.value()))
+                value = guard.held(step.x, step.value())
                 _settle(step, leaves[index], guard, inplace=True)
+                if step.change is not None:
+                    step.x.copy_(value)
             return state, model
         return _copies(spec, leaves, params, steps, model, guard)
 
@@ -156,6 +161,10 @@ def _check(path: str, leaf: Leaf, x: Tensor, dx: Tensor | None) -> None:
                 f"the momenta of {path!r} are on {held.device}, the parameter on {x.device}: after model.to(...), "
                 "move the state too: optree.tree_map(lambda t: t.to(device), state, namespace='fluxpy')"
             )
+
+
+def _sealed(x: Tensor) -> bool:
+    return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _form(shape: torch.Size, dtype: torch.dtype) -> str:
@@ -209,7 +218,9 @@ def _settle(step: _Step, leaf: Leaf, guard: Guard, inplace: bool) -> None:
     """Give a leaf its new state. In place, each tensor keeps its memory where its shape allows."""
     (olds, before), (news, after) = Frame.split(step.state), Frame.split(step.new)
     if before == after and all(old.shape == new.shape for old, new in zip(olds, news, strict=True)):
-        news = [guard.held(old, new).to(old.dtype) for old, new in zip(olds, news, strict=True)]
+        known = {id(t) for t in olds}  # a rule may let its buffers change places
+        news = [t.clone() if t is not old and id(t) in known else t for old, t in zip(olds, news, strict=True)]
+        news = [guard.held(old, t).to(old.dtype) for old, t in zip(olds, news, strict=True)]
         if inplace:
             news = [old if old is new else old.copy_(new) for old, new in zip(olds, news, strict=True)]
     # Never keep a tensor that others write to: the parameter, the gradient, or, of a copy, the old state's.

@@ -314,6 +314,39 @@ def test_mixed_precision_assigns_the_master_and_follows_writes():
         OptimiserChain(Adam(), MixedPrecision(Adam()))
 
 
+class Awkward(Rule):
+    """Keeps the parameter and the gradient themselves, and lets its buffers change places."""
+
+    def init(self, x):
+        return [torch.zeros_like(x), torch.ones_like(x), x, x]
+
+    def apply(self, state, x, dx):
+        a, b, _, _ = state
+        return [b, a, x, dx], a + dx
+
+
+def test_whatever_a_rule_keeps_is_its_own():
+    """In place and pure agree, and nothing of the state shares memory with parameter or gradient."""
+    a, g = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.5])
+    b = a.clone()
+    state_a, state_b = setup(Awkward(), a), setup(Awkward(), b)
+    for _ in range(3):
+        update(state_a, a, g)
+        state_b, b = update(state_b, b, g, inplace=False)
+    assert same(everything(state_a, a), everything(state_b, b)) and a.tolist() == [-1.5, -0.5]
+    assert not {t.data_ptr() for t in state_a.state} & {a.data_ptr(), g.data_ptr()}
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is():
+    with torch.inference_mode():
+        frozen = torch.ones(2)
+    for x in (torch.ones(1).expand(2), frozen):
+        model = {"a": torch.ones(2), "x": x}
+        with pytest.raises(ValueError, match="'x' cannot be written in place"):
+            update(setup(Descent(), model), model, {"a": torch.ones(2), "x": torch.ones(2)})
+        assert model["a"].sum() == 2
+
+
 def test_strides_of_gradients_do_not_matter():
     a = torch.randn(4, 3)
     b, g = a.clone(), torch.randn(3, 4).t()
