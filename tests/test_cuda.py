@@ -1,0 +1,60 @@
+"""On a CUDA device: the CPU's numbers, and nothing read by the host during a step."""
+
+import pytest
+import torch
+from rule_table import ROWS
+from torch import nn
+
+import fluxpy
+from fluxpy import ClipGlobalNorm, ClipNorm, OptimiserChain, check, setup, trainables, trainstep, update
+
+pytestmark = pytest.mark.cuda
+SHAPES = [(4, 3), (7,), (), (0,)]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_rule_gives_the_cpus_numbers_without_reading_the_device(name):
+    """Ten updates under PyTorch's detector of synchronisation."""
+    g = torch.Generator().manual_seed(0)
+    here = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in SHAPES]
+    there = [x.cuda() for x in here]
+    states = setup(ROWS[name].rule, here), setup(ROWS[name].rule, there)
+    for _ in range(10):
+        grads = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in SHAPES]
+        update(states[0], here, grads)
+        on_device = [x.cuda() for x in grads]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            update(states[1], there, on_device)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    check(states[1])
+    for x, y in zip(here, there, strict=True):
+        torch.testing.assert_close(x, y.cpu(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [ClipNorm(1.0), ClipGlobalNorm(1.0)])
+def test_a_bad_number_holds_updates_back_until_it_is_read(clip):
+    model = nn.Linear(3, 2).cuda()
+    state = setup(OptimiserChain(clip, fluxpy.Adam()), model)
+    x = torch.ones(4, 3, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainstep(lambda m, x: m(x).square().mean(), model, x, state)
+        kept = [p.detach().clone() for p in trainables(model)]
+        trainstep(lambda m, x: (m(x) * float("nan")).mean(), model, x, state)
+        trainstep(lambda m, x: m(x).square().mean(), model, x, state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(kept, trainables(model), strict=True))
+    with pytest.raises(FloatingPointError, match="the loss is not finite, in update 1"):
+        check(state)
+    trainstep(lambda m, x: m(x).square().mean(), model, x, state)
+    assert not torch.equal(kept[0], model.weight)
+
+
+def test_train_moves_batches():
+    model = nn.Linear(3, 2).cuda()
+    data = fluxpy.DataLoader((torch.randn(8, 3), torch.randn(8, 2)), batch_size=4)
+    losses = fluxpy.train(lambda m, x, y: (m(x) - y).square().mean(), model, data, setup(fluxpy.Adam(), model))
+    assert len(losses) == 2
