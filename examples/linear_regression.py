@@ -15,7 +15,7 @@ from torch import Tensor
 import fluxpy
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 TRUE_W, TRUE_B, EPOCHS = 3.0, 2.0, 10
 

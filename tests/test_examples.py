@@ -1,0 +1,57 @@
+"""Every example runs as a user runs it, and prints what it is there to show."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+SHOWN = {
+    "finetune_digits": [
+        r"^encoder\.0\.0\.weight .* Adam  0\.003   +1,152$",
+        r"^encoder\.0\.0\.weight .* Adam  0\.003  frozen +1,152$",
+        r"^8 parameters, .* 6 frozen",
+        r"^8 parameters, .* 3 frozen",
+        r"^encoder\.1\.0\.weight .* 0\.0003 ",
+        r"^head\.weight .* 0\.0015 ",
+        r"^test accuracy on 5 to 9 with 50 labels: fine-tuned 0\.\d+, from scratch 0\.\d+$",
+    ],
+    "linear_regression": [
+        r"^Starting:\n     W = 5\.00, b = 0\.00, loss=\d+\.\d{5}$",
+        r"^Epoch  0:\n     W = 4\.4\d, b = 0\.[34]\d, loss=\d+\.\d{5}$",
+        r"^Epoch  9:\n     W = [23]\.\d\d, b = [12]\.\d\d, loss=0\.\d{5}\nfluxpy\.train gives the same lines$",
+        r"^wrote line\.png$",
+    ],
+    "training_loop": [
+        r"UserWarning: epoch 1: the loss of batch 3 is nan; skipped",
+        r"^epoch 2: lr 0\.003, train accuracy 0\.\d+, test accuracy 0\.\d+$",
+        r"^stopped: the test accuracy is above 0\.95$",
+        r"^train gives the same \d+ losses$",
+        r"^on the bad batch train says: the loss is nan on item 3 of the data",
+        r"^an L2 penalty in the loss equals WeightDecay in the chain$",
+    ],
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example(example: Path, tmp_path: Path) -> None:
+    extra = {"linear_regression": ["--out", "line.png"]}.get(example.stem, [])
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    run = subprocess.run(
+        [sys.executable, str(example), "--short", *extra],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    printed = run.stdout + run.stderr
+    assert run.returncode == 0, printed
+    for line in SHOWN[example.stem]:
+        assert re.search(line, printed, re.MULTILINE), f"no line like {line!r} in\n{printed}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == extra[1:]
