@@ -10,6 +10,7 @@ In short:
 
 from . import schedules
 from .adjust import adjust, freeze, reset, scale, thaw
+from .checkpoint import load, save
 from .data import DataLoader
 from .flat import destructure, trainables
 from .gradient import gradient, withgradient
@@ -42,6 +43,7 @@ from .rules import (
 )
 from .show import summary
 from .state import leaves, select, setup, value
+from .statedict import load_state_dict, state_dict
 from .train import train, trainstep
 from .update import check, update
 
@@ -82,11 +84,15 @@ __all__ = [
     "gradient",
     "hyper",
     "leaves",
+    "load",
+    "load_state_dict",
     "reset",
+    "save",
     "scale",
     "schedules",
     "select",
     "setup",
+    "state_dict",
     "summary",
     "thaw",
     "train",

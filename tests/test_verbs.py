@@ -31,6 +31,7 @@ from fluxpy import (
     update,
     value,
 )
+from fluxpy.testing import assert_hyper, assert_only_changed, snapshot
 
 
 def net():
@@ -41,10 +42,6 @@ def net():
 def step(state, model, times=1):
     for _ in range(times):
         update(state, model, {name: torch.ones_like(p) for name, p in model.named_parameters()})
-
-
-def rates(state):
-    return [leaf.rule.lr for _, leaf in leaves(state)]
 
 
 def test_setup_by_patterns():
@@ -64,9 +61,9 @@ def test_setup_is_pure_and_lazy():
     """A parameter that does not require grad gets a frozen leaf, which holds no momenta until it first trains."""
     model = net()
     model[0].requires_grad_(False)
-    before = copy.deepcopy(model.state_dict())
+    before = snapshot(model)
     state = setup(Adam(), model)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert_only_changed(before, model)
     assert state[0].weight.frozen and state[0].weight.state is None and state[2].weight.state.t == 0
     thaw(state)
     assert state[0].weight.state is None
@@ -116,8 +113,8 @@ def test_adjust_a_branch_keeps_momenta_and_counts():
     step(state, model, 2)
     kept = state[0].weight.state
     assert adjust(state[0], 3e-4, betas=(0.8, 0.99)) is not None
-    assert rates(state) == [3e-4, 3e-4, 1e-3, 1e-3]
-    assert state[0].weight.rule[2].betas == (0.8, 0.99) and state[2].weight.rule.betas == (0.9, 0.999)
+    assert_hyper(state, "0.*", lr=3e-4, betas=(0.8, 0.99))
+    assert_hyper(state, "2.*", lr=1e-3, betas=(0.9, 0.999))
     assert state[0].weight.state is kept
     adjust(state, weight_decay=0.3)
     assert [r.weight_decay for r in (state[0].bias.rule[0], state[0].bias.rule[2])] == [0.3, 0.3]
@@ -125,7 +122,7 @@ def test_adjust_a_branch_keeps_momenta_and_counts():
     assert state[0].weight.rule.weight_decay == 0.3 and state[2].bias.rule.max_norm == 1.0
     freeze(state[2])
     adjust(state, 0.7)
-    assert rates(state) == [0.7] * 4
+    assert_hyper(state, lr=0.7)
 
 
 def test_scale_keeps_ratios_and_scales_schedules():
