@@ -75,7 +75,9 @@ def withgradient(
     for i, g in zip(wanted, found, strict=True):
         grads[i] = g
     tensors, frame = Frame.split(value)
-    return frame.join(t.detach() for t in tensors), grads[0] if spec.kind == "leaf" else Gradients(spec, grads)
+    # What is, or views, a parameter would change with the next update.
+    outputs = [t.detach().clone() if t.is_leaf or t._is_view() else t.detach() for t in tensors]
+    return frame.join(outputs), grads[0] if spec.kind == "leaf" else Gradients(spec, grads)
 
 
 _WHY = (
@@ -111,7 +113,7 @@ def _requiring(values: list[Tensor], trains: list[bool], exact: bool) -> Iterato
 
 def _loss(value: Any) -> Tensor:
     loss = value[0] if isinstance(value, tuple) and value else value
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+    if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
         came = f"a tensor of {loss.dtype} with shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ValueError(f"the loss must be one real number in a tensor (as .mean() or .sum() gives), but got {came}")
     return loss

@@ -4,6 +4,7 @@ device goes up and holds back that update and all after it, and `check` reads it
 import torch
 from torch import Tensor
 
+from .pytree import is_wrapped
 from .rule import Ask
 
 
@@ -14,11 +15,6 @@ class Skip(Exception):
 def reads_at_once(x: Tensor) -> bool:
     """Whether the host may look at a number without waiting for a device."""
     return x.device.type == "cpu"
-
-
-def is_wrapped(x: Tensor) -> bool:
-    """Whether a `torch.func` transform is running over this tensor, whose numbers then cannot be read at all."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Guard:

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .guard import is_wrapped
-from .pytree import is_parameter, level, unwrap
+from .pytree import is_parameter, is_wrapped, level, unwrap
 from .text import names_of, near
 from .tree import Mirror, Spec, walk
 
@@ -51,6 +50,8 @@ def scatter(spec: Spec, tree: Any, what: str = "gradients") -> dict[int, Any]:
         if value is None:
             return
         if spec.kind == "leaf":
+            if isinstance(value, Mapping) and list(value) == [""]:  # the path of a model that is one tensor
+                value = value[""]
             if not isinstance(value, Tensor):
                 raise ValueError(f"{what} {at} must be a tensor or None, but got {type(value).__name__}")
             known = found.setdefault(spec.index, value)
@@ -70,6 +71,8 @@ def scatter(spec: Spec, tree: Any, what: str = "gradients") -> dict[int, Any]:
         elif isinstance(value, Mapping):
             for key, inner in value.items():
                 place = spec.find(key)
+                if place is None and isinstance(key, str):  # as a compiled or data-parallel wrapper names it
+                    place = spec.find(key.replace("_orig_mod.", "").removeprefix("module."))
                 if place is None:
                     raise ValueError(
                         f"{what} {at} have an unknown name {key!r}; {near(key, (p for p, _ in spec.slots))}"
@@ -111,7 +114,8 @@ def rebuild(model: Any, values: Mapping[int, Tensor]) -> Any:
         if isinstance(x, nn.Module):
             new = memo[id(x)] = x.__new__(type(x))
             modules.append(new)
-            new.__dict__.update(x.__dict__)
+            hooks = {k: h.copy() for k, h in x.__dict__.items() if isinstance(h, dict | set) and k.startswith("_")}
+            new.__dict__.update(x.__dict__ | hooks)
             new._buffers = {k: b if b is None else memo.setdefault(id(b), b.clone()) for k, b in x._buffers.items()}
             new._parameters, new._modules = ({}, {})
             for kept, held in ((new._parameters, x._parameters), (new._modules, x._modules)):

@@ -1,9 +1,10 @@
 """What a model is made of: parameters, modules and the containers of optree. Only this file imports optree."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import optree
+import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
@@ -39,14 +40,16 @@ class Level(NamedTuple):
 def level(x: Any) -> Level | None:
     """The children of a container; None of anything else."""
     if isinstance(x, nn.Module):
-        inside = {**x._parameters, **x._modules}
         sequence = isinstance(x, nn.Sequential | nn.ModuleList | nn.ParameterList)
+        # A sequence with parameters of its own keeps the positions of its layers.
+        inside = {**x._modules, **x._parameters} if sequence else {**x._parameters, **x._modules}
         return Level("sequence" if sequence else "record", tuple(inside), list(inside.values()))
     if optree.tree_is_leaf(x, none_is_leaf=True, namespace=NAMESPACE):
         return None
     children, metadata, entries, make = optree.tree_flatten_one_level(x, none_is_leaf=True, namespace=NAMESPACE)
     keys = getattr(x, "_fields", None) or tuple(entries)
-    kind = "sequence" if isinstance(x, list | tuple) or keys == tuple(range(len(keys))) else "mapping"
+    positions = isinstance(x, list | tuple) or (not isinstance(x, Mapping) and keys == tuple(range(len(keys))))
+    kind = "sequence" if positions else "mapping"
     return Level(kind, keys, list(children), lambda new: make(metadata, new))
 
 
@@ -93,3 +96,28 @@ def register(cls: type, flatten: Any, unflatten: Any) -> None:
         lambda children, metadata: unflatten(metadata, tuple(children)),
         serialized_type_name=f"{NAMESPACE}.{cls.__name__}",
     )
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a `torch.func` transform is running over this tensor, whose numbers and memory cannot be seen."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether elements share memory, as in an expanded tensor: it cannot be written in place."""
+    return not is_wrapped(x) and torch._debug_has_internal_overlap(x) == 1  # pyright: ignore[reportPrivateImportUsage]
+
+
+def memory(x: Tensor) -> int:
+    """What tensors that share memory have in common; of an empty tensor, itself."""
+    return id(x) if is_wrapped(x) or not x.numel() or x.is_meta else x.untyped_storage().data_ptr()
+
+
+def apart(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors, cloned where they share memory with `others`, with each other, or within themselves."""
+    taken, found = set(map(memory, others)), []
+    for t in tensors:
+        fresh = memory(t) not in taken and not overlaps_itself(t)
+        found.append(t if fresh else t.clone(memory_format=torch.contiguous_format))
+        taken.add(memory(found[-1]))
+    return found

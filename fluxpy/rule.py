@@ -98,6 +98,7 @@ class Rule:
         super().__init_subclass__(**kwargs)
         own = vars(cls)
         dataclasses.dataclass(frozen=True, init="__init__" not in own, repr="__repr__" not in own)(cls)
+        del cls.__setattr__, cls.__delattr__  # Rule's own say more; and a user may write @dataclass(frozen=True) too
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -122,14 +123,14 @@ class Rule:
         """`apply` as the engine runs it: a generator, so that rules which need the whole tree can wait for it."""
         if not (self.elementwise and x.is_complex()):
             return self.apply(state, x, dx)
-        real: Any = None if dx is None else torch.view_as_real(dx)
-        state, change = self.apply(state, torch.view_as_real(x), real)
+        real: Any = None if dx is None else torch.view_as_real(dx.resolve_conj())
+        state, change = self.apply(state, torch.view_as_real(x.resolve_conj()), real)
         return state, None if change is None else torch.view_as_complex(change)
         yield
 
     def start(self, x: Tensor) -> Any:
         """`init` as the engine runs it."""
-        return self.init(torch.view_as_real(x) if self.elementwise and x.is_complex() else x)
+        return self.init(torch.view_as_real(x.resolve_conj()) if self.elementwise and x.is_complex() else x)
 
     def miss(self, state: Any, updates: int) -> Any:
         """The state after `updates` updates in which the leaf was frozen. Only a rule that `gathers` minds."""
@@ -144,6 +145,13 @@ class Rule:
     def scheduled(self) -> bool:
         """Whether any hyperparameter, of inner rules too, is a schedule."""
         return any(callable(v) for rule in walk(self) for _, value in _items(rule) for v in _elements(value))
+
+
+def _refuse(rule: Rule, name: str, *_: Any) -> None:
+    raise dataclasses.FrozenInstanceError(f"rules do not change: write fluxpy.adjust(state, {name}=...)")
+
+
+Rule.__setattr__ = Rule.__delattr__ = _refuse  # after dataclass has made its own
 
 
 class StagedRule(Rule):
@@ -249,17 +257,18 @@ def _plain(value: Any) -> Any:
     """Lists become tuples and NumPy's numbers Python's own, so that a rule can be saved and compared."""
     if isinstance(value, list | tuple):
         return tuple(_plain(v) for v in value)
-    return value.item() if isinstance(value, np.generic) else value
+    return _plain(value.tolist()) if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _check(rule: str, field: dataclasses.Field[Any], value: Any) -> None:
     allowed = field.metadata["allowed"]
     if isinstance(field.default, tuple) and not callable(value):
+        value = tuple(value) if isinstance(value, Tensor) and value.ndim else value
         pair = isinstance(value, tuple) and len(value) == len(field.default)
         ok = pair and all(_allows(allowed, v) for v in value)
         want = f"it must be {len(field.default)} numbers, each in {allowed}"
     elif isinstance(allowed, tuple):
-        ok, want = value in allowed, f"it must be one of {', '.join(map(repr, allowed))}"
+        ok, want = callable(value) or value in allowed, f"it must be one of {', '.join(map(repr, allowed))}"
     elif allowed is None:
         return
     else:
@@ -275,7 +284,7 @@ def _allows(interval: str, value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         return False
     if interval[0] not in "[(":
-        return isinstance(value, int) and value >= 1
+        return value == int(value) >= 1 if math.isfinite(value) else False
     low, high = (float(end) for end in interval[1:-1].split(","))
     return (low <= value if interval[0] == "[" else low < value) and (
         value <= high if interval[-1] == "]" else value < high

@@ -1,11 +1,10 @@
 """The state as a person wants to read it: `print(state)` is a tree, `summary(state)` a table."""
 
-from typing import Any
+from torch import Tensor
 
 from .pytree import Frame
-from .rule import Rule, hyperparameters, title
-from .rule import walk as walk_rules
-from .state import Leaf, State, leaves, value
+from .rule import Rule, title
+from .state import Leaf, State, leaves, values
 from .tree import Spec
 
 
@@ -56,10 +55,11 @@ def _rule(leaf: Leaf) -> str:
 
 
 def _rate(leaf: Leaf) -> str:
-    if leaf.rule is None or not any("lr" in hyperparameters(inner) for inner in walk_rules(leaf.rule)):
-        return ""
-    rate: Any = value(leaf, "lr")
-    return f"{float(rate):.6g}"
+    try:
+        rates = values(leaf, "lr")
+    except Exception:  # a schedule that is wrong must not keep the tree from being read
+        return "?"
+    return ", ".join(f"{float(r):.6g}" if not isinstance(r, Tensor) or r.numel() == 1 else "..." for r in rates)
 
 
 def summary(state: State | Leaf) -> str:

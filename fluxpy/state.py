@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .guard import Guard
-from .pytree import Frame, register
+from .pytree import Frame, apart, register
 from .rule import Rule, at, hyperparameters, no_hyperparameter, replace
 from .rule import walk as walk_rules
 from .text import near
@@ -80,12 +80,12 @@ def spec_of(state: "State | Leaf") -> Spec:
 def start(rule: Rule, x: Tensor, count: int, path: str) -> Any:
     """A new optimiser state for the parameter `x`. It holds no gradient history, and never the parameter itself."""
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             tensors, frame = Frame.split(at(rule, count).start(x))
     except Exception as error:
         error.add_note(f"in the rule {rule!r} of the parameter {path!r}")
         raise
-    return frame.join(t.clone() if t is x else t for t in tensors)
+    return frame.join(apart(tensors, [x]))
 
 
 def setup(
@@ -98,8 +98,10 @@ def setup(
     parameter with `requires_grad=False` gets a frozen leaf, which holds no momenta until it first trains.
 
     `keep` is an older state: rule, momenta, counts and frozenness of each leaf whose path, shape and dtype are still
-    there are taken over (copied), as for a new head on a trained encoder. `compile` asks for compiled updates where
-    the engine has them; today every update runs on the plain path, with the same numbers.
+    there are taken over (copied), as for a new head on a trained encoder; `rule` is for the others, and None freezes
+    for good all the same. A new head of the old one's shape takes its momenta too, unless you `reset` it. `compile`
+    asks for compiled updates where the engine has them; today every update runs on the plain path, with the same
+    numbers.
 
     The model is an `nn.Module` or a pytree of tensors (a single tensor gives a single `Leaf`). Neither it nor the rule
     is changed. Warns if the model has no parameter.
@@ -119,7 +121,7 @@ def setup(
     names: dict[int, list[str]] = {}
     for path, index in spec.slots:
         names.setdefault(index, []).append(path)
-    chosen = _assign(rule, names)
+    chosen = _assign(rule, names) if values else {}
     old = {} if keep is None else {path: leaf for path, leaf in slots(keep, "setup(..., keep=)")}
 
     def leaf(index: int, x: Tensor) -> Leaf:
@@ -127,9 +129,9 @@ def setup(
         frozen = own is None or (isinstance(x, nn.Parameter) and not x.requires_grad)
         for name in names[index]:
             before = old.get(name)
-            if before is not None and (before._shape, before._dtype) == (x.shape, x.dtype):
+            if own is not None and before is not None and (before._shape, before._dtype) == (x.shape, x.dtype):
                 kept = copy.deepcopy(before)
-                kept._frozen, kept._guard = before._frozen or (frozen and own is not None), guard
+                kept._frozen, kept._guard = before._frozen or frozen, guard
                 return kept
         new = Leaf(own, frozen, x, guard)
         if own is not None and not frozen:
@@ -226,9 +228,18 @@ def value(leaf: Leaf, name: str) -> Any:
         raise TypeError("value takes one leaf, as state.encoder.weight or state['encoder.weight']")
     if leaf.rule is None:
         raise ValueError("this leaf was set up with no rule (None), so it has no hyperparameters")
-    if not any(name in hyperparameters(inner) for inner in walk_rules(leaf.rule)):
+    first, *rest = values(leaf, name) or [None]
+    if first is None:
         raise ValueError(no_hyperparameter(leaf.rule, name))
-    return getattr(at(leaf.rule, leaf._count), name)
+    if any(other is not first and other != first for other in rest):
+        raise ValueError(f"{name!r} stands more than once in {leaf.rule!r}; ask one member, as leaf.rule[0].{name}")
+    return first
+
+
+def values(leaf: Leaf, name: str) -> list[Any]:
+    """The hyperparameter of each rule of the leaf that has it, at the leaf's count."""
+    members = [] if leaf.rule is None else walk_rules(at(leaf.rule, leaf._count))
+    return [own[name] for own in map(hyperparameters, members) if name in own]
 
 
 # --- Pytrees ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ WORDS = {
     **dict.fromkeys(("epsilon", "eps_root", "ϵ"), ("eps",)),
     **dict.fromkeys(("rho", "mu", "mom", "decay"), ("momentum", "alpha", "rho")),
     **dict.fromkeys(
-        ("lambda_", "lambd", "l2", "wd", "decay_rate", "weight_decay_rate"), ("weight_decay", "sign_decay")
+        ("lambda", "lambda_", "lambd", "l2", "wd", "decay_rate", "weight_decay_rate"), ("weight_decay", "sign_decay")
     ),
     **dict.fromkeys(("omega", "max_grad_norm", "clip_norm", "clipnorm"), ("max_norm",)),
     **dict.fromkeys(("delta", "clip", "thresh", "clipvalue"), ("clip_value",)),

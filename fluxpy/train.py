@@ -96,12 +96,15 @@ def training_mode(model: Any, state: State | Leaf) -> None:
     """Put modules into training mode, but those that are wholly frozen: these stay as the user left them."""
 
     def visit(x: Any, state: Any) -> None:
-        found = [leaf for _, leaf in leaves(state)]
-        if found and all(leaf.frozen for leaf in found):
+        frozen = [leaf.frozen for _, leaf in leaves(state)]
+        if frozen and all(frozen):
             return
-        x = unwrap(x)
         if isinstance(x, nn.Module):
+            if not any(frozen):
+                x.train()  # all of it, in the module's own way
+                return
             x.training = True
+        x = unwrap(x)
         here = level(x)
         for key, child in zip(here.keys, here.children, strict=True) if here else ():
             visit(child, state[key])

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guard import Guard, Skip, require_finite
+from .guard import Guard, Skip, reads_at_once, require_finite
 from .match import fit, rebuild, scatter
-from .pytree import Frame
+from .pytree import Frame, apart, is_wrapped, memory, overlaps_itself
 from .rule import Ask, Assign, Rule, StagedRule, at, hyperparameters, walk
 from .state import Leaf, State, spec_of, start
 from .state import leaves as leaves_of
@@ -37,7 +37,6 @@ class _Step:
             self.state = self.rule.miss(self.state, leaf._missed)
         self.run = self.rule.steps(self.state, x, dx)
         self.asked = 0  # how many totals over the tree it has asked for
-        self.change: Any = None
 
     def advance(self, answer: Any, guard: Guard) -> Ask | None:
         """Run to the next question that concerns other leaves too; None at the end."""
@@ -45,8 +44,7 @@ class _Step:
             try:
                 ask = self.run.send(answer)
             except StopIteration as done:
-                self.new, self.change = done.value
-                self._check()
+                self.result = done.value
                 return None
             except Exception as error:
                 error.add_note(f"in the rule {self.rule!r} of the parameter {self.path!r}")
@@ -57,20 +55,47 @@ class _Step:
             require_finite(ask.part, ask, [(self.path, ask.part)], guard)
             answer = ask.part
 
-    def _check(self) -> None:
-        value = self.change.value if isinstance(self.change, Assign) else self.change
-        if value is not None and (not isinstance(value, Tensor) or value.shape != self.x.shape):
-            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(
-                f"the rule {self.rule!r} of the parameter {self.path!r} gave a change of {came}; "
-                f"it must have the parameter's shape {tuple(self.x.shape)}"
-            )
+    def finish(self, guard: Guard, inplace: bool) -> None:
+        """Work out what is to be written, so that writing it cannot fail."""
+        if not (isinstance(self.result, tuple) and len(self.result) == 2):
+            raise TypeError(f"{self._who()} must return (state, change), but gave {self.result!r}")
+        state, self.change = self.result
+        self.value = guard.held(self.x, self._value(self.change))
+        (olds, before), (news, self.frame) = Frame.split(self.state), Frame.split(state)
+        self.olds = olds if before == self.frame and all(map(_alike, olds, news)) else []
+        if any(t.device != self.x.device and t.ndim for t in news):
+            raise ValueError(f"{self._who()} gave a state on another device than the parameter's {self.x.device}")
+        # Never keep memory that others write to: the parameter, the gradient, or the old state's.
+        dx = [] if self.dx is None else [self.dx]
+        news = apart(news, [self.x, *dx, *([] if self.olds and inplace else olds)])
+        if self.olds:
+            mine = set(map(memory, olds)) if inplace else set()  # a rule may let its buffers change places
+            news = [t.clone() if memory(t) in mine and t is not old else t for old, t in zip(olds, news, strict=True)]
+            news = [guard.held(old, t).to(old.dtype) for old, t in zip(olds, news, strict=True)]
+        self.news = news
 
-    def value(self) -> Tensor:
+    def _value(self, change: Any) -> Tensor:
         """What the parameter becomes."""
-        if isinstance(self.change, Assign):
-            return self.change.value.clone()
-        return self.x.clone() if self.change is None else (self.x - self.change).to(self.x.dtype)
+        value = change.value if isinstance(change, Assign) else self.x if change is None else change
+        if not isinstance(value, Tensor) or (value.shape, value.device) != (self.x.shape, self.x.device):
+            form = f"shape {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
+            want = f"it must have the parameter's shape {tuple(self.x.shape)}, on {self.x.device}"
+            raise ValueError(f"{self._who()} gave a change of {form}; {want}")
+        return value.clone() if value is self.x or isinstance(change, Assign) else (self.x - value).to(self.x.dtype)
+
+    def _who(self) -> str:
+        return f"the rule {self.rule!r} of the parameter {self.path!r}"
+
+    def settle(self, leaf: Leaf, inplace: bool) -> None:
+        """Give a leaf its new state. In place, each tensor keeps its memory where its shape allows."""
+        if inplace and self.olds:
+            self.news = [old if old is t else old.copy_(t) for old, t in zip(self.olds, self.news, strict=True)]
+        leaf._state, leaf._missed = self.frame.join(self.news), 0
+        leaf._count += self.change is not None
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.can_cast(b.dtype, a.dtype)
 
 
 def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -> tuple[Any, Any]:
@@ -103,7 +128,7 @@ def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -
     given = _gradients(spec, params, grads)
     for index, path in spec.unique.items():
         _check(path, leaves[index], params[index], given.get(index))
-        if inplace and (torch._debug_has_internal_overlap(params[index]) == 1 or _sealed(params[index])):
+        if inplace and (overlaps_itself(params[index]) or _sealed(params[index])):
             raise ValueError(
                 f"{path!r} cannot be written in place (expanded, or made in inference mode); clone it first"
             )
@@ -111,6 +136,8 @@ def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -
     with torch.set_grad_enabled(not inplace and _has_history(leaves, params, given)):
         try:
             steps = _run(spec, leaves, params, given, guard)
+            for step in steps.values():
+                step.finish(guard, inplace)
         except Skip:
             steps = {}
         else:
@@ -120,12 +147,11 @@ def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -
         if inplace:
             guard.updates += 1
             for index, step in steps.items():
-                value = guard.held(step.x, step.value())
-                _settle(step, leaves[index], guard, inplace=True)
+                step.settle(leaves[index], inplace=True)
                 if step.change is not None:
-                    step.x.copy_(value)
+                    step.x.copy_(step.value)
             return state, model
-        return _copies(spec, leaves, params, steps, model, guard)
+        return _copies(spec, leaves, params, steps, model)
 
 
 def _gradients(spec: Spec, params: Mapping[int, Tensor], grads: Any) -> dict[int, Tensor]:
@@ -172,15 +198,16 @@ def _form(shape: torch.Size, dtype: torch.dtype) -> str:
 
 
 def _has_history(leaves: list[Leaf], params: Mapping[int, Tensor], given: Mapping[int, Tensor]) -> bool:
-    """Whether there is anything to differentiate through. A parameter that merely requires grad is not: the graph of
-    an ordinary loop would grow with every step."""
+    """Whether there is anything to differentiate through. An `nn.Parameter` that merely requires grad is not: the graph
+    of an ordinary loop would grow with every step."""
     if not torch.is_grad_enabled():
         return False
     rules = {id(leaf.rule): leaf.rule for leaf in leaves if leaf.rule is not None}.values()
     held = [t for leaf in leaves for t in Frame.split(leaf.state)[0]]
     held += [t for rule in rules for inner in walk(rule) for t in Frame.split(hyperparameters(inner))[0]]
     return any(t.requires_grad for t in (*given.values(), *held)) or any(
-        x.requires_grad and not x.is_leaf for x in params.values()
+        is_wrapped(x) or (x.requires_grad and not (x.is_leaf and isinstance(x, torch.nn.Parameter)))
+        for x in params.values()
     )
 
 
@@ -210,28 +237,18 @@ def _run(
 
 
 def _identity(rule: StagedRule) -> Any:
-    """Equal rules share a total; tensors among their hyperparameters are compared by identity, not by reading them."""
-    return type(rule), tuple((n, id(v) if isinstance(v, Tensor) else v) for n, v in hyperparameters(rule).items())
+    """Equal rules share a total. Tensors among their hyperparameters count by value where the host may read it."""
 
+    def key(v: Any) -> Any:
+        if not isinstance(v, Tensor):
+            return v
+        return v.item() if v.numel() == 1 and not is_wrapped(v) and reads_at_once(v) else id(v)
 
-def _settle(step: _Step, leaf: Leaf, guard: Guard, inplace: bool) -> None:
-    """Give a leaf its new state. In place, each tensor keeps its memory where its shape allows."""
-    (olds, before), (news, after) = Frame.split(step.state), Frame.split(step.new)
-    if before == after and all(old.shape == new.shape for old, new in zip(olds, news, strict=True)):
-        known = {id(t) for t in olds}  # a rule may let its buffers change places
-        news = [t.clone() if t is not old and id(t) in known else t for old, t in zip(olds, news, strict=True)]
-        news = [guard.held(old, t).to(old.dtype) for old, t in zip(olds, news, strict=True)]
-        if inplace:
-            news = [old if old is new else old.copy_(new) for old, new in zip(olds, news, strict=True)]
-    # Never keep a tensor that others write to: the parameter, the gradient, or, of a copy, the old state's.
-    others = {id(t) for t in (step.x, step.dx, *([] if inplace else olds))}
-    leaf._state = after.join(t.clone() if id(t) in others else t for t in news)
-    leaf._missed = 0
-    leaf._count += step.change is not None
+    return type(rule), tuple((name, key(v)) for name, v in hyperparameters(rule).items())
 
 
 def _copies(
-    spec: Spec, leaves: list[Leaf], params: Mapping[int, Tensor], steps: Mapping[int, _Step], model: Any, guard: Guard
+    spec: Spec, leaves: list[Leaf], params: Mapping[int, Tensor], steps: Mapping[int, _Step], model: Any
 ) -> tuple[Any, Any]:
     """The outcome as a new state and a new model, which share no tensor with the old."""
     fresh, values = list(leaves), {}
@@ -239,8 +256,8 @@ def _copies(
         leaf, x = leaves[index], params[index]
         if index in steps:
             fresh[index] = leaf._with(leaf.rule, None)
-            _settle(steps[index], fresh[index], guard, inplace=False)
-            values[i] = guard.held(x, steps[index].value())
+            steps[index].settle(fresh[index], inplace=False)
+            values[i] = steps[index].value
         else:
             tensors, frame = Frame.split(leaf.state)
             fresh[index], values[i] = leaf._with(leaf.rule, frame.join(t.clone() for t in tensors)), x.clone()

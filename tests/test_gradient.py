@@ -49,6 +49,13 @@ def test_the_loss_may_come_with_more():
     assert not value[1]["out"].requires_grad and value[1]["n"] == 5 and grads.head.weight is not None
 
 
+def test_the_value_does_not_change_with_the_parameters():
+    model = {"w": torch.ones(2)}
+    value = withgradient(lambda m: (m["w"].sum(), m["w"], m["w"][:1]), model)[0]
+    model["w"].zero_()
+    assert value[1].tolist() == [1, 1] and value[2].tolist() == [1]
+
+
 def test_any_pytree_and_second_derivatives():
     model = {"a": torch.tensor(2.0), "b": [torch.tensor(3.0), 7]}
     grads = gradient(lambda m: m["a"] ** 3 * m["b"][0], model)
@@ -121,6 +128,7 @@ def test_activations_are_freed():
     ("f", "match"),
     [
         (lambda m: m(X), r"one real number.*float32 with shape \(5, 2\)"),
+        (lambda m: loss(m)[None], r"one real number.*shape \(1,\)"),
         (lambda m: 3.0, "one real number .* got 3.0"),
         (lambda m: m(X).sum() + 0j, "complex64"),
         (lambda m: loss(m).detach(), "depends on no parameter"),

@@ -155,6 +155,14 @@ def test_wrappers_are_looked_through():
         assert paths == ["weight", "bias"]
 
 
+def test_a_sequence_with_a_parameter_of_its_own_keeps_positions():
+    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2))
+    model.scale = nn.Parameter(torch.ones(1))
+    state = setup(Adam(), model)
+    assert state[2].weight is state["2.weight"] and state.scale is state["scale"]
+    assert [path for path, _ in leaves(state[:2])] == ["0.weight", "0.bias"]
+
+
 def test_a_module_that_holds_its_parent():
     parent = nn.Linear(1, 1)
     parent.child = nn.Module()

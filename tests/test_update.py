@@ -337,6 +337,58 @@ def test_whatever_a_rule_keeps_is_its_own():
     assert not {t.data_ptr() for t in state_a.state} & {a.data_ptr(), g.data_ptr()}
 
 
+class Views(Rule):
+    """Starts from one tensor twice and from views of the parameter, and keeps a view of the gradient."""
+
+    def init(self, x):
+        zero = torch.zeros_like(x)
+        return {"twice": [zero, zero], "anchor": x.detach(), "none": None, "thin": torch.zeros(()).expand(x.shape)}
+
+    def apply(self, state, x, dx):
+        a, b = state["twice"]
+        kept = {"twice": [a + dx, b + 2 * dx], "anchor": state["anchor"], "none": dx[:], "thin": state["thin"] + 1}
+        return kept, a + b + (x - state["anchor"])
+
+
+@pytest.mark.parametrize("wrap", [lambda rule: rule, lambda rule: MixedPrecision(rule, dtype=torch.float64)])
+def test_views_and_shared_buffers_are_parted(wrap):
+    x, g = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
+    y = x.clone()
+    state, pure = setup(wrap(Views()), x), setup(wrap(Views()), y)
+    for _ in range(3):
+        update(state, x, g)
+        pure, y = update(pure, y, g, inplace=False)
+    assert torch.equal(x, y) and x.tolist() == [-5.0, -4.0] and g.tolist() == [1.0, 1.0]
+    anchor = (state.state.state if isinstance(state.rule, MixedPrecision) else state.state)["anchor"]
+    assert anchor.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("gives", "error"),
+    [
+        (lambda s, x, dx: (s, dx > 0), RuntimeError),
+        (lambda s, x, dx: (s, dx.to("meta")), ValueError),
+        (lambda s, x, dx: (s.to("meta"), dx), ValueError),
+        (lambda s, x, dx: dx, TypeError),
+        (lambda s, x, dx: None, TypeError),
+    ],
+)
+def test_whatever_a_rule_gives_nothing_is_half_written(gives, error):
+    class Odd(Rule):
+        def init(self, x):
+            return torch.zeros_like(x)
+
+        def apply(self, state, x, dx):
+            return gives(state, x, dx) if x.numel() == 2 else (state + dx, dx)
+
+    model = {"a": torch.ones(3), "b": torch.ones(2)}
+    state = setup(Odd(), model)
+    before = everything(state, model)
+    with pytest.raises(error):
+        update(state, model, {"a": torch.ones(3), "b": torch.ones(2)})
+    assert same(before, everything(state, model))
+
+
 def test_what_cannot_be_written_is_refused_before_anything_is():
     with torch.inference_mode():
         frozen = torch.ones(2)
@@ -378,6 +430,38 @@ def test_differentiates_through_steps():
     for _ in range(2):
         _, model = update(setup(Descent(0.1), model), model, gradient(lambda m: m.bias.sum(), model), inplace=False)
         assert all(p.is_leaf and p.requires_grad for p in model.parameters())
+
+
+def test_torch_func_and_first_order_differentiate_through_a_pure_step():
+    """The parameter's own path counts too, where the gradient has no history."""
+    state = setup(Descent(0.1), {"w": torch.ones(2)})
+    after = lambda w: (update(state, {"w": w}, {"w": torch.ones(2)}, inplace=False)[1]["w"] ** 2).sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(after)(torch.ones(2)), torch.full((2,), 1.8))
+    w = torch.ones(2, requires_grad=True)
+    after(w).backward()
+    torch.testing.assert_close(w.grad, torch.full((2,), 1.8))
+
+
+def test_equal_clips_share_a_norm_whatever_holds_their_values():
+    for clip in (lambda: ClipGlobalNorm(torch.tensor(1.0)), lambda: ClipGlobalNorm(lambda count: torch.tensor(1.0))):
+        model = {"a": torch.zeros(1), "b": torch.zeros(1)}
+        state = setup({k: OptimiserChain(clip(), Descent(1.0)) for k in "ab"}, model)
+        update(state, model, {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+        torch.testing.assert_close(torch.cat([model["a"], model["b"]]), torch.tensor([-0.6, -0.8]))
+    half = {"h": torch.zeros(1, dtype=torch.float16)}
+    update(setup(ClipGlobalNorm(1e-3), half), half, {"h": torch.tensor([6e4], dtype=torch.float16)})
+    assert half["h"].item() == pytest.approx(-1e-3, rel=1e-2)
+
+
+def test_names_of_wrappers_and_of_a_bare_tensor():
+    model = nn.Sequential(nn.Linear(2, 1))
+    state, before = setup(Descent(1.0), model), model[0].bias.item()
+    update(state, model, {"_orig_mod.0.bias": torch.ones(1)})
+    update(state, model, {"module.0.bias": torch.ones(1)})
+    assert model[0].bias.item() == pytest.approx(before - 2)
+    x = torch.ones(2)
+    update(setup(Descent(1.0), x), x, {"": torch.ones(2)})
+    assert x.tolist() == [0, 0]
 
 
 def test_vmap_over_states():

@@ -1,7 +1,9 @@
 """setup, adjust, scale, freeze, thaw, reset, value: each acts on the leaves under a view, all or nothing."""
 
 import copy
+import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -206,10 +208,51 @@ def test_leaf_is_read_only_and_names_the_verb():
     assert {name for name in dir(leaf) if not name.startswith("_")} == {"rule", "state", "frozen"}
 
 
+def test_rules_are_data_that_does_not_change():
+    """One may write @dataclass(frozen=True) above a rule; assigning to a rule names the verb."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Mine(fluxpy.Rule):
+        lr: float = 0.1
+
+        def apply(self, state, x, dx):
+            return state, self.lr * dx
+
+    with pytest.raises(AttributeError, match=r"adjust\(state, lr=...\)"):
+        Adam().lr = 0.1
+    assert Mine(lr=0.5).apply((), None, 2.0) == ((), 1.0)
+    with pytest.raises(TypeError, match="here it is called 'lr'"):
+        Adam(eta=0.1)
+
+
+def test_odd_hyperparameters():
+    assert Adam(betas=np.array([0.8, 0.9])).betas == (0.8, 0.9) and type(Adam(np.float64(0.1)).lr) is float
+    x = torch.ones(1)
+    update(setup(Adam(betas=torch.tensor([0.8, 0.9])), x), x, torch.ones(1))
+    every = setup(OptimiserChain(AccumGrad(schedules.linear(1, 3, 2)), Descent(1.0)), y := torch.zeros(1))
+    for _ in range(6):
+        update(every, y, torch.ones(1))
+    assert y.item() == -3
+    two = setup(OptimiserChain(Adam(1e-3), Descent(0.5)), torch.ones(1))
+    assert "0.001, 0.5" in fluxpy.summary(two)
+    assert "?" in fluxpy.summary(adjust(setup(Adam(), x), lambda count: -1.0))
+    with pytest.warns(UserWarning, match="no parameters"):
+        setup({"*": Adam()}, nn.ReLU())
+    kept = setup({"0.*": None, "*": Adam()}, model := net(), keep=setup(Adam(), model))
+    assert kept[0].weight.rule is None and kept[0].weight.frozen
+
+
+def test_complex_gradients_may_be_lazily_conjugated():
+    model = {"z": torch.ones(2, dtype=torch.complex64)}
+    state = setup(Adam(0.1), model)
+    update(state, model, fluxpy.gradient(lambda m: (m["z"].conj() * torch.tensor([1j, 2.0])).real.sum(), model))
+    torch.testing.assert_close(model["z"], torch.tensor([1 - 0.1j, 0.9 + 0j]))
+
+
 def test_value_in_a_chain():
     leaf = setup(OptimiserChain(WeightDecay(0.1), AdamW(weight_decay=0.2)), torch.ones(1))
     assert value(leaf, "lr") == 1e-3 and leaf.rule[1].weight_decay == 0.2
-    with pytest.raises(AttributeError, match="more than once"):
+    with pytest.raises(ValueError, match="more than once"):
         value(leaf, "weight_decay")
     with pytest.raises(ValueError, match="did you mean"):
         value(leaf, "lrr")

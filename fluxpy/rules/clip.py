@@ -77,4 +77,5 @@ def norm_of(x: Tensor, p: Hyper) -> Tensor:
 def shrink(dx: Tensor, norm: Tensor, max_norm: Hyper) -> Tensor:
     # Not clamp(max_norm / norm): at a norm of zero that divides by zero, and its derivative is NaN.
     scale = torch.where(norm > max_norm, max_norm / norm, torch.ones_like(norm))
-    return dx * scale.to(device=dx.device, dtype=dx.real.dtype if dx.is_complex() else dx.dtype)
+    # In the norm's precision: a small scale would be zero in float16.
+    return (dx * scale.to(dx.device).expand_as(dx)).to(dx.dtype)
