@@ -8,6 +8,8 @@ In short:
     fluxpy.adjust(state.encoder, 3e-4)
 """
 
+from typing import Any
+
 from . import schedules
 from .adjust import adjust, freeze, reset, scale, thaw
 from .checkpoint import load, save
@@ -102,3 +104,12 @@ __all__ = [
     "value",
     "withgradient",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`fluxpy.testing` is imported when it is first used."""
+    if name == "testing":
+        import importlib
+
+        return importlib.import_module(".testing", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
