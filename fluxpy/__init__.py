@@ -8,8 +8,6 @@ In short:
     fluxpy.adjust(state.encoder, 3e-4)
 """
 
-from typing import Any
-
 from . import schedules
 from .adjust import adjust, freeze, reset, scale, thaw
 from .checkpoint import load, save
@@ -106,7 +104,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """`fluxpy.testing` is imported when it is first used."""
     if name == "testing":
         import importlib

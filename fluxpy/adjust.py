@@ -58,6 +58,9 @@ def adjust(state: T, lr: Any = None, /, **changes: Any) -> T:
             raise TypeError("adjust got lr twice, by position and by name")
         changes["lr"] = lr
     found = list(leaves(state)) if isinstance(state, State | Leaf) else list(slots(state, "adjust"))
+    for name, new in changes.items():
+        if isinstance(new, type):
+            raise TypeError(f"adjust got the class {new.__name__} for {name!r}; write {new.__name__}(...)")
     if not changes:
         raise TypeError("adjust needs a hyperparameter to change, as adjust(state, 0.01) or adjust(state, eps=1e-6)")
     rules = {id(leaf.rule): leaf.rule for _, leaf in found if leaf.rule is not None}

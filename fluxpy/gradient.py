@@ -81,8 +81,8 @@ def withgradient(
 
 
 _WHY = (
-    "was it detached, computed under no_grad, or from another model? Reentrant activation checkpointing hides "
-    "parameters too: pass use_reentrant=False to torch.utils.checkpoint"
+    "was it detached, computed under no_grad or inference_mode, or from another model? Reentrant activation "
+    "checkpointing hides parameters too: pass use_reentrant=False to torch.utils.checkpoint"
 )
 
 

@@ -185,11 +185,10 @@ def slots(state: Any, verb: str) -> Iterator[tuple[str, Leaf]]:
 
 def leaves(state: "State | Leaf") -> Iterator[tuple[str, Leaf]]:
     """`(path, leaf)` for each parameter, a tied one once, in the order of the model; paths start at the given view."""
-    seen: set[int] = set()
+    first: dict[int, tuple[str, Leaf]] = {}
     for path, leaf in slots(state, "leaves"):
-        if id(leaf) not in seen:
-            seen.add(id(leaf))
-            yield path, leaf
+        first.setdefault(id(leaf), (path, leaf))
+    return iter(first.values())
 
 
 def select(state: State, what: str | Callable[[str, Leaf], bool]) -> State:

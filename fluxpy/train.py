@@ -34,8 +34,8 @@ def train(
 
     `loss(model, *batch)` where the batch is a tuple or list, else `loss(model, batch)`, as `withgradient` takes it.
     Batches are moved to the model's device. `progress` shows a bar with the running loss; by default where a person is
-    watching. What is not wholly frozen is put into training mode. For epochs, call it again; for callbacks, metrics and
-    checkpoints there is `fluxpy.Learner`.
+    watching. What is not wholly frozen is put into training mode. For epochs, call it again; for callbacks and metrics
+    write the loop with `trainstep` (a Learner is planned).
 
     Raises FloatingPointError with the item's index for a loss that is not finite, before that item updated anything,
     and ValueError for data without a batch.
@@ -134,14 +134,18 @@ def _watched() -> bool:
 def _refuse(refused: dict[str, Any], data: Any, state: Any) -> None:
     if refused:
         name = next(iter(refused))
-        hint = (
-            "; callbacks are for fluxpy.Learner, or write the loop with trainstep"
-            if name in ("callbacks", "cb")
-            else ""
-        )
+        hints = {
+            "callbacks": "; callbacks are for a Learner, or write the loop with trainstep",
+            "epochs": "; it goes over the data once, so call it for each epoch",
+        }
+        hint = hints.get("callbacks" if name == "cb" else name, "")
         raise TypeError(f"train has no argument {name!r}{hint}")
     if not isinstance(state, State | Leaf):
         raise TypeError(f"train takes the state that setup returns in fourth place, but got {type(state).__name__}")
+    if isinstance(data, dict) or data is None:
+        raise TypeError(
+            f"train takes an iterable of batches, not {type(data).__name__}: DataLoader(data, batch_size=32)"
+        )
     arrays = isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(a, Tensor | np.ndarray) for a in data)
     if arrays and (isinstance(data, tuple) or data[0].shape != data[1].shape or data[0].dtype != data[1].dtype):
         raise TypeError("train takes an iterable of batches, not a pair of arrays: DataLoader((X, Y), batch_size=32)")

@@ -54,6 +54,8 @@ class OptimiserChain(_Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         for i, rule in enumerate(self.rules):
+            if isinstance(rule, list | tuple):
+                raise TypeError("OptimiserChain takes rules one by one: write OptimiserChain(*rules)")
             if not isinstance(rule, Rule):
                 hint = f"; write {rule.__name__}()" if isinstance(rule, type) and issubclass(rule, Rule) else ""
                 raise TypeError(f"OptimiserChain takes rules, but number {i} is {rule!r}{hint}")
