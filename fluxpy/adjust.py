@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from . import schedules
-from .rule import Rule, field_of, hyperparameters, no_hyperparameter, replace, walk
+from .rule import Rule, at, field_of, hyperparameters, no_hyperparameter, replace, walk
 from .state import Leaf, State, leaves, slots
 
 T = TypeVar("T", State, Leaf)
@@ -73,6 +73,8 @@ def adjust(state: T, lr: Any = None, /, **changes: Any) -> T:
     if problems:
         raise ValueError("; ".join(f"{message} ({_at(paths)})" for message, paths in problems.items()))
     for _, leaf in found:
+        if leaf._missed and leaf._state is not None:  # while the rule is still the one that counted them
+            leaf._state, leaf._missed = at(leaf.rule, leaf._count).miss(leaf._state, leaf._missed), 0
         leaf._rule = new.get(id(leaf.rule))
     return state
 

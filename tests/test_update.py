@@ -301,6 +301,20 @@ def test_accumulation_keeps_all_leaves_in_step():
     assert value(state.a, "lr") == 1.0 and state.a._count == 5 and state.c._count == 4
 
 
+def test_a_window_may_change_while_a_leaf_is_frozen():
+    model = {"a": torch.zeros(1), "b": torch.zeros(1)}
+    state = setup(OptimiserChain(AccumGrad(2), Descent(1.0)), model)
+    freeze(state.b)
+    seen = []
+    for i in range(12):
+        if i == 3:
+            adjust(state, n=4)
+            thaw(state)
+        update(state, model, {"a": torch.ones(1), "b": torch.ones(1)})
+        seen.append((model["a"].item(), model["b"].item()))
+    assert seen[1] == (-1, 0) and seen[4:6] == [(-1, 0), (-2, -0.75)] and seen[8:10] == [(-2, -0.75), (-3, -1.75)]
+
+
 def test_mixed_precision_assigns_the_master_and_follows_writes():
     x = torch.ones(4, dtype=torch.bfloat16)
     state = setup(MixedPrecision(Descent(1e-3)), x)
