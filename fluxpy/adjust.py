@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import schedules
 from .rule import Rule, at, field_of, hyperparameters, no_hyperparameter, replace, walk
-from .state import Leaf, State, leaves, slots
+from .state import Leaf, State, once, slots
 
 T = TypeVar("T", State, Leaf)
 
@@ -57,7 +57,7 @@ def adjust(state: T, lr: Any = None, /, **changes: Any) -> T:
         if "lr" in changes:
             raise TypeError("adjust got lr twice, by position and by name")
         changes["lr"] = lr
-    found = list(leaves(state)) if isinstance(state, State | Leaf) else list(slots(state, "adjust"))
+    found = once(state, "adjust")
     for name, new in changes.items():
         if isinstance(new, type):
             raise TypeError(f"adjust got the class {new.__name__} for {name!r}; write {new.__name__}(...)")

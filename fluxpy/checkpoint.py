@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .files import read, write
-from .pytree import level, unwrap
+from .pytree import level, unwrap, unwritable
 from .state import Leaf, State
 from .statedict import load_state_dict, state_dict
-from .text import names_of
+from .text import form, names_of
 
 _DEPTH = 100  # of lists and dicts in extra
 
@@ -132,10 +132,12 @@ def _matched(ours: dict[str, Tensor], saved: dict[str, Tensor]) -> tuple[list[tu
             continue
         came, known = saved[name], first.setdefault(id(here), saved[name])
         if (came.shape, came.dtype) != (here.shape, here.dtype):
-            problems.append(f"\n  {name!r} was saved as {_form(came)}, here it is {_form(here)}")
+            problems.append(
+                f"\n  {name!r} was saved as {form(came.shape, came.dtype)}, here it is {form(here.shape, here.dtype)}"
+            )
         elif came.layout is not torch.strided or here.layout is not torch.strided or here.is_meta or came.is_meta:
             problems.append(f"\n  {name!r} is not dense")
-        elif _unwritable(here):
+        elif unwritable(here):
             problems.append(f"\n  {name!r} cannot be written in place (expanded, or made in inference mode)")
         elif known is not came and _bytes(known) != _bytes(came):
             problems.append(f"\n  {name!r} is tied here, but was saved as a tensor of its own with other values")
@@ -144,15 +146,6 @@ def _matched(ours: dict[str, Tensor], saved: dict[str, Tensor]) -> tuple[list[tu
     for kind, names in (("missing", ours.keys() - saved), ("unexpected", saved.keys() - ours.keys())):
         problems += [f"\n  {kind}: {names_of(sorted(names))}"] * bool(names)
     return pairs, problems
-
-
-def _unwritable(t: Tensor) -> bool:
-    overlaps = torch._debug_has_internal_overlap(t) == 1  # pyright: ignore[reportPrivateImportUsage]
-    return overlaps or (t.is_inference() and not torch.is_inference_mode_enabled())
-
-
-def _form(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
 
 
 def _bytes(t: Tensor) -> bytes:

@@ -108,6 +108,11 @@ def overlaps_itself(x: Tensor) -> bool:
     return not is_wrapped(x) and torch._debug_has_internal_overlap(x) == 1  # pyright: ignore[reportPrivateImportUsage]
 
 
+def unwritable(x: Tensor) -> bool:
+    """Whether a tensor cannot be written in place: expanded, or made in inference mode."""
+    return overlaps_itself(x) or (x.is_inference() and not torch.is_inference_mode_enabled())
+
+
 def memory(x: Tensor) -> int:
     """What tensors that share memory have in common; of an empty tensor, itself."""
     return id(x) if is_wrapped(x) or not x.numel() or x.is_meta else x.untyped_storage().data_ptr()

@@ -45,13 +45,8 @@ def _lines(spec: Spec, state: State, indent: str, above: str | None) -> list[str
 def _note(leaf: Leaf) -> str:
     if leaf.rule is None:
         return "no rule, frozen"
-    return _rule(leaf) + (", frozen" if leaf.frozen else "")
-
-
-def _rule(leaf: Leaf) -> str:
-    assert leaf.rule is not None
     rate = _rate(leaf)
-    return title(leaf.rule) + (f" lr={rate}" if rate else "")
+    return title(leaf.rule) + (f" lr={rate}" if rate else "") + (", frozen" if leaf.frozen else "")
 
 
 def _rate(leaf: Leaf) -> str:

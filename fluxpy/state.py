@@ -185,10 +185,15 @@ def slots(state: Any, verb: str) -> Iterator[tuple[str, Leaf]]:
 
 def leaves(state: "State | Leaf") -> Iterator[tuple[str, Leaf]]:
     """`(path, leaf)` for each parameter, a tied one once, in the order of the model; paths start at the given view."""
+    return iter(once(state, "leaves"))
+
+
+def once(state: Any, verb: str) -> list[tuple[str, Leaf]]:
+    """What `leaves` gives, for a verb to name in its errors."""
     first: dict[int, tuple[str, Leaf]] = {}
-    for path, leaf in slots(state, "leaves"):
+    for path, leaf in slots(state, verb):
         first.setdefault(id(leaf), (path, leaf))
-    return iter(first.values())
+    return list(first.values())
 
 
 def select(state: State, what: str | Callable[[str, Leaf], bool]) -> State:

@@ -21,6 +21,11 @@ WORDS = {
 }
 
 
+def form(shape: Iterable[int], dtype: object) -> str:
+    """A tensor's form: `float32[2, 3]`."""
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+
+
 def names_of(keys: Iterable[object]) -> str:
     """The first few names, and how many there are."""
     names = [repr(key) for key in keys]

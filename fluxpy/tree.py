@@ -138,9 +138,8 @@ def walk(model: Any) -> tuple[Spec, list[Tensor]]:
                 numbers[id(x)] = len(values)
                 values.append(x)
             places.append(("leaf", (), numbers[id(x)]))
-        elif (here := level(x)) is None or id(
-            x
-        ) in above:  # a module may hold one it stands in, which is listed already
+        elif (here := level(x)) is None or id(x) in above:
+            # Nothing, or a module within itself, which is listed already.
             places.append(("empty", (), -1))
         else:
             places.append((here.kind, here.keys, -1))

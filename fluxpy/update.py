@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .guard import Guard, Skip, reads_at_once, require_finite
 from .match import fit, rebuild, scatter
-from .pytree import Frame, apart, is_wrapped, memory, overlaps_itself
+from .pytree import Frame, apart, is_wrapped, memory, unwritable
 from .rule import Ask, Assign, Rule, StagedRule, at, hyperparameters, walk
 from .state import Leaf, State, spec_of, start
 from .state import leaves as leaves_of
+from .text import form
 from .tree import Spec
 
 
@@ -128,7 +129,7 @@ def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -
     given = _gradients(spec, params, grads)
     for index, path in spec.unique.items():
         _check(path, leaves[index], params[index], given.get(index))
-        if inplace and (overlaps_itself(params[index]) or _sealed(params[index])):
+        if inplace and unwritable(params[index]):
             raise ValueError(
                 f"{path!r} cannot be written in place (expanded, or made in inference mode); clone it first"
             )
@@ -169,8 +170,8 @@ def _gradients(spec: Spec, params: Mapping[int, Tensor], grads: Any) -> dict[int
 def _check(path: str, leaf: Leaf, x: Tensor, dx: Tensor | None) -> None:
     if (x.shape, x.dtype) != (leaf._shape, leaf._dtype):
         raise ValueError(
-            f"the model does not fit the state: {path!r} was {_form(leaf._shape, leaf._dtype)} at setup and is now "
-            f"{_form(x.shape, x.dtype)}; call setup again after changing a model"
+            f"the model does not fit the state: {path!r} was {form(leaf._shape, leaf._dtype)} at setup and is now "
+            f"{form(x.shape, x.dtype)}; call setup again after changing a model"
         )
     if dx is None:
         return
@@ -178,8 +179,8 @@ def _check(path: str, leaf: Leaf, x: Tensor, dx: Tensor | None) -> None:
         raise ValueError(f"the gradient of {path!r} is sparse ({dx.layout}); pass grad.to_dense()")
     if (dx.shape, dx.dtype, dx.device) != (x.shape, x.dtype, x.device):
         raise ValueError(
-            f"the gradient of {path!r} does not fit: the parameter is {_form(x.shape, x.dtype)} on {x.device}, "
-            f"the gradient {_form(dx.shape, dx.dtype)} on {dx.device}"
+            f"the gradient of {path!r} does not fit: the parameter is {form(x.shape, x.dtype)} on {x.device}, "
+            f"the gradient {form(dx.shape, dx.dtype)} on {dx.device}"
         )
     for held in Frame.split(leaf.state)[0]:
         if held.device != x.device and held.ndim:
@@ -187,14 +188,6 @@ def _check(path: str, leaf: Leaf, x: Tensor, dx: Tensor | None) -> None:
                 f"the momenta of {path!r} are on {held.device}, the parameter on {x.device}: after model.to(...), "
                 "move the state too: optree.tree_map(lambda t: t.to(device), state, namespace='fluxpy')"
             )
-
-
-def _sealed(x: Tensor) -> bool:
-    return x.is_inference() and not torch.is_inference_mode_enabled()
-
-
-def _form(shape: torch.Size, dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
 def _has_history(leaves: list[Leaf], params: Mapping[int, Tensor], given: Mapping[int, Tensor]) -> bool:
