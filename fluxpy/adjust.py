@@ -74,8 +74,8 @@ def adjust(state: T, lr: Any = None, /, **changes: Any) -> T:
         raise ValueError("; ".join(f"{message} ({_at(paths)})" for message, paths in problems.items()))
     for _, leaf in found:
         if leaf._missed and leaf._state is not None:  # while the rule is still the one that counted them
-            leaf._state, leaf._missed = at(leaf.rule, leaf._count).miss(leaf._state, leaf._missed), 0
-        leaf._rule = new.get(id(leaf.rule))
+            leaf._set(state=at(leaf.rule, leaf._count).miss(leaf._state, leaf._missed), missed=0)
+        leaf._set(rule=new.get(id(leaf.rule)))
     return state
 
 
@@ -109,7 +109,7 @@ def freeze(state: T) -> T:
     that you set to `eval()` keeps its BatchNorm statistics and its Dropout off.
     """
     for _, leaf in list(slots(state, "freeze")):
-        leaf._frozen = True
+        leaf._set(frozen=True)
     return state
 
 
@@ -122,12 +122,12 @@ def thaw(state: T) -> T:
     if bare := [path for path, leaf in found if leaf.rule is None]:
         raise ValueError(f"thaw: set up with no rule (None), so frozen for good ({_at(bare)}); call setup again")
     for _, leaf in found:
-        leaf._frozen = False
+        leaf._set(frozen=False)
     return state
 
 
 def reset(state: T) -> T:
     """Empty momenta and counts under this view; rules and frozenness stay. Schedules start over."""
     for _, leaf in list(slots(state, "reset")):
-        leaf._state, leaf._count, leaf._missed = None, 0, 0
+        leaf._set(state=None, count=0, missed=0)
     return state

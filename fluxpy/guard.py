@@ -1,6 +1,9 @@
 """Numbers that must be finite. On the CPU a bad one raises at once. Elsewhere nothing is read in a step: a flag on the
 device goes up and holds back that update and all after it, and `check` reads it when the user asks."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,13 @@ class Guard:
         self.kinds: list[tuple[str, tuple[str, ...]]] = []  # what can go wrong, and at which paths
         self.bad: Tensor | None = None  # 0-dim, on the device, as `first`: kind, place among its paths, update
         self.first: Tensor | None = None
+        self.plans: dict[int, Any] = {}  # how the engine steps each view, by its spec
+        self.fits: dict[int, Any] = {}  # and the model it was last used with
+        self.slow: set[type] = set()  # rules that only the plain path can run
+        self.compile = False
+
+    def __getstate__(self) -> Any:
+        return self.__dict__ | {"plans": {}, "fits": {}}
 
     def note(self, ok: Tensor, what: str, paths: tuple[str, ...] = (), place: Tensor | int = 0) -> None:
         """Raise the flag unless `ok`, which the host does not read."""
@@ -52,17 +62,19 @@ class Guard:
             raise FloatingPointError(f"{what}{where} is not finite, in update {update}; nothing was updated since")
 
 
-def require_finite(total: Tensor, ask: Ask, parts: list[tuple[str, Tensor]], guard: Guard) -> None:
-    """Act on a total that is not finite as `ask.nonfinite` says: raise, skip the update, or ignore it."""
+def require_finite(total: Tensor, ask: Ask, shares: Callable[[], list[tuple[str, Tensor]]], guard: Guard) -> None:
+    """Act on a total that is not finite as `ask.nonfinite` says: raise, skip the update, or ignore it. `shares` gives
+    what each leaf gave to it, by path."""
     if ask.nonfinite == "ignore" or is_wrapped(total):
         return
     name = f"{type(ask.rule).__name__}: the norm of the gradient"
     if ask.nonfinite == "raise" and not reads_at_once(total):
+        parts = shares()
         bad = torch.stack([~part.isfinite() for _, part in parts])
         guard.note(total.isfinite(), name, tuple(path for path, _ in parts), bad.long().argmax())
     elif not total.isfinite():
         if ask.nonfinite == "skip":
             raise Skip
-        path = next((path for path, part in parts if not part.isfinite()), None)
+        path = next((path for path, part in shares() if not part.isfinite()), None)
         where = f"{name} of {path!r}" if path is not None else f"{name}s together"
         raise FloatingPointError(f'{where} is {total.item()}; nothing was updated (nonfinite="skip" would go on)')

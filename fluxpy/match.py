@@ -1,26 +1,56 @@
 """What belongs to what: parameters and gradients by the places of a state tree, and models rebuilt from them."""
 
 from collections.abc import Mapping
+from itertools import chain
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 
 from .pytree import is_parameter, is_wrapped, level, unwrap
 from .text import names_of, near
-from .tree import Mirror, Spec, walk
+from .tree import Mirror, Spec, explore, walk
+
+
+class Fit:
+    """A model that fits `spec`: its parameters in the order of `spec.unique`. ValueError with the place where it has
+    another shape.
+
+    Kept from step to step: `holds` says at next to no cost whether this is still the same model, by looking whether
+    each container still has the same things in it.
+    """
+
+    def __init__(self, spec: Spec, model: Any) -> None:
+        if spec.kind in ("slice", "selection"):
+            raise ValueError(
+                "a slice or a selection of the state has no matching branch of a model; "
+                "pass the whole state or a branch of it (frozen leaves are passed by)"
+            )
+        self.spec, self.model = spec, model
+        self.walked, values, holders = explore(model)
+        if self.walked != spec:
+            raise ValueError(_difference(spec, self.walked, ""))
+        self.params = [values[j] for j in self.walked.unique]
+        self.names = tuple(spec.unique.values())
+        self.dicts = [x for x in holders if isinstance(x, dict)]
+        self.lists = [x for x in holders if type(x) in (list, tuple)]
+        self.plain = len(self.dicts) + len(self.lists) == len(holders)  # else some container cannot be looked into
+        self.keys, self.held = self._look()
+
+    def _look(self) -> tuple[list[Any], list[Any]]:
+        inside = chain.from_iterable(d.values() for d in self.dicts)
+        return list(chain.from_iterable(self.dicts)), [*inside, *chain.from_iterable(self.lists)]
+
+    def holds(self, model: Any) -> bool:
+        if model is not self.model or not self.plain:
+            return False
+        keys, held = self._look()
+        return len(held) == len(self.held) and all(map(is_, held, self.held)) and keys == self.keys
 
 
 def fit(spec: Spec, model: Any) -> dict[int, Tensor]:
-    """The model's parameters by the numbers of `spec`; ValueError with the place where the model has another shape."""
-    if spec.kind in ("slice", "selection"):
-        raise ValueError(
-            "a slice or a selection of the state has no matching branch of a model; "
-            "pass the whole state or a branch of it (frozen leaves are passed by)"
-        )
-    other, values = walk(model)
-    if other != spec:
-        raise ValueError(_difference(spec, other, ""))
-    return {i: values[j] for i, j in zip(spec.unique, other.unique, strict=True)}
+    """The model's parameters by the numbers of `spec`."""
+    return dict(zip(spec.unique, Fit(spec, model).params, strict=True))
 
 
 def _difference(ours: Spec, other: Spec, path: str) -> str:

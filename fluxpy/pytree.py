@@ -103,6 +103,11 @@ def is_wrapped(x: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def is_transforming() -> bool:
+    """Whether a `torch.func` transform or `torch.compile` is looking on: nothing may be kept from one step to another."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
+
+
 def overlaps_itself(x: Tensor) -> bool:
     """Whether elements share memory, as in an expanded tensor: it cannot be written in place."""
     return not is_wrapped(x) and torch._debug_has_internal_overlap(x) == 1  # pyright: ignore[reportPrivateImportUsage]

@@ -37,18 +37,54 @@ class Leaf:
     after a thaw or a reset.
     """
 
-    __slots__ = ("_count", "_dtype", "_frozen", "_guard", "_missed", "_open", "_rule", "_shape", "_state")
+    __slots__ = ("_dtype", "_frozen", "_group", "_guard", "_held", "_missed", "_open", "_rule", "_seen", "_shape", "_steps")
 
     rule: Any = _read_only("rule", "The hyperparameters.", "fluxpy.adjust(leaf, lr=...)")
     state: Any = _read_only("state", "The rule's momenta.", "fluxpy.reset(leaf), or load a saved state")
     frozen: bool = _read_only("frozen", "Whether updates pass it by.", "fluxpy.freeze(leaf) or fluxpy.thaw(leaf)")
 
     def __init__(self, rule: Rule | None, frozen: bool, x: Tensor, guard: Guard) -> None:
-        self._rule, self._state, self._frozen = rule, None, frozen
+        self._rule, self._held, self._frozen = rule, None, frozen
         self._shape, self._dtype, self._guard = x.shape, x.dtype, guard  # one guard for all leaves of a tree
-        self._count = 0  # how often the rule stepped the parameter: what schedules see
+        self._steps = 0  # how often the rule stepped the parameter: what schedules see
         self._missed = 0  # updates sat out frozen, that a rule which gathers must hear of
         self._open: Any = None  # as a pytree with something else in place of its tensors: those, and the rest
+        # The engine steps many leaves as one group, which counts for all; a leaf catches up when it is looked at.
+        self._group: Any = None
+        self._seen = 0
+
+    @property
+    def _state(self) -> Any:
+        self._catch_up()
+        return self._held
+
+    @property
+    def _count(self) -> int:
+        self._catch_up()
+        return self._steps
+
+    def _catch_up(self) -> None:
+        if self._group is not None and self._seen != self._group.steps:
+            self._held, self._steps, self._seen = self._group.of(self._held), self._group.count, self._group.steps
+
+    def _set(self, **values: Any) -> None:
+        """Change anything but the momenta's numbers: `rule`, `state`, `frozen`, `count`, `missed`."""
+        self._catch_up()
+        if self._group is not None:
+            self._group = self._group.disband()
+        names = {"state": "_held", "count": "_steps"}
+        for name, value in values.items():
+            setattr(self, names.get(name, "_" + name), value)
+
+    def _put(self, state: Any, count: int) -> None:
+        """What a step on the plain path makes of it."""
+        if self._group is not None and not self._group.idle:
+            self._set()
+        self._held, self._steps, self._missed = state, count, 0
+
+    def __getstate__(self) -> Any:
+        self._catch_up()
+        return None, {name: getattr(self, name) for name in self.__slots__} | {"_group": None}
 
     def __repr__(self) -> str:
         return f"Leaf({self._rule!r}, {'x'.join(map(str, self._shape)) or '0-dim'}{', frozen' * self._frozen})"
@@ -56,7 +92,7 @@ class Leaf:
     def _with(self, rule: Rule | None, state: Any) -> "Leaf":
         """A copy with another rule and state."""
         leaf = copy.copy(self)
-        leaf._rule, leaf._state = rule, state
+        leaf._rule, leaf._held = rule, state
         return leaf
 
 
@@ -131,11 +167,11 @@ def setup(
             before = old.get(name)
             if own is not None and before is not None and (before._shape, before._dtype) == (x.shape, x.dtype):
                 kept = copy.deepcopy(before)
-                kept._frozen, kept._guard = before._frozen or frozen, guard
+                kept._set(frozen=before._frozen or frozen, guard=guard)
                 return kept
         new = Leaf(own, frozen, x, guard)
         if own is not None and not frozen:
-            new._state = start(own, x, 0, names[index][0])
+            new._held = start(own, x, 0, names[index][0])
         return new
 
     guard = Guard()

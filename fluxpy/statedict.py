@@ -116,7 +116,7 @@ def load_state_dict(
     if strict and any(report[1:6]):
         raise ValueError(f"load_state_dict: this does not fit (see rename, strict): {report._replace(loaded=[])}")
     for leaf, values in new:
-        leaf._rule, leaf._state, leaf._frozen, leaf._count, leaf._missed = values
+        leaf._set(**dict(zip(("rule", "state", "frozen", "count", "missed"), values, strict=True)))
     return report
 
 

@@ -10,6 +10,7 @@ Parameters are numbered in depth-first order; a tied one has one number and stan
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ class Spec:
         return found
 
     def __reduce__(self) -> Any:
-        return Spec.build, (self.places,)
+        return _known, (self.places,)
 
     def __deepcopy__(self, memo: Any) -> "Spec":
         return self
@@ -85,6 +86,12 @@ class Spec:
         return found
 
     @cached_property
+    def twice(self) -> str | None:
+        """A path at which two parameters stand, if there is one."""
+        paths: set[str] = set()
+        return next((path for path, _ in self.slots if path in paths or paths.add(path)), None)
+
+    @cached_property
     def by_name(self) -> dict[Any, "Spec"]:
         """Leaves by path; and children by key and its type, for 1 is not True."""
         children = zip(self.keys, self.children, strict=True)
@@ -119,18 +126,28 @@ class Spec:
 
 
 def walk(model: Any) -> tuple[Spec, list[Tensor]]:
-    """The shape of a model, and its parameters by number.
+    """The shape of a model, and its parameters by number. Equal shapes are one `Spec`.
 
     Raises ValueError where two parameters would have one path, where a module is not yet initialised, and where the
     model is nested deeper than 900 levels.
     """
+    return explore(model)[:2]
+
+
+def explore(model: Any) -> tuple[Spec, list[Tensor], list[Any]]:
+    """`walk`, and all containers on the way: those of a module are its dicts of parameters and modules."""
     values: list[Tensor] = []
     numbers: dict[int, int] = {}
     above: set[int] = set()
     places: list[tuple[str, tuple[Any, ...], int]] = []
+    holders: list[Any] = []
     todo = [model]
     while todo:
-        x = unwrap(todo.pop())
+        top = todo.pop()
+        x = unwrap(top)
+        while top is not x:  # a wrapper may be given another module
+            holders.append(top._modules)
+            top = next(iter(top._modules.values()))
         if isinstance(x, _Done):
             above.remove(x.place)
         elif is_parameter(x):
@@ -143,19 +160,31 @@ def walk(model: Any) -> tuple[Spec, list[Tensor]]:
             places.append(("empty", (), -1))
         else:
             places.append((here.kind, here.keys, -1))
+            holders += [x._parameters, x._modules] if isinstance(x, nn.Module) else [x]
             above.add(id(x))
             todo += [_Done(id(x)), *reversed(here.children)]
             if len(above) > 900:
                 raise ValueError("the model is nested deeper than 900 levels")
-    spec = Spec.build(places)
-    paths = set()
+    spec = _known(places)
+    if spec.twice is not None:
+        raise ValueError(f"two parameters of the model have one path, {spec.twice!r}; rename one of them")
     for path, index in spec.slots:
-        if path in paths:
-            raise ValueError(f"two parameters of the model have one path, {path!r}; rename one of them")
         if nn.parameter.is_lazy(values[index]):
             raise ValueError(f"the parameter {path!r} is lazy and has no shape yet; run the model once first")
-        paths.add(path)
-    return spec, values
+    return spec, values, holders
+
+
+_SPECS: WeakValueDictionary[Any, Spec] = WeakValueDictionary()
+
+
+def _known(places: list[tuple[str, tuple[Any, ...], int]]) -> Spec:
+    """The spec of these places. One for all models of a shape, so that comparing, naming and numbering is done once."""
+    types = tuple(type(key) for kind, keys, _ in places if kind not in ("record", "leaf") for key in keys)
+    key = tuple(places), types  # 1, 1.0 and True are equal, but not one key
+    found = _SPECS.get(key)
+    if found is None:
+        found = _SPECS[key] = Spec.build(places)
+    return found
 
 
 class _Done(NamedTuple):

@@ -1,102 +1,26 @@
-"""update: one step of every leaf, all or nothing, on the plain path: each rule's `apply`, leaf by leaf.
+"""update: one step of every leaf, all or nothing.
 
-Everything that can fail is worked out first, into new tensors; then it is written, in place or into copies.
+In place, a plan of the engine does it, made at the first update and kept. A pure update runs the plain path, each
+rule's `apply` leaf by leaf, and can be differentiated.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .guard import Guard, Skip, reads_at_once, require_finite
-from .match import fit, rebuild, scatter
-from .pytree import Frame, apart, is_wrapped, memory, unwritable
-from .rule import Ask, Assign, Rule, StagedRule, at, hyperparameters, walk
-from .state import Leaf, State, spec_of, start
-from .state import leaves as leaves_of
+from .engine.group import Misfit
+from .engine.plain import Plain
+from .engine.plan import Plan, rounds
+from .guard import Guard, Skip
+from .match import Fit, rebuild, scatter
+from .pytree import Frame, is_transforming, is_wrapped, unwritable
+from .rule import Rule, hyperparameters, walk
+from .state import Leaf, State, spec_of
 from .text import form
-from .tree import Spec
-
-
-class _Step:
-    """One leaf on its way through its rule."""
-
-    def __init__(self, path: str, leaf: Leaf, x: Tensor, dx: Tensor | None, rules: dict[Any, Rule]) -> None:
-        assert leaf.rule is not None
-        self.path, self.x, self.dx = path, x, dx
-        key = (id(leaf.rule), leaf._count)
-        try:
-            if key not in rules:
-                rules[key] = at(leaf.rule, leaf._count)
-        except Exception as error:
-            error.add_note(f"in a schedule of the parameter {path!r}, at its count {leaf._count}")
-            raise
-        self.rule = rules[key]
-        self.state = start(leaf.rule, x, leaf._count, path) if leaf.state is None else leaf.state
-        if leaf._missed:
-            self.state = self.rule.miss(self.state, leaf._missed)
-        self.run = self.rule.steps(self.state, x, dx)
-        self.asked = 0  # how many totals over the tree it has asked for
-
-    def advance(self, answer: Any, guard: Guard) -> Ask | None:
-        """Run to the next question that concerns other leaves too; None at the end."""
-        while True:
-            try:
-                ask = self.run.send(answer)
-            except StopIteration as done:
-                self.result = done.value
-                return None
-            except Exception as error:
-                error.add_note(f"in the rule {self.rule!r} of the parameter {self.path!r}")
-                raise
-            if ask.across:
-                self.asked += 1
-                return ask
-            require_finite(ask.part, ask, [(self.path, ask.part)], guard)
-            answer = ask.part
-
-    def finish(self, guard: Guard, inplace: bool) -> None:
-        """Work out what is to be written, so that writing it cannot fail."""
-        if not (isinstance(self.result, tuple) and len(self.result) == 2):
-            raise TypeError(f"{self._who()} must return (state, change), but gave {self.result!r}")
-        state, self.change = self.result
-        self.value = guard.held(self.x, self._value(self.change))
-        (olds, before), (news, self.frame) = Frame.split(self.state), Frame.split(state)
-        self.olds = olds if before == self.frame and all(map(_alike, olds, news)) else []
-        if any(t.device != self.x.device and t.ndim for t in news):
-            raise ValueError(f"{self._who()} gave a state on another device than the parameter's {self.x.device}")
-        # Never keep memory that others write to: the parameter, the gradient, or the old state's.
-        dx = [] if self.dx is None else [self.dx]
-        news = apart(news, [self.x, *dx, *([] if self.olds and inplace else olds)])
-        if self.olds:
-            mine = set(map(memory, olds)) if inplace else set()  # a rule may let its buffers change places
-            news = [t.clone() if memory(t) in mine and t is not old else t for old, t in zip(olds, news, strict=True)]
-            news = [guard.held(old, t).to(old.dtype) for old, t in zip(olds, news, strict=True)]
-        self.news = news
-
-    def _value(self, change: Any) -> Tensor:
-        """What the parameter becomes."""
-        value = change.value if isinstance(change, Assign) else self.x if change is None else change
-        if not isinstance(value, Tensor) or (value.shape, value.device) != (self.x.shape, self.x.device):
-            form = f"shape {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
-            want = f"it must have the parameter's shape {tuple(self.x.shape)}, on {self.x.device}"
-            raise ValueError(f"{self._who()} gave a change of {form}; {want}")
-        return value.clone() if value is self.x or isinstance(change, Assign) else (self.x - value).to(self.x.dtype)
-
-    def _who(self) -> str:
-        return f"the rule {self.rule!r} of the parameter {self.path!r}"
-
-    def settle(self, leaf: Leaf, inplace: bool) -> None:
-        """Give a leaf its new state. In place, each tensor keeps its memory where its shape allows."""
-        if inplace and self.olds:
-            self.news = [old if old is t else old.copy_(t) for old, t in zip(self.olds, self.news, strict=True)]
-        leaf._state, leaf._missed = self.frame.join(self.news), 0
-        leaf._count += self.change is not None
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.can_cast(b.dtype, a.dtype)
+from .tree import Mirror
 
 
 def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -> tuple[Any, Any]:
@@ -123,51 +47,105 @@ def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -
     if not isinstance(state, State | Leaf):
         what = "a rule; call state = setup(rule, model) first" if isinstance(state, Rule) else f"{type(state).__name__}"
         raise TypeError(f"update takes (state, model, grads), but the first is {what}")
-    spec = spec_of(state)
     leaves = state._values if isinstance(state, State) else [state]
-    params = fit(spec, model)
-    given = _gradients(spec, params, grads)
-    for index, path in spec.unique.items():
-        _check(path, leaves[index], params[index], given.get(index))
-        if inplace and unwritable(params[index]):
-            raise ValueError(
-                f"{path!r} cannot be written in place (expanded, or made in inference mode); clone it first"
-            )
     guard = guard_of(state)
-    with torch.set_grad_enabled(not inplace and _has_history(leaves, params, given)):
-        try:
-            steps = _run(spec, leaves, params, given, guard)
-            for step in steps.values():
-                step.finish(guard, inplace)
-        except Skip:
-            steps = {}
-        else:
-            leaves = leaves if inplace else [leaf._with(leaf.rule, leaf.state) for leaf in leaves]
-            for leaf in (leaves[index] for index in spec.unique):
-                leaf._missed += leaf.frozen and leaf.rule is not None and leaf.rule.gathers
-        if inplace:
-            guard.updates += 1
-            for index, step in steps.items():
-                step.settle(leaves[index], inplace=True)
-                if step.change is not None:
-                    step.x.copy_(step.value)
-            return state, model
-        return _copies(spec, leaves, params, steps, model)
+    fit = fit_of(state, model, guard)
+    values = _values(fit, grads)
+    if not inplace:
+        _check(fit, leaves, values, inplace)
+        with torch.set_grad_enabled(_has_history(leaves, fit, values)):
+            return _pure(fit, leaves, values, guard, model)
+    with torch.no_grad(), contextlib.suppress(Skip):
+        _step(fit, leaves, values, guard)
+    guard.updates += 1
+    return state, model
 
 
-def _gradients(spec: Spec, params: Mapping[int, Tensor], grads: Any) -> dict[int, Tensor]:
-    if grads is not None:
-        return scatter(spec, grads)
-    given = {index: x.grad for index, x in params.items() if x.grad is not None}
-    if params and not given:
-        raise ValueError(
-            "update was given no gradients, and no parameter has a .grad: call loss.backward() first, "
-            "or pass what fluxpy.gradient returns"
-        )
-    return given
+def fit_of(state: State | Leaf, model: Any, guard: Guard) -> Fit:
+    """The model's parameters as they fit the state; of the same model as last time, at next to no cost."""
+    spec = spec_of(state)
+    fit = guard.fits.get(id(spec))
+    if fit is None or not fit.holds(model):
+        fit = guard.fits[id(spec)] = Fit(spec, model)
+    return fit
 
 
-def _check(path: str, leaf: Leaf, x: Tensor, dx: Tensor | None) -> None:
+def _values(fit: Fit, grads: Any) -> list[Any]:
+    """The gradients in the order of the parameters."""
+    if grads is None:
+        values: list[Any] = [x.grad for x in fit.params]
+        if values and all(v is None for v in values):
+            raise ValueError(
+                "update was given no gradients, and no parameter has a .grad: call loss.backward() first, "
+                "or pass what fluxpy.gradient returns"
+            )
+        return values
+    if isinstance(grads, Mirror) and grads._spec is fit.walked:
+        return grads._values
+    if type(grads) is dict and tuple(grads) == fit.names:
+        return list(grads.values())
+    found = scatter(fit.spec, grads)
+    return [found.get(index) for index in fit.spec.unique]
+
+
+def _step(fit: Fit, leaves: list[Leaf], values: list[Any], guard: Guard) -> None:
+    """Update in place."""
+    if is_transforming():
+        _check(fit, leaves, values, inplace=True)
+        _commit(fit, leaves, values, guard)
+        return
+    key = id(fit.spec), id(leaves if fit.spec.children else leaves[0])
+    plan = guard.plans.get(key)
+    if plan is None or not plan.holds(fit, values):
+        _check(fit, leaves, values, inplace=True)
+        if len(guard.plans) > 16:  # of views that were made for one update
+            guard.plans.clear()
+        with torch.inference_mode(False), torch.no_grad():
+            plan = guard.plans[key] = Plan(fit, leaves, values, guard)
+    try:
+        plan.step(values)
+        return
+    except Misfit as misfit:
+        guard.slow.update(misfit.rules)
+    _commit(fit, leaves, values, guard)
+
+
+def _commit(fit: Fit, leaves: list[Leaf], values: list[Any], guard: Guard) -> None:
+    """Update in place on the plain path."""
+    turns = _plain(fit, leaves, values, guard, inplace=True)
+    _sit_out(fit, leaves)
+    for turn in turns.values():
+        turn.commit(guard)
+
+
+def _pure(fit: Fit, leaves: list[Leaf], values: list[Any], guard: Guard, model: Any) -> tuple[Any, Any]:
+    """The outcome as a new state and a new model, which share no tensor with the old."""
+    spec = fit.spec
+    try:
+        turns = _plain(fit, leaves, values, guard, inplace=False)
+    except Skip:
+        turns = {}
+    fresh, new = list(leaves), []
+    for index, x in zip(spec.unique, fit.params, strict=True):
+        leaf, turn = leaves[index], turns.get(index)
+        tensors, frame = Frame.split(None if turn else leaf.state)
+        fresh[index] = leaf._with(leaf.rule, frame.join(t.clone() for t in tensors))
+        if turn:
+            turn.settle(fresh[index], inplace=False)
+        new.append(turn.value if turn else x.clone())
+    if turns:
+        _sit_out(fit, fresh)
+    state = fresh[0] if spec.kind == "leaf" else State(spec, fresh)
+    return state, rebuild(model, dict(enumerate(new)))
+
+
+def _sit_out(fit: Fit, leaves: list[Leaf]) -> None:
+    """A rule that gathers hears, when its leaf thaws, how many updates went by."""
+    for leaf in (leaves[index] for index in fit.spec.unique):
+        leaf._missed += leaf.frozen and leaf.rule is not None and leaf.rule.gathers
+
+
+def _check_one(path: str, leaf: Leaf, x: Tensor, dx: Any) -> None:
     if (x.shape, x.dtype) != (leaf._shape, leaf._dtype):
         raise ValueError(
             f"the model does not fit the state: {path!r} was {form(leaf._shape, leaf._dtype)} at setup and is now "
@@ -175,6 +153,8 @@ def _check(path: str, leaf: Leaf, x: Tensor, dx: Tensor | None) -> None:
         )
     if dx is None:
         return
+    if not isinstance(dx, Tensor):
+        raise ValueError(f"the gradient of {path!r} must be a tensor or None, but got {type(dx).__name__}")
     if dx.layout != torch.strided:
         raise ValueError(f"the gradient of {path!r} is sparse ({dx.layout}); pass grad.to_dense()")
     if (dx.shape, dx.dtype, dx.device) != (x.shape, x.dtype, x.device):
@@ -190,77 +170,50 @@ def _check(path: str, leaf: Leaf, x: Tensor, dx: Tensor | None) -> None:
             )
 
 
-def _has_history(leaves: list[Leaf], params: Mapping[int, Tensor], given: Mapping[int, Tensor]) -> bool:
+def _check(fit: Fit, leaves: Sequence[Leaf], values: Sequence[Any], inplace: bool) -> None:
+    for (index, path), x, dx in zip(fit.spec.unique.items(), fit.params, values, strict=True):
+        _check_one(path, leaves[index], x, dx)
+        if inplace and unwritable(x):
+            raise ValueError(
+                f"{path!r} cannot be written in place (expanded, or made in inference mode); clone it first"
+            )
+
+
+def _has_history(leaves: Sequence[Leaf], fit: Fit, values: Sequence[Any]) -> bool:
     """Whether there is anything to differentiate through. An `nn.Parameter` that merely requires grad is not: the graph
     of an ordinary loop would grow with every step."""
     if not torch.is_grad_enabled():
         return False
-    rules = {id(leaf.rule): leaf.rule for leaf in leaves if leaf.rule is not None}.values()
-    held = [t for leaf in leaves for t in Frame.split(leaf.state)[0]]
+    inside = [leaves[index] for index in fit.spec.unique]
+    rules = {id(leaf.rule): leaf.rule for leaf in inside if leaf.rule is not None}.values()
+    held = [t for leaf in inside for t in Frame.split(leaf.state)[0]]
     held += [t for rule in rules for inner in walk(rule) for t in Frame.split(hyperparameters(inner))[0]]
-    return any(t.requires_grad for t in (*given.values(), *held)) or any(
+    return any(t.requires_grad for t in (*values, *held) if t is not None) or any(
         is_wrapped(x) or (x.requires_grad and not (x.is_leaf and isinstance(x, torch.nn.Parameter)))
-        for x in params.values()
+        for x in fit.params
     )
 
 
-def _run(
-    spec: Spec, leaves: list[Leaf], params: Mapping[int, Tensor], given: Mapping[int, Tensor], guard: Guard
-) -> dict[int, _Step]:
-    """All leaves through their rules. Where rules ask for totals, all leaves get there before any goes on."""
+def _plain(
+    fit: Fit, leaves: Sequence[Leaf], values: Sequence[Any], guard: Guard, inplace: bool
+) -> dict[int, Plain]:
+    """All leaves through their rules on the plain path, up to writing."""
     rules: dict[Any, Rule] = {}
-    steps = {
-        index: _Step(path, leaf, params[index], given.get(index), rules)
-        for index, path in spec.unique.items()
-        if not (leaf := leaves[index]).frozen and leaf.rule and (index in given or leaf.rule.gathers)
+    turns = {
+        index: Plain(path, leaf, x, dx, rules)
+        for (index, path), x, dx in zip(fit.spec.unique.items(), fit.params, values, strict=True)
+        if not (leaf := leaves[index]).frozen and leaf.rule and (dx is not None or leaf.rule.gathers)
     }
-    waiting: list[tuple[_Step, Any]] = [(step, None) for step in steps.values()]
-    while waiting:
-        groups: dict[Any, list[tuple[_Step, Ask]]] = {}
-        for step, answer in waiting:
-            ask = step.advance(answer, guard)
-            if ask is not None:
-                groups.setdefault((step.asked, _identity(ask.rule)), []).append((step, ask))
-        waiting = []
-        for group in groups.values():
-            total = group[0][1].rule.combine([ask.part for _, ask in group])
-            require_finite(total, group[0][1], [(step.path, ask.part) for step, ask in group], guard)
-            waiting += [(step, total) for step, _ in group]
-    return steps
-
-
-def _identity(rule: StagedRule) -> Any:
-    """Equal rules share a total. Tensors among their hyperparameters count by value where the host may read it."""
-
-    def key(v: Any) -> Any:
-        if not isinstance(v, Tensor):
-            return v
-        return v.item() if v.numel() == 1 and not is_wrapped(v) and reads_at_once(v) else id(v)
-
-    return type(rule), tuple((name, key(v)) for name, v in hyperparameters(rule).items())
-
-
-def _copies(
-    spec: Spec, leaves: list[Leaf], params: Mapping[int, Tensor], steps: Mapping[int, _Step], model: Any
-) -> tuple[Any, Any]:
-    """The outcome as a new state and a new model, which share no tensor with the old."""
-    fresh, values = list(leaves), {}
-    for i, index in enumerate(spec.unique):
-        leaf, x = leaves[index], params[index]
-        if index in steps:
-            fresh[index] = leaf._with(leaf.rule, None)
-            steps[index].settle(fresh[index], inplace=False)
-            values[i] = steps[index].value
-        else:
-            tensors, frame = Frame.split(leaf.state)
-            fresh[index], values[i] = leaf._with(leaf.rule, frame.join(t.clone() for t in tensors)), x.clone()
-    new = fresh[0] if spec.kind == "leaf" else State(spec, fresh)
-    return new, rebuild(model, values)
-
+    rounds(list(turns.values()), guard)
+    for turn in turns.values():
+        turn.finish(guard, inplace)
+    return turns
 
 def guard_of(state: State | Leaf) -> Guard:
     """The guard that all leaves of a tree share."""
-    return next((leaf._guard for _, leaf in leaves_of(state)), Guard())
+    if isinstance(state, Leaf):
+        return state._guard
+    return next((state._values[index]._guard for index in state._spec.unique), Guard())
 
 
 def check(state: Any) -> None:

@@ -115,6 +115,7 @@ def test_the_bar_is_for_a_person(capsys):
 def test_on_a_device_the_flag_is_read_late(monkeypatch, bad):
     """Where the host does not read numbers in a step, the first bad one holds back its update and all after it."""
     monkeypatch.setattr(fluxpy.guard, "reads_at_once", lambda x: False)
+    monkeypatch.setattr(fluxpy.engine.flat, "reads_at_once", lambda x: False)
     monkeypatch.setattr(sys.modules["fluxpy.train"], "reads_at_once", lambda x: False)
     model, good = nn.Linear(3, 2), nn.Linear(3, 2)
     good.load_state_dict(model.state_dict())

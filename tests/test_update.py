@@ -64,6 +64,13 @@ def same(a, b):
     return a[0] == b[0] and all(torch.equal(x, y) for i in (1, 2) for x, y in zip(a[i], b[i], strict=True))
 
 
+def close(a, b):
+    """The same but for a few roundings: a pure update runs the plain path, one in place the fastest that fits."""
+    pairs = [(x, y) for i in (1, 2) for x, y in zip(a[i], b[i], strict=True)]
+    rooms = [max(1e-6, 8 * torch.finfo(x.dtype).eps) for x, _ in pairs]
+    return a[0] == b[0] and all(torch.allclose(x, y, rtol=r, atol=r) for (x, y), r in zip(pairs, rooms, strict=True))
+
+
 @pytest.mark.parametrize("rule", [Adam(0.1), OptimiserChain(WeightDecay(0.1), ClipGlobalNorm(0.5), Momentum(0.1))])
 def test_all_forms_of_gradients_give_one_result(rule):
     """A gradient tree, a dict by names (the second name of a tie too), .grad, a module of gradients, a nested dict."""
@@ -94,7 +101,7 @@ def test_all_forms_of_gradients_give_one_result(rule):
         assert (new is model and new_state is state) == (form != "pure")
         assert new.decoder.weight is new.encoder.weight and isinstance(new.decoder.weight, nn.Parameter)
         results.append(everything(new_state, new))
-    assert all(same(results[0], other) for other in results[1:])
+    assert all(close(results[0], other) for other in results[1:])
 
 
 def test_in_place_keeps_every_object_and_pure_changes_none():
@@ -112,7 +119,7 @@ def test_in_place_keeps_every_object_and_pure_changes_none():
     ids = [id(x) for x in (*trainables(model), *optree.tree_leaves(state, namespace="fluxpy"))]
     update(state, model, grads)
     assert ids == [id(x) for x in (*trainables(model), *optree.tree_leaves(state, namespace="fluxpy"))]
-    assert same(everything(state, model), everything(pure_state, pure))
+    assert close(everything(state, model), everything(pure_state, pure))
     assert versions == [g._version for g in optree.tree_leaves(grads, namespace="fluxpy")]
 
 
@@ -556,8 +563,9 @@ def test_random_trees_agree_with_the_reference(model, rule, data):
         new_state, new = update(state, model, grads.get("", grads), inplace=False)
         update(state, model, grads.get("", grads))
         for path, x in trainables(model, path=True):
-            assert torch.equal(x, expected[path])
-        assert same(everything(state, model), everything(new_state, new))
+            room = max(1e-6, 8 * torch.finfo(x.dtype).eps)
+            torch.testing.assert_close(x, expected[path], rtol=room, atol=room)
+        assert close(everything(state, model), everything(new_state, new))
         for path, leaf in leaves(state):
             assert isinstance(leaf, Leaf) and leaf._count == counts[path] + (path in grads and not leaf.frozen)
 

@@ -58,8 +58,11 @@ class ClipGlobalNorm(StagedRule):
     _: KW_ONLY
     norm_type: Hyper = hyper(default=2.0, allowed="(0, inf]")
     nonfinite: Hyper = hyper(default="raise", allowed=("raise", "skip", "ignore"))
+    elementwise = True
 
     def combine(self, parts: list[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
         return norm_of(torch.stack([part.to(parts[0]) for part in parts]), self.norm_type)
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:

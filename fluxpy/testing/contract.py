@@ -18,7 +18,7 @@ from ..state import leaves, setup, start, value
 from ..statedict import load_state_dict, state_dict
 from ..update import update
 from .snapshot import dtype_name, snapshot
-from .trial import UPDATES, Step, demand, draw, drive, dtypes, equal, others, seen, steps
+from .trial import UPDATES, Step, close, demand, draw, drive, dtypes, equal, others, seen, steps
 
 
 def check_rule(rule: Rule | type[Rule], *, adjusted: Mapping[str, Any] | None = None) -> None:
@@ -130,28 +130,27 @@ class _Trial:
     def is_elementwise(self) -> None:
         """elementwise = True: on two tensors laid side by side it gives what it gives on each"""
         if self._rule.elementwise:
-            apart = {name: draw(seed=seed)["matrix"] for name, seed in (("a", 0), ("b", 100))}
+            apart: Any = {name: draw(seed=seed)["matrix"] for name, seed in (("a", 0), ("b", 100))}
             side = torch.cat([x.flatten() for x in apart.values()])
-            first, states = side.clone(), (setup(self._rule, apart), setup(self._rule, side))
+            first, (one, other) = side.clone(), (setup(self._rule, apart), setup(self._rule, side))
             for i in range(1, UPDATES + 1):
                 grads = {"a": draw(seed=i)["matrix"], "b": draw(seed=100 + i)["matrix"]}
-                update(states[0], apart, grads)
-                update(states[1], side, torch.cat([g.flatten() for g in grads.values()]))
+                one, apart = update(one, apart, grads, inplace=False)
+                other, side = update(other, side, torch.cat([g.flatten() for g in grads.values()]), inplace=False)
                 moved = torch.cat([x.flatten() for x in apart.values()]) - first
                 off = (side - first - moved).abs()
                 demand(bool((off <= 1e-9 * moved.abs() + 1e-12).all()), f"update {i - 1} differs")
 
     def gives_the_same_in_place(self) -> None:
-        """update(..., inplace=False) gives the same as in place, bit for bit, and changes nothing it was given"""
+        """update(..., inplace=False) gives the same as in place, to a few roundings, and changes nothing it was given"""
         for dtype in dtypes(self._rule):
             state, model = self._begun(dtype, 0)
-            own, mine = copy.deepcopy((state, model))
             for i in range(UPDATES):
-                grads, before, given = draw(dtype, i + 1), snapshot(model, state), (model, state)
-                state, model = update(state, model, grads, inplace=False)
-                equal(before, snapshot(*given), f"on {dtype_name(dtype)}, what was given changed")
-                update(own, mine, grads)
-                equal(snapshot(mine, own), snapshot(model, state), f"on {dtype_name(dtype)}, after update {i}")
+                grads, before = draw(dtype, i + 1), snapshot(model, state)
+                other = update(state, model, grads, inplace=False)
+                equal(before, snapshot(model, state), f"on {dtype_name(dtype)}, what was given changed")
+                update(state, model, grads)
+                close((state, model), other, f"on {dtype_name(dtype)}, after update {i}")
 
     def leaves_the_frozen(self) -> None:
         """a frozen leaf keeps every bit, and has no part in what others get"""

@@ -1,0 +1,119 @@
+"""Group: leaves that go through an update together."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..guard import Guard, Skip
+from ..pytree import Frame
+from ..rule import Ask, Rule, at
+
+
+class Misfit(Exception):
+    """What came is for the plain path to judge: it knows the leaf, and takes all that can be taken. `rules` are those
+    that should always go that way."""
+
+    def __init__(self, rules: Iterable[type] = ()) -> None:
+        self.rules = set(rules)
+
+
+@contextmanager
+def judged_by_plain() -> Iterator[None]:
+    """Errors become `Misfit`; `Skip` is none."""
+    try:
+        yield
+    except Skip:
+        raise
+    except Exception as error:
+        raise Misfit from error
+
+
+class Member(NamedTuple):
+    """A leaf in a plan, its parameter, and where that stands among the model's parameters."""
+
+    path: str
+    leaf: Any
+    x: Tensor
+    place: int
+
+
+class Group:
+    """Leaves with one rule, one count and equal numbers in their states. An update takes it through
+
+        begin      its gradients, and the rule's values at this count
+        advance    to the next total over the tree that it asks for; None at the end
+        finish     to where nothing can fail any more
+        commit     written
+
+    The leaves hold the tensors and the group the numbers, which a leaf takes over when it is looked at (`of`).
+    """
+
+    idle = False  # whether it leaves its leaves alone
+    quick = True  # whether it asks for nothing and can fail at nothing
+    rewrites_views = False  # whether parameters are written through a view that autograd does not know
+
+    plan: Any  # what it belongs to
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = list(members)
+        self.params = [member.x for member in members]
+        first = members[0].leaf
+        self.rule: Rule = first.rule
+        self.count, self.steps = first._count, 0
+        split = [Frame.split(member.leaf._state) for member in members]
+        self.frame = split[0][1]
+        self.momenta = [list(row) for row in zip(*(tensors for tensors, _ in split), strict=True)]
+        self.join()
+
+    def join(self) -> None:
+        for member in self.members:
+            if member.leaf._group is not None:
+                member.leaf._group.disband()
+            member.leaf._group, member.leaf._seen = self, 0
+
+    def of(self, held: Any) -> Any:
+        """The state of a leaf with the group's numbers."""
+        return self.frame.join(Frame.split(held)[0])
+
+    def disband(self) -> None:
+        """Somebody changed a leaf: whoever steps these leaves next must plan anew."""
+        self.plan.dead = True
+
+    def begin(self, grads: list[Tensor]) -> None:
+        self.grads, self.now = grads, self.rule
+        if self.rule.scheduled:
+            with judged_by_plain():
+                self.now = at(self.rule, self.count)
+
+    def advance(self, answer: Any, guard: Guard) -> Ask | None:
+        return None
+
+    def finish(self, guard: Guard) -> None:
+        pass
+
+    def commit(self, guard: Guard) -> None:
+        raise NotImplementedError
+
+    def stepped(self, numbers: list[Any] | None = None, moved: bool = True) -> None:
+        """Count a step, after which the states have these numbers."""
+        if numbers is not None:
+            self.frame.parts = numbers
+        self.steps += 1
+        self.count += moved
+        if self.rewrites_views:
+            torch.autograd.graph.increment_version(self.params)
+
+
+class Rest(Group):
+    """Leaves of a plan that no group steps: it hears when they are changed."""
+
+    idle = True
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members, self.steps = list(members), 0
+        for member in members:
+            member.leaf._catch_up()
+        self.join()

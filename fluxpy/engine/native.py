@@ -1,0 +1,158 @@
+"""The native path: PyTorch's fused kernels for the last rule of a chain, and the flat path for what stands before it.
+
+A kernel writes into the parameters and momenta themselves. It would write a scaled gradient into the gradient too, so
+clipping is not left to it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..guard import Guard
+from ..rule import Rule, eps_for
+from ..rules.adam import Adam, AdamW, AMSGrad
+from ..rules.adaptive import AdaGrad
+from ..rules.clip import ClipGlobalNorm, ClipGrad, ClipNorm
+from ..rules.decay import SignDecay, WeightDecay
+from ..rules.descent import Descent, Momentum, Nesterov
+from ..rules.wrap import OptimiserChain
+from .flat import Flat, Piece
+from .group import Member
+from .slab import Scratch, side_by_side
+
+Lists = list[list[Tensor]]
+
+
+class Kernel(NamedTuple):
+    """A fused kernel as one rule calls it: `call(params, grads, momenta, steps, **options(rule, x, weight_decay))`."""
+
+    call: Callable[..., Any]
+    options: Callable[[Any, Tensor, float], dict[str, Any]]
+
+
+def _adam(kernel: Any) -> Callable[..., Any]:
+    def call(params: Any, grads: Any, momenta: Lists, steps: Any, **options: Any) -> None:
+        m, v, *peaks = momenta
+        kernel(params, grads, m, v, peaks[0] if peaks else [], steps, **options)
+
+    return call
+
+
+def _sgd(params: Any, grads: Any, momenta: Lists, steps: Any, **options: Any) -> None:
+    torch._fused_sgd_(params, grads, *(momenta or [[]]), **options)
+
+
+def _adagrad(params: Any, grads: Any, momenta: Lists, steps: Any, **options: Any) -> None:
+    torch._fused_adagrad_(params, grads, momenta[0], steps, **options)
+
+
+def _adam_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
+    (beta1, beta2), eps = rule.betas, eps_for(x, rule.eps)
+    common = {"lr": rule.lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    return common | {"amsgrad": isinstance(rule, AMSGrad), "maximize": False}
+
+
+def _adamw_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
+    return _adam_options(rule, x, rule.weight_decay)
+
+
+def _sgd_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
+    momentum = getattr(rule, "momentum", 0.0)
+    common = {"lr": rule.lr, "momentum": momentum, "weight_decay": weight_decay, "dampening": 0.0}
+    return common | {"nesterov": isinstance(rule, Nesterov), "maximize": False, "is_first_step": False}
+
+
+def _adagrad_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
+    eps = eps_for(x, rule.eps)
+    return {"lr": rule.lr, "lr_decay": 0.0, "weight_decay": weight_decay, "eps": eps, "maximize": False}
+
+
+KERNELS: dict[type[Rule], Kernel] = {
+    Adam: Kernel(_adam(torch._fused_adam_), _adam_options),
+    AMSGrad: Kernel(_adam(torch._fused_adam_), _adam_options),
+    AdamW: Kernel(_adam(torch._fused_adamw_), _adamw_options),
+    Descent: Kernel(_sgd, _sgd_options),
+    Momentum: Kernel(_sgd, _sgd_options),
+    Nesterov: Kernel(_sgd, _sgd_options),
+    AdaGrad: Kernel(_adagrad, _adagrad_options),
+}
+FRONT = (WeightDecay, SignDecay, ClipGrad, ClipNorm, ClipGlobalNorm)
+
+
+def links(rule: Rule) -> tuple[Rule, ...]:
+    return rule.rules if type(rule) is OptimiserChain else (rule,)
+
+
+def takes(rule: Rule, x: Tensor) -> bool:
+    """Whether a kernel of PyTorch computes this rule, with what stands in front of it on the flat path."""
+    *front, last = links(rule) or (None,)
+    fits = x.is_floating_point() and x.element_size() in (2, 4, 8) and x.device.type in ("cpu", "cuda")
+    moving = getattr(last, "momentum", 1.0)
+    # Without momentum the kernel leaves the buffer as it is, where the rule would keep the gradient in it.
+    return fits and type(last) in KERNELS and not callable(moving) and moving != 0 and all(type(r) in FRONT for r in front)
+
+
+class Native(Flat):
+    """Leaves of a chain that a fused kernel ends."""
+
+    def __init__(self, members: Sequence[Member], scratch: Scratch) -> None:
+        whole = links(members[0].leaf.rule)
+        # A penalty right before the kernel is its own `weight_decay`; that of AdamW's is another one.
+        folded = len(whole) > 1 and type(whole[-2]) is WeightDecay and type(whole[-1]) is not AdamW
+        self.front = len(whole) - 1 - folded
+        self.reads_x = any(isinstance(rule, WeightDecay | SignDecay) for rule in whole[: self.front])
+        self.kernel = KERNELS[type(whole[-1])]
+        # As they are, in one call, where nothing stands in front and nothing lies side by side.
+        pair = [member.x for member in members[:2]]
+        self.aside = len(pair) == 2 and side_by_side(pair) is not None
+        self.direct = not self.front and not self.aside
+        super().__init__(members, scratch)
+        self.clock = torch.zeros((), device=pair[0].device)
+        self.counter = next((i for i, part in enumerate(self.frame.parts) if type(part) is int), None)
+        self.cached: Any = None
+
+    def arrange(self) -> None:
+        if not self.direct:
+            super().arrange()
+
+    def lay(self, single: bool) -> None:
+        if self.aside:
+            super().lay(single)
+
+    def begin(self, grads: list[Tensor]) -> None:
+        super().begin(grads)
+        for i in self.odd if self.direct else ():  # a kernel would read other strides as if they were the parameter's
+            grads[i] = torch.empty_like(self.params[i]).copy_(grads[i])
+        if self.cached is None or self.cached[0] is not self.now:
+            *front, last = links(self.now)
+            decay = front.pop().weight_decay if len(front) > self.front else 0.0
+            self.cached = self.now, OptimiserChain(*front), self.kernel.options(last, self.params[0], decay)
+
+    def run(self, piece: Piece) -> Any:
+        x = piece.x.read() if self.reads_x else piece.x.last
+        return self.replay(self.cached[1].steps(((),) * self.front, x, piece.gradient(self.grads)), piece)
+
+    def commit(self, guard: Guard) -> None:
+        options = self.cached[2]
+        if guard.bad is not None:
+            options = options | {"found_inf": guard.bad.to(self.clock)}
+        numbers = self.frame.parts
+        if self.counter is not None:
+            numbers[self.counter] += 1
+            self.clock.fill_(numbers[self.counter])
+        if self.direct:
+            self.kernel.call(self.params, self.grads, self.momenta, [self.clock] * len(self.params), **options)
+        for piece in self.pieces:
+            dx = self.run(piece)[1] if self.front else piece.gradient(self.grads)
+            if piece.x.flat is not None:
+                momenta = [[slab.last] for slab in piece.momenta]
+                self.kernel.call([piece.x.last], [dx], momenta, [self.clock], **options)
+            else:
+                if dx is not piece.buffer:
+                    piece.buffer.copy_(dx)
+                momenta = [slab.tensors for slab in piece.momenta]
+                clocks = [self.clock] * len(piece.views)
+                self.kernel.call(piece.x.tensors, piece.views, momenta, clocks, **options)
+        self.stepped()

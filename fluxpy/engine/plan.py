@@ -1,0 +1,184 @@
+"""The plan of an update: which leaves go together and by which path, worked out once and kept from step to step."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..guard import Guard, reads_at_once, require_finite
+from ..match import Fit
+from ..pytree import Frame, is_wrapped
+from ..rule import Rule, StagedRule, walk
+from ..rules.clip import ClipNorm
+from ..state import Leaf, start
+from . import native
+from .flat import Flat, ours, pointers
+from .group import Group, Member, Rest, judged_by_plain
+from .native import Native
+from .plain import Plain
+from .slab import Scratch
+
+
+class Plan:
+    """How to step leaves by gradients like these. `holds` says whether it may be used again."""
+
+    def __init__(self, fit: Fit, leaves: Sequence[Leaf], values: Sequence[Tensor | None], guard: Guard) -> None:
+        self.fit, self.guard, self.dead = fit, guard, False
+        self.leaves = leaves
+        places = zip(fit.spec.unique.items(), fit.params, strict=True)
+        members = [Member(path, leaves[i], x, place) for place, ((i, path), x) in enumerate(places)]
+        self.absent = [m.place for m in members if values[m.place] is None]
+        live = [m for m in members if not m.leaf._frozen and m.leaf._rule is not None]
+        self.waiting = [m.leaf for m in members if m.leaf._frozen and m.leaf._rule is not None and m.leaf._rule.gathers]
+        self.once = any(m.leaf._missed for m in live)  # after this step things are simpler
+        self.fresh = [m.leaf for m in live if m.leaf._state is None and values[m.place] is not None]
+        rest: list[Member] = []
+        sorted_: dict[Any, tuple[Callable[..., Group], list[Member]]] = {}
+        keys: dict[int, Any] = {}
+        for m in live:
+            way = None
+            if values[m.place] is not None and not m.leaf._missed:
+                if m.leaf._state is None:
+                    m.leaf._held = start(m.leaf._rule, m.x, m.leaf._count, m.path)
+                way = self.way(m, values[m.place])
+            if way is None:
+                rest.append(m)
+            else:
+                key = way + (keys.setdefault(id(m.leaf._rule), _same(m.leaf._rule)), m.leaf._count)
+                sorted_.setdefault(key, (way[0], []))[1].append(m)
+        self.rest = [m for m in rest if values[m.place] is not None or m.leaf._rule.gathers]
+        scratch = Scratch()
+        self.groups = [make(held, scratch) for make, held in sorted_.values()]
+        stepped = {m.place for _, held in sorted_.values() for m in held}
+        idle = Rest([m for m in members if m.place not in stepped])
+        for group in (*self.groups, idle):
+            group.plan = self
+        self.places = [m.place for group in self.groups for m in group.members]
+        self.whole = self.places == list(range(len(members)))
+        # What the others are given is looked at too, but for its shape alone.
+        looked_at = [m for group in self.groups for m in group.members] + [m for m in self.rest if values[m.place] is not None]
+        self.seen, self.params = [m.place for m in looked_at], [m.x for m in looked_at]
+        for group in self.groups:
+            group.odd = [i for i, m in enumerate(group.members) if values[m.place].stride() != m.x.stride()]
+        self.fixed = [m.x for group in self.groups if getattr(group, "pieces", ()) for m in group.members]
+        self.pointers = pointers(self.fixed)
+        self.forms = Forms([*self.params, *(v for v in (values[i] for i in self.seen) if v is not None)])
+        self.quick = not self.rest and all(group.quick for group in self.groups)
+
+    def way(self, m: Member, dx: Tensor) -> Any:
+        """The path for a leaf, and what it must have in common with others to go with them; None for the plain one."""
+        x, rule = m.x, m.leaf._rule
+        tensors, frame = Frame.split(m.leaf._state)
+        plain = (torch.Tensor, nn.Parameter)
+        if type(x) not in plain or type(dx) not in plain or not x.is_floating_point() or not x.numel() or rule.traced:
+            return None
+        if any(t.shape != x.shape or t.device != x.device or t.stride() != x.stride() or t.requires_grad for t in tensors):
+            return None
+        key = x.dtype, x.device, frame.spec, tuple(map(_key, frame.parts)), tuple(t.dtype for t in tensors)
+        fused = native.takes(rule, x)
+        if not x.is_contiguous():
+            dense = torch.empty_like(x).stride() == x.stride()
+            return (Native, "as it is", *key) if fused and dense and not len(native.links(rule)) == 1 else None
+        if fused and all(t.dtype == x.dtype for t in tensors):
+            return Native, *key
+        members = [inner for inner in walk(rule) if not isinstance(inner, ClipNorm)]
+        slow = any(type(inner) in self.guard.slow for inner in members)
+        staged = any(isinstance(inner, StagedRule) and not ours(inner) for inner in members)
+        pieces = all(inner.elementwise for inner in members if not _has_rules(inner))
+        return (Flat, *key) if pieces and not slow and not staged else None
+
+    def holds(self, fit: Fit, values: Sequence[Any]) -> bool:
+        if self.dead or self.once or fit is not self.fit:
+            return False
+        if any(values[i] is not None for i in self.absent) or pointers(self.fixed) != self.pointers:
+            return False
+        return self.forms.hold([*self.params, *(values if self.whole else [values[i] for i in self.seen])])
+
+    def step(self, values: Sequence[Any]) -> None:
+        """One update. Raises before anything is written, or not at all."""
+        guard, at, rules = self.guard, 0, {}
+        used = list(values) if self.whole else [values[i] for i in self.places]
+        try:
+            for group in self.groups:
+                group.begin(used[at : at + len(group.members)])
+                at += len(group.members)
+            turns: list[Any] = self.groups
+            if not self.quick:
+                turns = self.groups + [Plain(m.path, m.leaf, m.x, values[m.place], rules) for m in self.rest]
+                with judged_by_plain() if self.groups else contextlib.nullcontext():
+                    rounds(turns, guard)
+                for turn in turns:
+                    turn.finish(guard)
+        except BaseException:
+            self.forget()
+            raise
+        for leaf in self.waiting:
+            leaf._missed += 1
+        for turn in turns:
+            turn.commit(guard)
+
+    def forget(self) -> None:
+        """Nothing was stepped: leaves that had no momenta have none again."""
+        for leaf in self.fresh:
+            leaf._set(state=None)
+
+
+class Forms:
+    """The dtype, shape, strides and device of tensors, to see at next to no cost that others have the same."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.known = [_form(t) for t in tensors]
+        self.guards: Any = None
+        try:
+            from torch._C._dynamo.guards import TensorGuards
+            sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+            self.guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        except Exception:
+            pass
+
+    def hold(self, tensors: list[Any]) -> bool:
+        if self.guards is not None:
+            return self.guards.check(*tensors)
+        return self.known == [_form(t) for t in tensors]
+
+
+def _form(t: Any) -> Any:
+    return isinstance(t, Tensor) and (type(t), t.dtype, t.shape, t.device, t.layout, t.layout == torch.strided and t.stride())
+
+
+def rounds(turns: Sequence[Any], guard: Guard) -> None:
+    """All through their rules. Where rules ask for totals, all get there before any goes on."""
+    waiting = [(turn, None) for turn in turns]
+    while waiting:
+        asked: dict[Any, list[Any]] = {}
+        for turn, answer in waiting:
+            ask = turn.advance(answer, guard)
+            if ask is not None:
+                asked.setdefault((turn.asked, _same(ask.rule)), []).append((turn, ask))
+        waiting = []
+        for group in asked.values():
+            total = group[0][1].rule.combine([ask.part for _, ask in group])
+            require_finite(total, group[0][1], lambda: [share for turn, ask in group for share in turn.shares(ask)], guard)
+            waiting += [(turn, total) for turn, _ in group]
+
+
+def _has_rules(rule: Rule) -> bool:
+    return next(iter(list(walk(rule))[1:]), None) is not None
+
+
+def _key(v: Any) -> Any:
+    """A value to compare by. Tensors count by value where the host may read it, functions by identity."""
+    if isinstance(v, Rule):
+        return _same(v)
+    if isinstance(v, tuple | list):
+        return tuple(map(_key, v))
+    if isinstance(v, Tensor):
+        return v.item() if v.numel() == 1 and not is_wrapped(v) and reads_at_once(v) else id(v)
+    return id(v) if callable(v) else v
+
+
+def _same(rule: Rule) -> Any:
+    """What equal rules have in common: they share a total, and go together."""
+    return type(rule), tuple((name, _key(getattr(rule, name))) for name in rule.__dataclass_fields__)
