@@ -1,6 +1,7 @@
 """Numbers that must be finite. On the CPU a bad one raises at once. Elsewhere nothing is read in a step: a flag on the
 device goes up and holds back that update and all after it, and `check` reads it when the user asks."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,7 @@ def require_finite(total: Tensor, ask: Ask, shares: Callable[[], list[tuple[str,
         parts = shares()
         bad = torch.stack([~part.isfinite() for _, part in parts])
         guard.note(total.isfinite(), name, tuple(path for path, _ in parts), bad.long().argmax())
-    elif not total.isfinite():
+    elif not math.isfinite(total.item()):  # faster than a tensor that says so
         if ask.nonfinite == "skip":
             raise Skip
         path = next((path for path, part in shares() if not part.isfinite()), None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import chain
-from operator import is_
+from operator import is_, methodcaller
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from .pytree import is_parameter, is_wrapped, level, unwrap
 from .text import names_of, near
 from .tree import Mirror, Spec, explore, walk
+
+
+_VALUES = methodcaller("values")
 
 
 class Fit:
@@ -38,8 +41,8 @@ class Fit:
         self.keys, self.held = self._look()
 
     def _look(self) -> tuple[list[Any], list[Any]]:
-        inside = chain.from_iterable(d.values() for d in self.dicts)
-        return list(chain.from_iterable(self.dicts)), [*inside, *chain.from_iterable(self.lists)]
+        inside = chain.from_iterable(map(_VALUES, self.dicts))
+        return [*chain.from_iterable(self.dicts)], [*inside, *chain.from_iterable(self.lists)]
 
     def holds(self, model: Any) -> bool:
         if model is not self.model or not self.plain:

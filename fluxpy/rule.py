@@ -137,6 +137,11 @@ class Rule:
         return state
 
     @cached_property
+    def inner(self) -> tuple["Rule", ...]:
+        """The rules directly inside it."""
+        return tuple(v for _, value in _items(self) for v in _elements(value) if isinstance(v, Rule))
+
+    @cached_property
     def traced(self) -> bool:
         """Whether a tensor stands for any hyperparameter, of inner rules too."""
         return any(isinstance(v, Tensor) for rule in walk(self) for _, value in _items(rule) for v in _elements(value))
@@ -183,16 +188,13 @@ class StagedRule(Rule):
 def walk(rule: Rule) -> Iterator[Rule]:
     """The rule and all rules inside it, outermost first."""
     yield rule
-    for _, value in _items(rule):
-        for inner in _elements(value):
-            if isinstance(inner, Rule):
-                yield from walk(inner)
+    for inner in rule.inner:
+        yield from walk(inner)
 
 
 def title(rule: Rule) -> str:
     """The rule by name: `OptimiserChain(ClipNorm, Adam)`."""
-    inner = [v for _, value in _items(rule) for v in _elements(value) if isinstance(v, Rule)]
-    return type(rule).__name__ + (f"({', '.join(map(title, inner))})" if inner else "")
+    return type(rule).__name__ + (f"({', '.join(map(title, rule.inner))})" if rule.inner else "")
 
 
 def hyperparameters(rule: Rule) -> dict[str, Any]:

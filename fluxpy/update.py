@@ -4,7 +4,6 @@ In place, a plan of the engine does it, made at the first update and kept. A pur
 rule's `apply` leaf by leaf, and can be differentiated.
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,8 +54,11 @@ def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -
         _check(fit, leaves, values, inplace)
         with torch.set_grad_enabled(_has_history(leaves, fit, values)):
             return _pure(fit, leaves, values, guard, model)
-    with torch.no_grad(), contextlib.suppress(Skip):
-        _step(fit, leaves, values, guard)
+    with torch.no_grad():
+        try:
+            _step(fit, leaves, values, guard)
+        except Skip:
+            pass
     guard.updates += 1
     return state, model
 
@@ -213,7 +215,7 @@ def guard_of(state: State | Leaf) -> Guard:
     """The guard that all leaves of a tree share."""
     if isinstance(state, Leaf):
         return state._guard
-    return next((state._values[index]._guard for index in state._spec.unique), Guard())
+    return state._values[0]._guard if state._values else Guard()
 
 
 def check(state: Any) -> None:

@@ -34,6 +34,8 @@ class Piece:
         self.views = views(self.buffer, params) if high - low > 1 else []
         self.seen: list[Tensor] = []
         self.answers: list[Tensor] = []
+        self.steps: Steps | None = None  # on its way
+        self.alone = False  # with the scratch to itself
 
     def gradient(self, grads: list[Tensor]) -> Tensor:
         """This piece of the gradient, as one long tensor."""
@@ -85,6 +87,7 @@ class Flat(Group):
         self.scratch = scratch
         self.trusted = ours(self.rule)
         self.asks = sum(isinstance(rule, ClipNorm | ClipGlobalNorm) for rule in walk(self.rule))
+        self.asks_first = isinstance(next((r for r in walk(self.rule) if not r.inner), None), ClipNorm | ClipGlobalNorm)
         self.single = any(isinstance(rule, ClipNorm) for rule in walk(self.rule))
         self.quick = self.trusted and not self.asks
         self.results: list[Any] = []
@@ -111,28 +114,30 @@ class Flat(Group):
         super().begin(grads)
         self.asked = self.turn = 0  # totals over the tree, and all questions
         for piece in self.pieces:
-            piece.answers = []
+            piece.answers, piece.steps = [], None
+
+    def start(self, piece: Piece) -> Steps:
+        held = self.frame.join(slab.read() for slab in piece.momenta)
+        return self.now.steps(held, piece.x.read(), piece.gradient(self.grads))
 
     def run(self, piece: Piece) -> Any:
         """The rule on this piece: its (state, change), or the first question that has no answer yet."""
-        dx = piece.gradient(self.grads)
-        held = self.frame.join(slab.read() for slab in piece.momenta)
-        return self.replay(self.now.steps(held, piece.x.read(), dx), piece)
-
-    def replay(self, steps: Steps, piece: Piece) -> Any:
-        """Run with the answers that this piece has."""
+        steps, answers = piece.steps, piece.answers[-1:]
+        if steps is None:
+            steps, answers = self.start(piece), [None, *piece.answers]
         try:
-            ask = steps.send(None)  # pyright: ignore[reportArgumentType]
-            for answer in piece.answers:
-                ask = steps.send(answer)
+            for answer in answers:
+                ask = steps.send(answer)  # pyright: ignore[reportArgumentType]
         except StopIteration as done:
             return done.value
         except Exception as error:
             raise Misfit from error
+        # What waits keeps what it computed, so it may wait only where that is a piece or nothing at all.
+        piece.steps = steps if piece.alone or (self.asks_first and not piece.views) else None
         return ask
 
     def advance(self, answer: Any, guard: Guard) -> Ask | None:
-        """Questions are asked piece by piece, and all pieces are read again for the next: nothing is kept of them."""
+        """Each piece up to its next question. For the one after, most start over: nothing is kept of them."""
         if answer is not None:
             for piece in self.pieces:
                 piece.answers.append(answer)
@@ -141,7 +146,7 @@ class Flat(Group):
             asks = [(piece, self.run(piece)) for piece in self.pieces]
             first = asks[0][1]
             if not isinstance(first, Ask):
-                break
+                raise Misfit
             if first.across:
                 self.asked += 1
                 return first._replace(part=first.rule.combine([ask.part for _, ask in asks]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..guard import Guard
-from ..rule import Rule, eps_for
+from ..rule import Rule, Steps, eps_for
 from ..rules.adam import Adam, AdamW, AMSGrad
 from ..rules.adaptive import AdaGrad
 from ..rules.clip import ClipGlobalNorm, ClipGrad, ClipNorm
@@ -130,9 +130,9 @@ class Native(Flat):
             decay = front.pop().weight_decay if len(front) > self.front else 0.0
             self.cached = self.now, OptimiserChain(*front), self.kernel.options(last, self.params[0], decay)
 
-    def run(self, piece: Piece) -> Any:
+    def start(self, piece: Piece) -> Steps:
         x = piece.x.read() if self.reads_x else piece.x.last
-        return self.replay(self.cached[1].steps(((),) * self.front, x, piece.gradient(self.grads)), piece)
+        return self.cached[1].steps(((),) * self.front, x, piece.gradient(self.grads))
 
     def commit(self, guard: Guard) -> None:
         options = self.cached[2]

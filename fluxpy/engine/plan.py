@@ -65,6 +65,9 @@ class Plan:
         self.fixed = [m.x for group in self.groups if getattr(group, "pieces", ()) for m in group.members]
         self.pointers = pointers(self.fixed)
         self.forms = Forms([*self.params, *(v for v in (values[i] for i in self.seen) if v is not None)])
+        pieces = [piece for group in self.groups for piece in getattr(group, "pieces", ())]
+        for piece in pieces:  # scratch holds one piece at a time
+            piece.alone = len(pieces) == 1
         self.quick = not self.rest and all(group.quick for group in self.groups)
 
     def way(self, m: Member, dx: Tensor) -> Any:
@@ -86,7 +89,7 @@ class Plan:
         members = [inner for inner in walk(rule) if not isinstance(inner, ClipNorm)]
         slow = any(type(inner) in self.guard.slow for inner in members)
         staged = any(isinstance(inner, StagedRule) and not ours(inner) for inner in members)
-        pieces = all(inner.elementwise for inner in members if not _has_rules(inner))
+        pieces = all(inner.elementwise for inner in members if not inner.inner)
         return (Flat, *key) if pieces and not slow and not staged else None
 
     def holds(self, fit: Fit, values: Sequence[Any]) -> bool:
@@ -151,21 +154,19 @@ def _form(t: Any) -> Any:
 def rounds(turns: Sequence[Any], guard: Guard) -> None:
     """All through their rules. Where rules ask for totals, all get there before any goes on."""
     waiting = [(turn, None) for turn in turns]
+    known: dict[int, Any] = {}
     while waiting:
         asked: dict[Any, list[Any]] = {}
         for turn, answer in waiting:
             ask = turn.advance(answer, guard)
             if ask is not None:
-                asked.setdefault((turn.asked, _same(ask.rule)), []).append((turn, ask))
+                same = known.get(id(ask.rule)) or known.setdefault(id(ask.rule), _same(ask.rule))
+                asked.setdefault((turn.asked, same), []).append((turn, ask))
         waiting = []
         for group in asked.values():
             total = group[0][1].rule.combine([ask.part for _, ask in group])
             require_finite(total, group[0][1], lambda: [share for turn, ask in group for share in turn.shares(ask)], guard)
             waiting += [(turn, total) for turn, _ in group]
-
-
-def _has_rules(rule: Rule) -> bool:
-    return next(iter(list(walk(rule))[1:]), None) is not None
 
 
 def _key(v: Any) -> Any:

@@ -73,12 +73,14 @@ class ClipGlobalNorm(StagedRule):
 def norm_of(x: Tensor, p: Hyper) -> Tensor:
     """The p-norm of all elements (their moduli), in float32 or better; 0 of none."""
     x = x.abs() if x.is_complex() else x
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
     return torch.linalg.vector_norm(x, p, dtype=dtype) if x.numel() else x.new_zeros((), dtype=dtype)
 
 
 def shrink(dx: Tensor, norm: Tensor, max_norm: Hyper) -> Tensor:
-    # Not clamp(max_norm / norm): at a norm of zero that divides by zero, and its derivative is NaN.
-    scale = torch.where(norm > max_norm, max_norm / norm, torch.ones_like(norm))
-    # In the norm's precision: a small scale would be zero in float16.
-    return (dx * scale.to(dx.device).expand_as(dx)).to(dx.dtype)
+    # Not times clamp(max_norm / norm): at a norm of zero that divides by zero, and its derivative is NaN.
+    excess = (norm / max_norm).clamp(min=1)
+    excess = excess if excess.device == dx.device else excess.to(dx.device)
+    if excess.dtype == dx.dtype or dx.is_complex():
+        return dx / excess
+    return (dx / excess.expand_as(dx)).to(dx.dtype)  # in the norm's precision: float16 would round the excess
