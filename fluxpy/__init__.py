@@ -12,7 +12,7 @@ from . import schedules
 from .adjust import adjust, freeze, reset, scale, thaw
 from .checkpoint import load, save
 from .data import DataLoader
-from .flat import destructure, trainables
+from .flat import destructure, flatten_parameters, trainables
 from .gradient import gradient, withgradient
 from .rule import Ask, Assign, Rule, StagedRule, hyper
 from .rules import (
@@ -80,6 +80,7 @@ __all__ = [
     "adjust",
     "check",
     "destructure",
+    "flatten_parameters",
     "freeze",
     "gradient",
     "hyper",

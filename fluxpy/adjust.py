@@ -75,7 +75,7 @@ def adjust(state: T, lr: Any = None, /, **changes: Any) -> T:
     for _, leaf in found:
         if leaf._missed and leaf._state is not None:  # while the rule is still the one that counted them
             leaf._set(state=at(leaf.rule, leaf._count).miss(leaf._state, leaf._missed), missed=0)
-        leaf._set(rule=new.get(id(leaf.rule)))
+        leaf._retune(new.get(id(leaf.rule)))
     return state
 
 

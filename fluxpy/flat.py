@@ -1,4 +1,4 @@
-"""The parameters of a model as a list, and as one long vector."""
+"""The parameters of a model as a list, as one long vector, and as views of one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .engine.slab import views
 from .match import rebuild
+from .pytree import unwritable
 from .tree import walk
 
 
@@ -50,3 +52,41 @@ def destructure(model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         return rebuild(model, {i: p if p.requires_grad else p.clone() for i, p in enumerate(parts)})
 
     return flat, back
+
+
+def flatten_parameters(model: Any, *, grad: bool = False) -> Any:
+    """Lay the parameters of a model side by side in memory, one buffer for each dtype and device; returns the model.
+
+    A model of many small tensors is then updated as one long tensor. Nothing else changes: the parameters are the same
+    objects with the same numbers, and names, ties, hooks, `state_dict` and saving are as before. With `grad`, each
+    gets a `.grad` that lies in one buffer too; zero it by `model.zero_grad(set_to_none=False)`, which keeps it there.
+
+    What moves parameters elsewhere, as `model.to(...)`, undoes it: updates stay right, and this may be called again.
+    Parameters in another memory format become contiguous. Raises ValueError where one cannot be moved: a tensor with
+    a history, or one that shares memory with another.
+
+    >>> model = flatten_parameters(torch.nn.Linear(2, 3))
+    >>> model.weight.untyped_storage().data_ptr() == model.bias.untyped_storage().data_ptr()
+    True
+    """
+    spec, values = walk(model)
+    groups: dict[Any, list[Tensor]] = {}
+    ends: dict[Any, tuple[int, str]] = {}
+    for path, x in sorted(zip(spec.unique.values(), values, strict=True), key=lambda pair: pair[1].data_ptr()):
+        end, other = ends.get(x.device, (0, ""))
+        if not x.is_leaf or unwritable(x) or (x.numel() and x.data_ptr() < end):
+            why = "it has a history" if not x.is_leaf else f"it shares memory with {other!r}" if other else "it is expanded"
+            raise ValueError(f"flatten_parameters cannot move {path!r}: {why}")
+        ends[x.device] = x.data_ptr() + x.nbytes, path
+    for x in values:
+        groups.setdefault((x.dtype, x.device), []).append(x)
+    with torch.inference_mode(False), torch.no_grad():
+        for xs in groups.values():
+            flat = torch.cat([x.detach().reshape(-1) for x in xs])
+            for x, part in zip(xs, views(flat, xs), strict=True):
+                x.data = part
+            if grad:
+                room = torch.zeros_like(flat)
+                for x, part in zip(xs, views(room, xs), strict=True):
+                    x.grad = part if x.grad is None else part.copy_(x.grad)
+    return model

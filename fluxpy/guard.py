@@ -33,6 +33,8 @@ class Guard:
         self.fits: dict[int, Any] = {}  # and the model it was last used with
         self.slow: set[type] = set()  # rules that only the plain path can run
         self.compile = False
+        self.uncompiled: set[type] = set()  # rules that cannot be compiled
+        self.exact: set[type] = set()  # and those that cannot with other numbers for each leaf
 
     def __getstate__(self) -> Any:
         return self.__dict__ | {"plans": {}, "fits": {}}

@@ -76,6 +76,12 @@ class Leaf:
         for name, value in values.items():
             setattr(self, names.get(name, "_" + name), value)
 
+    def _retune(self, rule: Any) -> None:
+        """The same rule with other hyperparameters, which the engine takes over as it goes."""
+        self._rule = rule
+        if self._group is not None:
+            self._group.plan.retuned = True
+
     def _put(self, state: Any, count: int) -> None:
         """What a step on the plain path makes of it."""
         if self._group is not None and not self._group.idle:
@@ -175,6 +181,7 @@ def setup(
         return new
 
     guard = Guard()
+    guard.compile = compile
     leaves = [leaf(index, x) for index, x in enumerate(values)]
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..guard import Guard, Skip
-from ..pytree import Frame
+from ..guard import Guard, Skip, reads_at_once
+from ..pytree import Frame, is_wrapped
 from ..rule import Ask, Rule, at
 
 
@@ -82,6 +82,12 @@ class Group:
         """Somebody changed a leaf: whoever steps these leaves next must plan anew."""
         self.plan.dead = True
 
+    def retune(self) -> bool:
+        """Take over what `adjust` did to the rules of the leaves; False where they do not go together any more."""
+        rules = {id(m.leaf._rule): m.leaf._rule for m in self.members}.values()
+        self.rule = self.members[0].leaf._rule
+        return not self.rule.traced and (len(rules) == 1 or len(set(map(same, rules))) == 1)
+
     def begin(self, grads: list[Tensor]) -> None:
         self.grads, self.now = grads, self.rule
         if self.rule.scheduled:
@@ -117,3 +123,20 @@ class Rest(Group):
         for member in members:
             member.leaf._catch_up()
         self.join()
+
+
+def value_key(v: Any, loose: bool = False) -> Any:
+    """A value to compare by. Tensors count by value where the host may read it, functions by identity. With `loose`,
+    real numbers are alike."""
+    if isinstance(v, Rule):
+        return same(v, loose)
+    if isinstance(v, tuple | list):
+        return tuple(value_key(x, loose) for x in v)
+    if isinstance(v, Tensor):
+        return v.item() if v.numel() == 1 and not is_wrapped(v) and reads_at_once(v) else id(v)
+    return id(v) if callable(v) else float if loose and type(v) is float else v
+
+
+def same(rule: Rule, loose: bool = False) -> Any:
+    """What equal rules have in common: they share a total, and go together."""
+    return type(rule), tuple((name, value_key(getattr(rule, name), loose)) for name in rule.__dataclass_fields__)

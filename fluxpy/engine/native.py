@@ -121,6 +121,10 @@ class Native(Flat):
         if self.aside:
             super().lay(single)
 
+    def retune(self) -> bool:
+        self.cached = None
+        return super().retune() and takes(self.rule, self.params[0])
+
     def begin(self, grads: list[Tensor]) -> None:
         super().begin(grads)
         for i in self.odd if self.direct else ():  # a kernel would read other strides as if they were the parameter's

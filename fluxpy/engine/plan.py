@@ -1,21 +1,22 @@
 """The plan of an update: which leaves go together and by which path, worked out once and kept from step to step."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..guard import Guard, reads_at_once, require_finite
+from ..guard import Guard, require_finite
 from ..match import Fit
-from ..pytree import Frame, is_wrapped
+from ..pytree import Frame
 from ..rule import Rule, StagedRule, walk
 from ..rules.clip import ClipNorm
 from ..state import Leaf, start
 from . import native
+from .compiled import Compiled
 from .flat import Flat, ours, pointers
-from .group import Group, Member, Rest, judged_by_plain
+from .group import Group, Member, Rest, judged_by_plain, same, value_key
 from .native import Native
 from .plain import Plain
 from .slab import Scratch
@@ -25,7 +26,7 @@ class Plan:
     """How to step leaves by gradients like these. `holds` says whether it may be used again."""
 
     def __init__(self, fit: Fit, leaves: Sequence[Leaf], values: Sequence[Tensor | None], guard: Guard) -> None:
-        self.fit, self.guard, self.dead = fit, guard, False
+        self.fit, self.guard, self.dead, self.retuned = fit, guard, False, False
         self.leaves = leaves
         places = zip(fit.spec.unique.items(), fit.params, strict=True)
         members = [Member(path, leaves[i], x, place) for place, ((i, path), x) in enumerate(places)]
@@ -36,7 +37,7 @@ class Plan:
         self.fresh = [m.leaf for m in live if m.leaf._state is None and values[m.place] is not None]
         rest: list[Member] = []
         sorted_: dict[Any, tuple[Callable[..., Group], list[Member]]] = {}
-        keys: dict[int, Any] = {}
+        keys: dict[Any, Any] = {}
         for m in live:
             way = None
             if values[m.place] is not None and not m.leaf._missed:
@@ -46,7 +47,11 @@ class Plan:
             if way is None:
                 rest.append(m)
             else:
-                key = way + (keys.setdefault(id(m.leaf._rule), _same(m.leaf._rule)), m.leaf._count)
+                loose = way[0] is Compiled and not {type(inner) for inner in walk(m.leaf._rule)} & guard.exact
+                rule = keys.get((id(m.leaf._rule), loose))
+                if rule is None:
+                    rule = keys[id(m.leaf._rule), loose] = same(m.leaf._rule, loose)
+                key = *way, rule, m.leaf._count
                 sorted_.setdefault(key, (way[0], []))[1].append(m)
         self.rest = [m for m in rest if values[m.place] is not None or m.leaf._rule.gathers]
         scratch = Scratch()
@@ -79,22 +84,24 @@ class Plan:
             return None
         if any(t.shape != x.shape or t.device != x.device or t.stride() != x.stride() or t.requires_grad for t in tensors):
             return None
-        key = x.dtype, x.device, frame.spec, tuple(map(_key, frame.parts)), tuple(t.dtype for t in tensors)
+        key = x.dtype, x.device, frame.spec, tuple(map(value_key, frame.parts)), tuple(t.dtype for t in tensors)
+        if self.guard.compile and x.is_contiguous() and x.numel() > 1 and _pieces(rule, self.guard, self.guard.uncompiled):
+            return Compiled, *key
         fused = native.takes(rule, x)
         if not x.is_contiguous():
             dense = torch.empty_like(x).stride() == x.stride()
             return (Native, "as it is", *key) if fused and dense and not len(native.links(rule)) == 1 else None
         if fused and all(t.dtype == x.dtype for t in tensors):
             return Native, *key
-        members = [inner for inner in walk(rule) if not isinstance(inner, ClipNorm)]
-        slow = any(type(inner) in self.guard.slow for inner in members)
-        staged = any(isinstance(inner, StagedRule) and not ours(inner) for inner in members)
-        pieces = all(inner.elementwise for inner in members if not inner.inner)
-        return (Flat, *key) if pieces and not slow and not staged else None
+        return (Flat, *key) if _pieces(rule, self.guard, clips=True) else None
 
     def holds(self, fit: Fit, values: Sequence[Any]) -> bool:
         if self.dead or self.once or fit is not self.fit:
             return False
+        if self.retuned:
+            self.retuned = False
+            if not all(group.retune() for group in self.groups):
+                return False
         if any(values[i] is not None for i in self.absent) or pointers(self.fixed) != self.pointers:
             return False
         return self.forms.hold([*self.params, *(values if self.whole else [values[i] for i in self.seen])])
@@ -160,8 +167,8 @@ def rounds(turns: Sequence[Any], guard: Guard) -> None:
         for turn, answer in waiting:
             ask = turn.advance(answer, guard)
             if ask is not None:
-                same = known.get(id(ask.rule)) or known.setdefault(id(ask.rule), _same(ask.rule))
-                asked.setdefault((turn.asked, same), []).append((turn, ask))
+                rule = known.get(id(ask.rule)) or known.setdefault(id(ask.rule), same(ask.rule))
+                asked.setdefault((turn.asked, rule), []).append((turn, ask))
         waiting = []
         for group in asked.values():
             total = group[0][1].rule.combine([ask.part for _, ask in group])
@@ -169,17 +176,9 @@ def rounds(turns: Sequence[Any], guard: Guard) -> None:
             waiting += [(turn, total) for turn, _ in group]
 
 
-def _key(v: Any) -> Any:
-    """A value to compare by. Tensors count by value where the host may read it, functions by identity."""
-    if isinstance(v, Rule):
-        return _same(v)
-    if isinstance(v, tuple | list):
-        return tuple(map(_key, v))
-    if isinstance(v, Tensor):
-        return v.item() if v.numel() == 1 and not is_wrapped(v) and reads_at_once(v) else id(v)
-    return id(v) if callable(v) else v
-
-
-def _same(rule: Rule) -> Any:
-    """What equal rules have in common: they share a total, and go together."""
-    return type(rule), tuple((name, _key(getattr(rule, name))) for name in rule.__dataclass_fields__)
+def _pieces(rule: Rule, guard: Guard, but: Collection[type] = (), clips: bool = False) -> bool:
+    """Whether a rule can be run on pieces of many tensors; with `clips`, on one tensor at a time where that must be."""
+    members = [inner for inner in walk(rule) if not inner.inner and not (clips and isinstance(inner, ClipNorm))]
+    asks = any(isinstance(inner, StagedRule) and not ours(inner) for inner in members)
+    barred = any(type(inner) in guard.slow or type(inner) in but for inner in members)
+    return not asks and not barred and all(inner.elementwise for inner in members)

@@ -1,0 +1,191 @@
+"""The compiled path: one kernel for a whole chain, the user's own rules included, made by `torch.compile`.
+
+A kernel is made once for what a chain does to tensors of a dtype and device. Sizes are dynamic, and numbers (rates,
+bias corrections) are inputs, so that nothing is made anew for a changed hyperparameter, schedule or count. Leaves that
+differ in a rate go together all the same: there the number is a tensor.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..guard import Guard
+from ..pytree import Frame
+from ..rule import Assign, Rule, replace, title, walk
+from .flat import Flat, Piece
+from .group import Member, Misfit, same
+from .slab import Scratch
+from .tape import Line, Tape, Traced, run_line
+
+_KERNELS: dict[Any, Callable[..., None]] = {}  # for all trees: making one takes seconds
+_MOST = 32  # kernels of one chain; with more, its numbers are a part of the program and each step would make another
+
+
+class Compiled(Flat):
+    """Leaves of elementwise rules that differ in numbers alone, each piece stepped by one kernel."""
+
+    split = False
+
+    def __init__(self, members: Sequence[Member], scratch: Scratch) -> None:
+        super().__init__(members, scratch)
+        self.quick, self.kernels = False, set[Any]()
+        self.spread()
+
+    def retune(self) -> bool:
+        self.rule = self.members[0].leaf._rule
+        self.spread()
+        return not self.rule.traced and len({same(m.leaf._rule, loose=True) for m in self.members}) == 1
+
+    def spread(self) -> None:
+        """Find the numbers in which the leaves' rules differ, by their place, with the value of each leaf."""
+        known = {id(m.leaf._rule): numbers_of(m.leaf._rule) for m in self.members}
+        self.differing: dict[int, Tensor] = {}
+        if len(known) > 1:
+            rows = [known[id(m.leaf._rule)] for m in self.members]
+            device, wide = self.params[0].device, _wide(self.params[0])
+            for place, column in enumerate(zip(*rows, strict=True)):
+                if len(set(column)) > 1:
+                    self.differing[place] = torch.tensor(column, dtype=wide, device=device)
+            self.sizes = torch.tensor([x.numel() for x in self.params], device=device)
+
+    def numbers_for(self, piece: Piece) -> list[Tensor]:
+        """The numbers that differ, for each element of a piece."""
+        if not self.differing or piece.high - piece.low == 1:
+            return [column[piece.low] for column in self.differing.values()]
+        sizes = self.sizes[piece.low : piece.high]
+        columns = (column[piece.low : piece.high] for column in self.differing.values())
+        return [torch.repeat_interleave(column, sizes, output_size=piece.size) for column in columns]
+
+    def finish(self, guard: Guard) -> None:
+        """Write down what the rule does with this step's numbers, and find or make the kernels for it."""
+        self.kernel = {single: self.kernel_for(piece, guard) for single, piece in self.kinds().items()}
+
+    def kinds(self) -> dict[bool, Piece]:
+        """A piece of each kind: of one leaf, whose numbers are 0-dim, and of several."""
+        if not self.differing:
+            return {False: self.pieces[0]}
+        return {not piece.views: piece for piece in self.pieces}
+
+    def kernel_for(self, piece: Piece, guard: Guard) -> Callable[..., None]:
+        held = [slab.last for slab in piece.momenta]
+        extra = [*piece.answers, *self.numbers_for(piece), *([] if guard.bad is None else [guard.bad])]
+        tensors = [piece.x.last, piece.gradient(self.grads), *held, *extra]
+        tape = Tape(tensors)
+        x, dx, *others = tape.inputs
+        answers = others[len(held) : len(held) + len(piece.answers)]
+        numbers = dict(zip(self.differing, others[len(held) + len(answers) :], strict=False))
+        try:
+            rule = with_numbers(self.now, numbers) if numbers else self.now
+            state, change = write_down(rule.steps(self.frame.join(others[: len(held)]), x, dx), answers)  # pyright: ignore
+        except Exception as error:
+            self.refuse(guard, error)
+        parts = Frame(state).parts
+        self.numbers = [old if isinstance(new, Traced) else new for new, old in zip(parts, self.frame.parts, strict=True)]
+        self.moved = change is not None
+        value = None if change is None else change.value if isinstance(change, Assign) else x - change
+        news = [value, dx, *(part for part in parts if isinstance(part, Traced))]
+        writes = tuple((i, new._index) for i, new in enumerate(news) if new is not None and i not in (1, new._index))
+        lines = tape.live([source for _, source in writes])
+        key = lines, writes, tuple((t.dtype, t.device, t.ndim) for t in tensors), guard.bad is not None
+        self.inputs = _sent(tape.numbers, tensors[0])
+        if key not in _KERNELS:
+            self.kernels.add(key)
+            try:
+                if len(self.kernels) > _MOST:
+                    raise RuntimeError("its numbers change what it does")
+                _KERNELS[key] = made(lines, writes, self.inputs, tensors, guard.bad is not None)
+            except Exception as error:
+                self.refuse(guard, error)
+        return _KERNELS[key]
+
+    def refuse(self, guard: Guard, error: Exception) -> None:
+        """This rule is not to be compiled again, or, where nothing differs from leaf to leaf, at all."""
+        self.plan.dead = True
+        rules = {type(rule) for rule in walk(self.rule)}
+        if self.differing and not rules & guard.exact:
+            guard.exact |= rules  # perhaps with its own numbers for each
+            raise Misfit from error
+        if not rules & guard.uncompiled:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(f"{title(self.rule)} runs without being compiled: {reason}", stacklevel=2)
+        guard.uncompiled |= {type(rule) for rule in walk(self.rule) if not rule.inner}
+        raise Misfit from error
+
+    def commit(self, guard: Guard) -> None:
+        for piece in self.pieces:
+            x, momenta = piece.x.read(), [slab.last for slab in piece.momenta]
+            kernel = self.kernel[bool(self.differing) and not piece.views]
+            held = [] if guard.bad is None else [guard.bad]
+            dx = piece.gradient(self.grads)
+            kernel(self.inputs, x, dx, *momenta, *piece.answers, *self.numbers_for(piece), *held)
+            piece.x.write(x)
+        self.stepped(self.numbers, self.moved)
+
+
+def write_down(steps: Any, answers: list[Traced]) -> Any:
+    """A rule to its end."""
+    try:
+        steps.send(None)
+        for answer in answers:
+            steps.send(answer)
+    except StopIteration as done:
+        return done.value
+    raise Misfit
+
+
+def numbers_of(rule: Rule) -> list[float]:
+    """All real numbers among the hyperparameters of a rule and those inside it, in one order for all rules alike."""
+    found: list[float] = []
+    with_numbers(rule, {}, found)
+    return found
+
+
+def with_numbers(rule: Rule, new: dict[int, Any], found: list[float] | None = None) -> Rule:
+    """The rule with other values for some of its numbers, by place."""
+    found = [] if found is None else found
+
+    def put(v: Any) -> Any:
+        if isinstance(v, tuple):
+            return tuple(map(put, v))
+        if type(v) is not float:
+            return v
+        found.append(v)
+        return new.get(len(found) - 1, v)
+
+    return replace(rule, lambda _rule, _name, v: put(v), validate=False)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _sent(numbers: list[float], x: Tensor) -> Tensor:
+    """Numbers as a tensor beside `x`, without waiting for the device."""
+    there = x.device.type != "cpu"
+    sent = torch.tensor(numbers, dtype=_wide(x), pin_memory=there)
+    return sent.to(x.device, non_blocking=True) if there else sent
+
+
+def made(
+    lines: tuple[Line | None, ...], writes: Any, numbers: Tensor, like: Sequence[Tensor], held: bool
+) -> Callable[..., None]:
+    """The kernel of a tape, compiled, and tried on tensors that do not matter."""
+
+    def kernel(numbers: Tensor, *inputs: Tensor) -> None:
+        results: list[Any] = list(inputs)
+        for line in lines:
+            results.append(None if line is None else run_line(line, numbers, results.__getitem__))
+        news = [results[source] for _, source in writes]
+        for (target, _), new in zip(writes, news, strict=True):
+            results[target].copy_(torch.where(inputs[-1], results[target], new) if held else new)
+
+    # What torch.compile remembers it remembers by code, so each kernel has code of its own.
+    code = kernel.__code__.replace(co_name=f"kernel_{len(_KERNELS)}")
+    own = FunctionType(code, kernel.__globals__, code.co_name, None, kernel.__closure__)
+    compiled = torch.compile(own, dynamic=True, fullgraph=True)
+    compiled(numbers, *(t.new_ones((64,) * t.ndim) for t in like))
+    return compiled

@@ -1,0 +1,139 @@
+"""What a rule does to tensors, written down: the operators it calls, and the numbers it calls them with.
+
+A rule's `apply` is run on `Traced` in place of tensors. Its numbers stay Python's, so counts, bias corrections and
+branches on them are worked out by Python, once and not for each element; what reaches a tensor is taken down in order.
+The same operators with other numbers are the same program, so one kernel serves all steps and all rates.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+# Operators that take a 0-dim tensor where they take a number; elsewhere a number is a part of the program. A power is
+# not among them: where its exponent is known it is far faster.
+_TAKES_TENSORS = set("add sub mul truediv div divide multiply subtract true_divide radd rsub rmul rtruediv".split())
+_TAKES_TENSORS |= set("where clamp clip clamp_min clamp_max eq ne lt le gt ge".split())
+_ASKS = ("is_", "dim", "ndimension", "numel", "nelement", "size", "element_size", "stride", "get_device")
+
+
+class Line(NamedTuple):
+    """`call(*args, **options)`, with places (`Place`) of earlier results and of numbers."""
+
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...]
+
+
+class Place(NamedTuple):
+    """A result by its line (inputs come first), or a number."""
+
+    kind: str
+    index: int
+
+
+class Tape:
+    """The lines so far, and the numbers in them."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self.lines: list[Line] = []
+        self.numbers: list[float] = []
+        self.examples: list[Tensor | None] = [t.new_ones((min(t.ndim, 1)) * (2,)) for t in inputs]
+        self.inputs = [Traced(self, i) for i in range(len(inputs))]
+
+    def record(self, call: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]) -> "Traced":
+        free = getattr(call, "__name__", "").strip("_") in _TAKES_TENSORS
+        placed = tuple(self.place(v, free) for v in args)
+        self.lines.append(Line(call, placed, tuple((k, self.place(v, free)) for k, v in options.items())))
+        self.examples.append(None)
+        return Traced(self, len(self.examples) - 1)
+
+    def place(self, v: Any, free: bool) -> Any:
+        """A value as it stands in a line; a number, where a 0-dim tensor may be in its place, by its place."""
+        if isinstance(v, Traced):
+            return Place("result", v._index)
+        if isinstance(v, tuple | list):
+            return tuple(self.place(x, free) for x in v)
+        if free and type(v) in (float, int):
+            self.numbers.append(float(v))
+            return Place("number", len(self.numbers) - 1)
+        return v
+
+    def live(self, outputs: Sequence[int]) -> tuple[Line | None, ...]:
+        """The lines that these results need; None in place of the others."""
+        needed, found = set(outputs), []
+        for i in reversed(range(len(self.lines))):
+            line = self.lines[i] if i + len(self.inputs) in needed else None
+            if line:
+                needed.update(place.index for place in _places((line.args, line.options)) if place.kind == "result")
+            found.append(line)
+        return tuple(reversed(found))
+
+    def example(self, index: int) -> Tensor:
+        """A small tensor like this result, to ask for its dtype and the like."""
+        found = self.examples[index]
+        if found is None:
+            line = self.lines[index - len(self.inputs)]
+            found = self.examples[index] = run_line(line, self.numbers, self.example)
+        return found
+
+
+def _places(v: Any) -> Iterator[Place]:
+    if isinstance(v, Place):
+        yield v
+    elif isinstance(v, tuple):
+        for x in v:
+            yield from _places(x)
+
+
+def run_line(line: Line, numbers: Any, result: Callable[[int], Tensor]) -> Tensor:
+    def value(v: Any) -> Any:
+        if isinstance(v, Place):
+            return result(v.index) if v.kind == "result" else numbers[v.index]
+        return tuple(map(value, v)) if type(v) is tuple else v
+
+    return line.call(*map(value, line.args), **{k: value(v) for k, v in line.options})
+
+
+class Traced:
+    """Stands for a tensor while a rule is written down."""
+
+    def __init__(self, tape: Tape, index: int) -> None:
+        self._tape, self._index = tape, index
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _first(args)._tape.record(func, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._tape.example(self._index), name)
+        if not callable(found) or name.startswith(_ASKS):
+            return found
+        method = getattr(torch.Tensor, name)
+        return lambda *args, **options: self._tape.record(method, (self, *args), options)
+
+    def __bool__(self) -> bool:
+        raise TypeError("an elementwise rule cannot branch on the values of a tensor")
+
+
+def _first(args: Any) -> Traced:
+    for v in args:
+        if isinstance(v, Traced):
+            return v
+        if isinstance(v, tuple | list) and any(isinstance(x, Traced) for x in v):
+            return _first(v)
+    raise TypeError("no tensor among the arguments")
+
+
+def _operator(name: str) -> Any:
+    method = getattr(torch.Tensor, name)
+    return lambda self, *args: self._tape.record(method, (self, *args), {})
+
+
+_BINARY = "add sub mul truediv pow floordiv mod"
+for _name in [f"__{n}__" for n in _BINARY.split()] + [f"__r{n}__" for n in _BINARY.split()]:
+    setattr(Traced, _name, _operator(_name))
+for _name in ["neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "invert"]:
+    setattr(Traced, f"__{_name}__", _operator(f"__{_name}__"))
