@@ -1,16 +1,17 @@
 """gradient and withgradient: the gradient of a function of a model, as a tree in the model's shape."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .match import fit
-from .pytree import Frame
-from .state import Leaf, State, spec_of
-from .tree import Mirror, walk
+from .leaf import Leaf
+from .match import Fit
+from .pytree import Frame, is_transforming
+from .state import State, fit_of
+from .tree import Mirror, Spec, walk
 
 
 class Gradients(Mirror):
@@ -59,25 +60,63 @@ def withgradient(
     """
     if not callable(f):
         raise TypeError(f"the function comes first: withgradient(f, model), but got {type(f).__name__}")
-    spec, values = walk(model)
+    if state is None:
+        spec, values = walk(model)
+        trains = [x.requires_grad or not isinstance(x, torch.nn.Parameter) for x in values]
+        return differentiate(f, model, args, spec, values, trains, create_graph)
+    if not isinstance(state, State | Leaf):
+        raise TypeError(f"withgradient(..., state=) takes the state tree, but got {type(state).__name__}")
+    fit = fit_of(state, model)
+    return differentiate(f, model, args, fit.walked, fit.params, trained(state, fit), create_graph, exact=True)
+
+
+def trained(state: State | Leaf, fit: Fit) -> list[bool]:
+    """Which of the model's parameters the state trains."""
+    held = [state] if isinstance(state, Leaf) else state._values
+    return [not held[index]._frozen for index in fit.spec.unique]
+
+
+def differentiate(
+    f: Callable[..., Any],
+    model: Any,
+    args: Iterable[Any],
+    spec: Spec,
+    values: list[Tensor],
+    trains: list[bool],
+    create_graph: bool = False,
+    exact: bool = False,
+) -> tuple[Any, Any]:
+    """`withgradient` of a model whose parameters, and which of them train, are known."""
     if not values:
         raise ValueError("the model has no parameter, so no loss can depend on it")
-    trains = _trains(values, model, state)
-    with torch.enable_grad(), _requiring(values, trains, exact=state is not None):
+    # Parameters that train require grad for a while, and with `exact` no others do. A tensor with a history of its own
+    # stays as it is: its flag cannot be cleared, and differentiating through it is wanted.
+    flips = [x for x, wants in zip(values, trains, strict=True) if x.requires_grad != wants and x.is_leaf]
+    flips = [x for x in flips if exact or not x.requires_grad]
+    with torch.enable_grad(), _flipped(flips) if flips else nullcontext():
         value = f(model, *args)
         loss = _loss(value)
-        wanted = [i for i, trained in enumerate(trains) if trained]
-        found = _differentiate(loss, [values[i] for i in wanted], create_graph) if wanted else []
+        wanted = [i for i, wants in enumerate(trains) if wants]
+        found = _backward(loss, [values[i] for i in wanted], create_graph) if wanted else []
     if all(g is None for g in found):
         why = "all of them are frozen; thaw some" if not any(trains) else _WHY
         raise ValueError(f"the loss depends on no parameter of the model: {why}")
-    grads: list[Tensor | None] = [None] * len(values)
-    for i, g in zip(wanted, found, strict=True):
-        grads[i] = g
+    grads: list[Tensor | None] = list(found)
+    if len(wanted) < len(values):
+        grads = [None] * len(values)
+        for i, g in zip(wanted, found, strict=True):
+            grads[i] = g
+    return _detached(value), grads[0] if spec.kind == "leaf" else Gradients(spec, grads)
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        # What is, or views, a parameter would change with the next update.
+        return value.detach().clone() if value.is_leaf or value._is_view() else value.detach()
+    if type(value) is tuple:
+        return tuple(map(_detached, value))
     tensors, frame = Frame.split(value)
-    # What is, or views, a parameter would change with the next update.
-    outputs = [t.detach().clone() if t.is_leaf or t._is_view() else t.detach() for t in tensors]
-    return frame.join(outputs), grads[0] if spec.kind == "leaf" else Gradients(spec, grads)
+    return frame.join(map(_detached, tensors)) if tensors else value
 
 
 _WHY = (
@@ -86,29 +125,17 @@ _WHY = (
 )
 
 
-def _trains(values: list[Tensor], model: Any, state: State | Leaf | None) -> list[bool]:
-    if state is None:
-        return [x.requires_grad or not isinstance(x, torch.nn.Parameter) for x in values]
-    if not isinstance(state, State | Leaf):
-        raise TypeError(f"withgradient(..., state=) takes the state tree, but got {type(state).__name__}")
-    held, spec = [state] if isinstance(state, Leaf) else state._values, spec_of(state)
-    fit(spec, model)
-    return [not held[index].frozen for index in spec.unique]
-
-
 @contextmanager
-def _requiring(values: list[Tensor], trains: list[bool], exact: bool) -> Iterator[None]:
-    """Parameters that train require grad for a while, and with `exact` no others do. A tensor with a history of its
-    own stays as it is: its flag cannot be cleared, and differentiating through it is wanted."""
-    changed = [(x, x.requires_grad) for x, t in zip(values, trains, strict=True) if x.is_leaf and x.requires_grad != t]
-    changed = [(x, old) for x, old in changed if exact or not old]
+def _flipped(tensors: list[Tensor]) -> Iterator[None]:
+    """With the other `requires_grad`."""
+    old = [x.requires_grad for x in tensors]
     try:
-        for x, old in changed:
-            x.requires_grad_(not old)
+        for x in tensors:
+            x.requires_grad_(not x.requires_grad)
         yield
     finally:
-        for x, old in changed:
-            x.requires_grad_(old)
+        for x, flag in zip(tensors, old, strict=True):
+            x.requires_grad_(flag)
 
 
 def _loss(value: Any) -> Tensor:
@@ -119,13 +146,13 @@ def _loss(value: Any) -> Tensor:
     return loss
 
 
-def _differentiate(loss: Tensor, params: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
+def _backward(loss: Tensor, params: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
     if not loss.requires_grad:
         return (None,) * len(params)
     found: tuple[Tensor | None, ...] = (None,)
     hidden = None
     try:
-        found = torch.autograd.grad(loss, params, allow_unused=True, create_graph=create_graph)
+        found = _grad(loss, params, create_graph)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
@@ -136,6 +163,21 @@ def _differentiate(loss: Tensor, params: list[Tensor], create_graph: bool) -> tu
             "pass use_reentrant=False to torch.utils.checkpoint"
         ) from hidden
     return found
+
+
+def _grad(loss: Tensor, params: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad`, None where the loss does not depend on a parameter.
+
+    Called at the engine below it: what it checks is known here, and costs a sixth of a small model's whole step.
+    """
+    if _ENGINE is None or is_transforming():
+        return torch.autograd.grad(loss, params, allow_unused=True, create_graph=create_graph)
+    start = (torch.ones_like(loss, memory_format=torch.preserve_format),)
+    inputs = tuple(params)
+    return _ENGINE.run_backward((loss,), start, create_graph, create_graph, inputs, True, accumulate_grad=False)
+
+
+_ENGINE: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
 
 
 def _has_checkpoint(loss: Tensor) -> bool:

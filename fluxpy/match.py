@@ -35,9 +35,11 @@ class Fit:
             raise ValueError(_difference(spec, self.walked, ""))
         self.params = [values[j] for j in self.walked.unique]
         self.names = tuple(spec.unique.values())
-        self.dicts = [x for x in holders if isinstance(x, dict)]
+        self.every = [x for x in holders if isinstance(x, dict)]
+        self.dicts = [x for x in self.every if x]
+        self.sizes = [*map(len, self.every)]
         self.lists = [x for x in holders if type(x) in (list, tuple)]
-        self.plain = len(self.dicts) + len(self.lists) == len(holders)  # else some container cannot be looked into
+        self.plain = len(self.every) + len(self.lists) == len(holders)  # else some container cannot be looked into
         self.keys, self.held = self._look()
 
     def _look(self) -> tuple[list[Any], list[Any]]:
@@ -46,6 +48,8 @@ class Fit:
 
     def holds(self, model: Any) -> bool:
         if model is not self.model or not self.plain:
+            return False
+        if [*map(len, self.every)] != self.sizes:
             return False
         keys, held = self._look()
         return len(held) == len(self.held) and all(map(is_, held, self.held)) and keys == self.keys

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .gradient import withgradient
+from .gradient import differentiate, trained
 from .guard import reads_at_once
-from .match import fit
 from .pytree import Frame, level, unwrap
-from .state import Leaf, State, leaves, spec_of
-from .tree import walk
-from .update import check, guard_of, update
+from .leaf import Leaf
+from .state import State, fit_of, guard_of, leaves
+from .update import check, stepped
 
 
 def train(
@@ -47,7 +46,7 @@ def train(
     1
     """
     _refuse(refused, data, state)
-    fit(spec_of(state), model)
+    fit_of(state, model)
     training_mode(model, state)
     losses: list[Tensor] = []
     watched, drawn = _watched() if progress is None else progress, 0.0
@@ -55,7 +54,7 @@ def train(
         for batch in bar:
             value = trainstep(loss, model, batch, state)
             losses.append(value[0] if isinstance(value, tuple) else value)
-            if reads_at_once(losses[-1]) and not losses[-1].isfinite():
+            if reads_at_once(losses[-1]) and not math.isfinite(losses[-1].item()):
                 break
             if watched and time.monotonic() > drawn + 0.1:  # reading the loss more often would make a device wait
                 bar.set_postfix(loss=f"{torch.stack(losses[-100:]).mean().item():.4f}", refresh=False)
@@ -76,19 +75,20 @@ def trainstep(loss: Callable[..., Any], model: Any, batch: Any, state: State | L
 
     Where the loss is not finite nothing is updated; the caller decides what to do.
     """
-    batch = to_device(batch, model)
+    fit = fit_of(state, model)
+    batch = to_device(batch, fit.params)
     args = batch if isinstance(batch, tuple | list) else (batch,)
     try:
-        value, grads = withgradient(loss, model, *args, state=state)
+        value, grads = differentiate(loss, model, args, fit.walked, fit.params, trained(state, fit), exact=True)
     except TypeError as error:
         error.add_note("the loss is called as loss(model, *batch), as in: lambda m, x, y: cross_entropy(m(x), y)")
         raise
-    finite = (value[0] if isinstance(value, tuple) else value).isfinite().all()
-    if not reads_at_once(finite):
-        guard_of(state).note(finite, "the loss")
-    elif not finite:
+    number = value[0] if isinstance(value, tuple) else value
+    if not reads_at_once(number):
+        guard_of(state).note(number.isfinite(), "the loss")
+    elif not math.isfinite(number.item()):
         return value
-    update(state, model, grads)
+    stepped(state, fit, model, grads)
     return value
 
 
@@ -112,16 +112,19 @@ def training_mode(model: Any, state: State | Leaf) -> None:
     visit(model, state)
 
 
-def to_device(batch: Any, model: Any) -> Any:
-    """The batch with its tensors on the model's device; ValueError where the model is on several."""
+def to_device(batch: Any, params: list[Tensor]) -> Any:
+    """The batch with its tensors on the parameters' device; ValueError where these are on several."""
+    devices = {x.device for x in params}
+    parts = batch if isinstance(batch, tuple | list) else (batch,)
+    if len(devices) == 1 and all(isinstance(part, Tensor) and part.device in devices for part in parts):
+        return batch
     tensors, frame = Frame.split(batch)
-    devices = {x.device for x in walk(model)[1]}
     if len(devices) > 1 and tensors:
         raise ValueError(
             f"cannot tell the batch's device: the model's parameters are on {', '.join(sorted(map(str, devices)))}; "
             "write the loop with withgradient and update, and place the batch there"
         )
-    if all({t.device} == devices for t in tensors) or not devices:
+    if all(t.device in devices for t in tensors) or not devices:
         return batch
     (device,) = devices
     return frame.join(t.to(device, non_blocking=t.is_pinned()) for t in tensors)

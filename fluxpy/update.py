@@ -17,7 +17,8 @@ from .guard import Guard, Skip
 from .match import Fit, rebuild, scatter
 from .pytree import Frame, is_transforming, is_wrapped, unwritable
 from .rule import Rule, hyperparameters, walk
-from .state import Leaf, State, spec_of
+from .leaf import Leaf
+from .state import State, fit_of, guard_of
 from .text import form
 from .tree import Mirror
 
@@ -46,10 +47,13 @@ def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -
     if not isinstance(state, State | Leaf):
         what = "a rule; call state = setup(rule, model) first" if isinstance(state, Rule) else f"{type(state).__name__}"
         raise TypeError(f"update takes (state, model, grads), but the first is {what}")
-    leaves = state._values if isinstance(state, State) else [state]
-    guard = guard_of(state)
-    fit = fit_of(state, model, guard)
-    values = _values(fit, grads)
+    return stepped(state, fit_of(state, model), model, grads, inplace)
+
+
+def stepped(state: Any, fit: Fit, model: Any, grads: Any, inplace: bool = True) -> tuple[Any, Any]:
+    """`update` of a model whose parameters are known."""
+    leaves = [state] if isinstance(state, Leaf) else state._values
+    guard, values = guard_of(state), _values(fit, grads)
     if not inplace:
         _check(fit, leaves, values, inplace)
         with torch.set_grad_enabled(_has_history(leaves, fit, values)):
@@ -61,15 +65,6 @@ def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -
             pass
     guard.updates += 1
     return state, model
-
-
-def fit_of(state: State | Leaf, model: Any, guard: Guard) -> Fit:
-    """The model's parameters as they fit the state; of the same model as last time, at next to no cost."""
-    spec = spec_of(state)
-    fit = guard.fits.get(id(spec))
-    if fit is None or not fit.holds(model):
-        fit = guard.fits[id(spec)] = Fit(spec, model)
-    return fit
 
 
 def _values(fit: Fit, grads: Any) -> list[Any]:
@@ -210,13 +205,6 @@ def _plain(
     for turn in turns.values():
         turn.finish(guard, inplace)
     return turns
-
-def guard_of(state: State | Leaf) -> Guard:
-    """The guard that all leaves of a tree share."""
-    if isinstance(state, Leaf):
-        return state._guard
-    return state._values[0]._guard if state._values else Guard()
-
 
 def check(state: Any) -> None:
     """Raise FloatingPointError if a number that must be finite (a norm, or the loss of `trainstep`) was not.

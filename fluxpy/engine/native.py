@@ -110,6 +110,7 @@ class Native(Flat):
         self.direct = not self.front and not self.aside
         super().__init__(members, scratch)
         self.clock = torch.zeros((), device=pair[0].device)
+        self.clocks = [self.clock] * len(members)
         self.counter = next((i for i, part in enumerate(self.frame.parts) if type(part) is int), None)
         self.cached: Any = None
 
@@ -147,7 +148,7 @@ class Native(Flat):
             numbers[self.counter] += 1
             self.clock.fill_(numbers[self.counter])
         if self.direct:
-            self.kernel.call(self.params, self.grads, self.momenta, [self.clock] * len(self.params), **options)
+            self.kernel.call(self.params, self.grads, self.momenta, self.clocks, **options)
         for piece in self.pieces:
             dx = self.run(piece)[1] if self.front else piece.gradient(self.grads)
             if piece.x.flat is not None:
@@ -157,6 +158,6 @@ class Native(Flat):
                 if dx is not piece.buffer:
                     piece.buffer.copy_(dx)
                 momenta = [slab.tensors for slab in piece.momenta]
-                clocks = [self.clock] * len(piece.views)
+                clocks = self.clocks[: len(piece.views)]
                 self.kernel.call(piece.x.tensors, piece.views, momenta, clocks, **options)
         self.stepped()

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..guard import Guard, require_finite
 from ..pytree import Frame, apart, memory
 from ..rule import Ask, Assign, Rule, at
-from ..state import Leaf, start
+from ..leaf import Leaf, start
 
 
 class Plain:

@@ -12,7 +12,7 @@ from ..match import Fit
 from ..pytree import Frame
 from ..rule import Rule, StagedRule, walk
 from ..rules.clip import ClipNorm
-from ..state import Leaf, start
+from ..leaf import Leaf, start
 from . import native
 from .compiled import Compiled
 from .flat import Flat, ours, pointers
@@ -128,6 +128,7 @@ class Plan:
             leaf._missed += 1
         for turn in turns:
             turn.commit(guard)
+        self.fresh = []
 
     def forget(self) -> None:
         """Nothing was stepped: leaves that had no momenta have none again."""
