@@ -60,6 +60,9 @@ class Compiled(Flat):
         columns = (column[piece.low : piece.high] for column in self.differing.values())
         return [torch.repeat_interleave(column, sizes, output_size=piece.size) for column in columns]
 
+    def known(self, total: Tensor) -> Tensor:
+        return total  # an input of the kernel, which is one for all values
+
     def finish(self, guard: Guard) -> None:
         """Write down what the rule does with this step's numbers, and find or make the kernels for it."""
         self.kernel = {single: self.kernel_for(piece, guard) for single, piece in self.kinds().items()}
@@ -76,11 +79,12 @@ class Compiled(Flat):
         tensors = [piece.x.last, piece.gradient(self.grads), *held, *extra]
         tape = Tape(tensors)
         x, dx, *others = tape.inputs
-        answers = others[len(held) : len(held) + len(piece.answers)]
-        numbers = dict(zip(self.differing, others[len(held) + len(answers) :], strict=False))
+        others, rest = others[: len(held)], others[len(held) :]
+        answers, rest = rest[: len(piece.answers)], rest[len(piece.answers) :]
+        numbers = dict(zip(self.differing, rest, strict=False))
         try:
             rule = with_numbers(self.now, numbers) if numbers else self.now
-            state, change = write_down(rule.steps(self.frame.join(others[: len(held)]), x, dx), answers)  # pyright: ignore
+            state, change = write_down(rule.steps(self.frame.join(others), x, dx), answers)  # pyright: ignore
         except Exception as error:
             self.refuse(guard, error)
         parts = Frame(state).parts

@@ -133,11 +133,13 @@ class Native(Flat):
         if self.cached is None or self.cached[0] is not self.now:
             *front, last = links(self.now)
             decay = front.pop().weight_decay if len(front) > self.front else 0.0
-            self.cached = self.now, OptimiserChain(*front), self.kernel.options(last, self.params[0], decay)
+            chain = front[0] if len(front) == 1 else OptimiserChain(*front)
+            self.cached = self.now, chain, self.kernel.options(last, self.params[0], decay)
 
     def start(self, piece: Piece) -> Steps:
         x = piece.x.read() if self.reads_x else piece.x.last
-        return self.cached[1].steps(((),) * self.front, x, piece.gradient(self.grads))
+        state = () if self.front == 1 else ((),) * self.front
+        return self.cached[1].steps(state, x, piece.gradient(self.grads))
 
     def commit(self, guard: Guard) -> None:
         options = self.cached[2]

@@ -168,7 +168,9 @@ def rounds(turns: Sequence[Any], guard: Guard) -> None:
         for turn, answer in waiting:
             ask = turn.advance(answer, guard)
             if ask is not None:
-                rule = known.get(id(ask.rule)) or known.setdefault(id(ask.rule), same(ask.rule))
+                rule = None
+                if len(waiting) > 1:
+                    rule = known.get(id(ask.rule)) or known.setdefault(id(ask.rule), same(ask.rule))
                 asked.setdefault((turn.asked, rule), []).append((turn, ask))
         waiting = []
         for group in asked.values():

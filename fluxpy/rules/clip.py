@@ -77,9 +77,12 @@ def norm_of(x: Tensor, p: Hyper) -> Tensor:
     return torch.linalg.vector_norm(x, p, dtype=dtype) if x.numel() else x.new_zeros((), dtype=dtype)
 
 
-def shrink(dx: Tensor, norm: Tensor, max_norm: Hyper) -> Tensor:
+def shrink(dx: Tensor, norm: Tensor | float, max_norm: Hyper) -> Tensor:
     # Not times clamp(max_norm / norm): at a norm of zero that divides by zero, and its derivative is NaN.
-    excess = (norm / max_norm).clamp(min=1)
+    excess = norm / max_norm
+    if not isinstance(excess, Tensor):
+        return dx if excess <= 1 else dx / excess
+    excess = excess.clamp(min=1)
     excess = excess if excess.device == dx.device else excess.to(dx.device)
     if excess.dtype == dx.dtype or dx.is_complex():
         return dx / excess
