@@ -75,7 +75,13 @@ def flatten_parameters(model: Any, *, grad: bool = False) -> Any:
     for path, x in sorted(zip(spec.unique.values(), values, strict=True), key=lambda pair: pair[1].data_ptr()):
         end, other = ends.get(x.device, (0, ""))
         if not x.is_leaf or unwritable(x) or (x.numel() and x.data_ptr() < end):
-            why = "it has a history" if not x.is_leaf else f"it shares memory with {other!r}" if other else "it is expanded"
+            why = (
+                "it has a history"
+                if not x.is_leaf
+                else f"it shares memory with {other!r}"
+                if other
+                else "it is expanded"
+            )
             raise ValueError(f"flatten_parameters cannot move {path!r}: {why}")
         ends[x.device] = x.data_ptr() + x.nbytes, path
     for x in values:

@@ -29,7 +29,7 @@ class Guard:
         self.kinds: list[tuple[str, tuple[str, ...]]] = []  # what can go wrong, and at which paths
         self.bad: Tensor | None = None  # 0-dim, on the device, as `first`: kind, place among its paths, update
         self.first: Tensor | None = None
-        self.plans: dict[int, Any] = {}  # how the engine steps each view, by its spec
+        self.plans: dict[Any, Any] = {}  # how the engine steps each view, by its spec
         self.fits: dict[int, Any] = {}  # and the model it was last used with
         self.slow: set[type] = set()  # rules that only the plain path can run
         self.compile = False

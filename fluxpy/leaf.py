@@ -27,7 +27,19 @@ class Leaf:
     after a thaw or a reset.
     """
 
-    __slots__ = ("_dtype", "_frozen", "_group", "_guard", "_held", "_missed", "_open", "_rule", "_seen", "_shape", "_steps")
+    __slots__ = (
+        "_dtype",
+        "_frozen",
+        "_group",
+        "_guard",
+        "_held",
+        "_missed",
+        "_open",
+        "_rule",
+        "_seen",
+        "_shape",
+        "_steps",
+    )
 
     rule: Any = _read_only("rule", "The hyperparameters.", "fluxpy.adjust(leaf, lr=...)")
     state: Any = _read_only("state", "The rule's momenta.", "fluxpy.reset(leaf), or load a saved state")

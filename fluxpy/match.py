@@ -11,7 +11,6 @@ from .pytree import is_parameter, is_wrapped, level, unwrap
 from .text import names_of, near
 from .tree import Mirror, Spec, explore, walk
 
-
 _VALUES = methodcaller("values")
 
 

@@ -104,7 +104,7 @@ def is_wrapped(x: Tensor) -> bool:
 
 
 def is_transforming() -> bool:
-    """Whether a `torch.func` transform or `torch.compile` is looking on: nothing may be kept from one step to another."""
+    """Whether a `torch.func` transform or `torch.compile` is looking on, so that nothing may be kept between steps."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 

@@ -231,9 +231,19 @@ def at(rule: Rule, count: int) -> Rule:
         return rule
 
     def value(v: Any) -> Any:
-        return tuple(map(value, v)) if isinstance(v, tuple) else v(count) if callable(v) else v
+        if isinstance(v, tuple):
+            return tuple(map(value, v))
+        return at(v, count) if isinstance(v, Rule) else _plain(v(count)) if callable(v) else v
 
-    return replace(rule, lambda _rule, _name, v: value(v))
+    fresh = object.__new__(type(rule))
+    for field in dataclasses.fields(rule):
+        old = getattr(rule, field.name)
+        new = fresh.__dict__[field.name] = value(old)
+        if new is not old and "allowed" in field.metadata:
+            _check(type(rule).__name__, field, new)
+    if type(rule).__post_init__ is not Rule.__post_init__:  # which would check the others again
+        fresh.__post_init__()
+    return fresh
 
 
 def eps_for(x: Tensor, eps: Hyper) -> Hyper:

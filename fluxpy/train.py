@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from .gradient import differentiate, trained
 from .guard import reads_at_once
-from .pytree import Frame, level, unwrap
 from .leaf import Leaf
+from .pytree import Frame, level, unwrap
 from .state import State, fit_of, guard_of, leaves
 from .update import check, stepped
 

@@ -4,6 +4,7 @@ In place, a plan of the engine does it, made at the first update and kept. A pur
 rule's `apply` leaf by leaf, and can be differentiated.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,10 @@ from .engine.group import Misfit
 from .engine.plain import Plain
 from .engine.plan import Plan, rounds
 from .guard import Guard, Skip
+from .leaf import Leaf
 from .match import Fit, rebuild, scatter
 from .pytree import Frame, is_transforming, is_wrapped, unwritable
 from .rule import Rule, hyperparameters, walk
-from .leaf import Leaf
 from .state import State, fit_of, guard_of
 from .text import form
 from .tree import Mirror
@@ -58,11 +59,8 @@ def stepped(state: Any, fit: Fit, model: Any, grads: Any, inplace: bool = True) 
         _check(fit, leaves, values, inplace)
         with torch.set_grad_enabled(_has_history(leaves, fit, values)):
             return _pure(fit, leaves, values, guard, model)
-    with torch.no_grad():
-        try:
-            _step(fit, leaves, values, guard)
-        except Skip:
-            pass
+    with torch.no_grad(), contextlib.suppress(Skip):
+        _step(fit, leaves, values, guard)
     guard.updates += 1
     return state, model
 
@@ -186,14 +184,11 @@ def _has_history(leaves: Sequence[Leaf], fit: Fit, values: Sequence[Any]) -> boo
     held = [t for leaf in inside for t in Frame.split(leaf.state)[0]]
     held += [t for rule in rules for inner in walk(rule) for t in Frame.split(hyperparameters(inner))[0]]
     return any(t.requires_grad for t in (*values, *held) if t is not None) or any(
-        is_wrapped(x) or (x.requires_grad and not (x.is_leaf and isinstance(x, torch.nn.Parameter)))
-        for x in fit.params
+        is_wrapped(x) or (x.requires_grad and not (x.is_leaf and isinstance(x, torch.nn.Parameter))) for x in fit.params
     )
 
 
-def _plain(
-    fit: Fit, leaves: Sequence[Leaf], values: Sequence[Any], guard: Guard, inplace: bool
-) -> dict[int, Plain]:
+def _plain(fit: Fit, leaves: Sequence[Leaf], values: Sequence[Any], guard: Guard, inplace: bool) -> dict[int, Plain]:
     """All leaves through their rules on the plain path, up to writing."""
     rules: dict[Any, Rule] = {}
     turns = {
@@ -205,6 +200,7 @@ def _plain(
     for turn in turns.values():
         turn.finish(guard, inplace)
     return turns
+
 
 def check(state: Any) -> None:
     """Raise FloatingPointError if a number that must be finite (a norm, or the loss of `trainstep`) was not.

@@ -8,7 +8,7 @@ differ in a rate go together all the same: there the number is a tensor.
 import warnings
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -88,7 +88,9 @@ class Compiled(Flat):
         except Exception as error:
             self.refuse(guard, error)
         parts = Frame(state).parts
-        self.numbers = [old if isinstance(new, Traced) else new for new, old in zip(parts, self.frame.parts, strict=True)]
+        self.numbers = [
+            old if isinstance(new, Traced) else new for new, old in zip(parts, self.frame.parts, strict=True)
+        ]
         self.moved = change is not None
         value = None if change is None else change.value if isinstance(change, Assign) else x - change
         news = [value, dx, *(part for part in parts if isinstance(part, Traced))]
@@ -106,7 +108,7 @@ class Compiled(Flat):
                 self.refuse(guard, error)
         return _KERNELS[key]
 
-    def refuse(self, guard: Guard, error: Exception) -> None:
+    def refuse(self, guard: Guard, error: Exception) -> NoReturn:
         """This rule is not to be compiled again, or, where nothing differs from leaf to leaf, at all."""
         self.plan.dead = True
         rules = {type(rule) for rule in walk(self.rule)}

@@ -15,8 +15,9 @@ from ..guard import Guard, reads_at_once, require_finite
 from ..pytree import Frame
 from ..rule import Ask, Assign, Rule, Steps, walk
 from ..rules.clip import ClipGlobalNorm, ClipNorm
+from ..rules.wrap import OptimiserChain
 from .group import Group, Member, Misfit, judged_by_plain
-from .slab import SIZE, Scratch, Slab, lay, side_by_side, views
+from .slab import SIZE, Scratch, Slab, copy_all, lay, side_by_side, views
 
 
 class Piece:
@@ -48,7 +49,7 @@ class Piece:
                 self.seen, self.at, self.flat = mine, pointers(mine), side_by_side(mine)
             if self.flat is not None:
                 return self.flat
-        torch._foreach_copy_(self.views, mine)
+        copy_all(self.views, mine)
         return self.buffer
 
 
@@ -72,9 +73,12 @@ def cut(sizes: Sequence[int], split: bool, single: bool) -> Iterator[tuple[int, 
         yield low, len(sizes), 0, -1
 
 
+_RULES = OptimiserChain.__module__.removesuffix("wrap")
+
+
 def ours(rule: Rule) -> bool:
     """Whether the rule is arithmetic that we know: where one piece went well, the others cannot fail."""
-    return all(type(inner).__module__.startswith(f"{__package__.removesuffix('.engine')}.rules.") for inner in walk(rule))
+    return all(type(inner).__module__.startswith(_RULES) for inner in walk(rule))
 
 
 class Flat(Group):
@@ -125,6 +129,7 @@ class Flat(Group):
         steps, answers = piece.steps, piece.answers[-1:]
         if steps is None:
             steps, answers = self.start(piece), [None, *piece.answers]
+        ask: Any = None
         try:
             for answer in answers:
                 ask = steps.send(answer)  # pyright: ignore[reportArgumentType]
@@ -163,7 +168,7 @@ class Flat(Group):
     def shares(self, ask: Ask) -> list[tuple[str, Tensor]]:
         if reads_at_once(ask.part):
             return [(self.members[0].path, ask.part)]  # the plain path says more
-        norms = torch._foreach_norm(self.grads, float("inf"))
+        norms = torch._foreach_norm(self.grads, float("inf"))  # pyright: ignore[reportPrivateImportUsage]
         return [(member.path, norm) for member, norm in zip(self.members, norms, strict=True)]
 
     def finish(self, guard: Guard) -> None:
@@ -198,7 +203,9 @@ class Flat(Group):
         tensors, frame = Frame.split(result[0])
         change = result[1]
         given = [*tensors, *([] if change is None else [change])]
-        fits = all(isinstance(t, Tensor) and t.shape == (piece.size,) and t.device == piece.x.read().device for t in given)
+        fits = all(
+            isinstance(t, Tensor) and t.shape == (piece.size,) and t.device == piece.x.read().device for t in given
+        )
         kept = all(torch.can_cast(t.dtype, row[0].dtype) for t, row in zip(tensors, self.momenta, strict=False))
         if frame != self.frame or not fits or not kept:
             raise Misfit({type(rule) for rule in walk(self.rule) if not ours(rule)})

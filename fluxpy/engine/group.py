@@ -56,6 +56,7 @@ class Group:
     rewrites_views = False  # whether parameters are written through a view that autograd does not know
 
     plan: Any  # what it belongs to
+    odd: Sequence[int] = ()  # gradients with other strides than their parameters
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)

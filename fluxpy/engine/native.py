@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..guard import Guard
-from ..rule import Rule, Steps, eps_for
+from ..rule import Rule, Steps, eps_for, hyperparameters
 from ..rules.adam import Adam, AdamW, AMSGrad
 from ..rules.adaptive import AdaGrad
 from ..rules.clip import ClipGlobalNorm, ClipGrad, ClipNorm
@@ -23,6 +23,7 @@ from .group import Member
 from .slab import Scratch, side_by_side
 
 Lists = list[list[Tensor]]
+_FUSED: Any = torch  # where the kernels are, though not among its public names
 
 
 class Kernel(NamedTuple):
@@ -41,11 +42,11 @@ def _adam(kernel: Any) -> Callable[..., Any]:
 
 
 def _sgd(params: Any, grads: Any, momenta: Lists, steps: Any, **options: Any) -> None:
-    torch._fused_sgd_(params, grads, *(momenta or [[]]), **options)
+    _FUSED._fused_sgd_(params, grads, *(momenta or [[]]), **options)
 
 
 def _adagrad(params: Any, grads: Any, momenta: Lists, steps: Any, **options: Any) -> None:
-    torch._fused_adagrad_(params, grads, momenta[0], steps, **options)
+    _FUSED._fused_adagrad_(params, grads, momenta[0], steps, **options)
 
 
 def _adam_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
@@ -70,9 +71,9 @@ def _adagrad_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any
 
 
 KERNELS: dict[type[Rule], Kernel] = {
-    Adam: Kernel(_adam(torch._fused_adam_), _adam_options),
-    AMSGrad: Kernel(_adam(torch._fused_adam_), _adam_options),
-    AdamW: Kernel(_adam(torch._fused_adamw_), _adamw_options),
+    Adam: Kernel(_adam(_FUSED._fused_adam_), _adam_options),
+    AMSGrad: Kernel(_adam(_FUSED._fused_adam_), _adam_options),
+    AdamW: Kernel(_adam(_FUSED._fused_adamw_), _adamw_options),
     Descent: Kernel(_sgd, _sgd_options),
     Momentum: Kernel(_sgd, _sgd_options),
     Nesterov: Kernel(_sgd, _sgd_options),
@@ -87,18 +88,27 @@ def links(rule: Rule) -> tuple[Rule, ...]:
 
 def takes(rule: Rule, x: Tensor) -> bool:
     """Whether a kernel of PyTorch computes this rule, with what stands in front of it on the flat path."""
-    *front, last = links(rule) or (None,)
+    *front, last = links(rule) or (rule,)
     fits = x.is_floating_point() and x.element_size() in (2, 4, 8) and x.device.type in ("cpu", "cuda")
     moving = getattr(last, "momentum", 1.0)
     # Without momentum the kernel leaves the buffer as it is, where the rule would keep the gradient in it.
-    return fits and type(last) in KERNELS and not callable(moving) and moving != 0 and all(type(r) in FRONT for r in front)
+    return (
+        fits and type(last) in KERNELS and not callable(moving) and moving != 0 and all(type(r) in FRONT for r in front)
+    )
+
+
+def through(rules: Sequence[Rule], x: Tensor, dx: Tensor) -> Steps:
+    """Rules without a state, one after another."""
+    for rule in rules:
+        _, dx = yield from rule.steps((), x, dx)
+    return (), dx
 
 
 class Native(Flat):
     """Leaves of a chain that a fused kernel ends."""
 
     def __init__(self, members: Sequence[Member], scratch: Scratch) -> None:
-        whole = links(members[0].leaf.rule)
+        whole: Any = links(members[0].leaf.rule)
         # A penalty right before the kernel is its own `weight_decay`; that of AdamW's is another one.
         folded = len(whole) > 1 and type(whole[-2]) is WeightDecay and type(whole[-1]) is not AdamW
         self.front = len(whole) - 1 - folded
@@ -132,14 +142,12 @@ class Native(Flat):
             grads[i] = torch.empty_like(self.params[i]).copy_(grads[i])
         if self.cached is None or self.cached[0] is not self.now:
             *front, last = links(self.now)
-            decay = front.pop().weight_decay if len(front) > self.front else 0.0
-            chain = front[0] if len(front) == 1 else OptimiserChain(*front)
-            self.cached = self.now, chain, self.kernel.options(last, self.params[0], decay)
+            decay: Any = hyperparameters(front.pop())["weight_decay"] if len(front) > self.front else 0.0
+            self.cached = self.now, front, self.kernel.options(last, self.params[0], decay)
 
     def start(self, piece: Piece) -> Steps:
         x = piece.x.read() if self.reads_x else piece.x.last
-        state = () if self.front == 1 else ((),) * self.front
-        return self.cached[1].steps(state, x, piece.gradient(self.grads))
+        return through(self.cached[1], x, piece.gradient(self.grads))
 
     def commit(self, guard: Guard) -> None:
         options = self.cached[2]

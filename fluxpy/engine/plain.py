@@ -3,15 +3,16 @@
 Everything that can fail is worked out first, into new tensors; then it is written, in place or into copies.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..guard import Guard, require_finite
+from ..leaf import Leaf, start
 from ..pytree import Frame, apart, memory
 from ..rule import Ask, Assign, Rule, at
-from ..leaf import Leaf, start
 
 
 class Plain:
@@ -48,7 +49,7 @@ class Plain:
             if ask.across:
                 self.asked += 1
                 return ask
-            require_finite(ask.part, ask, lambda: self.shares(ask), guard)
+            require_finite(ask.part, ask, partial(self.shares, ask), guard)
             answer = ask.part
 
     def finish(self, guard: Guard, inplace: bool = True) -> None:
@@ -100,5 +101,3 @@ class Plain:
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.can_cast(b.dtype, a.dtype)
-
-

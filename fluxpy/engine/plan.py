@@ -2,17 +2,18 @@
 
 import contextlib
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..guard import Guard, require_finite
+from ..leaf import Leaf, start
 from ..match import Fit
 from ..pytree import Frame
 from ..rule import Rule, StagedRule, walk
 from ..rules.clip import ClipNorm
-from ..leaf import Leaf, start
 from . import native
 from .compiled import Compiled
 from .flat import Flat, ours, pointers
@@ -39,11 +40,11 @@ class Plan:
         sorted_: dict[Any, tuple[Callable[..., Group], list[Member]]] = {}
         keys: dict[Any, Any] = {}
         for m in live:
-            way = None
-            if values[m.place] is not None and not m.leaf._missed:
+            way, dx = None, values[m.place]
+            if dx is not None and not m.leaf._missed:
                 if m.leaf._state is None:
                     m.leaf._held = start(m.leaf._rule, m.x, m.leaf._count, m.path)
-                way = self.way(m, values[m.place])
+                way = self.way(m, dx)
             if way is None:
                 rest.append(m)
             else:
@@ -63,10 +64,13 @@ class Plan:
         self.places = [m.place for group in self.groups for m in group.members]
         self.whole = self.places == list(range(len(members)))
         # What the others are given is looked at too, but for its shape alone.
-        looked_at = [m for group in self.groups for m in group.members] + [m for m in self.rest if values[m.place] is not None]
+        looked_at = [m for group in self.groups for m in group.members] + [
+            m for m in self.rest if values[m.place] is not None
+        ]
         self.seen, self.params = [m.place for m in looked_at], [m.x for m in looked_at]
         for group in self.groups:
-            group.odd = [i for i, m in enumerate(group.members) if values[m.place].stride() != m.x.stride()]
+            pairs = enumerate((m.x, values[m.place]) for m in group.members)
+            group.odd = [i for i, (x, dx) in pairs if dx is not None and dx.stride() != x.stride()]
         self.fixed = [m.x for group in self.groups if getattr(group, "pieces", ()) for m in group.members]
         self.pointers = pointers(self.fixed)
         self.forms = Forms([*self.params, *(v for v in (values[i] for i in self.seen) if v is not None)])
@@ -82,15 +86,22 @@ class Plan:
         plain = (torch.Tensor, nn.Parameter)
         if type(x) not in plain or type(dx) not in plain or not x.is_floating_point() or not x.numel() or rule.traced:
             return None
-        if any(t.shape != x.shape or t.device != x.device or t.stride() != x.stride() or t.requires_grad for t in tensors):
+        if any(
+            t.shape != x.shape or t.device != x.device or t.stride() != x.stride() or t.requires_grad for t in tensors
+        ):
             return None
         key = x.dtype, x.device, frame.spec, tuple(map(value_key, frame.parts)), tuple(t.dtype for t in tensors)
-        if self.guard.compile and x.is_contiguous() and x.numel() > 1 and _pieces(rule, self.guard, self.guard.uncompiled):
+        if (
+            self.guard.compile
+            and x.is_contiguous()
+            and x.numel() > 1
+            and _pieces(rule, self.guard, self.guard.uncompiled)
+        ):
             return Compiled, *key
         fused = native.takes(rule, x)
         if not x.is_contiguous():
             dense = torch.empty_like(x).stride() == x.stride()
-            return (Native, "as it is", *key) if fused and dense and not len(native.links(rule)) == 1 else None
+            return (Native, "as it is", *key) if fused and dense and len(native.links(rule)) == 1 else None
         if fused and all(t.dtype == x.dtype for t in tensors):
             return Native, *key
         return (Flat, *key) if _pieces(rule, self.guard, clips=True) else None
@@ -144,9 +155,11 @@ class Forms:
         self.guards: Any = None
         try:
             from torch._C._dynamo.guards import TensorGuards
+
             sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-            self.guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        except Exception:
+            make: Any = TensorGuards  # which is what torch.compile itself notices a change with
+            self.guards = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        except Exception:  # not in this version of PyTorch
             pass
 
     def hold(self, tensors: list[Any]) -> bool:
@@ -156,7 +169,14 @@ class Forms:
 
 
 def _form(t: Any) -> Any:
-    return isinstance(t, Tensor) and (type(t), t.dtype, t.shape, t.device, t.layout, t.layout == torch.strided and t.stride())
+    return isinstance(t, Tensor) and (
+        type(t),
+        t.dtype,
+        t.shape,
+        t.device,
+        t.layout,
+        t.layout == torch.strided and t.stride(),
+    )
 
 
 def rounds(turns: Sequence[Any], guard: Guard) -> None:
@@ -175,8 +195,13 @@ def rounds(turns: Sequence[Any], guard: Guard) -> None:
         waiting = []
         for group in asked.values():
             total = group[0][1].rule.combine([ask.part for _, ask in group])
-            require_finite(total, group[0][1], lambda: [share for turn, ask in group for share in turn.shares(ask)], guard)
+            require_finite(total, group[0][1], partial(_shares, group), guard)
             waiting += [(turn, total) for turn, _ in group]
+
+
+def _shares(group: list[Any]) -> list[tuple[str, Tensor]]:
+    """What each leaf gave to a total, by path."""
+    return [share for turn, ask in group for share in turn.shares(ask)]
 
 
 def _pieces(rule: Rule, guard: Guard, but: Collection[type] = (), clips: bool = False) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+copy_all: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+
 # Elements that are worked on at once. 2**18 floats are 1 MB: what a chain touches at a time then stays in the cache.
 SIZE = 1 << 18
 
@@ -77,7 +79,7 @@ class Slab:
 
     def read(self) -> Tensor:
         if self.flat is None:
-            torch._foreach_copy_(self.views, self.tensors)
+            copy_all(self.views, self.tensors)
         return self.last
 
     def write(self, value: Tensor) -> None:
@@ -86,4 +88,4 @@ class Slab:
                 self.flat.copy_(value)
         else:
             self.buffer.copy_(value)
-            torch._foreach_copy_(self.tensors, self.views)
+            copy_all(self.tensors, self.views)

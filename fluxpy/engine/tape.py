@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
 # Operators that take a 0-dim tensor where they take a number; elsewhere a number is a part of the program. A power is
 # not among them: where its exponent is known it is far faster.
-_TAKES_TENSORS = set("add sub mul truediv div divide multiply subtract true_divide radd rsub rmul rtruediv".split())
-_TAKES_TENSORS |= set("where clamp clip clamp_min clamp_max eq ne lt le gt ge".split())
+_TAKES_TENSORS = set("add sub mul truediv div divide multiply subtract true_divide radd rsub rmul rtruediv".split())  # noqa: SIM905
+_TAKES_TENSORS |= {"where", "clamp", "clip", "clamp_min", "clamp_max", "eq", "ne", "lt", "le", "gt", "ge"}
 _ASKS = ("is_", "dim", "ndimension", "numel", "nelement", "size", "element_size", "stride", "get_device")
 
 
@@ -31,7 +30,7 @@ class Place(NamedTuple):
     """A result by its line (inputs come first), or a number."""
 
     kind: str
-    index: int
+    at: int
 
 
 class Tape:
@@ -67,7 +66,7 @@ class Tape:
         for i in reversed(range(len(self.lines))):
             line = self.lines[i] if i + len(self.inputs) in needed else None
             if line:
-                needed.update(place.index for place in _places((line.args, line.options)) if place.kind == "result")
+                needed.update(place.at for place in _places((line.args, line.options)) if place.kind == "result")
             found.append(line)
         return tuple(reversed(found))
 
@@ -91,7 +90,7 @@ def _places(v: Any) -> Iterator[Place]:
 def run_line(line: Line, numbers: Any, result: Callable[[int], Tensor]) -> Tensor:
     def value(v: Any) -> Any:
         if isinstance(v, Place):
-            return result(v.index) if v.kind == "result" else numbers[v.index]
+            return result(v.at) if v.kind == "result" else numbers[v.at]
         return tuple(map(value, v)) if type(v) is tuple else v
 
     return line.call(*map(value, line.args), **{k: value(v) for k, v in line.options})
