@@ -8,6 +8,8 @@ In short:
     fluxpy.adjust(state.encoder, 3e-4)
 """
 
+import typing as _typing
+
 from . import schedules
 from .adjust import adjust, freeze, reset, scale, thaw
 from .checkpoint import load, save
@@ -63,6 +65,7 @@ __all__ = [
     "ClipNorm",
     "DataLoader",
     "Descent",
+    "Learner",
     "Lion",
     "MixedPrecision",
     "Momentum",
@@ -105,10 +108,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """`fluxpy.testing` is imported when it is first used."""
-    if name == "testing":
-        import importlib
+if _typing.TYPE_CHECKING:
+    from .learner import Learner
 
-        return importlib.import_module(".testing", __name__)
+
+def __getattr__(name: str) -> object:
+    """`fluxpy.testing` and the Learner are imported when they are first used."""
+    import importlib
+
+    if name in ("learner", "testing"):
+        return importlib.import_module(f".{name}", __name__)
+    if name == "Learner":
+        return importlib.import_module(".learner", __name__).Learner
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

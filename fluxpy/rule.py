@@ -103,7 +103,7 @@ class Rule:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = _plain(getattr(self, field.name))
-            if "allowed" in field.metadata:
+            if field.metadata.get("allowed"):
                 _check(type(self).__name__, field, value)
             object.__setattr__(self, field.name, value)
 
@@ -239,7 +239,7 @@ def at(rule: Rule, count: int) -> Rule:
     for field in dataclasses.fields(rule):
         old = getattr(rule, field.name)
         new = fresh.__dict__[field.name] = value(old)
-        if new is not old and "allowed" in field.metadata:
+        if new is not old and field.metadata.get("allowed"):
             _check(type(rule).__name__, field, new)
     if type(rule).__post_init__ is not Rule.__post_init__:  # which would check the others again
         fresh.__post_init__()
@@ -254,7 +254,7 @@ def eps_for(x: Tensor, eps: Hyper) -> Hyper:
 
 
 def field_of(rule: Rule, name: str) -> dataclasses.Field[Any]:
-    return next(f for f in dataclasses.fields(rule) if f.name == name)
+    return rule.__dataclass_fields__[name]
 
 
 def _items(rule: Rule) -> Iterator[tuple[str, Any]]:
@@ -281,8 +281,6 @@ def _check(rule: str, field: dataclasses.Field[Any], value: Any) -> None:
         want = f"it must be {len(field.default)} numbers, each in {allowed}"
     elif isinstance(allowed, tuple):
         ok, want = callable(value) or value in allowed, f"it must be one of {', '.join(map(repr, allowed))}"
-    elif allowed is None:
-        return
     else:
         ok = _allows(allowed, value)
         want = f"it must be one of {allowed}" if allowed[0] not in "[(" else f"it must lie in {allowed}"
@@ -296,8 +294,7 @@ def _allows(interval: str, value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         return False
     if interval[0] not in "[(":
-        return value == int(value) >= 1 if math.isfinite(value) else False
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    return (low <= value if interval[0] == "[" else low < value) and (
-        value <= high if interval[-1] == "]" else value < high
-    )
+        return math.isfinite(value) and value == int(value) >= 1
+    low, high = map(float, interval[1:-1].split(","))
+    inside = low < value < high
+    return inside or (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)

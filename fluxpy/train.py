@@ -34,7 +34,7 @@ def train(
     `loss(model, *batch)` where the batch is a tuple or list, else `loss(model, batch)`, as `withgradient` takes it.
     Batches are moved to the model's device. `progress` shows a bar with the running loss; by default where a person is
     watching. What is not wholly frozen is put into training mode. For epochs, call it again; for callbacks and metrics
-    write the loop with `trainstep` (a Learner is planned).
+    write the loop with `trainstep`, or take the `Learner`.
 
     Raises FloatingPointError with the item's index for a loss that is not finite, before that item updated anything,
     and ValueError for data without a batch.
@@ -138,7 +138,7 @@ def _refuse(refused: dict[str, Any], data: Any, state: Any) -> None:
     if refused:
         name = next(iter(refused))
         hints = {
-            "callbacks": "; callbacks are for a Learner, or write the loop with trainstep",
+            "callbacks": "; callbacks are for fluxpy.Learner, or write the loop with trainstep",
             "epochs": "; it goes over the data once, so call it for each epoch",
         }
         hint = hints.get("callbacks" if name == "cb" else name, "")

@@ -117,9 +117,9 @@ def _pure(fit: Fit, leaves: list[Leaf], values: list[Any], guard: Guard, model: 
     """The outcome as a new state and a new model, which share no tensor with the old."""
     spec = fit.spec
     try:
-        turns = _plain(fit, leaves, values, guard, inplace=False)
+        turns, skipped = _plain(fit, leaves, values, guard, inplace=False), False
     except Skip:
-        turns = {}
+        turns, skipped = {}, True
     fresh, new = list(leaves), []
     for index, x in zip(spec.unique, fit.params, strict=True):
         leaf, turn = leaves[index], turns.get(index)
@@ -128,7 +128,7 @@ def _pure(fit: Fit, leaves: list[Leaf], values: list[Any], guard: Guard, model: 
         if turn:
             turn.settle(fresh[index], inplace=False)
         new.append(turn.value if turn else x.clone())
-    if turns:
+    if not skipped:
         _sit_out(fit, fresh)
     state = fresh[0] if spec.kind == "leaf" else State(spec, fresh)
     return state, rebuild(model, dict(enumerate(new)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fluxpy
-from fluxpy import schedules, testing
+from fluxpy import learner, schedules, testing
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,5 +33,6 @@ def test_examples_run(page: Path) -> None:
 def test_every_public_name_is_on_the_api_page() -> None:
     listed = re.findall(r"^::: fluxpy\.(?:\w+\.)?(\w+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE)
     of_schedules = [n for n, x in vars(schedules).items() if getattr(x, "__module__", "") == schedules.__name__]
-    public = [*fluxpy.__all__, *testing.__all__, *(name for name in of_schedules if name[0] != "_")]
+    of_learner = [name for name in learner.__all__ if name != "Learner"]
+    public = [*fluxpy.__all__, *testing.__all__, *of_learner, *(name for name in of_schedules if name[0] != "_")]
     assert sorted(listed) == sorted(public)

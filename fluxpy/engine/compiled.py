@@ -5,6 +5,7 @@ bias corrections) are inputs, so that nothing is made anew for a changed hyperpa
 differ in a rate go together all the same: there the number is a tensor.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -46,7 +47,7 @@ class Compiled(Flat):
         self.differing: dict[int, Tensor] = {}
         if len(known) > 1:
             rows = [known[id(m.leaf._rule)] for m in self.members]
-            device, wide = self.params[0].device, _wide(self.params[0])
+            device, wide = self.params[0].device, _wide([self.params[0], *(row[0] for row in self.momenta)])
             for place, column in enumerate(zip(*rows, strict=True)):
                 if len(set(column)) > 1:
                     self.differing[place] = torch.tensor(column, dtype=wide, device=device)
@@ -83,21 +84,24 @@ class Compiled(Flat):
         answers, rest = rest[: len(piece.answers)], rest[len(piece.answers) :]
         numbers = dict(zip(self.differing, rest, strict=False))
         try:
-            rule = with_numbers(self.now, numbers) if numbers else self.now
-            state, change = write_down(rule.steps(self.frame.join(others), x, dx), answers)  # pyright: ignore
+            rule = with_numbers(self.rule, self.now, numbers) if numbers else self.now
+            before = self.frame.join(others)
+            state, change = write_down(rule.steps(before, x, dx), answers)  # pyright: ignore
+            frame, parts = Frame(state), Frame(state).parts
+            if _form(frame) != _form(Frame(before)):
+                raise ValueError("its state does not keep its structure")
+            self.numbers = [
+                old if isinstance(new, Traced) else new for new, old in zip(parts, self.frame.parts, strict=True)
+            ]
+            self.moved = change is not None
+            value = None if change is None else change.value if isinstance(change, Assign) else x - change
+            news = [value, dx, *(part for part in parts if isinstance(part, Traced))]
+            writes = tuple((i, new._index) for i, new in enumerate(news) if new is not None and i not in (1, new._index))
         except Exception as error:
             self.refuse(guard, error)
-        parts = Frame(state).parts
-        self.numbers = [
-            old if isinstance(new, Traced) else new for new, old in zip(parts, self.frame.parts, strict=True)
-        ]
-        self.moved = change is not None
-        value = None if change is None else change.value if isinstance(change, Assign) else x - change
-        news = [value, dx, *(part for part in parts if isinstance(part, Traced))]
-        writes = tuple((i, new._index) for i, new in enumerate(news) if new is not None and i not in (1, new._index))
         lines = tape.live([source for _, source in writes])
         key = lines, writes, tuple((t.dtype, t.device, t.ndim) for t in tensors), guard.bad is not None
-        self.inputs = _sent(tape.numbers, tensors[0])
+        self.inputs = _sent(tape.numbers, tensors)
         if key not in _KERNELS:
             self.kernels.add(key)
             try:
@@ -145,35 +149,42 @@ def write_down(steps: Any, answers: list[Traced]) -> Any:
 
 def numbers_of(rule: Rule) -> list[float]:
     """All real numbers among the hyperparameters of a rule and those inside it, in one order for all rules alike."""
-    found: list[float] = []
-    with_numbers(rule, {}, found)
+    return [v for v in Frame(_written(rule)).parts if type(v) is float]
+
+
+def with_numbers(rule: Rule, now: Rule, new: dict[int, Any]) -> Rule:
+    """`now`, which is `rule` with its schedules' values, with others for some numbers of `rule`, by place."""
+    written, places = iter(_written(rule)), itertools.count()
+
+    def put(v: Any, old: Any) -> Any:
+        if isinstance(old, tuple):
+            return tuple(map(put, v, old))
+        return new.get(next(places), v) if type(old) is float else v
+
+    return replace(now, lambda _rule, _name, v: put(v, next(written)), validate=False)
+
+
+def _written(rule: Rule) -> list[Any]:
+    """The hyperparameters of a rule and those inside it, in the order of `replace`."""
+    found: list[Any] = []
+    replace(rule, lambda _rule, _name, v: found.append(v), validate=False)
     return found
 
 
-def with_numbers(rule: Rule, new: dict[int, Any], found: list[float] | None = None) -> Rule:
-    """The rule with other values for some of its numbers, by place."""
-    found = [] if found is None else found
-
-    def put(v: Any) -> Any:
-        if isinstance(v, tuple):
-            return tuple(map(put, v))
-        if type(v) is not float:
-            return v
-        found.append(v)
-        return new.get(len(found) - 1, v)
-
-    return replace(rule, lambda _rule, _name, v: put(v), validate=False)
+def _form(frame: Frame) -> Any:
+    return frame.spec, [isinstance(part, Traced) for part in frame.parts]
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _wide(tensors: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _sent(numbers: list[float], x: Tensor) -> Tensor:
-    """Numbers as a tensor beside `x`, without waiting for the device."""
-    there = x.device.type != "cpu"
-    sent = torch.tensor(numbers, dtype=_wide(x), pin_memory=there)
-    return sent.to(x.device, non_blocking=True) if there else sent
+def _sent(numbers: list[float], tensors: Sequence[Tensor]) -> Tensor:
+    """Numbers as a tensor beside others, without waiting for the device."""
+    device = tensors[0].device
+    there = device.type != "cpu"
+    sent = torch.tensor(numbers, dtype=_wide(tensors), device="cpu", pin_memory=there)
+    return sent.to(device, non_blocking=True) if there else sent
 
 
 def made(
@@ -185,7 +196,8 @@ def made(
         results: list[Any] = list(inputs)
         for line in lines:
             results.append(None if line is None else run_line(line, numbers, results.__getitem__))
-        news = [results[source] for _, source in writes]
+        # What stays as it was moves all the same where a buffer takes it over.
+        news = [results[source].clone() if source < len(inputs) else results[source] for _, source in writes]
         for (target, _), new in zip(writes, news, strict=True):
             results[target].copy_(torch.where(inputs[-1], results[target], new) if held else new)
 
@@ -193,5 +205,7 @@ def made(
     code = kernel.__code__.replace(co_name=f"kernel_{len(_KERNELS)}")
     own = FunctionType(code, kernel.__globals__, code.co_name, None, kernel.__closure__)
     compiled = torch.compile(own, dynamic=True, fullgraph=True)
-    compiled(numbers, *(t.new_ones((64,) * t.ndim) for t in like))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the compiler's own code
+        compiled(numbers, *(t.new_ones((64,) * t.ndim) for t in like))
     return compiled

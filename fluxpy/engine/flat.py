@@ -41,7 +41,7 @@ class Piece:
     def gradient(self, grads: list[Tensor]) -> Tensor:
         """This piece of the gradient, as one long tensor."""
         if self.high - self.low == 1:
-            flat = grads[self.low].reshape(-1)
+            flat = grads[self.low].contiguous().view(-1)  # a kernel takes no strides
             return flat if self.size == len(flat) else flat[self.start : self.start + self.size]
         mine = grads[self.low : self.high]
         if mine[0].data_ptr() + mine[0].nbytes == mine[1].data_ptr():  # perhaps they lie side by side
@@ -138,7 +138,8 @@ class Flat(Group):
         except Exception as error:
             raise Misfit from error
         # What waits keeps what it computed, so it may wait only where that is a piece or nothing at all.
-        piece.steps = steps if piece.alone or (self.asks_first and not piece.views) else None
+        waits = piece.alone or (self.asks_first and self.turn == 1 and not piece.views)
+        piece.steps = steps if waits else None
         return ask
 
     def advance(self, answer: Any, guard: Guard) -> Ask | None:
@@ -150,8 +151,11 @@ class Flat(Group):
             self.turn += 1
             asks = [(piece, self.run(piece)) for piece in self.pieces]
             first = asks[0][1]
-            if not isinstance(first, Ask):
-                raise Misfit
+            if not isinstance(first, Ask):  # it stopped before, as while it gathers
+                if any(isinstance(ask, Ask) for _, ask in asks) or any(piece.steps for piece in self.pieces):
+                    raise Misfit
+                self.turn = self.asks
+                return None
             if first.across:
                 self.asked += 1
                 return first._replace(part=first.rule.combine([ask.part for _, ask in asks]))

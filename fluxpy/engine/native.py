@@ -119,7 +119,8 @@ class Native(Flat):
         self.aside = len(pair) == 2 and side_by_side(pair) is not None
         self.direct = not self.front and not self.aside
         super().__init__(members, scratch)
-        self.clock = torch.zeros((), device=pair[0].device)
+        self.rewrites_views = True  # autograd does not hear of these kernels either
+        self.clock = torch.zeros((), dtype=torch.float32, device=pair[0].device)
         self.clocks = [self.clock] * len(members)
         self.counter = next((i for i, part in enumerate(self.frame.parts) if type(part) is int), None)
         self.cached: Any = None
@@ -161,7 +162,7 @@ class Native(Flat):
             self.kernel.call(self.params, self.grads, self.momenta, self.clocks, **options)
         for piece in self.pieces:
             dx = self.run(piece)[1] if self.front else piece.gradient(self.grads)
-            if piece.x.flat is not None:
+            if piece.x.flat is not None and all(slab.flat is not None for slab in piece.momenta):
                 momenta = [[slab.last] for slab in piece.momenta]
                 self.kernel.call([piece.x.last], [dx], momenta, [self.clock], **options)
             else:

@@ -43,7 +43,11 @@ class Plan:
             way, dx = None, values[m.place]
             if dx is not None and not m.leaf._missed:
                 if m.leaf._state is None:
-                    m.leaf._held = start(m.leaf._rule, m.x, m.leaf._count, m.path)
+                    try:
+                        m.leaf._held = start(m.leaf._rule, m.x, m.leaf._count, m.path)
+                    except BaseException:
+                        self.forget()
+                        raise
                 way = self.way(m, dx)
             if way is None:
                 rest.append(m)
@@ -139,6 +143,8 @@ class Plan:
             leaf._missed += 1
         for turn in turns:
             turn.commit(guard)
+        for group in self.groups:
+            group.grads = []  # not kept alive until the next update
         self.fresh = []
 
     def forget(self) -> None:

@@ -64,7 +64,7 @@ class Tape:
         """The lines that these results need; None in place of the others."""
         needed, found = set(outputs), []
         for i in reversed(range(len(self.lines))):
-            line = self.lines[i] if i + len(self.inputs) in needed else None
+            line = self.lines[i] if i + len(self.inputs) in needed or _writes(self.lines[i]) else None
             if line:
                 needed.update(place.at for place in _places((line.args, line.options)) if place.kind == "result")
             found.append(line)
@@ -77,6 +77,12 @@ class Tape:
             line = self.lines[index - len(self.inputs)]
             found = self.examples[index] = run_line(line, self.numbers, self.example)
         return found
+
+
+def _writes(line: Line) -> bool:
+    """Whether it writes into an earlier result, which then matters even where its own is not used."""
+    name = getattr(line.call, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or any(key == "out" for key, _ in line.options)
 
 
 def _places(v: Any) -> Iterator[Place]:

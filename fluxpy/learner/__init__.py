@@ -1,0 +1,71 @@
+"""The Learner: training with events, metrics and callbacks."""
+
+from .callbacks import (
+    Checkpoint,
+    CSVLogger,
+    EarlyStopping,
+    FreezeUntil,
+    LearningRateScheduler,
+    LRFind,
+    ProgressBar,
+    StatisticsRecorder,
+    StopOnNaN,
+    TensorBoardLogger,
+    ThawFromTop,
+    discriminative_rates,
+    lr_find,
+)
+from .events import (
+    EVENTS,
+    Callback,
+    Cancel,
+    CancelBatch,
+    CancelEpoch,
+    CancelFit,
+    CancelTraining,
+    CancelValidation,
+    History,
+)
+from .learner import Learner
+from .loop import Step
+from .metrics import (
+    Accuracy,
+    Loss,
+    MatthewsCorrelationCoefficient,
+    Metric,
+    Perplexity,
+    Top5Accuracy,
+)
+
+__all__ = [
+    "Accuracy",
+    "CSVLogger",
+    "Callback",
+    "Cancel",
+    "CancelBatch",
+    "CancelEpoch",
+    "CancelFit",
+    "CancelTraining",
+    "CancelValidation",
+    "Checkpoint",
+    "EVENTS",
+    "EarlyStopping",
+    "FreezeUntil",
+    "History",
+    "LRFind",
+    "Learner",
+    "LearningRateScheduler",
+    "Loss",
+    "MatthewsCorrelationCoefficient",
+    "Metric",
+    "Perplexity",
+    "ProgressBar",
+    "StatisticsRecorder",
+    "Step",
+    "StopOnNaN",
+    "TensorBoardLogger",
+    "ThawFromTop",
+    "Top5Accuracy",
+    "discriminative_rates",
+    "lr_find",
+]

@@ -1,0 +1,177 @@
+"""Checkpoint: the run in files, to go on after any kill, and its best epochs."""
+
+import os
+import signal
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint import save
+from ...files import read
+from ..events import Callback, CancelFit
+from .monitor import Monitor
+
+
+class Checkpoint(Callback):
+    """Saves the run, so that the same script, started again after a kill, goes on where it was.
+
+        learner = fluxpy.Learner(model, loss, rule, callbacks=[CSVLogger(), Checkpoint("run/checkpoints")])
+        learner.fit(train, valid, epochs=12)
+
+    `last.flux` is written at the end of each epoch, and after every so many batches (`every`); a fit that finds one
+    loads it and goes on from there, in the middle of an epoch too, bit for bit as if it had never stopped, if it is
+    given the same data. With `resume=False` it begins anew. A later fit with the same object begins anew as well, but
+    a script with several fits needs a Checkpoint with its own directory for each: `fit(..., callbacks=[...])`.
+
+    The `keep` best epochs stay in files of their own, `best` names them. `monitor` is a metric, by default the loss of
+    validation (of training, where there is no validation); `"train.accuracy"` names another phase. `mode` says whether
+    `"min"` or `"max"` is best, for metrics that fluxpy does not know. `fluxpy.load(path, model=model)` reads a file.
+
+    On SIGTERM and SIGINT (Ctrl-C) the present batch is finished and saved, and the fit ends with a reason; a second
+    SIGINT interrupts at once. A kill at any instant leaves whole files. Acts after all other callbacks.
+    """
+
+    acts_last = True
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        every: int | None = None,
+        monitor: str = "loss",
+        mode: str | None = None,
+        keep: int = 1,
+        resume: bool = True,
+    ) -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"every={every!r} is not allowed; it is a number of batches, at least 1, or None")
+        if keep < 0:
+            raise ValueError(f"keep={keep!r} is not allowed; it is how many of the best epochs stay, 0 or more")
+        self.directory, self.every, self.keep, self.resume = Path(directory), every, keep, resume
+        self.monitor = Monitor(monitor, mode)
+        self._best: list[tuple[float, str]] = []  # value and file name, best first
+        self._fits = 0  # how many were completed
+        self._batches = 0  # since the last save
+        self._place: Any = None  # of the run, at the last save
+        self._signal: str | None = None
+        self._previous: dict[int, Any] = {}  # handlers
+
+    @property
+    def last(self) -> Path:
+        """The file with which a fit goes on."""
+        return self.directory / "last.flux"
+
+    @property
+    def best(self) -> list[tuple[float, Path]]:
+        """Value and file of the best epochs, best first."""
+        return [(value, self.directory / name) for value, name in self._best]
+
+    def saved_run(self) -> dict[str, Any] | None:
+        if not self.resume or not self.last.exists():
+            return None
+        at = f"Checkpoint: {str(self.last)!r}"
+        data = read(str(self.last), at)
+        if not isinstance(data, dict) or "run" not in data.get("extra", ()):
+            raise ValueError(f"{at} was not saved by a Checkpoint")
+        if data["extra"]["fits"] > self._fits:
+            raise ValueError(
+                f"{at} is from fit {data['extra']['fits'] + 1} with one Checkpoint, but this is fit {self._fits + 1}; "
+                "give each its own: fit(..., callbacks=[Checkpoint(directory)]), or begin anew with resume=False"
+            )
+        if data["extra"]["fits"] < self._fits:
+            return None
+        return data["extra"]["run"] | {"model": data["model"], "state": data["state"]}
+
+    def on_fit_start(self, learner: Any) -> None:
+        self.monitor.check(learner)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for left in self.directory.glob(".fluxpy-*.tmp"):  # by a kill in the middle of a save
+            left.unlink(missing_ok=True)
+        if learner._saved is None:
+            self._best = []
+        elif learner._at.epoch >= learner.epoch_count:
+            done = f"the run in {str(self.directory)!r} has done {learner._at.epoch} epochs of {learner.epoch_count}"
+            warnings.warn(f"{done}: nothing is left to do; Checkpoint(resume=False) begins anew", stacklevel=2)
+        self._batches, self._place, self._signal = 0, None, None
+        self._listen()
+
+    def on_batch_end(self, learner: Any) -> None:
+        self._check_signal(learner)
+        if learner.training and self.every is not None:
+            self._batches += 1
+            # Of a phase that is being cancelled the next batch never comes.
+            if self._batches >= self.every and not learner._cancelled:
+                self._save(learner, self.last)
+
+    def on_epoch_end(self, learner: Any) -> None:
+        if learner.error is not None:
+            return
+        if (value := self.monitor.value(learner)) is not None:
+            self._rank(learner, value)
+        if learner._at.epoch > learner.epoch_index:  # it was not cut short
+            self._save(learner, self.last)
+        self._check_signal(learner)
+
+    def on_fit_end(self, learner: Any) -> None:
+        try:
+            if learner.error is None and self._place != self._where(learner):
+                self._save(learner, self.last)
+        finally:
+            for number, previous in self._previous.items():
+                if signal.getsignal(number) == self._on_signal:
+                    signal.signal(number, previous)
+            self._previous = {}
+        if self._signal is not None and learner.history.stop_reason is None:
+            learner.history.stop_reason = self._signal  # it came after the last epoch
+        self._fits += learner.error is None and self._signal is None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best}
+
+    def load_state_dict(self, d: dict[str, Any]) -> None:
+        self._best = [(value, name) for value, name in d["best"] if (self.directory / name).exists()]
+
+    # --- Files --------------------------------------------------------------------------------------------------------
+
+    def _save(self, learner: Any, path: Path) -> None:
+        run = learner.state_dict()
+        del run["model"], run["state"]
+        save(path, model=learner.model, state=learner.state, run=run, fits=self._fits)
+        if path == self.last:
+            self._batches, self._place = 0, self._where(learner)
+
+    def _where(self, learner: Any) -> tuple[Any, ...]:
+        return learner._at.epoch, learner._at.phase, learner._at.batch
+
+    def _rank(self, learner: Any, value: float) -> None:
+        """Keep this epoch if it is among the best. `last.flux` comes after that: should the run be killed in between,
+        the epoch is done again and comes to the same files."""
+        name = f"epoch_{learner.epoch_index:03d}_{self.monitor.metric}_{value:.4g}.flux"
+        ranked = sorted([*self._best, (value, name)], key=lambda entry: self.monitor.rank(entry[0]))
+        self._best, dropped = ranked[: self.keep], ranked[self.keep :]
+        if (value, name) in self._best:
+            self._save(learner, self.directory / name)
+        for _, old in dropped:
+            if old not in [kept for _, kept in self._best] and old != name:
+                (self.directory / old).unlink(missing_ok=True)
+
+    # --- Signals ------------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous = signal.getsignal(number)
+            other = isinstance(getattr(previous, "__self__", None), Checkpoint)  # which ends the fit just as well
+            if previous not in (None, signal.SIG_IGN) and not other:
+                self._previous[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = signal.Signals(number).name
+
+    def _check_signal(self, learner: Any) -> None:
+        if self._signal is not None and learner.fitting:
+            raise CancelFit(f"{self._signal}; the run was saved to {str(self.last)!r}")

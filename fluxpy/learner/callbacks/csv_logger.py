@@ -1,0 +1,68 @@
+"""CSVLogger: the metrics as a table in a file."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+from .statistics import Rows, one_of
+
+
+class CSVLogger(Rows):
+    """Writes a CSV file (RFC 4180): epoch, batch, phase, then the metrics, with their running values.
+
+    One row a batch, or with `per="phase"` one at the end of each. Epochs and batches count from 0. A batch that was
+    cancelled before it was scored has no row. Rows come into the file every few batches (`every`), at the end of a
+    phase and when the run is saved.
+
+    A new logger starts the file anew; later fits with it append, and so does a resumed run, after it has cut off the
+    rows that it will write again: each batch is there once.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] = "run/log.csv", per: str = "batch", every: int = 50) -> None:
+        super().__init__(one_of("per", per, ("batch", "phase")) == "batch", every)
+        self.path = Path(path)
+        self._file: Any = None
+        self._start: int | None = None  # where the rows of this fit begin
+
+    def on_fit_start(self, learner: Any) -> None:
+        super().on_fit_start(learner)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if learner._saved and self.path.exists():
+            self._cut(learner)
+        new = not learner._saved and self._start is None
+        self._file = open(self.path, "w" if new else "a", newline="", encoding="utf-8")  # noqa: SIM115
+        if not learner._saved:
+            self._start = self._file.tell()
+        if not self._file.tell():
+            csv.writer(self._file).writerow(["epoch", "batch", "phase", *learner.metrics.names])
+            self._file.flush()
+
+    def keep(self, rows: list[dict[str, Any]]) -> None:
+        csv.writer(self._file).writerows(row.values() for row in rows)
+        self._file.flush()
+
+    def on_fit_end(self, learner: Any) -> None:
+        super().on_fit_end(learner)
+        if self._file is not None:
+            self._file.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"start": self._start}
+
+    def load_state_dict(self, d: dict[str, Any]) -> None:
+        self._start = d["start"]
+
+    def _cut(self, learner: Any) -> None:
+        """Leave in the file what the resumed run will not write again."""
+        with open(self.path, "rb+") as file:
+            end = file.seek(min(self._start or 0, os.path.getsize(self.path)))
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # the old run was killed while it wrote
+                if not line.startswith(b"epoch,"):
+                    epoch, batch, phase = line.decode().split(",")[:3]
+                    if not self._is_past(learner, int(epoch), int(batch), phase):
+                        break
+                end += len(line)
+            file.truncate(end)

@@ -1,0 +1,96 @@
+"""Fine-tuning: freeze until an epoch, thaw from the top, rates that shrink with depth."""
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ...adjust import adjust, freeze, scale, thaw
+from ...state import Leaf, State, leaves, select
+from ..events import Callback
+
+
+class FreezeUntil(Callback):
+    """Keeps the leaves that match a pattern frozen before an epoch (from 0) of the fit, and thaws them at its start.
+
+    `pattern` is a glob over dotted paths, or `(path, leaf) -> bool`, as `fluxpy.select` takes. What was set up with no
+    rule (None) stays frozen for good. One line each gives a plan; a smaller rate for what thaws late is
+    `adjust(select(learner.state, pattern), scale(0.1))` before the fit.
+
+    >>> from fluxpy.learner import FreezeUntil
+    >>> plan = [FreezeUntil("encoder.layer.1.*", 1), FreezeUntil("encoder.layer.0.*", 2)]
+    """
+
+    def __init__(self, pattern: str | Callable[[str, Leaf], bool], epoch: int) -> None:
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 1:
+            raise ValueError(f"FreezeUntil: epoch={epoch!r} is not allowed; it must be a whole number above 0")
+        self.pattern, self.epoch = pattern, epoch
+
+    def on_epoch_start(self, learner: Any) -> None:
+        if learner.epoch_index <= self.epoch:
+            verb = freeze if learner.epoch_index < self.epoch else thaw
+            for _, leaf in leaves(select(learner.state, self.pattern)):
+                if leaf.rule is not None:
+                    verb(leaf)
+
+
+class ThawFromTop(Callback):
+    """Thaws layer by layer: the last that matches at the epoch `first` of the fit, then one lower every `every` epochs.
+
+    `patterns` name the layers, part by part of the dotted path: `"encoder.layer.*"` means `encoder.layer.0`,
+    `encoder.layer.1` and so on, each with all below it, in the order of the model. Before, all of them are frozen.
+
+    >>> from fluxpy.learner import ThawFromTop
+    >>> plan = ThawFromTop("encoder.embeddings", "encoder.layer.*", first=1)
+    """
+
+    def __init__(self, *patterns: str, first: int = 1, every: int = 1) -> None:
+        for name, number in (("first", first), ("every", every)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ValueError(f"ThawFromTop: {name}={number!r} is not allowed; it must be a whole number above 0")
+        self.patterns, self.first, self.every = patterns, first, every
+
+    def on_epoch_start(self, learner: Any) -> None:
+        for i, layer in enumerate(reversed(layers(learner.state, *self.patterns).values())):
+            FreezeUntil(_among(layer), self.first + i * self.every).on_epoch_start(learner)
+
+
+def discriminative_rates(state: State, *patterns: str, factor: float) -> State:
+    """Rates that shrink with depth: the last layer that matches keeps its own, each one lower has `factor` times that
+    of the one above it [Howard & Ruder 2018, with 1/2.6]. Layers as in `ThawFromTop`. Returns the state.
+
+    The ratios stay under `LearningRateScheduler(scale=...)`.
+
+    >>> from fluxpy.learner import discriminative_rates
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+    >>> state = discriminative_rates(setup(Adam(0.1), model), "*", factor=0.5)
+    >>> state[0].weight.rule.lr, state[2].weight.rule.lr
+    (0.05, 0.1)
+    """
+    for i, layer in enumerate(reversed(layers(state, *patterns).values())):
+        if i:
+            adjust(select(state, _among([leaf for leaf in layer if leaf.rule is not None])), scale(factor**i))
+    return state
+
+
+def layers(state: State, *patterns: str) -> dict[str, list[Leaf]]:
+    """The leaves by layer, in the order of the model; ValueError where a pattern matches none."""
+    found: dict[str, list[Leaf]] = {}
+    idle = dict.fromkeys(patterns)
+    for path, leaf in leaves(state):
+        parts = path.split(".")
+        for pattern in patterns:
+            wanted = pattern.split(".")
+            if len(parts) >= len(wanted) and all(map(fnmatchcase, parts, wanted)):
+                found.setdefault(".".join(parts[: len(wanted)]), []).append(leaf)
+                idle.pop(pattern, None)
+                break
+    if idle or not patterns:
+        names = ", ".join(map(repr, idle)) or "without a pattern"
+        some = ", ".join(repr(path) for path, _ in list(leaves(state))[:3])
+        raise ValueError(f"no layer matches {names}; a pattern names whole layers, as 'encoder.*'; the leaves: {some}")
+    return found
+
+
+def _among(chosen: list[Leaf]) -> Callable[[str, Leaf], bool]:
+    numbers = set(map(id, chosen))
+    return lambda _, leaf: id(leaf) in numbers

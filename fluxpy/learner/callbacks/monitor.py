@@ -1,0 +1,46 @@
+"""Which number says how good a model is, for callbacks that compare epochs."""
+
+import math
+from typing import Any
+
+from ...text import near
+
+_MODES = {
+    "loss": "min",
+    "perplexity": "min",
+    "accuracy": "max",
+    "top5_accuracy": "max",
+    "matthews_correlation_coefficient": "max",
+}
+
+
+class Monitor:
+    """A metric by name: `"loss"` is that of validation (of training, where a fit has no validation); `"train.loss"` and
+    `"validation.loss"` say which. `mode` is whether `"min"` or `"max"` is best; known metrics need none."""
+
+    def __init__(self, name: str, mode: str | None) -> None:
+        self.phase, _, self.metric = name.rpartition(".")
+        self.name, self.mode = name, mode or _MODES.get(self.metric)
+        if self.phase not in ("", "train", "validation"):
+            raise ValueError(f"monitor={name!r}: write {self.metric!r}, 'train.{self.metric}' or 'validation.…'")
+        if self.mode not in ("min", "max"):
+            came = "is not known" if mode is None else f"is not {mode!r}"
+            raise ValueError(f"monitor={name!r}: what is best {came}; say mode='min' or mode='max'")
+
+    def check(self, learner: Any) -> None:
+        """ValueError where a fit that starts will not have this number."""
+        if self.metric not in learner.metrics.names:
+            raise ValueError(f"monitor={self.name!r}: no such metric; {near(self.metric, learner.metrics.names)}")
+        if self.phase == "validation" and learner._sources[1] is None:
+            raise ValueError(f"monitor={self.name!r}, but the fit has no validation data")
+
+    def value(self, learner: Any) -> float | None:
+        """The number of the epoch that ends; None where it was cut short."""
+        if learner._at.epoch <= learner.epoch_index:
+            return None
+        phase = self.phase or ("train" if learner._sources[1] is None else "validation")
+        return learner.history[-1][phase].get(self.metric)
+
+    def rank(self, value: float) -> float:
+        """The lower, the better. What is not a number is worst."""
+        return math.inf if math.isnan(value) else value if self.mode == "min" else -value

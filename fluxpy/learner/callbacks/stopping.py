@@ -1,0 +1,80 @@
+"""EarlyStopping and StopOnNaN: when it is no use to go on."""
+
+import math
+from typing import Any
+
+from ..events import Callback, CancelFit
+from .monitor import Monitor
+
+
+class EarlyStopping(Callback):
+    """Ends the fit when `patience` epochs in a row were not better than the best by more than `min_delta`.
+
+    `monitor` is a metric, by default the loss of validation (of training, where there is no validation);
+    `"train.accuracy"` names another phase. `mode` says whether `"min"` or `"max"` is best, for metrics that fluxpy does
+    not know. The weights stay those of the last epoch; `Checkpoint` keeps the best.
+    """
+
+    def __init__(
+        self, monitor: str = "loss", patience: int = 3, min_delta: float = 0.0, *, mode: str | None = None
+    ) -> None:
+        if patience < 1:
+            raise ValueError(f"patience={patience!r} is not allowed; it is a number of epochs, at least 1")
+        if not min_delta >= 0:
+            raise ValueError(f"min_delta={min_delta!r} is not allowed; it is what counts as better, at least 0")
+        self.monitor, self.patience, self.min_delta = Monitor(monitor, mode), patience, min_delta
+        self.best: float | None = None
+        self.waited = 0  # epochs since the best
+
+    def on_fit_start(self, learner: Any) -> None:
+        self.monitor.check(learner)
+        if learner._saved is None:
+            self.best, self.waited = None, 0
+        self._stop()  # a run that had stopped, and is resumed
+
+    def on_epoch_end(self, learner: Any) -> None:
+        value, rank = self.monitor.value(learner), self.monitor.rank
+        if value is None:
+            return
+        if self.best is None or rank(value) < rank(self.best) - self.min_delta:
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.waited >= self.patience:
+            raise CancelFit(f"{self.monitor.name} was not better than {self.best:.6g} for {self.waited} epochs")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, d: dict[str, Any]) -> None:
+        self.best, self.waited = d["best"], d["waited"]
+
+
+class StopOnNaN(Callback):
+    """Ends the fit when a loss is not finite. That batch updates nothing.
+
+    On a device that is looked at every few batches (`every`), and at the end of each phase."""
+
+    stops_on_nonfinite = True
+
+    def __init__(self, every: int = 50) -> None:
+        if every < 1:
+            raise ValueError(f"every={every!r} is not allowed; it is a number of batches, at least 1")
+        self.every = every
+
+    def on_batch_end(self, learner: Any) -> None:
+        look = (learner.batch_index + 1) % self.every == 0
+        if learner.training and (learner.nonfinite or (look and learner.check())):
+            raise CancelFit(learner.nonfinite)
+
+    def on_training_end(self, learner: Any) -> None:
+        if learner.nonfinite and learner.fitting:
+            raise CancelFit(learner.nonfinite)
+
+    def on_validation_end(self, learner: Any) -> None:
+        loss = learner.stats.get("loss", 0.0)
+        if learner.fitting and not math.isfinite(loss):
+            raise CancelFit(f"the validation loss of epoch {learner.epoch_index} is {loss}")

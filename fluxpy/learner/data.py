@@ -1,0 +1,214 @@
+"""Any data as epochs of batches, and what a batch holds."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from ..pytree import Frame, level
+from ..tree import walk
+
+TARGETS = ("target", "targets", "label", "labels", "y")
+
+
+class Source:
+    """Batches for each epoch.
+
+    From an iterable of batches (a list, a `DataLoader`, any object that can be gone through again and again); from a
+    list or tuple of such, one for each epoch; or from a callable that gives one: `make()` or `make(epoch)`.
+    """
+
+    def __init__(self, data: Any, name: str) -> None:
+        self.data, self.name = data, name
+        self.loader: Any = None  # what is gone through at present
+        _refuse(data, name)
+        self.makes = callable(data) and not hasattr(data, "__iter__")
+        self.each = isinstance(data, list | tuple) and len(data) > 0 and all(map(_holds_batches, data))
+        if not self.makes and not self.each:
+            self.loader = data
+
+    def length(self, epoch: int | None = None) -> int | None:
+        """How many batches an epoch has, by default the present one, if that is known."""
+        return _length(self.data[epoch] if self.each and epoch is not None else self.loader)
+
+    def total(self, epochs: int) -> int | None:
+        """How many batches all epochs have together, if known. Where a callable makes them: all like the present."""
+        if self.each:
+            lengths = [self.length(epoch) for epoch in range(epochs)]
+            return None if None in lengths else sum(n for n in lengths if n is not None)
+        length = self.length(0)
+        return None if length is None else length * epochs
+
+    def need(self, epochs: int, left: int) -> None:
+        """ValueError where this cannot last for so many epochs, of which some are left."""
+        if self.each and len(self.data) < epochs:
+            raise ValueError(f"{self.name} has the data of {len(self.data)} epochs, but epochs={epochs}")
+        if left > 1 and isinstance(self.data, Iterator):
+            raise ValueError(
+                f"{self.name} is an iterator, which lasts for one epoch, but epochs={epochs}; pass what can be gone "
+                "through again, or a callable that makes a fresh iterable for each epoch"
+            )
+
+    def make(self, epoch: int) -> None:
+        """Set `loader` to this epoch's iterable."""
+        if self.each:
+            self.loader = self.data[epoch]
+        elif self.makes:
+            self.loader = self.data(epoch) if _takes_one(self.data) else self.data()
+            _refuse(self.loader, f"what {self.name} gave for epoch {epoch}")
+
+    def batches(self, skip: int = 0) -> Iterator[Any]:
+        """The batches of this epoch after the first `skip`. The first is fetched at once, so that the order of the data
+        is drawn here and not after events that may draw too."""
+        batches = iter(self.loader)
+        skipped = 0
+        while skipped < skip:
+            if next(batches, _END) is _END:
+                raise ValueError(f"{self.name} has {skipped} batches, but the saved run had done {skip} of this epoch")
+            skipped += 1
+        if skip:
+            return batches
+        first = next(batches, _END)
+        if first is _END:
+            raise ValueError(f"{self.name} has no batch: it is empty, or an iterator that was used up before")
+        return chain([first], batches)
+
+    def generators(self) -> list[torch.Generator]:
+        """What the order of the data is drawn from, as far as the loader shows it."""
+        places = [self.loader, getattr(self.loader, "sampler", None)]
+        found = {id(g): g for place in places if isinstance(g := getattr(place, "generator", None), torch.Generator)}
+        return list(found.values())
+
+
+_END = object()
+
+
+def split(batch: Any) -> tuple[Any, Any]:
+    """Input and target of a batch; target None where it cannot be told.
+
+    Of a tuple or list the last is the target; of a dict what is called `target`, `label` or `y` (or their plurals).
+    One thing before the target is the input as it is; several stay a tuple or dict.
+    """
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        return batch[0], None
+    if isinstance(batch, tuple | list) and len(batch) > 1:
+        return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
+    if isinstance(batch, Mapping):
+        names = [name for name in batch if name in TARGETS]
+        if len(names) == 1 and len(batch) > 1:
+            rest = {name: x for name, x in batch.items() if name != names[0]}
+            return (next(iter(rest.values())) if len(rest) == 1 else rest), batch[names[0]]
+    return batch, None
+
+
+def place(batch: Any, device: torch.device | None) -> Any:
+    """A batch with its tensors on the device; from pinned memory without waiting."""
+    if device is None:
+        return batch
+    if isinstance(batch, Tensor):
+        return batch if batch.device == device else batch.to(device, non_blocking=batch.is_pinned())
+    if type(batch) in (tuple, list):
+        return type(batch)([place(part, device) for part in batch])
+    tensors, frame = Frame.split(batch)
+    return frame.join(place(t, device) for t in tensors) if tensors else batch
+
+
+def samples_of(*parts: Any) -> int:
+    """How many samples a batch has: the rows of the first tensor that has some."""
+    for part in parts:
+        if isinstance(part, Tensor) and part.ndim:
+            return part.shape[0]
+        if part is not None and not isinstance(part, Tensor):
+            for tensor in Frame.split(part)[0]:
+                if tensor.ndim:
+                    return tensor.shape[0]
+    return 1
+
+
+def call(model: Any, input: Any) -> Any:
+    """The output: a tuple is several arguments, a dict keywords."""
+    if isinstance(input, tuple) and type(input) is tuple:
+        return model(*input)
+    return model(**input) if isinstance(input, dict) else model(input)
+
+
+def kind(batch: Any) -> str:
+    """What a batch is, in messages."""
+    if isinstance(batch, Mapping):
+        return f"a dict with {', '.join(map(repr, batch))}"
+    return f"a tensor of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+
+
+def modules(model: Any) -> Iterator[nn.Module]:
+    """All modules of a model, which may be a pytree that holds some."""
+    if isinstance(model, nn.Module):
+        yield from model.modules()
+    elif (here := level(model)) is not None:
+        for child in here.children:
+            yield from modules(child)
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Modules in evaluation mode for a while, then each as it was."""
+    before = [(module, module.training) for module in modules(model)]
+    for module, _ in before:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def move(model: Any, device: torch.device, held: bool) -> None:
+    """Put a model on a device, in place."""
+    tensors = walk(model)[1]
+    if all(t.device.type == device.type and device.index in (None, t.device.index) for t in tensors):
+        return
+    if held:
+        raise ValueError(f"the model is not on {device}, for which its state was not made; move it before setup")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"device={str(device)!r} moves modules; put the tensors of this model there yourself")
+    model.to(device)
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # also of a torch DataLoader over what has no length
+        return None
+
+
+def _takes_one(make: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(make).bind(0)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _holds_batches(x: Any) -> bool:
+    """Whether this is itself an iterable of batches, and no batch."""
+    if isinstance(x, list):
+        return len(x) > 0 and all(isinstance(part, tuple | list | Mapping) for part in x)
+    return hasattr(x, "__iter__") and not isinstance(x, Tensor | np.ndarray | tuple | Mapping | str | bytes)
+
+
+def _refuse(data: Any, name: str) -> None:
+    arrays = isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(a, Tensor | np.ndarray) for a in data)
+    if isinstance(data, Tensor | np.ndarray | Mapping) or (arrays and isinstance(data, tuple)):
+        what = "a pair of arrays" if arrays else type(data).__name__
+        raise TypeError(f"{name} must be an iterable of batches, not {what}: fluxpy.DataLoader(data, batch_size=32)")
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise TypeError(f"{name} gives single samples: torch.utils.data.DataLoader(data, batch_size=32) makes batches")
+    if isinstance(data, str | bytes) or not (
+        callable(data) or hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+    ):
+        raise TypeError(f"{name} must be an iterable of batches, or a callable that gives one, but got {data!r}")

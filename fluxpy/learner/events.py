@@ -1,0 +1,152 @@
+"""What happens in a fit, and how to act on it: events, cancels, and the base class of callbacks.
+
+    fit_start
+      epoch_start
+        training_start    (batch_start  update_start  batch_end)*                training_end
+        validation_start  (batch_start  inference_prediction_end  batch_end)*    validation_end
+      epoch_end
+    fit_end
+
+Every level that was entered fires its end event exactly once, whatever happens. An event reaches every callback; what
+one of them cancels is cancelled after that.
+"""
+
+from typing import Any, ClassVar
+
+from ..text import near
+
+EVENTS = (
+    "fit_start",
+    "epoch_start",
+    "training_start",
+    "batch_start",
+    "update_start",
+    "inference_prediction_end",
+    "batch_end",
+    "training_end",
+    "validation_start",
+    "validation_end",
+    "epoch_end",
+    "fit_end",
+)
+
+
+class Cancel(Exception):
+    """Leave a level of the loop; raise one of the subclasses, from a callback or a step.
+
+    Not an error: what surrounds the level goes on. Where the level is not running, it warns and does nothing. Of
+    several at one event the outermost acts.
+    """
+
+    level: ClassVar[str] = ""
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class CancelBatch(Cancel):
+    """Leave out the rest of this batch. Before `batch_end` that means that it is neither updated on nor scored."""
+
+    level = "batch"
+
+
+class CancelTraining(Cancel):
+    """End the training phase of this epoch; validation comes next."""
+
+    level = "training"
+
+
+class CancelValidation(Cancel):
+    """End the validation phase."""
+
+    level = "validation"
+
+
+class CancelEpoch(Cancel):
+    """End this epoch; the next one comes."""
+
+    level = "epoch"
+
+
+class CancelFit(Cancel):
+    """End the fit, which returns; `history.stop_reason` says why."""
+
+    level = "fit"
+
+
+class Callback:
+    """Base class of callbacks: a method `on_<event>(self, learner)` for each event that matters.
+
+    What `state_dict` gives is saved with the Learner's and comes back by `load_state_dict`, before `fit_start`, so that
+    a resumed run goes on as the old one would have: counters, best values, places in files.
+
+    >>> class Every(Callback):
+    ...     def on_epoch_end(self, learner):
+    ...         print(learner.epoch_index, learner.stats)
+    """
+
+    acts_last: ClassVar[bool] = False  # at each event after all others: what saves has to see what they did
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls):
+            if name.startswith("on_") and name[3:] not in EVENTS:
+                known = [f"on_{event}" for event in EVENTS]
+                raise TypeError(f"{cls.__name__}.{name}: no such event; {near(name, known)} All: {', '.join(known)}")
+
+    def __call__(self, learner: Any, event: str) -> None:
+        """Run `on_<event>(learner)`, if there is one."""
+        method = getattr(self, f"on_{event}", None)
+        if method is not None:
+            method(learner)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this callback needs to go on: plain data (numbers, strings, tensors, lists and dicts of them)."""
+        return {}
+
+    def load_state_dict(self, d: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+
+    def saved_run(self) -> dict[str, Any] | None:
+        """What a Learner's `state_dict` gave, for a fit to go on with. Asked for before `fit_start`."""
+        return None
+
+
+def listening(callback: Any, event: str) -> Any:
+    """What to call with the Learner at an event; None where this callback does nothing then."""
+    if isinstance(callback, Callback) and type(callback).__call__ is Callback.__call__:
+        return getattr(callback, f"on_{event}", None)
+    return lambda learner: callback(learner, event)
+
+
+def in_order(callbacks: list[Any]) -> list[Any]:
+    """The callbacks in the order in which they act."""
+    return sorted(callbacks, key=lambda c: isinstance(c, Callback) and c.acts_last)
+
+
+def name_of(callback: Any) -> str:
+    """A callback's name in messages."""
+    return getattr(callback, "__name__", type(callback).__name__)
+
+
+def check(callbacks: Any) -> list[Any]:
+    """The callbacks as a list; TypeError for what cannot be one."""
+    if callable(callbacks) or isinstance(callbacks, str):
+        raise TypeError(f"callbacks= takes a list of callbacks: callbacks=[{name_of(callbacks)}]")
+    found = list(callbacks)
+    for callback in found:
+        if isinstance(callback, type):
+            raise TypeError(f"a callback is an object, not a class: write {callback.__name__}(...)")
+        if not callable(callback):
+            raise TypeError(f"a callback is a callable (learner, event) or a Callback, but got {callback!r}")
+    return found
+
+
+class History(list[dict[str, Any]]):
+    """A dict for each epoch: `{"epoch": 0, "train": {"loss": ...}, "validation": {...}}`.
+
+    `stop_reason` says why the fit ended early; None where it ran to its end.
+    """
+
+    stop_reason: str | None = None

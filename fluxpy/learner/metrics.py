@@ -1,0 +1,281 @@
+"""Metrics over a phase: sums on the device, read only when asked for.
+
+A metric is a name (`"accuracy"`), a `Metric`, a function `(output, target) -> number`, or an object with `update`,
+`compute` and `reset` as those of torchmetrics. All are right for batches of different sizes.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..text import near
+from .scores import class_dim, counted, number, predictions
+
+
+class Metric:
+    """A number over a phase, worked out from sums over its batches.
+
+    Subclasses give `measure(step)`, what one batch adds to each sum, and `value(sums)`, the number from the totals.
+    Sums may be numbers or tensors; on a device nothing is read before `value`, which gets plain numbers and lists.
+
+    >>> class MeanAbsoluteError(Metric):
+    ...     def measure(self, step):
+    ...         return (step.output - step.target).abs().sum(), step.target.numel()
+    """
+
+    name: str = ""
+    sums: tuple[Any, ...] = ()
+
+    def measure(self, step: Any) -> tuple[Any, ...]:
+        """What this batch adds to each sum."""
+        raise NotImplementedError(f"{type(self).__name__} must give measure(step)")
+
+    def value(self, sums: tuple[Any, ...]) -> float:
+        """The number from the totals; by default the first over the second."""
+        return sums[0] / sums[1] if sums[1] else math.nan
+
+    def update(self, step: Any) -> None:
+        """Add a batch."""
+        added = self.measure(step)
+        # New sums, not the old ones changed: who looked at those keeps what they were.
+        self.sums = tuple(a + b for a, b in zip(self.sums, added, strict=True)) if self.sums else added
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.sums = ()
+
+    def peek(self) -> Any:
+        """The present sums, not read from the device: `read` can make the number of them at any later time."""
+        return self.sums
+
+    def read(self, peeked: Any) -> float:
+        """The number that belongs to what `peek` gave."""
+        return float(self.value(tuple(s.tolist() if isinstance(s, Tensor) else s for s in peeked)))
+
+    def state_dict(self) -> list[Any]:
+        """The sums as plain data."""
+        return [s.clone() if isinstance(s, Tensor) else s for s in self.sums]
+
+    def load_state_dict(self, saved: list[Any], device: torch.device | None) -> None:
+        """Take over what `state_dict` gave."""
+        self.sums = tuple(s.to(device, copy=True) if isinstance(s, Tensor) else s for s in saved)
+
+
+class Loss(Metric):
+    """The mean loss per sample."""
+
+    name = "loss"
+
+    def measure(self, step: Any) -> tuple[Any, ...]:
+        return number(step.loss) * step.samples, step.samples
+
+
+class Perplexity(Metric):
+    """exp of the mean loss per token; the loss must be a mean over tokens, as `cross_entropy` gives it."""
+
+    name = "perplexity"
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        self.ignore_index = ignore_index
+
+    def measure(self, step: Any) -> tuple[Any, ...]:
+        tokens = counted(step.target, self.ignore_index)
+        return number(step.loss) * tokens, tokens
+
+    def value(self, sums: tuple[Any, ...]) -> float:
+        mean = super().value(sums)
+        return math.exp(mean) if mean < 709 else mean if math.isnan(mean) else math.inf
+
+
+class Accuracy(Metric):
+    """The share of targets that are met, per element of the target: per sample, per token, per pixel.
+
+    The output has scores for each class in one dimension more than the target, found by its shape (`dim` says which
+    where two would fit). An output of the target's shape is one score for yes (above 0; a logit) or, where it has whole
+    numbers, the class itself. Targets that equal `ignore_index` do not count.
+    """
+
+    name = "accuracy"
+
+    def __init__(self, dim: int | None = None, ignore_index: int = -100) -> None:
+        self.dim, self.ignore_index = dim, ignore_index
+
+    def measure(self, step: Any) -> tuple[Any, ...]:
+        predicted, target, _ = predictions(step.output, step.target, self.dim)
+        return number((predicted == target).count_nonzero()), counted(target, self.ignore_index)
+
+
+class Top5Accuracy(Accuracy):
+    """The share of targets that are among the five classes with the highest scores."""
+
+    name = "top5_accuracy"
+
+    def measure(self, step: Any) -> tuple[Any, ...]:
+        dim = class_dim(step.output, step.target, self.dim)
+        if dim is None:
+            raise ValueError("top5_accuracy needs an output with scores for each class")
+        best = step.output.topk(min(5, step.output.shape[dim]), dim).indices
+        return number((best == step.target.unsqueeze(dim)).count_nonzero()), counted(step.target, self.ignore_index)
+
+
+class MatthewsCorrelationCoefficient(Accuracy):
+    """How predicted and true classes go together, from -1 to 1; 0 where one of them never changes [Gorodkin 2004].
+
+    Binary (one score per target, above 0 for yes) or with many classes.
+    """
+
+    name = "matthews_correlation_coefficient"
+
+    def measure(self, step: Any) -> tuple[Any, ...]:
+        predicted, target, classes = predictions(step.output, step.target, self.dim)
+        if classes is None:
+            raise ValueError(f"{self.name} needs scores for each class, or one score per target")
+        predicted, target = predicted.flatten().long(), target.flatten().long()
+        counts = (target != self.ignore_index).long()
+        seen = target.clamp(min=0)
+        zeros = counts.new_zeros(classes)
+        hits = number(((predicted == target) * counts).sum())
+        return hits, zeros.index_add(0, predicted, counts), zeros.index_add(0, seen, counts)
+
+    def value(self, sums: tuple[Any, ...]) -> float:
+        hits, predicted, true = sums
+        n = sum(true)
+        covariance = hits * n - sum(p * t for p, t in zip(predicted, true, strict=True))
+        spread = (n * n - sum(p * p for p in predicted)) * (n * n - sum(t * t for t in true))
+        return covariance / math.sqrt(spread) if spread else 0.0
+
+
+class Mean(Metric):
+    """The mean of a function `(output, target) -> number` of each batch, weighted by its samples."""
+
+    def __init__(self, function: Callable[[Any, Any], Any], name: str) -> None:
+        self.function, self.name = function, name
+
+    def measure(self, step: Any) -> tuple[Any, ...]:
+        value = self.function(step.output, step.target)
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"the metric {self.name!r} must give one number, but gave shape {tuple(value.shape)}")
+            value = number(value.reshape(()))
+        return value * step.samples, step.samples
+
+
+class Outside(Metric):
+    """An object with `update(output, target)`, `compute()` and `reset()`, as those of torchmetrics."""
+
+    def __init__(self, metric: Any, name: str) -> None:
+        self.metric, self.name = metric, name
+        self.placed = not hasattr(metric, "to")
+
+    def update(self, step: Any) -> None:
+        if not self.placed and isinstance(step.output, Tensor):
+            self.metric, self.placed = self.metric.to(step.output.device), True
+        self.metric.update(step.output, step.target)
+
+    def reset(self) -> None:
+        self.metric.reset()
+
+    def peek(self) -> Any:
+        value = self.metric.compute()
+        return value.clone() if isinstance(value, Tensor) else value
+
+    def read(self, peeked: Any) -> float:
+        try:
+            return float(peeked)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the metric {self.name!r} must compute one number, but gave {peeked!r}") from error
+
+    def state_dict(self) -> list[Any]:
+        names = getattr(self.metric, "_defaults", None)  # how torchmetrics lists the states of a metric
+        if names is not None:
+            states = {name: getattr(self.metric, name) for name in names}
+            return [{"states": states, "updates": self.metric._update_count}]
+        return [self.metric.state_dict()] if hasattr(self.metric, "state_dict") else []
+
+    def load_state_dict(self, saved: list[Any], device: torch.device | None) -> None:
+        self.reset()
+        if saved and hasattr(self.metric, "_defaults"):
+            for name, value in saved[0]["states"].items():
+                setattr(self.metric, name, value.to(device) if isinstance(value, Tensor) else value)
+            self.metric._update_count, self.metric._computed = saved[0]["updates"], None
+        elif saved:
+            self.metric.load_state_dict(saved[0])
+
+
+class Metrics:
+    """The metrics of a Learner: the loss, then those asked for."""
+
+    known: ClassVar[dict[str, Callable[[], Metric]]] = {
+        cls.name: cls for cls in (Loss, Accuracy, Top5Accuracy, MatthewsCorrelationCoefficient, Perplexity)
+    }
+
+    def __init__(self, asked: Any = ()) -> None:
+        if isinstance(asked, str) or callable(asked):
+            raise TypeError(f"metrics= takes a list: metrics=[{asked!r}]")
+        pairs: Iterable[Any] = asked.items() if isinstance(asked, Mapping) else [(None, m) for m in asked]
+        self.all: list[Metric] = [Loss()]
+        for name, metric in pairs:
+            made = _metric(metric, name)
+            if made.name != "loss" and made.name in self.names:
+                raise ValueError(f"two metrics are called {made.name!r}; name them: metrics={{'name': metric, ...}}")
+            if made.name != "loss":
+                self.all.append(made)
+        self.batches = 0  # how many were counted
+
+    @property
+    def names(self) -> list[str]:
+        return [metric.name for metric in self.all]
+
+    def update(self, step: Any) -> None:
+        """Count a batch."""
+        if step.output is None and len(self.all) > 1:
+            raise ValueError(f"the metric {self.names[1]!r} needs an output: return (loss, output) from training_step")
+        for metric in self.all:
+            metric.update(step)
+        self.batches += 1
+
+    def reset(self) -> None:
+        self.batches = 0
+        for metric in self.all:
+            metric.reset()
+
+    def peek(self) -> list[Any]:
+        """The present sums, without reading them from the device; `read` makes numbers of them, now or later."""
+        return [metric.peek() for metric in self.all] if self.batches else []
+
+    def read(self, peeked: list[Any]) -> dict[str, float]:
+        """The numbers by name that belong to what `peek` gave; empty before the first batch."""
+        return {m.name: m.read(sums) for m, sums in zip(self.all, peeked, strict=True)} if peeked else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches, "sums": {metric.name: metric.state_dict() for metric in self.all}}
+
+    def load_state_dict(self, d: dict[str, Any], device: torch.device | None) -> None:
+        self.reset()
+        self.batches = d["batches"]
+        for metric in self.all:
+            if d["batches"]:
+                metric.load_state_dict(d["sums"][metric.name], device)
+
+
+def _metric(metric: Any, name: str | None) -> Metric:
+    if isinstance(metric, type):
+        raise TypeError(f"a metric is an object, not a class: write {metric.__name__}(...)")
+    if isinstance(metric, str):
+        if metric not in Metrics.known:
+            raise ValueError(f"no metric is called {metric!r}; {near(metric, Metrics.known)}")
+        metric = Metrics.known[metric]()
+    if not isinstance(metric, Metric):
+        if all(hasattr(metric, part) for part in ("update", "compute", "reset")):
+            return Outside(metric, name or type(metric).__name__)
+        if not callable(metric):
+            raise TypeError(f"a metric is a name, a function (output, target) -> number or an object, not {metric!r}")
+        own = getattr(metric, "__name__", type(metric).__name__)
+        if name is None and own == "<lambda>":
+            raise ValueError("a metric that is a lambda needs a name: metrics={'name': lambda output, target: ...}")
+        return Mean(metric, name or own)
+    metric.name = name or metric.name or type(metric).__name__
+    return metric
