@@ -96,12 +96,14 @@ class Compiled(Flat):
             self.moved = change is not None
             value = None if change is None else change.value if isinstance(change, Assign) else x - change
             news = [value, dx, *(part for part in parts if isinstance(part, Traced))]
-            writes = tuple((i, new._index) for i, new in enumerate(news) if new is not None and i not in (1, new._index))
+            writes = tuple(
+                (i, new._index) for i, new in enumerate(news) if new is not None and i not in (1, new._index)
+            )
         except Exception as error:
             self.refuse(guard, error)
         lines = tape.live([source for _, source in writes])
         key = lines, writes, tuple((t.dtype, t.device, t.ndim) for t in tensors), guard.bad is not None
-        self.inputs = _sent(tape.numbers, tensors)
+        self.inputs = _sent([*tape.numbers, 1.0], tensors)
         if key not in _KERNELS:
             self.kernels.add(key)
             try:
@@ -196,8 +198,8 @@ def made(
         results: list[Any] = list(inputs)
         for line in lines:
             results.append(None if line is None else run_line(line, numbers, results.__getitem__))
-        # What stays as it was moves all the same where a buffer takes it over.
-        news = [results[source].clone() if source < len(inputs) else results[source] for _, source in writes]
+        # Times one, where another buffer takes an input over: Inductor drops copies, and reads what was overwritten.
+        news = [results[source] * numbers[-1] if source < len(inputs) else results[source] for _, source in writes]
         for (target, _), new in zip(writes, news, strict=True):
             results[target].copy_(torch.where(inputs[-1], results[target], new) if held else new)
 

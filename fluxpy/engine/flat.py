@@ -37,6 +37,7 @@ class Piece:
         self.answers: list[Any] = []
         self.steps: Steps | None = None  # on its way
         self.alone = False  # with the scratch to itself
+        self.calls: list[Any] = []  # of a kernel, on the native path
 
     def gradient(self, grads: list[Tensor]) -> Tensor:
         """This piece of the gradient, as one long tensor."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..guard import Guard
-from ..rule import Rule, Steps, eps_for, hyperparameters
+from ..rule import Rule, Steps, at, eps_for, hyperparameters
 from ..rules.adam import Adam, AdamW, AMSGrad
 from ..rules.adaptive import AdaGrad
 from ..rules.clip import ClipGlobalNorm, ClipGrad, ClipNorm
@@ -19,7 +19,7 @@ from ..rules.decay import SignDecay, WeightDecay
 from ..rules.descent import Descent, Momentum, Nesterov
 from ..rules.wrap import OptimiserChain
 from .flat import Flat, Piece
-from .group import Member
+from .group import Member, judged_by_plain, same
 from .slab import Scratch, side_by_side
 
 Lists = list[list[Tensor]]
@@ -90,6 +90,8 @@ def takes(rule: Rule, x: Tensor) -> bool:
     """Whether a kernel of PyTorch computes this rule, with what stands in front of it on the flat path."""
     *front, last = links(rule) or (rule,)
     fits = x.is_floating_point() and x.element_size() in (2, 4, 8) and x.device.type in ("cpu", "cuda")
+    if type(last) in (Descent, Momentum, Nesterov) and x.element_size() == 2 and x.device.type == "cpu":
+        return False  # there PyTorch's kernel for SGD computes wrong numbers
     moving = getattr(last, "momentum", 1.0)
     # Without momentum the kernel leaves the buffer as it is, where the rule would keep the gradient in it.
     return (
@@ -104,8 +106,23 @@ def through(rules: Sequence[Rule], x: Tensor, dx: Tensor) -> Steps:
     return (), dx
 
 
+def form(rule: Rule) -> Any:
+    """What rules must have in common to go together: all that stands in front, and of the kernel's own all but rates."""
+    *front, last = links(rule)
+    return tuple(map(same, front)), same(last, loose=True)
+
+
+class Call(NamedTuple):
+    """A call of the kernel, for the gradients at these places of a list (None: for all of them)."""
+
+    places: list[int] | None
+    params: list[Tensor]
+    momenta: Lists
+    leaf: int  # one that has its rule
+
+
 class Native(Flat):
-    """Leaves of a chain that a fused kernel ends."""
+    """Leaves of chains that a fused kernel ends. Where their rates differ there is a call for each rate."""
 
     def __init__(self, members: Sequence[Member], scratch: Scratch) -> None:
         whole: Any = links(members[0].leaf.rule)
@@ -114,7 +131,7 @@ class Native(Flat):
         self.front = len(whole) - 1 - folded
         self.reads_x = any(isinstance(rule, WeightDecay | SignDecay) for rule in whole[: self.front])
         self.kernel = KERNELS[type(whole[-1])]
-        # As they are, in one call, where nothing stands in front and nothing lies side by side.
+        # As they are, without pieces, where nothing stands in front and nothing lies side by side.
         pair = [member.x for member in members[:2]]
         self.aside = len(pair) == 2 and side_by_side(pair) is not None
         self.direct = not self.front and not self.aside
@@ -123,7 +140,7 @@ class Native(Flat):
         self.clock = torch.zeros((), dtype=torch.float32, device=pair[0].device)
         self.clocks = [self.clock] * len(members)
         self.counter = next((i for i, part in enumerate(self.frame.parts) if type(part) is int), None)
-        self.cached: Any = None
+        self.share_out()
 
     def arrange(self) -> None:
         if not self.direct:
@@ -133,42 +150,75 @@ class Native(Flat):
         if self.aside:
             super().lay(single)
 
+    def share_out(self) -> None:
+        """Make the calls: of leaves with one rule, as one long tensor where they are."""
+        self.options: dict[int, dict[str, Any]] = {}
+        rules = {id(m.leaf._rule): same(m.leaf._rule) for m in self.members}
+        keys = [rules[id(m.leaf._rule)] for m in self.members]
+        self.calls = self.calls_for(keys, 0, len(keys)) if self.direct else []
+        for piece in self.pieces:
+            slabs = [piece.x, *piece.momenta]
+            if all(slab.flat is not None for slab in slabs) and len(set(keys[piece.low : piece.high])) == 1:
+                x, *momenta = ([slab.last] for slab in slabs)
+                piece.calls = [Call(None, x, momenta, piece.low)]
+            else:
+                piece.calls = self.calls_for(keys, piece.low, piece.high)
+
+    def calls_for(self, keys: list[Any], low: int, high: int) -> list[Call]:
+        places: dict[Any, list[int]] = {}
+        for i in range(low, high):
+            places.setdefault(keys[i], []).append(i - low)
+        return [
+            Call(
+                own if len(places) > 1 else None,
+                [self.params[low + i] for i in own],
+                [[row[low + i] for i in own] for row in self.momenta],
+                low + own[0],
+            )
+            for own in places.values()
+        ]
+
     def retune(self) -> bool:
-        self.cached = None
-        return super().retune() and takes(self.rule, self.params[0])
+        self.rule = self.members[0].leaf._rule
+        rules = {id(m.leaf._rule): m.leaf._rule for m in self.members}.values()
+        self.share_out()
+        return len(set(map(form, rules))) == 1 and all(takes(rule, self.params[0]) for rule in rules)
 
     def begin(self, grads: list[Tensor]) -> None:
         super().begin(grads)
         for i in self.odd if self.direct else ():  # a kernel would read other strides as if they were the parameter's
             grads[i] = torch.empty_like(self.params[i]).copy_(grads[i])
-        if self.cached is None or self.cached[0] is not self.now:
-            *front, last = links(self.now)
-            decay: Any = hyperparameters(front.pop())["weight_decay"] if len(front) > self.front else 0.0
-            self.cached = self.now, front, self.kernel.options(last, self.params[0], decay)
+        if not self.options or self.rule.scheduled:
+            with judged_by_plain():
+                for call in (*self.calls, *(call for piece in self.pieces for call in piece.calls)):
+                    own = self.members[call.leaf].leaf._rule
+                    if own.scheduled or id(own) not in self.options:
+                        *front, last = links(at(own, self.count))
+                        decay = hyperparameters(front[-1])["weight_decay"] if len(front) > self.front else 0.0
+                        self.options[id(own)] = self.kernel.options(last, self.params[0], decay)
 
     def start(self, piece: Piece) -> Steps:
         x = piece.x.read() if self.reads_x else piece.x.last
-        return through(self.cached[1], x, piece.gradient(self.grads))
+        return through(links(self.now)[: self.front], x, piece.gradient(self.grads))
 
     def commit(self, guard: Guard) -> None:
-        options = self.cached[2]
-        if guard.bad is not None:
-            options = options | {"found_inf": guard.bad.to(self.clock)}
-        numbers = self.frame.parts
         if self.counter is not None:
-            numbers[self.counter] += 1
-            self.clock.fill_(numbers[self.counter])
-        if self.direct:
-            self.kernel.call(self.params, self.grads, self.momenta, self.clocks, **options)
+            self.frame.parts[self.counter] += 1
+            self.clock.fill_(self.frame.parts[self.counter])
+        held = {} if guard.bad is None else {"found_inf": guard.bad.to(self.clock)}
+        self.call(self.calls, self.grads, held)
         for piece in self.pieces:
             dx = self.run(piece)[1] if self.front else piece.gradient(self.grads)
-            if piece.x.flat is not None and all(slab.flat is not None for slab in piece.momenta):
-                momenta = [[slab.last] for slab in piece.momenta]
-                self.kernel.call([piece.x.last], [dx], momenta, [self.clock], **options)
+            if piece.calls[0].params[0] is piece.x.last:
+                self.call(piece.calls, [dx], held)
             else:
                 if dx is not piece.buffer:
                     piece.buffer.copy_(dx)
-                momenta = [slab.tensors for slab in piece.momenta]
-                clocks = self.clocks[: len(piece.views)]
-                self.kernel.call(piece.x.tensors, piece.views, momenta, clocks, **options)
+                self.call(piece.calls, piece.views, held)
         self.stepped()
+
+    def call(self, calls: list[Call], grads: list[Tensor], held: dict[str, Any]) -> None:
+        kernel, members, options = self.kernel.call, self.members, self.options
+        for places, params, momenta, leaf in calls:
+            dx = grads if places is None else [grads[i] for i in places]
+            kernel(params, dx, momenta, self.clocks[: len(dx)], **options[id(members[leaf].leaf._rule)], **held)

@@ -52,10 +52,9 @@ class Plan:
             if way is None:
                 rest.append(m)
             else:
-                loose = way[0] is Compiled and not {type(inner) for inner in walk(m.leaf._rule)} & guard.exact
-                rule = keys.get((id(m.leaf._rule), loose))
+                rule = keys.get((way[0], id(m.leaf._rule)))
                 if rule is None:
-                    rule = keys[id(m.leaf._rule), loose] = same(m.leaf._rule, loose)
+                    rule = keys[way[0], id(m.leaf._rule)] = self.form(way[0], m.leaf._rule)
                 key = *way, rule, m.leaf._count
                 sorted_.setdefault(key, (way[0], []))[1].append(m)
         self.rest = [m for m in rest if values[m.place] is not None or m.leaf._rule.gathers]
@@ -110,6 +109,12 @@ class Plan:
             return Native, *key
         return (Flat, *key) if _pieces(rule, self.guard, clips=True) else None
 
+    def form(self, way: type[Group], rule: Rule) -> Any:
+        """What rules must have in common to go together this way."""
+        if way is Native:
+            return native.form(rule)
+        return same(rule, loose=way is Compiled and not {type(inner) for inner in walk(rule)} & self.guard.exact)
+
     def holds(self, fit: Fit, values: Sequence[Any]) -> bool:
         if self.dead or self.once or fit is not self.fit:
             return False
@@ -127,7 +132,7 @@ class Plan:
         used = list(values) if self.whole else [values[i] for i in self.places]
         try:
             for group in self.groups:
-                group.begin(used[at : at + len(group.members)])
+                group.begin(used[at : at + len(group.members)] if len(self.groups) > 1 else used)
                 at += len(group.members)
             turns: list[Any] = self.groups
             if not self.quick:
