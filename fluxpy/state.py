@@ -4,7 +4,6 @@ Every verb takes the whole state or any view of it (a branch, a slice, a selecti
 given. None of them needs the model.
 """
 
-import copy
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .guard import Guard
 from .leaf import Leaf, start
 from .match import Fit
+from .pytree import Frame
 from .rule import Rule, at, hyperparameters, no_hyperparameter
 from .rule import walk as walk_rules
 from .text import near
@@ -105,7 +105,8 @@ def setup(
         for name in names[index]:
             before = old.get(name)
             if own is not None and before is not None and (before._shape, before._dtype) == (x.shape, x.dtype):
-                kept = copy.deepcopy(before)
+                tensors, frame = Frame.split(before.state)  # which may lie in one buffer with those of other leaves
+                kept = before._with(before.rule, frame.join(t.clone() for t in tensors))
                 kept._set(frozen=before._frozen or frozen, guard=guard)
                 return kept
         new = Leaf(own, frozen, x, guard)
