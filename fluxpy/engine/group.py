@@ -1,13 +1,12 @@
 """Group: leaves that go through an update together."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..guard import Guard, Skip, reads_at_once
+from ..guard import Guard, reads_at_once
 from ..pytree import Frame, is_wrapped
 from ..rule import Ask, Rule, at
 
@@ -18,17 +17,6 @@ class Misfit(Exception):
 
     def __init__(self, rules: Iterable[type] = ()) -> None:
         self.rules = set(rules)
-
-
-@contextmanager
-def judged_by_plain() -> Iterator[None]:
-    """Errors become `Misfit`; `Skip` is none."""
-    try:
-        yield
-    except Skip:
-        raise
-    except Exception as error:
-        raise Misfit from error
 
 
 class Member(NamedTuple):
@@ -92,8 +80,7 @@ class Group:
     def begin(self, grads: list[Tensor]) -> None:
         self.grads, self.now = grads, self.rule
         if self.rule.scheduled:
-            with judged_by_plain():
-                self.now = at(self.rule, self.count)
+            self.now = at(self.rule, self.count)
 
     def advance(self, answer: Any, guard: Guard) -> Ask | None:
         return None

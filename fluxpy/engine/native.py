@@ -19,34 +19,37 @@ from ..rules.decay import SignDecay, WeightDecay
 from ..rules.descent import Descent, Momentum, Nesterov
 from ..rules.wrap import OptimiserChain
 from .flat import Flat, Piece
-from .group import Member, judged_by_plain, same
+from .group import Member, same
 from .slab import Scratch, side_by_side
 
 Lists = list[list[Tensor]]
+Run = Callable[[list[Tensor], dict[str, Any]], Any]
 _FUSED: Any = torch  # where the kernels are, though not among its public names
 
 
 class Kernel(NamedTuple):
-    """A fused kernel as one rule calls it: `call(params, grads, momenta, steps, **options(rule, x, weight_decay))`."""
+    """A fused kernel as one rule calls it: `bind(params, momenta, steps)` gives `run(grads, options)`, and
+    `options(rule, x, weight_decay)` the options."""
 
-    call: Callable[..., Any]
+    bind: Callable[[list[Tensor], Lists, list[Tensor]], Run]
     options: Callable[[Any, Tensor, float], dict[str, Any]]
 
 
-def _adam(kernel: Any) -> Callable[..., Any]:
-    def call(params: Any, grads: Any, momenta: Lists, steps: Any, **options: Any) -> None:
-        m, v, *peaks = momenta
-        kernel(params, grads, m, v, peaks[0] if peaks else [], steps, **options)
+def _adam(kernel: Any) -> Any:
+    def bind(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
+        m, v, peak = (*momenta, [])[:3]
+        return lambda grads, options: kernel(params, grads, m, v, peak, steps, **options)
 
-    return call
-
-
-def _sgd(params: Any, grads: Any, momenta: Lists, steps: Any, **options: Any) -> None:
-    _FUSED._fused_sgd_(params, grads, *(momenta or [[]]), **options)
+    return bind
 
 
-def _adagrad(params: Any, grads: Any, momenta: Lists, steps: Any, **options: Any) -> None:
-    _FUSED._fused_adagrad_(params, grads, momenta[0], steps, **options)
+def _sgd(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
+    (buffers,) = momenta or [[]]
+    return lambda grads, options: _FUSED._fused_sgd_(params, grads, buffers, **options)
+
+
+def _adagrad(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
+    return lambda grads, options: _FUSED._fused_adagrad_(params, grads, momenta[0], steps, **options)
 
 
 def _adam_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def through(rules: Sequence[Rule], x: Tensor, dx: Tensor) -> Steps:
 
 
 def form(rule: Rule) -> Any:
-    """What rules must have in common to go together: all that stands in front, and of the kernel's own all but rates."""
+    """What rules must have in common to go together: all that stands in front, and the kernel's own but for rates."""
     *front, last = links(rule)
     return tuple(map(same, front)), same(last, loose=True)
 
@@ -115,10 +118,10 @@ def form(rule: Rule) -> Any:
 class Call(NamedTuple):
     """A call of the kernel, for the gradients at these places of a list (None: for all of them)."""
 
+    run: Run
     places: list[int] | None
-    params: list[Tensor]
-    momenta: Lists
     leaf: int  # one that has its rule
+    long: bool = False  # whether it takes one long tensor
 
 
 class Native(Flat):
@@ -160,7 +163,7 @@ class Native(Flat):
             slabs = [piece.x, *piece.momenta]
             if all(slab.flat is not None for slab in slabs) and len(set(keys[piece.low : piece.high])) == 1:
                 x, *momenta = ([slab.last] for slab in slabs)
-                piece.calls = [Call(None, x, momenta, piece.low)]
+                piece.calls = [Call(self.kernel.bind(x, momenta, self.clocks[:1]), None, piece.low, long=True)]
             else:
                 piece.calls = self.calls_for(keys, piece.low, piece.high)
 
@@ -168,15 +171,12 @@ class Native(Flat):
         places: dict[Any, list[int]] = {}
         for i in range(low, high):
             places.setdefault(keys[i], []).append(i - low)
-        return [
-            Call(
-                own if len(places) > 1 else None,
-                [self.params[low + i] for i in own],
-                [[row[low + i] for i in own] for row in self.momenta],
-                low + own[0],
-            )
-            for own in places.values()
-        ]
+        calls = []
+        for own in places.values():
+            params, *momenta = ([row[low + i] for i in own] for row in (self.params, *self.momenta))
+            run = self.kernel.bind(params, momenta, self.clocks[: len(own)])
+            calls.append(Call(run, own if len(places) > 1 else None, low + own[0]))
+        return calls
 
     def retune(self) -> bool:
         self.rule = self.members[0].leaf._rule
@@ -189,13 +189,14 @@ class Native(Flat):
         for i in self.odd if self.direct else ():  # a kernel would read other strides as if they were the parameter's
             grads[i] = torch.empty_like(self.params[i]).copy_(grads[i])
         if not self.options or self.rule.scheduled:
-            with judged_by_plain():
-                for call in (*self.calls, *(call for piece in self.pieces for call in piece.calls)):
-                    own = self.members[call.leaf].leaf._rule
-                    if own.scheduled or id(own) not in self.options:
-                        *front, last = links(at(own, self.count))
-                        decay = hyperparameters(front[-1])["weight_decay"] if len(front) > self.front else 0.0
-                        self.options[id(own)] = self.kernel.options(last, self.params[0], decay)
+            self.options, known = {}, {}
+            for call in (*self.calls, *(call for piece in self.pieces for call in piece.calls)):
+                own = self.members[call.leaf].leaf._rule
+                if id(own) not in known:
+                    *front, last = links(at(own, self.count))
+                    decay = hyperparameters(front[-1])["weight_decay"] if len(front) > self.front else 0.0
+                    known[id(own)] = self.kernel.options(last, self.params[0], decay)
+                self.options[call.leaf] = known[id(own)]
 
     def start(self, piece: Piece) -> Steps:
         x = piece.x.read() if self.reads_x else piece.x.last
@@ -205,20 +206,19 @@ class Native(Flat):
         if self.counter is not None:
             self.frame.parts[self.counter] += 1
             self.clock.fill_(self.frame.parts[self.counter])
-        held = {} if guard.bad is None else {"found_inf": guard.bad.to(self.clock)}
-        self.call(self.calls, self.grads, held)
+        options = self.options
+        if guard.bad is not None:
+            held = {"found_inf": guard.bad.to(self.clock)}
+            options = {leaf: own | held for leaf, own in options.items()}
+        for run, places, leaf, _ in self.calls:
+            run(self.grads if places is None else [self.grads[i] for i in places], options[leaf])
         for piece in self.pieces:
             dx = self.run(piece)[1] if self.front else piece.gradient(self.grads)
-            if piece.calls[0].params[0] is piece.x.last:
-                self.call(piece.calls, [dx], held)
-            else:
+            grads = [dx]
+            if not piece.calls[0].long:
                 if dx is not piece.buffer:
                     piece.buffer.copy_(dx)
-                self.call(piece.calls, piece.views, held)
+                grads = piece.views
+            for run, places, leaf, _ in piece.calls:
+                run(grads if places is None else [grads[i] for i in places], options[leaf])
         self.stepped()
-
-    def call(self, calls: list[Call], grads: list[Tensor], held: dict[str, Any]) -> None:
-        kernel, members, options = self.kernel.call, self.members, self.options
-        for places, params, momenta, leaf in calls:
-            dx = grads if places is None else [grads[i] for i in places]
-            kernel(params, dx, momenta, self.clocks[: len(dx)], **options[id(members[leaf].leaf._rule)], **held)

@@ -1,6 +1,6 @@
 """The plan of an update: which leaves go together and by which path, worked out once and kept from step to step."""
 
-import contextlib
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..guard import Guard, require_finite
+from ..guard import Guard, Skip, require_finite
 from ..leaf import Leaf, start
 from ..match import Fit
 from ..pytree import Frame
@@ -17,7 +17,7 @@ from ..rules.clip import ClipNorm
 from . import native
 from .compiled import Compiled
 from .flat import Flat, ours, pointers
-from .group import Group, Member, Rest, judged_by_plain, same, value_key
+from .group import Group, Member, Misfit, Rest, same, value_key
 from .native import Native
 from .plain import Plain
 from .slab import Scratch
@@ -65,6 +65,8 @@ class Plan:
         for group in (*self.groups, idle):
             group.plan = self
         self.places = [m.place for group in self.groups for m in group.members]
+        ends = list(itertools.accumulate(len(group.members) for group in self.groups))
+        self.shares = list(zip([0, *ends], ends, strict=False))
         self.whole = self.places == list(range(len(members)))
         # What the others are given is looked at too, but for its shape alone.
         looked_at = [m for group in self.groups for m in group.members] + [
@@ -128,27 +130,31 @@ class Plan:
 
     def step(self, values: Sequence[Any]) -> None:
         """One update. Raises before anything is written, or not at all."""
-        guard, at, rules = self.guard, 0, {}
+        guard, groups = self.guard, self.groups
         used = list(values) if self.whole else [values[i] for i in self.places]
+        turns: list[Any] = groups
         try:
-            for group in self.groups:
-                group.begin(used[at : at + len(group.members)] if len(self.groups) > 1 else used)
-                at += len(group.members)
-            turns: list[Any] = self.groups
+            if len(groups) == 1:
+                groups[0].begin(used)
+            else:
+                for group, (low, high) in zip(groups, self.shares, strict=True):
+                    group.begin(used[low:high])
             if not self.quick:
-                turns = self.groups + [Plain(m.path, m.leaf, m.x, values[m.place], rules) for m in self.rest]
-                with judged_by_plain() if self.groups else contextlib.nullcontext():
-                    rounds(turns, guard)
+                rules: dict[Any, Rule] = {}
+                turns = groups + [Plain(m.path, m.leaf, m.x, values[m.place], rules) for m in self.rest]
+                rounds(turns, guard)
                 for turn in turns:
                     turn.finish(guard)
-        except BaseException:
+        except BaseException as error:
             self.forget()
+            if isinstance(error, Exception) and not isinstance(error, Skip | Misfit) and groups:
+                raise Misfit from error  # the plain path knows the leaf
             raise
         for leaf in self.waiting:
             leaf._missed += 1
         for turn in turns:
             turn.commit(guard)
-        for group in self.groups:
+        for group in groups:
             group.grads = []  # not kept alive until the next update
         self.fresh = []
 
@@ -192,6 +198,12 @@ def _form(t: Any) -> Any:
 
 def rounds(turns: Sequence[Any], guard: Guard) -> None:
     """All through their rules. Where rules ask for totals, all get there before any goes on."""
+    if len(turns) == 1:
+        answer = None
+        while (ask := turns[0].advance(answer, guard)) is not None:
+            answer = ask.rule.combine([ask.part])
+            require_finite(answer, ask, partial(turns[0].shares, ask), guard)
+        return
     waiting = [(turn, None) for turn in turns]
     known: dict[int, Any] = {}
     while waiting:
