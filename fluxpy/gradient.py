@@ -93,7 +93,8 @@ def differentiate(
     # stays as it is: its flag cannot be cleared, and differentiating through it is wanted.
     flips = [x for x, wants in zip(values, trains, strict=True) if x.requires_grad != wants and x.is_leaf]
     flips = [x for x in flips if exact or not x.requires_grad]
-    with torch.enable_grad(), _flipped(flips) if flips else nullcontext():
+    tracking = nullcontext() if torch.is_grad_enabled() else torch.enable_grad()
+    with tracking, _flipped(flips) if flips else nullcontext():
         value = f(model, *args)
         loss = _loss(value)
         wanted = [i for i, wants in enumerate(trains) if wants]

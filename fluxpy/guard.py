@@ -29,15 +29,14 @@ class Guard:
         self.kinds: list[tuple[str, tuple[str, ...]]] = []  # what can go wrong, and at which paths
         self.bad: Tensor | None = None  # 0-dim, on the device, as `first`: kind, place among its paths, update
         self.first: Tensor | None = None
-        self.plans: dict[Any, Any] = {}  # how the engine steps each view, by its spec
-        self.fits: dict[int, Any] = {}  # and the model it was last used with
+        self.fits: dict[int, Any] = {}  # the model that each view was last used with, by its spec
         self.slow: set[type] = set()  # rules that only the plain path can run
         self.compile = False
         self.uncompiled: set[type] = set()  # rules that cannot be compiled
         self.exact: set[type] = set()  # and those that cannot with other numbers for each leaf
 
     def __getstate__(self) -> Any:
-        return self.__dict__ | {"plans": {}, "fits": {}}
+        return self.__dict__ | {"fits": {}}
 
     def note(self, ok: Tensor, what: str, paths: tuple[str, ...] = (), place: Tensor | int = 0) -> None:
         """Raise the flag unless `ok`, which the host does not read."""

@@ -34,6 +34,7 @@ class Fit:
             raise ValueError(_difference(spec, self.walked, ""))
         self.params = [values[j] for j in self.walked.unique]
         self.names = tuple(spec.unique.values())
+        self.plan: Any = None  # how the engine steps these parameters
         self.every = [x for x in holders if isinstance(x, dict)]
         self.dicts = [x for x in self.every if x]
         self.sizes = [*map(len, self.every)]

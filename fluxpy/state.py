@@ -72,7 +72,7 @@ def setup(
 
     `keep` is an older state: rule, momenta, counts and frozenness of each leaf whose path, shape and dtype are still
     there are taken over (copied), as for a new head on a trained encoder; `rule` is for the others, and None freezes
-    for good all the same. A new head of the old one's shape takes its momenta too, unless you `reset` it. 
+    for good all the same. A new head of the old one's shape takes its momenta too, unless you `reset` it.
     With `compile`, elementwise rules, your own included, are compiled by `torch.compile` into one kernel for the whole
     chain: seconds at the first update, once for a chain, dtype and device, whatever hyperparameters, schedules, counts
     and sizes follow. Numbers are the same to a few roundings. Where there is no compiler, or a rule cannot be compiled,

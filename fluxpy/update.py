@@ -94,14 +94,11 @@ def _step(fit: Fit, leaves: list[Leaf], values: list[Any], guard: Guard) -> None
         _check(fit, leaves, values, inplace=True)
         _commit(fit, leaves, values, guard)
         return
-    key = id(fit.spec), id(leaves if fit.spec.children else leaves[0])
-    plan = guard.plans.get(key)
-    if plan is None or not plan.holds(fit, values):
+    plan = fit.plan
+    if plan is None or not plan.holds(leaves, values):
         _check(fit, leaves, values, inplace=True)
-        if len(guard.plans) > 16:  # of views that were made for one update
-            guard.plans.clear()
         with torch.inference_mode(False), torch.no_grad():
-            plan = guard.plans[key] = Plan(fit, leaves, values, guard)
+            plan = fit.plan = Plan(fit, leaves, values, guard)
     try:
         plan.step(values)
         return

@@ -92,7 +92,11 @@ def test_complex_parameters_are_pairs_of_real_ones_to_elementwise_rules(row: Row
         fluxpy.update(twin, real, {name: torch.view_as_real(g) for name, g in draw(torch.complex64, i + 1).items()})
     for (path, a), (_, b) in zip(fluxpy.leaves(state), fluxpy.leaves(twin), strict=True):
         assert a._count == b._count, path
-    for x, y in zip(optree.tree_leaves((state, model), namespace="fluxpy"), optree.tree_leaves((twin, real), namespace="fluxpy"), strict=True):
+    for x, y in zip(
+        optree.tree_leaves((state, model), namespace="fluxpy"),
+        optree.tree_leaves((twin, real), namespace="fluxpy"),
+        strict=True,
+    ):
         torch.testing.assert_close(torch.view_as_real(x) if x.is_complex() else x, y)
 
 

@@ -27,7 +27,7 @@ class Plan:
     """How to step leaves by gradients like these. `holds` says whether it may be used again."""
 
     def __init__(self, fit: Fit, leaves: Sequence[Leaf], values: Sequence[Tensor | None], guard: Guard) -> None:
-        self.fit, self.guard, self.dead, self.retuned = fit, guard, False, False
+        self.guard, self.dead, self.retuned = guard, False, False
         self.leaves = leaves
         places = zip(fit.spec.unique.items(), fit.params, strict=True)
         members = [Member(path, leaves[i], x, place) for place, ((i, path), x) in enumerate(places)]
@@ -117,8 +117,8 @@ class Plan:
             return native.form(rule)
         return same(rule, loose=way is Compiled and not {type(inner) for inner in walk(rule)} & self.guard.exact)
 
-    def holds(self, fit: Fit, values: Sequence[Any]) -> bool:
-        if self.dead or self.once or fit is not self.fit:
+    def holds(self, leaves: Sequence[Leaf], values: Sequence[Any]) -> bool:
+        if self.dead or self.once or not (leaves is self.leaves or (len(leaves) == 1 and leaves[0] is self.leaves[0])):
             return False
         if self.retuned:
             self.retuned = False

@@ -81,7 +81,7 @@ def shrink(dx: Tensor, norm: Tensor | float, max_norm: Hyper) -> Tensor:
     # Not times clamp(max_norm / norm): at a norm of zero that divides by zero, and its derivative is NaN.
     excess = norm / max_norm
     if isinstance(excess, float):
-        return dx if excess <= 1 else dx / excess
+        return dx if excess <= 1 else dx * (1 / excess)
     excess = excess.clamp(min=1)
     excess = excess if excess.device == dx.device else excess.to(dx.device)
     if excess.dtype == dx.dtype or dx.is_complex():

@@ -142,7 +142,7 @@ class _Trial:
                 demand(bool((off <= 1e-9 * moved.abs() + 1e-12).all()), f"update {i - 1} differs")
 
     def gives_the_same_in_place(self) -> None:
-        """update(..., inplace=False) gives the same as in place, to a few roundings, and changes nothing it was given"""
+        """update(..., inplace=False) gives the same as in place, to a few roundings, and changes nothing given"""
         for dtype in dtypes(self._rule):
             state, model = self._begun(dtype, 0)
             for i in range(UPDATES):
