@@ -37,6 +37,7 @@ class Piece:
         self.answers: list[Any] = []
         self.steps: Steps | None = None  # on its way
         self.alone = False  # with the scratch to itself
+        self.ready = False  # the scratch holds the gradient
         self.calls: list[Any] = []  # of a kernel, on the native path
 
     def gradient(self, grads: list[Tensor]) -> Tensor:
@@ -51,7 +52,12 @@ class Piece:
             if self.flat is not None:
                 return self.flat
         copy_all(self.views, mine)
+        self.ready = self.alone
         return self.buffer
+
+    def gathered(self, grads: list[Tensor]) -> Tensor:
+        """`gradient`, once more; at no cost where the scratch still has it."""
+        return self.buffer if self.ready else self.gradient(grads)
 
 
 def pointers(tensors: Sequence[Tensor]) -> list[int]:
@@ -119,7 +125,7 @@ class Flat(Group):
         super().begin(grads)
         self.asked = self.turn = 0  # totals over the tree, and all questions
         for piece in self.pieces:
-            piece.answers, piece.steps = [], None
+            piece.answers, piece.steps, piece.ready = [], None, False
 
     def start(self, piece: Piece) -> Steps:
         held = self.frame.join(slab.read() for slab in piece.momenta)

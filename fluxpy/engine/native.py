@@ -14,7 +14,7 @@ from ..guard import Guard
 from ..rule import Rule, Steps, at, eps_for, hyperparameters
 from ..rules.adam import Adam, AdamW, AMSGrad
 from ..rules.adaptive import AdaGrad
-from ..rules.clip import ClipGlobalNorm, ClipGrad, ClipNorm
+from ..rules.clip import ClipGlobalNorm, ClipGrad, ClipNorm, shrink
 from ..rules.decay import SignDecay, WeightDecay
 from ..rules.descent import Descent, Momentum, Nesterov
 from ..rules.wrap import OptimiserChain
@@ -143,6 +143,10 @@ class Native(Flat):
         self.clock = torch.zeros((), dtype=torch.float32, device=pair[0].device)
         self.clocks = [self.clock] * len(members)
         self.counter = next((i for i, part in enumerate(self.frame.parts) if type(part) is int), None)
+        # The kernels read the factor in float32.
+        self.scales = self.front > 0 and pair[0].dtype != torch.float64
+        self.scales &= all(type(rule) is ClipGlobalNorm for rule in whole[: self.front])
+        self.scale = torch.ones((), dtype=torch.float32, device=pair[0].device)
         self.share_out()
 
     def arrange(self) -> None:
@@ -198,6 +202,19 @@ class Native(Flat):
                     known[id(own)] = self.kernel.options(last, self.params[0], decay)
                 self.options[call.leaf] = known[id(own)]
 
+    def scaled(self, options: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """The options with which a kernel does what stands in front: what that makes of a one is its factor."""
+        limits: list[Any] = [hyperparameters(rule)["max_norm"] for rule in links(self.now)[: self.front]]
+        pairs = list(zip(self.pieces[0].answers, limits, strict=True))
+        tensors = any(isinstance(v, Tensor) for pair in pairs for v in pair)
+        factor: Any = torch.ones_like(self.scale) if tensors else 1.0
+        for norm, limit in pairs:
+            factor = shrink(factor, norm, limit)
+        if isinstance(factor, float) and factor == 1:
+            return options
+        scale = self.scale.fill_(1 / factor) if isinstance(factor, float) else factor.reciprocal()
+        return {leaf: own | {"grad_scale": scale} for leaf, own in options.items()}
+
     def start(self, piece: Piece) -> Steps:
         x = piece.x.read() if self.reads_x else piece.x.last
         return through(links(self.now)[: self.front], x, piece.gradient(self.grads))
@@ -210,15 +227,20 @@ class Native(Flat):
         if guard.bad is not None:
             held = {"found_inf": guard.bad.to(self.clock)}
             options = {leaf: own | held for leaf, own in options.items()}
+        scaled = self.scaled(options) if self.scales else options
         for run, places, leaf, _ in self.calls:
             run(self.grads if places is None else [self.grads[i] for i in places], options[leaf])
         for piece in self.pieces:
-            dx = self.run(piece)[1] if self.front else piece.gradient(self.grads)
+            now = options
+            if self.scales and piece.views and (dx := piece.gathered(self.grads)) is piece.buffer:
+                now = scaled  # in scratch the kernel may write the scaled gradient
+            else:
+                dx = self.run(piece)[1] if self.front else piece.gradient(self.grads)
             grads = [dx]
             if not piece.calls[0].long:
                 if dx is not piece.buffer:
                     piece.buffer.copy_(dx)
                 grads = piece.views
             for run, places, leaf, _ in piece.calls:
-                run(grads if places is None else [grads[i] for i in places], options[leaf])
+                run(grads if places is None else [grads[i] for i in places], now[leaf])
         self.stepped()

@@ -77,7 +77,7 @@ def norm_of(x: Tensor, p: Hyper) -> Tensor:
     return torch.linalg.vector_norm(x, p, dtype=dtype) if x.numel() else x.new_zeros((), dtype=dtype)
 
 
-def shrink(dx: Tensor, norm: Tensor | float, max_norm: Hyper) -> Tensor:
+def shrink(dx: Any, norm: Tensor | float, max_norm: Hyper) -> Any:
     # Not times clamp(max_norm / norm): at a norm of zero that divides by zero, and its derivative is NaN.
     excess = norm / max_norm
     if isinstance(excess, float):
