@@ -76,8 +76,9 @@ class Compiled(Flat):
 
     def kernel_for(self, piece: Piece, guard: Guard) -> Callable[..., None]:
         held = [slab.last for slab in piece.momenta]
-        extra = [*piece.answers, *self.numbers_for(piece), *([] if guard.bad is None else [guard.bad])]
-        tensors = [piece.x.last, piece.gradient(self.grads), *held, *extra]
+        own = [column[:2] if piece.views else column[0] for column in self.differing.values()]
+        extra = [*piece.answers, *own, *([] if guard.bad is None else [guard.bad])]
+        tensors = [piece.x.last, piece.x.last, *held, *extra]  # those of the first step, or like them
         tape = Tape(tensors)
         x, dx, *others = tape.inputs
         others, rest = others[: len(held)], others[len(held) :]
@@ -101,14 +102,14 @@ class Compiled(Flat):
             )
         except Exception as error:
             self.refuse(guard, error)
-        lines = tape.live([source for _, source in writes])
-        key = lines, writes, tuple((t.dtype, t.device, t.ndim) for t in tensors), guard.bad is not None
+        key = tuple(tape.lines), writes, tuple((t.dtype, t.device, t.ndim) for t in tensors), guard.bad is not None
         self.inputs = _sent([*tape.numbers, 1.0], tensors)
         if key not in _KERNELS:
             self.kernels.add(key)
             try:
                 if len(self.kernels) > _MOST:
                     raise RuntimeError("its numbers change what it does")
+                lines = tape.live([source for _, source in writes])
                 _KERNELS[key] = made(lines, writes, self.inputs, tensors, guard.bad is not None)
             except Exception as error:
                 self.refuse(guard, error)
@@ -206,8 +207,45 @@ def made(
     # What torch.compile remembers it remembers by code, so each kernel has code of its own.
     code = kernel.__code__.replace(co_name=f"kernel_{len(_KERNELS)}")
     own = FunctionType(code, kernel.__globals__, code.co_name, None, kernel.__closure__)
-    compiled = torch.compile(own, dynamic=True, fullgraph=True)
+    seen: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+
+    def backend(graph: Any, examples: Any) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        inner: Any = compile_fx(graph, examples)
+
+        def spy(*args: Any) -> Any:
+            seen.append((inner, args))
+            return inner(*args)
+
+        return spy
+
+    inputs = [numbers, *(t.new_ones((_LENGTH,) * t.ndim) for t in like)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the compiler's own code
-        compiled(numbers, *(t.new_ones((64,) * t.ndim) for t in like))
-    return compiled
+        torch.compile(own, backend=backend, dynamic=True, fullgraph=True)(*inputs)
+    return _direct(*seen[-1], inputs)
+
+
+_LENGTH = 1013  # of the tensors that a kernel is tried on: no other size is like it
+
+
+def _direct(inner: Callable[..., Any], args: tuple[Any, ...], inputs: list[Tensor]) -> Callable[..., None]:
+    """The compiled program itself, without what looks at each call whether it still fits: it was found by that.
+
+    It takes tensors in an order of its own, and their length as a number.
+    """
+    known = {id(t): i for i, t in enumerate(inputs)}
+    order = [known[id(arg)] if isinstance(arg, Tensor) else None for arg in args]
+    fixed = [None if isinstance(arg, Tensor) or int(arg) == _LENGTH else int(arg) for arg in args]
+
+    def run(*tensors: Tensor) -> None:
+        length = len(tensors[1])
+        inner(
+            *[
+                tensors[i] if i is not None else length if other is None else other
+                for i, other in zip(order, fixed, strict=True)
+            ]
+        )
+
+    return run

@@ -138,6 +138,7 @@ class Native(Flat):
         pair = [member.x for member in members[:2]]
         self.aside = len(pair) == 2 and side_by_side(pair) is not None
         self.direct = not self.front and not self.aside
+        self.split = self.front > 0
         super().__init__(members, scratch)
         self.rewrites_views = True  # autograd does not hear of these kernels either
         self.clock = torch.zeros((), dtype=torch.float32, device=pair[0].device)
@@ -170,6 +171,14 @@ class Native(Flat):
                 piece.calls = [Call(self.kernel.bind(x, momenta, self.clocks[:1]), None, piece.low, long=True)]
             else:
                 piece.calls = self.calls_for(keys, piece.low, piece.high)
+
+        longs = [call for piece in self.pieces for call in piece.calls if call.long]
+        self.joined: Run | None = None
+        if not self.front and len(longs) == len(self.pieces) > 0 and len(set(keys)) == 1:
+            x, *momenta = zip(
+                *([piece.x.last, *(slab.last for slab in piece.momenta)] for piece in self.pieces), strict=True
+            )
+            self.joined = self.kernel.bind(list(x), [*map(list, momenta)], self.clocks[: len(longs)])
 
     def calls_for(self, keys: list[Any], low: int, high: int) -> list[Call]:
         places: dict[Any, list[int]] = {}
@@ -219,6 +228,15 @@ class Native(Flat):
         x = piece.x.read() if self.reads_x else piece.x.last
         return through(links(self.now)[: self.front], x, piece.gradient(self.grads))
 
+    def long_gradients(self) -> list[Tensor] | None:
+        """The gradients of all pieces where they lie; None where one must be gathered, for there is one scratch."""
+        found = []
+        for piece in self.pieces:
+            found.append(piece.gradient(self.grads))
+            if piece.views and found[-1] is piece.buffer:
+                return None
+        return found
+
     def commit(self, guard: Guard) -> None:
         if self.counter is not None:
             self.frame.parts[self.counter] += 1
@@ -227,6 +245,10 @@ class Native(Flat):
         if guard.bad is not None:
             held = {"found_inf": guard.bad.to(self.clock)}
             options = {leaf: own | held for leaf, own in options.items()}
+        if self.joined is not None and (long := self.long_gradients()) is not None:
+            self.joined(long, options[self.pieces[0].low])
+            self.stepped()
+            return
         scaled = self.scaled(options) if self.scales else options
         for run, places, leaf, _ in self.calls:
             run(self.grads if places is None else [self.grads[i] for i in places], options[leaf])

@@ -39,7 +39,8 @@ class Tape:
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.lines: list[Line] = []
         self.numbers: list[float] = []
-        self.examples: list[Tensor | None] = [t.new_ones((min(t.ndim, 1)) * (2,)) for t in inputs]
+        self.given = inputs
+        self.examples: list[Tensor | None] = [None] * len(inputs)
         self.inputs = [Traced(self, i) for i in range(len(inputs))]
 
     def record(self, call: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]) -> "Traced":
@@ -73,7 +74,9 @@ class Tape:
     def example(self, index: int) -> Tensor:
         """A small tensor like this result, to ask for its dtype and the like."""
         found = self.examples[index]
-        if found is None:
+        if found is None and index < len(self.given):
+            found = self.examples[index] = self.given[index].new_ones(min(self.given[index].ndim, 1) * (2,))
+        elif found is None:
             line = self.lines[index - len(self.inputs)]
             found = self.examples[index] = run_line(line, self.numbers, self.example)
         return found
@@ -113,10 +116,11 @@ class Traced:
         return _first(args)._tape.record(func, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._tape.example(self._index), name)
-        if not callable(found) or name.startswith(_ASKS):
-            return found
         method = getattr(torch.Tensor, name)
+        if name in ("dtype", "device") and self._index < len(self._tape.given):
+            return getattr(self._tape.given[self._index], name)
+        if not callable(method) or name.startswith(_ASKS):
+            return getattr(self._tape.example(self._index), name)
         return lambda *args, **options: self._tape.record(method, (self, *args), options)
 
     def __bool__(self) -> bool:
