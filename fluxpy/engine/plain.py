@@ -56,8 +56,10 @@ class Plain:
         """Work out what is to be written, so that writing it cannot fail."""
         if not (isinstance(self.result, tuple) and len(self.result) == 2):
             raise TypeError(f"{self._who()} must return (state, change), but gave {self.result!r}")
-        state, self.change = self.result
-        self.value = guard.held(self.x, self._value(self.change))
+        state, change = self.result
+        self.moved = change is not None
+        self.value = guard.held(self.x, self._value(change))
+        self.result = change = None  # of what was worked out, only what will be written is kept
         (olds, before), (news, self.frame) = Frame.split(self.state), Frame.split(state)
         self.olds = olds if before == self.frame and all(map(_alike, olds, news)) else []
         if any(t.device != self.x.device and t.ndim for t in news):
@@ -87,11 +89,11 @@ class Plain:
         """Give a leaf its new state. In place, each tensor keeps its memory where its shape allows."""
         if inplace and self.olds:
             self.news = [old if old is t else old.copy_(t) for old, t in zip(self.olds, self.news, strict=True)]
-        leaf._put(self.frame.join(self.news), leaf._count + (self.change is not None))
+        leaf._put(self.frame.join(self.news), leaf._count + self.moved)
 
     def commit(self, guard: Guard) -> None:
         self.settle(self.leaf, inplace=True)
-        if self.change is not None:
+        if self.moved:
             self.x.copy_(self.value)
 
     def shares(self, ask: Ask) -> list[tuple[str, Tensor]]:

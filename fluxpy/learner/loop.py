@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ..gradient import withgradient
+from ..gradient import differentiate, trained
 from ..guard import reads_at_once
+from ..state import fit_of
 from ..train import training_mode
 from ..update import check, guard_of, update
 from . import resume
@@ -17,6 +18,7 @@ from .events import Cancel
 from .levels import Levels
 from .metrics import Metrics
 from .resume import Position
+from .scores import number
 
 _LOSS = "the loss"
 
@@ -29,12 +31,13 @@ class Step:
     changed in `inference_prediction_end`. `samples` weights what the batch counts in metrics.
     """
 
-    __slots__ = ("grads", "input", "loss", "output", "samples", "target")
+    __slots__ = ("grads", "input", "loss", "number", "output", "samples", "target")
 
     def __init__(self, input: Any = None, target: Any = None, samples: int = 0) -> None:
         self.input, self.target, self.samples = input, target, samples
         self.output: Any = None
         self.loss: Any = None
+        self.number: Any = None  # the loss, read: a plain number on the CPU
         self.grads: Any = None
 
 
@@ -155,14 +158,17 @@ class Loop(Levels):
 
     def _train_batch(self) -> None:
         step = self.step
-        value, step.grads = withgradient(self.training_step, self.model, step.input, step.target, state=self.state)
+        fit, args = fit_of(self.state, self.model), (step.input, step.target)
+        who = trained(self.state, fit)
+        value, step.grads = differentiate(self.training_step, self.model, args, fit.walked, fit.params, who, exact=True)
         step.loss, step.output = value if isinstance(value, tuple) else (value, None)
+        step.number = number(step.loss)
         if not reads_at_once(step.loss):
             guard_of(self.state).note(step.loss.isfinite(), _LOSS)
-        elif not math.isfinite(number := step.loss.item()):
+        elif not math.isfinite(step.number):
             if self.nonfinite is None:
                 where = f"batch {self.batch_index} of epoch {self.epoch_index}"
-                self.nonfinite = f"{_LOSS} of {where} is {number}; that batch updated nothing"
+                self.nonfinite = f"{_LOSS} of {where} is {step.number}; that batch updated nothing"
             self.metrics.update(step)
             return
         self._fire("update_start")
@@ -173,6 +179,7 @@ class Loop(Levels):
         step, self._predicted = self.step, False
         value = self.validation_step(self.model, step.input, step.target)
         step.loss, step.output = value if isinstance(value, tuple) else (value, step.output)
+        step.number = number(step.loss)
         if not self._predicted:
             self.predicted(step.output)
         self.metrics.update(step)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..text import near
-from .scores import class_dim, counted, number, predictions
+from .scores import class_dim, counted, equal, number, predictions
 
 
 class Metric:
@@ -64,13 +64,18 @@ class Metric:
         self.sums = tuple(s.to(device, copy=True) if isinstance(s, Tensor) else s for s in saved)
 
 
+def _loss(step: Any) -> Any:
+    """The loss of a batch, which the Learner has read already."""
+    return number(step.loss) if step.number is None else step.number
+
+
 class Loss(Metric):
     """The mean loss per sample."""
 
     name = "loss"
 
     def measure(self, step: Any) -> tuple[Any, ...]:
-        return number(step.loss) * step.samples, step.samples
+        return _loss(step) * step.samples, step.samples
 
 
 class Perplexity(Metric):
@@ -83,7 +88,7 @@ class Perplexity(Metric):
 
     def measure(self, step: Any) -> tuple[Any, ...]:
         tokens = counted(step.target, self.ignore_index)
-        return number(step.loss) * tokens, tokens
+        return _loss(step) * tokens, tokens
 
     def value(self, sums: tuple[Any, ...]) -> float:
         mean = super().value(sums)
@@ -105,7 +110,7 @@ class Accuracy(Metric):
 
     def measure(self, step: Any) -> tuple[Any, ...]:
         predicted, target, _ = predictions(step.output, step.target, self.dim)
-        return number((predicted == target).count_nonzero()), counted(target, self.ignore_index)
+        return equal(predicted, target), counted(target, self.ignore_index)
 
 
 class Top5Accuracy(Accuracy):

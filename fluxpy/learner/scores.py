@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,6 +55,15 @@ def _unlike(output: Tensor, target: Tensor) -> str:
 
 def counted(target: Tensor, ignore_index: int) -> Any:
     """How many targets count."""
-    if target.dtype in (torch.int64, torch.int32, torch.int16, torch.int8):
-        return number((target != ignore_index).count_nonzero())
-    return target.numel()
+    if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
+        return target.numel()
+    if reads_at_once(target):
+        return int(np.count_nonzero(target.numpy() != ignore_index))  # NumPy is faster at small things
+    return number((target != ignore_index).count_nonzero())
+
+
+def equal(a: Tensor, b: Tensor) -> Any:
+    """In how many places two tensors of one shape agree."""
+    if reads_at_once(a) and not a.is_floating_point() and not b.is_floating_point() and not b.requires_grad:
+        return int(np.count_nonzero(a.numpy() == b.numpy()))
+    return number((a == b).count_nonzero())
