@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fluxpy import Adam
-from fluxpy.learner import Accuracy, Learner, Metric, metrics
+from fluxpy.learner import Accuracy, Learner, Metric
 from fluxpy.learner.loop import Step
 
 SIZES = [7, 3, 5, 1, 16]
@@ -17,7 +17,7 @@ SIZES = [7, 3, 5, 1, 16]
 
 def over(asked, batches, loss=F.cross_entropy):
     """The numbers of a phase with these outputs and targets."""
-    found = metrics.Metrics(asked)
+    found = measured.Metrics(asked)
     for output, target in batches:
         step = Step(None, target, len(target))
         step.output, step.loss = output, loss(output, target)
@@ -173,11 +173,11 @@ def test_torchmetrics():
 )
 def test_metrics_that_are_refused(asked, error, message):
     with pytest.raises(error, match=message):
-        metrics.Metrics(asked)
+        measured.Metrics(asked)
 
 
 def test_sums_kept_unread_stay_and_go_through_plain_data():
-    batches, found = scores(), metrics.Metrics(["accuracy", "matthews_correlation_coefficient", StandIn()])
+    batches, found = scores(), measured.Metrics(["accuracy", "matthews_correlation_coefficient", StandIn()])
     peeks, reads = [], []
     for output, target in batches:
         step = Step(None, target, len(target))
@@ -186,7 +186,7 @@ def test_sums_kept_unread_stay_and_go_through_plain_data():
         peeks.append(found.peek())
         reads.append(found.read(found.peek()))
     assert [found.read(p) for p in peeks] == reads and len({r["loss"] for r in reads}) == len(reads)
-    other = metrics.Metrics(["accuracy", "matthews_correlation_coefficient", StandIn()])
+    other = measured.Metrics(["accuracy", "matthews_correlation_coefficient", StandIn()])
     other.load_state_dict(found.state_dict(), None)
     assert other.read(other.peek()) == reads[-1] and other.batches == len(SIZES)
     other.reset()

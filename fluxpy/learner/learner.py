@@ -15,7 +15,7 @@ from .callbacks import defaults
 from .data import Source, call, evaluation_mode, kind, move, place, split
 from .events import EVENTS, History
 from .loop import Loop
-from .metrics import Metrics
+from .measured import Metrics
 from .resume import Position
 
 

@@ -16,7 +16,7 @@ from . import resume
 from .data import Source, evaluation_mode, place, samples_of, split
 from .events import Cancel
 from .levels import Levels
-from .metrics import Metrics
+from .measured import Metrics
 from .resume import Position
 from .scores import number
 

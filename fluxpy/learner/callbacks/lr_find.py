@@ -12,7 +12,7 @@ from ...state import leaves, values
 from .. import resume
 from ..data import Source
 from ..events import Callback, CancelFit
-from ..metrics import Metrics
+from ..measured import Metrics
 from .scheduler import LearningRateScheduler
 
 

@@ -1,0 +1,85 @@
+"""The metrics of a Learner together: those asked for by name, function or object."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from ..text import near
+from .metrics import Accuracy, Loss, MatthewsCorrelationCoefficient, Mean, Metric, Outside, Perplexity, Top5Accuracy
+
+
+class Metrics:
+    """The metrics of a Learner: the loss, then those asked for."""
+
+    known: ClassVar[dict[str, Callable[[], Metric]]] = {
+        cls.name: cls for cls in (Loss, Accuracy, Top5Accuracy, MatthewsCorrelationCoefficient, Perplexity)
+    }
+
+    def __init__(self, asked: Any = ()) -> None:
+        if isinstance(asked, str) or callable(asked):
+            raise TypeError(f"metrics= takes a list: metrics=[{asked!r}]")
+        pairs: Iterable[Any] = asked.items() if isinstance(asked, Mapping) else [(None, m) for m in asked]
+        self.all: list[Metric] = [Loss()]
+        for name, metric in pairs:
+            made = _metric(metric, name)
+            if made.name != "loss" and made.name in self.names:
+                raise ValueError(f"two metrics are called {made.name!r}; name them: metrics={{'name': metric, ...}}")
+            if made.name != "loss":
+                self.all.append(made)
+        self.batches = 0  # how many were counted
+
+    @property
+    def names(self) -> list[str]:
+        return [metric.name for metric in self.all]
+
+    def update(self, step: Any) -> None:
+        """Count a batch."""
+        if step.output is None and len(self.all) > 1:
+            raise ValueError(f"the metric {self.names[1]!r} needs an output: return (loss, output) from training_step")
+        for metric in self.all:
+            metric.update(step)
+        self.batches += 1
+
+    def reset(self) -> None:
+        self.batches = 0
+        for metric in self.all:
+            metric.reset()
+
+    def peek(self) -> list[Any]:
+        """The present sums, without reading them from the device; `read` makes numbers of them, now or later."""
+        return [metric.peek() for metric in self.all] if self.batches else []
+
+    def read(self, peeked: list[Any]) -> dict[str, float]:
+        """The numbers by name that belong to what `peek` gave; empty before the first batch."""
+        return {m.name: m.read(sums) for m, sums in zip(self.all, peeked, strict=True)} if peeked else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches, "sums": {metric.name: metric.state_dict() for metric in self.all}}
+
+    def load_state_dict(self, d: dict[str, Any], device: torch.device | None) -> None:
+        self.reset()
+        self.batches = d["batches"]
+        for metric in self.all:
+            if d["batches"]:
+                metric.load_state_dict(d["sums"][metric.name], device)
+
+
+def _metric(metric: Any, name: str | None) -> Metric:
+    if isinstance(metric, type):
+        raise TypeError(f"a metric is an object, not a class: write {metric.__name__}(...)")
+    if isinstance(metric, str):
+        if metric not in Metrics.known:
+            raise ValueError(f"no metric is called {metric!r}; {near(metric, Metrics.known)}")
+        metric = Metrics.known[metric]()
+    if not isinstance(metric, Metric):
+        if all(hasattr(metric, part) for part in ("update", "compute", "reset")):
+            return Outside(metric, name or type(metric).__name__)
+        if not callable(metric):
+            raise TypeError(f"a metric is a name, a function (output, target) -> number or an object, not {metric!r}")
+        own = getattr(metric, "__name__", type(metric).__name__)
+        if name is None and own == "<lambda>":
+            raise ValueError("a metric that is a lambda needs a name: metrics={'name': lambda output, target: ...}")
+        return Mean(metric, name or own)
+    metric.name = name or metric.name or type(metric).__name__
+    return metric
