@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fluxpy import Adam
-from fluxpy.learner import Accuracy, Learner, Metric
+from fluxpy.learner import Accuracy, Learner, Metric, measured
 from fluxpy.learner.loop import Step
 
 SIZES = [7, 3, 5, 1, 16]
