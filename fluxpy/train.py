@@ -118,7 +118,7 @@ def to_device(batch: Any, params: list[Tensor]) -> Any:
     parts = batch if isinstance(batch, tuple | list) else (batch,)
     if len(devices) == 1 and all(isinstance(part, Tensor) and part.device in devices for part in parts):
         return batch
-    tensors, frame = Frame.split(batch)
+    tensors, _ = Frame.split(batch)
     if len(devices) > 1 and tensors:
         raise ValueError(
             f"cannot tell the batch's device: the model's parameters are on {', '.join(sorted(map(str, devices)))}; "
@@ -127,7 +127,19 @@ def to_device(batch: Any, params: list[Tensor]) -> Any:
     if all(t.device in devices for t in tensors) or not devices:
         return batch
     (device,) = devices
-    return frame.join(t.to(device, non_blocking=t.is_pinned()) for t in tensors)
+    return place(batch, device)
+
+
+def place(batch: Any, device: torch.device | None) -> Any:
+    """A batch with its tensors on the device; from pinned memory without waiting."""
+    if device is None:
+        return batch
+    if isinstance(batch, Tensor):
+        return batch if batch.device == device else batch.to(device, non_blocking=batch.is_pinned())
+    if type(batch) in (tuple, list):
+        return type(batch)([place(part, device) for part in batch])
+    tensors, frame = Frame.split(batch)
+    return frame.join(place(t, device) for t in tensors) if tensors else batch
 
 
 def _watched() -> bool:

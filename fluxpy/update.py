@@ -53,7 +53,7 @@ def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -
 def stepped(state: Any, fit: Fit, model: Any, grads: Any, inplace: bool = True) -> tuple[Any, Any]:
     """`update` of a model whose parameters are known."""
     leaves = [state] if isinstance(state, Leaf) else state._values
-    guard, values = guard_of(state), _values(fit, grads)
+    guard, values = guard_of(state), in_order(fit, grads)
     if not inplace:
         _check(fit, leaves, values, inplace)
         with torch.set_grad_enabled(_has_history(leaves, fit, values)):
@@ -70,7 +70,7 @@ def stepped(state: Any, fit: Fit, model: Any, grads: Any, inplace: bool = True) 
     return state, model
 
 
-def _values(fit: Fit, grads: Any) -> list[Any]:
+def in_order(fit: Fit, grads: Any) -> list[Any]:
     """The gradients in the order of the parameters."""
     if grads is None:
         values: list[Any] = [x.grad for x in fit.params]

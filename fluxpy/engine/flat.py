@@ -208,8 +208,9 @@ class Flat(Group):
 
     def judged(self, piece: Piece, result: Any) -> tuple[list[Tensor], list[Any], Any]:
         """What a rule that we do not know gave, in memory of its own, kept until all pieces are known."""
+        unknown = {type(rule) for rule in walk(self.rule) if not ours(rule)}
         if not (isinstance(result, tuple) and len(result) == 2):
-            raise Misfit({type(rule) for rule in walk(self.rule) if not ours(rule)})
+            raise Misfit(unknown)
         tensors, frame = Frame.split(result[0])
         change = result[1]
         given = [*tensors, *([] if change is None else [change])]
@@ -218,6 +219,6 @@ class Flat(Group):
         )
         kept = all(torch.can_cast(t.dtype, row[0].dtype) for t, row in zip(tensors, self.momenta, strict=False))
         if frame != self.frame or not fits or not kept:
-            raise Misfit({type(rule) for rule in walk(self.rule) if not ours(rule)})
+            raise Misfit(unknown)
         fresh = [t.clone() for t in given]
         return fresh[: len(tensors)], frame.parts, None if change is None else fresh[-1]

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..guard import Guard, reads_at_once
+from ..guard import reads_at_once
 from ..pytree import Frame, is_wrapped
-from ..rule import Ask, Rule, at
+from ..rule import Rule, at
 
 
 class Misfit(Exception):
@@ -40,7 +40,7 @@ class Group:
     """
 
     idle = False  # whether it leaves its leaves alone
-    quick = True  # whether it asks for nothing and can fail at nothing
+    quick: bool  # whether it asks for nothing and can fail at nothing
     rewrites_views = False  # whether parameters are written through a view that autograd does not know
 
     plan: Any  # what it belongs to
@@ -81,15 +81,6 @@ class Group:
         self.grads, self.now = grads, self.rule
         if self.rule.scheduled:
             self.now = at(self.rule, self.count)
-
-    def advance(self, answer: Any, guard: Guard) -> Ask | None:
-        return None
-
-    def finish(self, guard: Guard) -> None:
-        pass
-
-    def commit(self, guard: Guard) -> None:
-        raise NotImplementedError
 
     def stepped(self, numbers: list[Any] | None = None, moved: bool = True) -> None:
         """Count a step, after which the states have these numbers."""

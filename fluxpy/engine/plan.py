@@ -37,7 +37,7 @@ class Plan:
         self.once = any(m.leaf._missed for m in live)  # after this step things are simpler
         self.fresh = [m.leaf for m in live if m.leaf._state is None and values[m.place] is not None]
         rest: list[Member] = []
-        sorted_: dict[Any, tuple[Callable[..., Group], list[Member]]] = {}
+        sorted_: dict[Any, tuple[Callable[..., Flat], list[Member]]] = {}
         keys: dict[Any, Any] = {}
         for m in live:
             way, dx = None, values[m.place]
@@ -76,10 +76,10 @@ class Plan:
         for group in self.groups:
             pairs = enumerate((m.x, values[m.place]) for m in group.members)
             group.odd = [i for i, (x, dx) in pairs if dx is not None and dx.stride() != x.stride()]
-        self.fixed = [m.x for group in self.groups if getattr(group, "pieces", ()) for m in group.members]
+        self.fixed = [m.x for group in self.groups if group.pieces for m in group.members]
         self.pointers = pointers(self.fixed)
         self.forms = Forms([*self.params, *(v for v in (values[i] for i in self.seen) if v is not None)])
-        pieces = [piece for group in self.groups for piece in getattr(group, "pieces", ())]
+        pieces = [piece for group in self.groups for piece in group.pieces]
         for piece in pieces:  # scratch holds one piece at a time
             piece.alone = len(pieces) == 1
         self.quick = not self.rest and all(group.quick for group in self.groups)
@@ -168,7 +168,7 @@ class Forms:
     """The dtype, shape, strides and device of tensors, to see at next to no cost that others have the same."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self.known = [_form(t) for t in tensors]
+        self.known: list[Any] = []
         self.guards: Any = None
         try:
             from torch._C._dynamo.guards import TensorGuards
@@ -177,7 +177,7 @@ class Forms:
             make: Any = TensorGuards  # which is what torch.compile itself notices a change with
             self.guards = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         except Exception:  # not in this version of PyTorch
-            pass
+            self.known = [_form(t) for t in tensors]
 
     def hold(self, tensors: list[Any]) -> bool:
         if self.guards is not None:
@@ -211,9 +211,7 @@ def rounds(turns: Sequence[Any], guard: Guard) -> None:
         for turn, answer in waiting:
             ask = turn.advance(answer, guard)
             if ask is not None:
-                rule = None
-                if len(waiting) > 1:
-                    rule = known.get(id(ask.rule)) or known.setdefault(id(ask.rule), same(ask.rule))
+                rule = known.get(id(ask.rule)) or known.setdefault(id(ask.rule), same(ask.rule))
                 asked.setdefault((turn.asked, rule), []).append((turn, ask))
         waiting = []
         for group in asked.values():

@@ -107,18 +107,6 @@ def split(batch: Any) -> tuple[Any, Any]:
     return batch, None
 
 
-def place(batch: Any, device: torch.device | None) -> Any:
-    """A batch with its tensors on the device; from pinned memory without waiting."""
-    if device is None:
-        return batch
-    if isinstance(batch, Tensor):
-        return batch if batch.device == device else batch.to(device, non_blocking=batch.is_pinned())
-    if type(batch) in (tuple, list):
-        return type(batch)([place(part, device) for part in batch])
-    tensors, frame = Frame.split(batch)
-    return frame.join(place(t, device) for t in tensors) if tensors else batch
-
-
 def samples_of(*parts: Any) -> int:
     """How many samples a batch has: the rows of the first tensor that has some."""
     for part in parts:

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..match import fit as fit_model
 from ..pytree import Frame
-from ..state import Leaf, State, setup, spec_of
-from ..tree import walk
+from ..state import Leaf, State, fit_of, setup
+from ..train import place
 from . import events, resume
 from .callbacks import defaults
-from .data import Source, call, evaluation_mode, kind, move, place, split
+from .data import Source, call, evaluation_mode, kind, move, split
 from .events import EVENTS, History
 from .loop import Loop
 from .measured import Metrics
@@ -61,8 +60,7 @@ class Learner(Loop):
             move(model, torch.device(device), held)
         self.model, self.loss = model, loss
         self.state = rule_or_state if held else setup(rule_or_state, model)
-        fit_model(spec_of(self.state), model)
-        devices = {x.device for x in walk(model)[1]}
+        devices = {x.device for x in fit_of(self.state, model).params}
         self.device = devices.pop() if len(devices) == 1 else None
         self.metrics = Metrics(metrics)
         self.callbacks = (defaults() if default_callbacks else []) + events.check(callbacks)

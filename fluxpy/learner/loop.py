@@ -10,10 +10,10 @@ import torch
 from ..gradient import differentiate, trained
 from ..guard import reads_at_once
 from ..state import fit_of
-from ..train import training_mode
+from ..train import place, training_mode
 from ..update import check, guard_of, update
 from . import resume
-from .data import Source, evaluation_mode, place, samples_of, split
+from .data import Source, evaluation_mode, samples_of, split
 from .events import Cancel
 from .levels import Levels
 from .measured import Metrics

@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ...match import fit, scatter
 from ...rule import hyperparameters, walk
-from ...state import leaves, spec_of
+from ...state import fit_of, leaves, spec_of
+from ...update import in_order
 from ..events import Callback
 from .statistics import on_host
 
@@ -79,9 +79,8 @@ class TensorBoardLogger(Callback):
 
     def on_update_start(self, learner: Any) -> None:
         if self.norms and learner.step_index % self.norms == 0:
-            params, found = self._params(learner), scatter(spec_of(learner.state), learner.step.grads)
-            grads = [found.get(index) for index in spec_of(learner.state).unique]
-            self._before = [x.detach().clone() for x in params]
+            grads = in_order(fit_of(learner.state, learner.model), learner.step.grads)
+            self._before = [x.detach().clone() for x in self._params(learner)]
             self._extras = {
                 f"gradient_norm/{name}": _norm([grads[i] for i in at]) for name, at in self._subtrees.items()
             }
@@ -197,9 +196,7 @@ class TensorBoardLogger(Callback):
         return ".".join(path.split(".")[: self.depth]) or "model"
 
     def _params(self, learner: Any) -> list[Tensor]:
-        spec = spec_of(learner.state)
-        found = fit(spec, learner.model)
-        return [found[index] for index in spec.unique]
+        return fit_of(learner.state, learner.model).params
 
 
 def _norm(tensors: list[Any]) -> Tensor:
