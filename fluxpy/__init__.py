@@ -8,15 +8,14 @@ In short:
     fluxpy.adjust(state.encoder, 3e-4)
 """
 
-import typing as _typing
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import schedules
 from .adjust import adjust, freeze, reset, scale, thaw
-from .checkpoint import load, save
 from .data import DataLoader
-from .flat import destructure, flatten_parameters, trainables
-from .gradient import gradient, withgradient
-from .rule import Ask, Assign, Rule, StagedRule, hyper
+from .gradient import Gradients, gradient, withgradient
+from .leaf import Leaf
+from .parameters import destructure, flatten_parameters, trainables
 from .rules import (
     AccumGrad,
     AdaBelief,
@@ -40,14 +39,19 @@ from .rules import (
     RAdam,
     RMSProp,
     Rprop,
+    Rule,
     SignDecay,
     WeightDecay,
 )
+from .saving import load, load_state_dict, save, state_dict
 from .show import summary
-from .state import leaves, select, setup, value
-from .statedict import load_state_dict, state_dict
+from .state import State, leaves, select, setup, value
 from .train import train, trainstep
-from .update import check, update
+from .update import check_finite, update
+
+if _TYPE_CHECKING:
+    from . import learner, testing
+    from .learner import Learner
 
 __all__ = [
     "AMSGrad",
@@ -58,13 +62,13 @@ __all__ = [
     "AdaMax",
     "Adam",
     "AdamW",
-    "Ask",
-    "Assign",
     "ClipGlobalNorm",
     "ClipGrad",
     "ClipNorm",
     "DataLoader",
     "Descent",
+    "Gradients",
+    "Leaf",
     "Learner",
     "Lion",
     "MixedPrecision",
@@ -78,15 +82,14 @@ __all__ = [
     "Rprop",
     "Rule",
     "SignDecay",
-    "StagedRule",
+    "State",
     "WeightDecay",
     "adjust",
-    "check",
+    "check_finite",
     "destructure",
     "flatten_parameters",
     "freeze",
     "gradient",
-    "hyper",
     "leaves",
     "load",
     "load_state_dict",
@@ -107,17 +110,25 @@ __all__ = [
     "withgradient",
 ]
 
-
-if _typing.TYPE_CHECKING:
-    from .learner import Learner
+_LATER = {"learner": "learner", "testing": "testing", "Learner": "learner"}  # imported when first used: name -> module
 
 
-def __getattr__(name: str) -> object:
-    """`fluxpy.testing` and the Learner are imported when they are first used."""
-    import importlib
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "learner", "rules", "testing"]
 
-    if name in ("learner", "testing"):
-        return importlib.import_module(f".{name}", __name__)
-    if name == "Learner":
-        return importlib.import_module(".learner", __name__).Learner
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+if not _TYPE_CHECKING:  # else a type checker would take any name
+
+    def __getattr__(name: str) -> object:
+        import importlib
+
+        if name in _LATER:
+            module = importlib.import_module(f".{_LATER[name]}", __name__)
+            return module if name == _LATER[name] else getattr(module, name)
+        if name == "__version__":
+            return importlib.metadata.version("fluxpy")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=_MODULE)
+
+    import sys as _sys
+
+    _MODULE = _sys.modules[__name__]

@@ -1,14 +1,13 @@
 """The verbs that change a state: adjust, freeze, thaw, reset. Each acts on the leaves under the view it is given."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from . import schedules
-from .rule import Rule, at, field_of, hyperparameters, no_hyperparameter, replace, walk
-from .state import Leaf, State, once, slots
-
-T = TypeVar("T", State, Leaf)
+from .leaf import context_of, record_of, replace_leaf
+from .rule import Rule, field_of, hyperparameters, no_hyperparameter, replace, walk
+from .state import AnyState, each_leaf
 
 
 class scale:
@@ -37,7 +36,7 @@ class scale:
         return int(scaled) if isinstance(value, int) and scaled == int(scaled) else scaled
 
 
-def adjust(state: T, lr: Any = None, /, **changes: Any) -> T:
+def adjust(state: AnyState, lr: Any = None, /, **changes: Any) -> AnyState:
     """Change hyperparameters under this view; momenta and counts are kept. A first positional number is `lr`.
 
     A value is a number or tuple, `scale(factor)`, or a schedule. In a chain, each member that has the name takes it.
@@ -57,25 +56,25 @@ def adjust(state: T, lr: Any = None, /, **changes: Any) -> T:
         if "lr" in changes:
             raise TypeError("adjust got lr twice, by position and by name")
         changes["lr"] = lr
-    found = once(state, "adjust")
     for name, new in changes.items():
         if isinstance(new, type):
             raise TypeError(f"adjust got the class {new.__name__} for {name!r}; write {new.__name__}(...)")
     if not changes:
         raise TypeError("adjust needs a hyperparameter to change, as adjust(state, 0.01) or adjust(state, eps=1e-6)")
-    rules = {id(leaf.rule): leaf.rule for _, leaf in found if leaf.rule is not None}
+    found = each_leaf(state, "adjust")
+    records = [record_of(leaf) for _, leaf in found]
     new, problems = {}, {}
-    for key, rule in rules.items():
+    for key, rule in {id(record.rule): record.rule for record in records}.items():
         try:
-            new[key] = _adjusted(rule, changes)
+            new[key] = None if rule is None else _adjusted(rule, changes)
         except ValueError as error:
             problems.setdefault(str(error), []).extend(path for path, leaf in found if leaf.rule is rule)
     if problems:
         raise ValueError("; ".join(f"{message} ({_at(paths)})" for message, paths in problems.items()))
-    for _, leaf in found:
-        if leaf._missed and leaf._state is not None:  # while the rule is still the one that counted them
-            leaf._set(state=at(leaf.rule, leaf._count).miss(leaf._state, leaf._missed), missed=0)
-        leaf._retune(new.get(id(leaf.rule)))
+    for record in records:
+        record.rule = new[id(record.rule)]
+    if found:
+        context_of(found[0][1]).hyper += 1
     return state
 
 
@@ -101,33 +100,40 @@ def _at(paths: list[str]) -> str:
     return f"at {', '.join(map(repr, paths[:5]))}" + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
-def freeze(state: T) -> T:
+def freeze(state: AnyState) -> AnyState:
     """Freeze the leaves under this view: until they thaw, neither parameter nor momenta nor counts move, bit for bit.
 
     With `withgradient(..., state=state)`, as in `train`, frozen leaves cost no gradient and keep no activations.
     Buffers are the module's own: `train` puts into training mode only what is not wholly frozen, so a frozen encoder
     that you set to `eval()` keeps its BatchNorm statistics and its Dropout off.
     """
-    for _, leaf in list(slots(state, "freeze")):
-        leaf._set(frozen=True)
+    for _, leaf in each_leaf(state, "freeze"):
+        replace_leaf(leaf, frozen=True)
     return state
 
 
-def thaw(state: T) -> T:
+def thaw(state: AnyState, *, count: int | None = None) -> AnyState:
     """Undo `freeze` under this view. Momenta go on from where they were; missing ones start at the next update.
 
-    Raises ValueError where a leaf has no rule to train by (`setup` was given None for it).
+    `count` sets the count that schedules see from here on: a part that thaws late can end with the others
+    (`count=state.head.weight.count`). Raises ValueError where a leaf has no rule to train by (`setup` was given None
+    for it), or where `count` is no whole number, 0 or more.
     """
-    found = list(slots(state, "thaw"))
+    found = each_leaf(state, "thaw")
     if bare := [path for path, leaf in found if leaf.rule is None]:
         raise ValueError(f"thaw: set up with no rule (None), so frozen for good ({_at(bare)}); call setup again")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+        raise ValueError(f"thaw: count={count!r} is not allowed; it must be a whole number, 0 or more")
     for _, leaf in found:
-        leaf._set(frozen=False)
+        if count is None:
+            replace_leaf(leaf, frozen=False)
+        else:
+            replace_leaf(leaf, frozen=False, count=count)
     return state
 
 
-def reset(state: T) -> T:
+def reset(state: AnyState) -> AnyState:
     """Empty momenta and counts under this view; rules and frozenness stay. Schedules start over."""
-    for _, leaf in list(slots(state, "reset")):
-        leaf._set(state=None, count=0, missed=0)
+    for _, leaf in each_leaf(state, "reset"):
+        replace_leaf(leaf, state=None, count=0)
     return state

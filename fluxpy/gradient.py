@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .binding import Binding
 from .leaf import Leaf
-from .match import Fit
-from .pytree import Frame, is_transforming
-from .state import State, fit_of
-from .tree import Mirror, Spec, walk
+from .pytree import is_transforming, partition
+from .state import State, bind
+from .tree import Mirror, TreeSpec, spec_of, values_of, walk
 
 
 class Gradients(Mirror):
@@ -21,20 +21,24 @@ class Gradients(Mirror):
     _what = "tree of gradients"
 
     def __repr__(self) -> str:
-        lines = (f"  {path}: {g if g is None else tuple(g.shape)}" for path, g in self._found())
+        lines = (f"  {path}: {None if g is None else tuple(g.shape)}" for path, g in _by_path(self))
         return "Gradients(\n" + "\n".join(lines) + "\n)"
 
-    def _found(self) -> Iterator[tuple[str, Tensor | None]]:
-        return ((path, self._values[index]) for index, path in self._spec.unique.items())
+
+def _by_path(grads: Gradients) -> Iterator[tuple[str, Tensor | None]]:
+    values = values_of(grads)
+    return ((path, values[index]) for index, path in spec_of(grads).leaves.items())
 
 
-def gradient(f: Callable[..., Any], model: Any, *args: Any, create_graph: bool = False) -> Any:
+def gradient(
+    f: Callable[..., Any], model: Any, *args: Any, state: State | Leaf | None = None, create_graph: bool = False
+) -> Any:
     """The gradient of `f(model, *args)` with respect to the model's parameters. See `withgradient`.
 
     >>> gradient(lambda m: (m["w"] ** 2).sum(), {"w": torch.tensor([1.0, 2.0])})["w"]
     tensor([2., 4.])
     """
-    return withgradient(f, model, *args, create_graph=create_graph)[1]
+    return withgradient(f, model, *args, state=state, create_graph=create_graph)[1]
 
 
 def withgradient(
@@ -60,52 +64,57 @@ def withgradient(
     """
     if not callable(f):
         raise TypeError(f"the function comes first: withgradient(f, model), but got {type(f).__name__}")
-    if state is None:
-        spec, values = walk(model)
-        trains = [x.requires_grad or not isinstance(x, torch.nn.Parameter) for x in values]
-        return differentiate(f, model, args, spec, values, trains, create_graph)
-    if not isinstance(state, State | Leaf):
-        raise TypeError(f"withgradient(..., state=) takes the state tree, but got {type(state).__name__}")
-    fit = fit_of(state, model)
-    return differentiate(f, model, args, fit.walked, fit.params, trained(state, fit), create_graph, exact=True)
-
-
-def trained(state: State | Leaf, fit: Fit) -> list[bool]:
-    """Which of the model's parameters the state trains."""
-    held = [state] if isinstance(state, Leaf) else state._values
-    return [not held[index]._frozen for index in fit.spec.unique]
+    if state is not None:
+        if not isinstance(state, State | Leaf):
+            raise TypeError(f"withgradient(..., state=) takes the state tree, but got {type(state).__name__}")
+        return differentiate(f, model, args, bind(state, model), create_graph)
+    spec, params = walk(model)
+    trains = [x.requires_grad or not isinstance(x, torch.nn.Parameter) for x in params]
+    # A tensor of a container trains even where it does not require grad; of a module, flags decide.
+    flips = [x for x, wants in zip(params, trains, strict=True) if wants and not x.requires_grad and x.is_leaf]
+    return _differentiate(f, model, args, _Wanted(spec, params, trains, flips), create_graph)
 
 
 def differentiate(
-    f: Callable[..., Any],
-    model: Any,
-    args: Iterable[Any],
-    spec: Spec,
-    values: list[Tensor],
-    trains: list[bool],
-    create_graph: bool = False,
-    exact: bool = False,
+    f: Callable[..., Any], model: Any, args: Iterable[Any], binding: Binding, create_graph: bool = False
 ) -> tuple[Any, Any]:
-    """`withgradient` of a model whose parameters, and which of them train, are known."""
-    if not values:
+    """`withgradient` of a model bound to a state, which decides who trains."""
+    trains = [not record.frozen for record in binding.records]
+    # A tensor with a history of its own stays as it is: its flag cannot be cleared, and differentiating through it is
+    # wanted.
+    pairs = zip(binding.params, trains, strict=True)
+    flips = [x for x, wants in pairs if x.requires_grad != wants and x.is_leaf]
+    return _differentiate(f, model, args, _Wanted(binding.walked, binding.params, trains, flips), create_graph)
+
+
+class _Wanted(NamedTuple):
+    """The parameters of a model, which of them train, and whose `requires_grad` must be the other one meanwhile."""
+
+    spec: TreeSpec
+    params: list[Tensor]
+    trains: list[bool]
+    flips: list[Tensor]
+
+
+def _differentiate(
+    f: Callable[..., Any], model: Any, args: Iterable[Any], wanted: _Wanted, create_graph: bool
+) -> tuple[Any, Any]:
+    spec, params, trains, flips = wanted
+    if not params:
         raise ValueError("the model has no parameter, so no loss can depend on it")
-    # Parameters that train require grad for a while, and with `exact` no others do. A tensor with a history of its own
-    # stays as it is: its flag cannot be cleared, and differentiating through it is wanted.
-    flips = [x for x, wants in zip(values, trains, strict=True) if x.requires_grad != wants and x.is_leaf]
-    flips = [x for x in flips if exact or not x.requires_grad]
     tracking = nullcontext() if torch.is_grad_enabled() else torch.enable_grad()
     with tracking, _flipped(flips) if flips else nullcontext():
         value = f(model, *args)
         loss = _loss(value)
-        wanted = [i for i, wants in enumerate(trains) if wants]
-        found = _backward(loss, [values[i] for i in wanted], create_graph) if wanted else []
+        places = [i for i, wants in enumerate(trains) if wants]
+        found = _backward(loss, [params[i] for i in places], create_graph) if places else []
     if all(g is None for g in found):
         why = "all of them are frozen; thaw some" if not any(trains) else _WHY
         raise ValueError(f"the loss depends on no parameter of the model: {why}")
     grads: list[Tensor | None] = list(found)
-    if len(wanted) < len(values):
-        grads = [None] * len(values)
-        for i, g in zip(wanted, found, strict=True):
+    if len(places) < len(params):
+        grads = [None] * len(params)
+        for i, g in zip(places, found, strict=True):
             grads[i] = g
     return _detached(value), grads[0] if spec.kind == "leaf" else Gradients(spec, grads)
 
@@ -116,8 +125,8 @@ def _detached(value: Any) -> Any:
         return value.detach().clone() if value.is_leaf or value._is_view() else value.detach()
     if type(value) is tuple:
         return tuple(map(_detached, value))
-    tensors, frame = Frame.split(value)
-    return frame.join(map(_detached, tensors)) if tensors else value
+    tensors, skeleton = partition(value)
+    return skeleton.combine(map(_detached, tensors)) if tensors else value
 
 
 _WHY = (

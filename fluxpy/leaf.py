@@ -1,150 +1,258 @@
-"""Leaf: what a state tree holds for one parameter."""
+"""Leaf: what a state tree holds for one parameter.
 
-import copy
+A leaf is a read-only handle. What it shows is in its `Record`, which the verbs and the engine change, and how often it
+was stepped is in `Numbers`, one object that all leaves which step together share: a step changes that object alone.
+"""
+
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .guard import Guard
-from .pytree import Frame, apart, register
-from .rule import Rule, at, replace
-from .rule import walk as walk_rules
+from .context import Context
+from .pytree import Skeleton, apart, partition, register
+from .rule import Rule, at, replace, tensors_of, walk
+
+
+class Numbers:
+    """How often leaves were stepped (`count`), and their states without the tensors (`skeleton`).
+
+    Held by exactly the leaves that a step of the engine steps together. The skeleton is None before a state was made;
+    where the leaf has no tensors but a skeleton, that is kept for `Rule.restart`.
+    """
+
+    __slots__ = ("count", "skeleton")
+
+    def __init__(self, count: int = 0, skeleton: Skeleton | None = None) -> None:
+        self.count, self.skeleton = count, skeleton
+
+    def copy(self) -> "Numbers":
+        return Numbers(self.count, self.skeleton)
+
+
+class Record:
+    """The contents of a leaf. `tensors` are those of the rule's state, None where there is no state yet."""
+
+    __slots__ = ("dtype", "frozen", "numbers", "rule", "shape", "tensors")
+
+    def __init__(self, rule: Rule | None, frozen: bool, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.rule, self.frozen, self.shape, self.dtype = rule, frozen, shape, dtype
+        self.tensors: list[Tensor] | None = None
+        self.numbers = Numbers()
+
+    @property
+    def state(self) -> Any:
+        """The rule's state as it made it; None before there is one."""
+        if self.tensors is None or self.numbers.skeleton is None:
+            return None
+        return self.numbers.skeleton.combine(self.tensors)
+
+    def begin(self, x: Tensor, path: str) -> None:
+        """Make a state for the parameter `x`."""
+        assert self.rule is not None
+        state = init_state(self.rule, x, self.numbers.count, path)
+        if self.numbers.skeleton is not None:
+            before = self.numbers.skeleton.combine(())
+            state = self.rule.restart(before, state)
+        self.tensors, skeleton = partition(state)
+        self.numbers = Numbers(self.numbers.count, skeleton)
+
+    def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
+        other = Record(self.rule, self.frozen, self.shape, self.dtype)
+        other.numbers, other.tensors = numbers, tensors
+        return other
 
 
 def _read_only(name: str, doc: str, advice: str) -> Any:
     def refuse(leaf: "Leaf", value: Any) -> NoReturn:
         raise AttributeError(f"leaf.{name} is read-only; write {advice}")
 
-    return property(lambda leaf: getattr(leaf, "_" + name), refuse, doc=doc)
+    return property(lambda leaf: getattr(leaf._record, name), refuse, doc=doc)
 
 
 class Leaf:
-    """What the state holds for one parameter: its `rule`, the rule's `state`, and whether it is `frozen`. Read-only.
+    """What the state holds for one parameter. Read-only: the verbs change it.
 
     `rule` is None where `setup` was told so: that leaf is frozen for good. `state` is None until the first update
     after a thaw or a reset.
     """
 
-    __slots__ = (
-        "_dtype",
-        "_frozen",
-        "_group",
-        "_guard",
-        "_held",
-        "_missed",
-        "_open",
-        "_rule",
-        "_seen",
-        "_shape",
-        "_steps",
-    )
+    __slots__ = ("_context", "_pending", "_record")
 
-    rule: Any = _read_only("rule", "The hyperparameters.", "fluxpy.adjust(leaf, lr=...)")
+    rule: Rule | Any = _read_only("rule", "The hyperparameters.", "fluxpy.adjust(leaf, lr=...)")
     state: Any = _read_only("state", "The rule's momenta.", "fluxpy.reset(leaf), or load a saved state")
     frozen: bool = _read_only("frozen", "Whether updates pass it by.", "fluxpy.freeze(leaf) or fluxpy.thaw(leaf)")
+    shape: torch.Size = _read_only("shape", "The parameter's shape.", "fluxpy.setup(rule, model) for another model")
+    dtype: torch.dtype = _read_only("dtype", "The parameter's dtype.", "fluxpy.setup(rule, model) for another model")
 
-    def __init__(self, rule: Rule | None, frozen: bool, x: Tensor, guard: Guard) -> None:
-        self._rule, self._held, self._frozen = rule, None, frozen
-        self._shape, self._dtype, self._guard = x.shape, x.dtype, guard  # one guard for all leaves of a tree
-        self._steps = 0  # how often the rule stepped the parameter: what schedules see
-        self._missed = 0  # updates sat out frozen, that a rule which gathers must hear of
-        self._open: Any = None  # as a pytree with something else in place of its tensors: those, and the rest
-        # The engine steps many leaves as one group, which counts for all; a leaf catches up when it is looked at.
-        self._group: Any = None
-        self._seen = 0
+    def __init__(self, record: Record, context: Context) -> None:
+        self._record, self._context = record, context
+        self._pending: Any = None  # (children, metadata) while a transform such as vmap has placeholders for tensors
 
-    @property
-    def _state(self) -> Any:
-        self._catch_up()
-        return self._held
+    def _refuse_count(self, value: Any) -> NoReturn:
+        raise AttributeError("leaf.count is read-only; write fluxpy.thaw(leaf, count=...)")
 
-    @property
-    def _count(self) -> int:
-        self._catch_up()
-        return self._steps
+    count: int = property(  # pyright: ignore[reportAssignmentType]
+        lambda leaf: leaf._record.numbers.count, _refuse_count, doc="How often its rule stepped it."
+    )
 
-    def _catch_up(self) -> None:
-        if self._group is not None and self._seen != self._group.steps:
-            self._held, self._steps, self._seen = self._group.of(self._held), self._group.count, self._group.steps
-
-    def _set(self, **values: Any) -> None:
-        """Change anything but the momenta's numbers: `rule`, `state`, `frozen`, `count`, `missed`."""
-        self._catch_up()
-        if self._group is not None:
-            self._group = self._group.disband()
-        names = {"state": "_held", "count": "_steps"}
-        for name, value in values.items():
-            setattr(self, names.get(name, "_" + name), value)
-
-    def _retune(self, rule: Any) -> None:
-        """The same rule with other hyperparameters, which the engine takes over as it goes."""
-        self._rule = rule
-        if self._group is not None:
-            self._group.plan.retuned = True
-
-    def _put(self, state: Any, count: int) -> None:
-        """What a step on the plain path makes of it."""
-        if self._group is not None and not self._group.idle:
-            self._set()
-        self._held, self._steps, self._missed = state, count, 0
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Leaf":
+        record, context = self._record, self._context
+        numbers = memo.get(id(record.numbers))
+        if numbers is None:
+            numbers = memo[id(record.numbers)] = record.numbers.copy()
+            memo.setdefault(id(memo), []).append(record.numbers)  # alive, so that its id stays its own
+        tensors = None if record.tensors is None else [_own(t) for t in record.tensors]
+        if id(context) not in memo:
+            memo[id(context)] = context.fork()
+        other = memo[id(self)] = Leaf(record.copy(numbers, tensors), memo[id(context)])
+        return other
 
     def __getstate__(self) -> Any:
-        self._catch_up()
-        return None, {name: getattr(self, name) for name in self.__slots__} | {"_group": None}
+        record = self._record
+        tensors = None if record.tensors is None else [_compact(t) for t in record.tensors]
+        return record.rule, record.frozen, record.shape, record.dtype, record.numbers, tensors, self._context
+
+    def __setstate__(self, held: Any) -> None:
+        rule, frozen, shape, dtype, numbers, tensors, context = held
+        self._record = Record(rule, frozen, shape, dtype)
+        self._record.numbers, self._record.tensors = numbers, tensors
+        self._context, self._pending = context, None
 
     def __repr__(self) -> str:
-        return f"Leaf({self._rule!r}, {'x'.join(map(str, self._shape)) or '0-dim'}{', frozen' * self._frozen})"
-
-    def _with(self, rule: Rule | None, state: Any) -> "Leaf":
-        """A copy with another rule and state."""
-        leaf = copy.copy(self)
-        leaf._rule, leaf._held = rule, state
-        return leaf
+        shape = "x".join(map(str, self.shape)) or "0-dim"
+        return f"Leaf({self.rule!r}, {shape}{', frozen' if self.frozen else ''})"
 
 
-def start(rule: Rule, x: Tensor, count: int, path: str) -> Any:
-    """A new optimiser state for the parameter `x`. It holds no gradient history, and never the parameter itself."""
+def record_of(leaf: Leaf) -> Record:
+    """The contents of a leaf, for the verbs and the engine."""
+    return leaf._record
+
+
+def context_of(leaf: Leaf) -> Context:
+    """What all leaves of its tree share."""
+    return leaf._context
+
+
+def adopt(leaf: Leaf, context: Context) -> None:
+    """Make a leaf one of another tree."""
+    leaf._context = context
+
+
+KEEP: Any = object()
+
+
+def replace_leaf(
+    leaf: Leaf,
+    *,
+    rule: Any = KEEP,
+    state: Any = KEEP,
+    frozen: Any = KEEP,
+    count: Any = KEEP,
+    pending: Skeleton | None = None,
+) -> None:
+    """Change what is given of a leaf. With `state=None` it gets new momenta at its next update; `pending` are the
+    numbers that these then go on with, by default those of an accumulating rule as they were."""
+    record, context = leaf._record, leaf._context
+    context.structure += 1
+    if rule is not KEEP:
+        record.rule = rule
+    if frozen is not KEEP:
+        record.frozen = frozen
+    if state is KEEP and count is KEEP:
+        return
+    numbers = record.numbers.copy()
+    if count is not KEEP:
+        numbers.count = count
+    if state is not KEEP and state is not None:
+        record.tensors, numbers.skeleton = partition(state)
+    elif state is None:
+        record.tensors = None
+        if pending is not None or record.rule is None or not record.rule.accumulates:
+            numbers.skeleton = pending
+    record.numbers = numbers
+
+
+def pending_numbers(leaf: Leaf) -> Skeleton | None:
+    """The numbers that a leaf without a state goes on with when it gets one."""
+    record = leaf._record
+    return record.numbers.skeleton if record.tensors is None else None
+
+
+def init_state(rule: Rule, x: Tensor, count: int, path: str) -> Any:
+    """A new state for the parameter `x`, without gradient history and without memory shared with the parameter."""
     try:
         with torch.inference_mode(False), torch.no_grad():
-            tensors, frame = Frame.split(at(rule, count).start(x))
+            tensors, skeleton = partition(at(rule, count).init_any(x))
     except Exception as error:
         error.add_note(f"in the rule {rule!r} of the parameter {path!r}")
         raise
-    return frame.join(apart(tensors, [x]))
+    return skeleton.combine(apart(tensors, [x]))
+
+
+def miss_update(record: Record, x: Tensor, path: str) -> None:
+    """Tell an accumulating rule of an update in which its leaf was frozen, or could not begin."""
+    assert record.rule is not None
+    skeleton = record.numbers.skeleton
+    if skeleton is None:
+        try:
+            template = init_state(record.rule, torch.empty_like(x, device="meta"), 0, path)
+        except (RuntimeError, NotImplementedError):  # an init that reads its parameter
+            template = init_state(record.rule, x, 0, path)
+        skeleton = partition(template)[1]
+    rule = at(record.rule, record.numbers.count)
+    record.numbers = Numbers(record.numbers.count, skeleton.map(rule.skip_frozen))
+
+
+def _compact(t: Tensor) -> Tensor:
+    """A tensor that holds no more memory than its own elements."""
+    whole = t.is_meta or t.layout != torch.strided or t.untyped_storage().nbytes() <= t.nbytes
+    return t if whole else t.clone()
+
+
+def _own(t: Tensor) -> Tensor:
+    copy = t.detach().clone()
+    return copy.requires_grad_() if t.requires_grad else copy
 
 
 class _LeafShape:
     """A leaf without its tensors, as pytree metadata: equal where the tensors lie alike, whatever the numbers are."""
 
-    def __init__(self, leaf: Leaf, frame: Frame) -> None:
-        self.leaf, self.frame = leaf, frame
-        self.rules = [] if leaf.rule is None else [type(rule) for rule in walk_rules(leaf.rule)]
+    def __init__(self, leaf: Leaf) -> None:
+        record = leaf._record
+        self.record, self.context = record.copy(record.numbers.copy(), None), leaf._context
+        self.size = None if record.tensors is None else len(record.tensors)
+        self.rules = [] if record.rule is None else [type(rule) for rule in walk(record.rule)]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _LeafShape) and (self.rules, self.frame) == (other.rules, other.frame)
+        if not isinstance(other, _LeafShape) or (self.rules, self.size) != (other.rules, other.size):
+            return False
+        return self.size is None or self.record.numbers.skeleton == other.record.numbers.skeleton
 
     def __hash__(self) -> int:
         return hash(len(self.rules))
 
 
 def _flatten(leaf: Leaf) -> tuple[tuple[Any, ...], _LeafShape]:
-    if leaf._open is not None:
-        return leaf._open
-    held: list[Tensor] = []
-    if leaf.rule is not None and leaf.rule.traced:
-        _map_tensors(leaf.rule, lambda t: held.append(t) or t)
-    tensors, frame = Frame.split((leaf.state, held))
-    return tuple(tensors), _LeafShape(leaf._with(leaf.rule, None), frame)
+    if leaf._pending is not None:
+        return leaf._pending
+    record = leaf._record
+    hyper = [] if record.rule is None else tensors_of(record.rule)
+    return (*(record.tensors or ()), *hyper), _LeafShape(leaf)
 
 
 def _unflatten(shape: _LeafShape, tensors: Any) -> Leaf:
-    state, held = shape.frame.join(tensors)
-    source, rule = iter(held), shape.leaf.rule
-    leaf = shape.leaf._with(_map_tensors(rule, lambda _: next(source)) if rule and held else rule, state)
-    if not all(isinstance(t, Tensor) for t in tensors):  # as torch.vmap does on its way, with dimensions
-        leaf._open = tuple(tensors), shape
+    record = shape.record.copy(shape.record.numbers.copy(), None)
+    size = shape.size or 0
+    if shape.size is not None:
+        record.tensors = list(tensors[:size])
+    if len(tensors) > size and record.rule is not None:
+        source = iter(tensors[size:])
+        record.rule = _map_tensors(record.rule, lambda _: next(source))
+    leaf = Leaf(record, shape.context.fork())
+    if not all(isinstance(t, Tensor) for t in tensors):
+        leaf._pending = tuple(tensors), shape
     return leaf
 
 
@@ -152,7 +260,9 @@ def _map_tensors(rule: Rule, f: Callable[[Tensor], Any]) -> Rule:
     """The rule with `f` of each tensor that stands for a hyperparameter."""
 
     def change(v: Any) -> Any:
-        return tuple(map(change, v)) if isinstance(v, tuple) else f(v) if isinstance(v, Tensor) else v
+        if isinstance(v, tuple):
+            return tuple(map(change, v))
+        return f(v) if isinstance(v, Tensor) else v
 
     return replace(rule, lambda _rule, _name, v: change(v), validate=False)
 

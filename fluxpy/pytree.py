@@ -1,6 +1,6 @@
 """What a model is made of: parameters, modules and the containers of optree. Only this file imports optree."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import optree
@@ -53,35 +53,77 @@ def level(x: Any) -> Level | None:
     return Level(kind, keys, list(children), lambda new: make(metadata, new))
 
 
-class Frame:
-    """What a pytree is without its tensors. Equal to another where the tensors lie alike; other data do not count."""
+class Skeleton:
+    """A pytree without its tensors. Two are equal where the same tensors fit both; other data do not count.
 
-    def __init__(self, tree: Any) -> None:
-        self.parts, self.spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    `parts` are the leaves of the pytree in order, with `HOLE` in place of each tensor.
+    """
 
-    @classmethod
-    def split(cls, tree: Any) -> tuple[list[Tensor], "Frame"]:
-        """The tensors of a pytree, and the frame to put them back into."""
-        frame = cls(tree)
-        tensors = [part for part in frame.parts if isinstance(part, Tensor)]
-        frame.parts = [_HOLE if isinstance(part, Tensor) else part for part in frame.parts]
-        return tensors, frame
+    __slots__ = ("parts", "spec")
 
-    def join(self, tensors: Iterable[Any]) -> Any:
+    def __init__(self, spec: Any, parts: list[Any]) -> None:
+        self.spec, self.parts = spec, parts
+
+    def combine(self, tensors: Iterable[Any]) -> Any:
         """The pytree again, with other tensors."""
         source = iter(tensors)
-        return optree.tree_unflatten(self.spec, [next(source) if part is _HOLE else part for part in self.parts])
+        return optree.tree_unflatten(self.spec, [next(source) if part is HOLE else part for part in self.parts])
+
+    def places(self) -> list[str]:
+        """Where each part is, written as in Python: `[1].m`."""
+        return [accessor.codify("") for accessor in self.spec.accessors()]
+
+    def map(self, f: Callable[[Any], Any]) -> "Skeleton":
+        """The skeleton of `f` of the pytree, for an `f` that changes numbers and passes tensors on."""
+        parts, spec = optree.tree_flatten(
+            f(optree.tree_unflatten(self.spec, self.parts)), none_is_leaf=True, namespace=NAMESPACE
+        )
+        return Skeleton(spec, parts)
+
+    def fits(self, other: "Skeleton") -> bool:
+        """Whether tensors and numbers lie at the same places in both."""
+        if self.spec != other.spec:
+            return False
+        return [part is HOLE for part in self.parts] == [part is HOLE for part in other.parts]
 
     def __eq__(self, other: object) -> bool:
-        holes = [part is _HOLE for part in self.parts]
-        return isinstance(other, Frame) and self.spec == other.spec and holes == [p is _HOLE for p in other.parts]
+        return isinstance(other, Skeleton) and self.fits(other)
 
     def __hash__(self) -> int:
         return hash(len(self.parts))
 
 
-class _HOLE:
-    """Where a tensor stood."""
+class HOLE:
+    """Marks the place of a tensor."""
+
+
+def partition(tree: Any) -> tuple[list[Tensor], Skeleton]:
+    """The tensors of a pytree, and the skeleton to put them back into."""
+    parts, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    tensors = []
+    for i, part in enumerate(parts):
+        if isinstance(part, Tensor):
+            tensors.append(part)
+            parts[i] = HOLE
+    return tensors, Skeleton(spec, parts)
+
+
+def skeleton_of(tree: Any) -> Skeleton:
+    """A pytree as a skeleton with everything still in it, tensors too."""
+    parts, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    return Skeleton(spec, parts)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of a pytree, in order."""
+    parts = optree.tree_leaves(tree, none_is_leaf=True, namespace=NAMESPACE)
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+def entries_of(tree: Any) -> list[tuple[str, Any]]:
+    """`(place, value)` of everything in a pytree, a place written as in Python: `[1].m`."""
+    skeleton = skeleton_of(tree)
+    return list(zip(skeleton.places(), skeleton.parts, strict=True))
 
 
 def register(cls: type, flatten: Any, unflatten: Any) -> None:

@@ -3,61 +3,41 @@
 A rule is plain data (a frozen dataclass of hyperparameters) with two methods, `init` and `apply`.
 It knows nothing of models, trees or training; everything else in fluxpy is built around it.
 
-    Rule                 init, apply on one tensor
-    └── StagedRule       steps instead of apply: may ask for a total over the whole tree
+    Rule                 init and apply, on one tensor
+    └── ReducingRule     steps instead of apply: may ask for a total over the array or the whole tree
+
+What a rule declares (`elementwise`, `accumulates`, what it reduces) is all that the engine goes by: it never asks for a
+rule's class.
 """
 
 import copy
 import dataclasses
-import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, TypeAlias, dataclass_transform
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, dataclass_transform
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .fields import Hyper, check, hyper, plain, validate
 from .text import unknown
 
-# A hyperparameter as the user writes it is a number, a tuple, a tensor or a schedule (count -> value);
-# by the time `apply` sees it, schedules have become values. No static type says both.
-Hyper: TypeAlias = Any
 
+class Reduce(NamedTuple):
+    """What a `ReducingRule` asks for between two of its lines: the total of `value`, a tensor of the parameter's shape.
 
-def hyper(
-    *, default: Any = dataclasses.MISSING, allowed: str | tuple[str, ...] | None = None, fixed: bool = False
-) -> Any:
-    """Declare a hyperparameter of a rule with the values it allows.
-
-    `allowed` is an interval in the notation of the docs (`"[0, 1)"`, for a tuple: of each element), `"1, 2, ..."` for a
-    positive integer, or a tuple of words. A `fixed` field shapes the state, so `adjust` refuses it.
-
-    >>> class Halve(Rule):
-    ...     lr: float = hyper(default=0.5, allowed="(0, 1]")
-    >>> Halve(lr=2.0)
-    Traceback (most recent call last):
-        ...
-    ValueError: Halve: lr=2.0 is not allowed; it must lie in (0, 1]
-    """
-    return dataclasses.field(default=default, metadata={"allowed": allowed, "fixed": fixed})
-
-
-class Ask(NamedTuple):
-    """What a `StagedRule` asks between two of its lines: to check a number, and to total it over the tree.
-
-    `part` is this tensor's share, 0-dim. With `across`, the answer is `rule.combine` of the parts of all leaves that
-    ask the same in this update; without, it is the part itself. Either way `nonfinite` says what happens where that is
-    not finite: "raise", "skip" (the whole update: nothing moves) or "ignore".
+    With `over="array"` the answer is `rule.part(value)` of this array, with `over="tree"` `rule.combine` of the parts
+    of all arrays whose rules ask the same in this update. `nonfinite` says what happens where that is not finite:
+    "raise", "skip" (the whole update: nothing changes) or "ignore".
     """
 
-    rule: "StagedRule"
-    part: Tensor
-    across: bool = True
+    rule: "ReducingRule"
+    value: Tensor
+    over: Literal["array", "tree"] = "tree"
     nonfinite: str = "ignore"
 
 
-Steps: TypeAlias = Generator[Ask, Tensor, tuple[Any, Any]]
+Steps: TypeAlias = Generator[Reduce, Any, tuple[Any, Any]]
 
 
 class Assign(NamedTuple):
@@ -71,8 +51,9 @@ class Assign(NamedTuple):
 class Rule:
     """Base class of all rules. A subclass is a frozen dataclass by itself; it writes two methods.
 
-    `elementwise = True` promises that each element of the result depends on that element of the inputs alone. The
-    engine may then run the rule on many tensors laid side by side, and complex parameters reach it as real ones.
+    `elementwise = True` promises that each element of the result depends on that element of the inputs alone (and on
+    the totals it asks for). The engine may then run the rule on many tensors packed into one, and complex parameters
+    reach it as real ones. A rule around another is elementwise only if it says so itself.
 
     >>> class Sign(Rule):
     ...     lr: float = 0.01
@@ -86,7 +67,12 @@ class Rule:
 
     elementwise: ClassVar[bool] = False
     # True for a rule that must see every update, those without a gradient (`dx` is None) too.
-    gathers: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = False
+    # True for a rule around others that does no more than elementwise arithmetic itself.
+    delegates: ClassVar[bool] = False
+    # True for a rule around one other (`rule`) which that steps a copy in `dtype` in place of the parameter: the first
+    # tensor of the state, which `master_for(copy, x)` brings up to date. The parameter becomes the rounded copy.
+    keeps_master: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Rule":
         for name in kwargs:
@@ -101,11 +87,7 @@ class Rule:
         del cls.__setattr__, cls.__delattr__  # Rule's own say more; and a user may write @dataclass(frozen=True) too
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = _plain(getattr(self, field.name))
-            if field.metadata.get("allowed"):
-                _check(type(self).__name__, field, value)
-            object.__setattr__(self, field.name, value)
+        validate(self)
 
     def init(self, x: Tensor) -> Any:
         """The state for a parameter `x` (shape, dtype and device as `x`): any pytree of tensors and numbers."""
@@ -120,20 +102,26 @@ class Rule:
         raise NotImplementedError(f"{type(self).__name__} must define apply(self, state, x, dx) -> (state, change)")
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
-        """`apply` as the engine runs it: a generator, so that rules which need the whole tree can wait for it."""
+        """`apply` as the engine runs it: a generator, so that rules which need a total can wait for it."""
         if not (self.elementwise and x.is_complex()):
             return self.apply(state, x, dx)
         real: Any = None if dx is None else torch.view_as_real(dx.resolve_conj())
         state, change = self.apply(state, torch.view_as_real(x.resolve_conj()), real)
         return state, None if change is None else torch.view_as_complex(change)
-        yield
+        yield  # never reached: it makes this function a generator
 
-    def start(self, x: Tensor) -> Any:
-        """`init` as the engine runs it."""
+    def init_any(self, x: Tensor) -> Any:
+        """`init` as the engine runs it: an elementwise rule sees a complex parameter as a real one."""
         return self.init(torch.view_as_real(x.resolve_conj()) if self.elementwise and x.is_complex() else x)
 
-    def miss(self, state: Any, updates: int) -> Any:
-        """The state after `updates` updates in which the leaf was frozen. Only a rule that `gathers` minds."""
+    def skip_frozen(self, state: Any) -> Any:
+        """The state after an update in which the leaf was frozen. Changes numbers alone: the tensors may be missing.
+        Called only of a rule that `accumulates`."""
+        return state
+
+    def restart(self, before: Any, state: Any) -> Any:
+        """`state` as `init` made it, in the place of one that was reset or missing: what it keeps of the numbers in
+        `before`. Called only of a rule that `accumulates`."""
         return state
 
     @cached_property
@@ -159,30 +147,70 @@ def _refuse(rule: Rule, name: str, *_: Any) -> None:
 Rule.__setattr__ = Rule.__delattr__ = _refuse  # after dataclass has made its own
 
 
-class StagedRule(Rule):
-    """A rule that asks the engine for a total between two of its lines. It writes `steps` instead of `apply`.
+class ReducingRule(Rule):
+    """A rule that asks for a total between two of its lines. It writes `steps` instead of `apply`.
 
-    `steps` is a generator: `total = yield Ask(self, part)`, then `return state, change`.
+    `steps` is a generator: `total = yield Reduce(self, value)`, then `return state, change`. `part` is what one array
+    gives to the total, `combine` makes the total of all parts.
+
+    >>> class UnitNorm(ReducingRule):
+    ...     elementwise = True
+    ...
+    ...     def part(self, value):
+    ...         return value.square().sum()
+    ...
+    ...     def steps(self, state, x, dx):
+    ...         total = yield Reduce(self, dx)
+    ...         return state, dx / total**0.5
+    >>> UnitNorm().apply((), torch.zeros(2), torch.tensor([3.0, 4.0]))[1]
+    tensor([0.6000, 0.8000])
     """
 
-    def combine(self, parts: list[Tensor]) -> Tensor:
-        """The total of the parts of all leaves. Default: their sum."""
-        return torch.stack(parts).sum()
+    # True for a rule that can go on with a total as a number, where the host may read it: cheaper than a tensor.
+    takes_numbers: ClassVar[bool] = False
+
+    def part(self, value: Tensor) -> Tensor:
+        """What one array gives to the total, 0-dim. Default: the sum of its elements."""
+        return value.sum()
+
+    def parts(self, values: Sequence[Tensor]) -> Tensor:
+        """`part` of each of many arrays, stacked. Where there is a faster way to the same numbers, override it."""
+        return torch.stack([self.part(value) for value in values])
+
+    def combine(self, parts: Tensor) -> Tensor:
+        """The total of the parts of all arrays, which come stacked, in the order of the model. Default: their sum."""
+        return parts.sum(0)
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         """`steps` on one tensor that is its own whole tree."""
-        steps, total = self.steps(state, x, dx), None
-        while True:
-            try:
-                ask = steps.send(total)  # pyright: ignore[reportArgumentType]
-            except StopIteration as done:
-                return done.value
-            total = ask.rule.combine([ask.part]) if ask.across else ask.part
-            if ask.nonfinite == "raise" and not total.isfinite():
-                raise FloatingPointError(f"{type(ask.rule).__name__}: the total {total.item()} is not finite")
+        return run_alone(self, state, x, dx, self._demand_finite)
+
+    def _demand_finite(self, reduce: Reduce, total: Tensor) -> None:
+        if reduce.nonfinite == "raise" and not total.isfinite().all():
+            raise FloatingPointError(f"{type(reduce.rule).__name__}: the total {total.tolist()} is not finite")
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         raise NotImplementedError(f"{type(self).__name__} must define steps(self, state, x, dx)")
+
+
+def total_of(reduce: Reduce, parts: Tensor) -> Tensor:
+    """The answer to a `Reduce` from the parts of all arrays."""
+    return parts[0] if reduce.over == "array" else reduce.rule.combine(parts)
+
+
+def run_alone(
+    rule: Rule, state: Any, x: Tensor, dx: Any, check: Callable[[Reduce, Tensor], None] | None = None
+) -> tuple[Any, Any]:
+    """Run `rule.steps` on one tensor that is its own whole tree: `(state, change)`."""
+    steps, answer = rule.steps(state, x, dx), None
+    while True:
+        try:
+            reduce = steps.send(answer)
+        except StopIteration as done:
+            return done.value
+        answer = total_of(reduce, reduce.rule.parts([reduce.value]))
+        if check is not None:
+            check(reduce, answer)
 
 
 def walk(rule: Rule) -> Iterator[Rule]:
@@ -225,6 +253,24 @@ def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool 
     return fresh
 
 
+def map_inner(rule: Rule, f: Callable[[Rule], Rule]) -> Rule:
+    """A copy of `rule` with `f` of each rule directly inside it. Nothing is validated."""
+
+    def new(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(new, value))
+        return f(value) if isinstance(value, Rule) else value
+
+    fresh = object.__new__(type(rule))
+    fresh.__dict__.update({name: new(value) for name, value in _items(rule)})
+    return fresh
+
+
+def title_key(rule: Rule) -> tuple[type, ...]:
+    """The classes of a rule and of all inside it."""
+    return tuple(map(type, walk(rule)))
+
+
 def at(rule: Rule, count: int) -> Rule:
     """The rule with every schedule replaced by its value at `count`."""
     if not rule.scheduled:
@@ -233,17 +279,60 @@ def at(rule: Rule, count: int) -> Rule:
     def value(v: Any) -> Any:
         if isinstance(v, tuple):
             return tuple(map(value, v))
-        return at(v, count) if isinstance(v, Rule) else _plain(v(count)) if callable(v) else v
+        if isinstance(v, Rule):
+            return at(v, count)
+        return plain(v(count)) if callable(v) else v
 
     fresh = object.__new__(type(rule))
     for field in dataclasses.fields(rule):
         old = getattr(rule, field.name)
         new = fresh.__dict__[field.name] = value(old)
         if new is not old and field.metadata.get("allowed"):
-            _check(type(rule).__name__, field, new)
+            check(type(rule).__name__, field, new)
     if type(rule).__post_init__ is not Rule.__post_init__:  # which would check the others again
         fresh.__post_init__()
     return fresh
+
+
+def rule_key(rule: Rule, loose: bool = False) -> Any:
+    """What equal rules have in common, to compare and hash by: two that share it take the same steps.
+
+    Schedules count by value where they are plain data, other functions by identity. With `loose`, real numbers do not
+    count, but in rules that ask for totals: rules that differ in them alone share it.
+    """
+    loose = loose and not isinstance(rule, ReducingRule)
+    return type(rule), tuple((name, value_key(value, loose)) for name, value in _items(rule))
+
+
+def value_key(v: Any, loose: bool = False) -> Any:
+    """A hyperparameter, or a number in a state, to compare and hash by."""
+    if isinstance(v, Rule):
+        return rule_key(v, loose)
+    if isinstance(v, tuple | list):
+        return tuple(value_key(x, loose) for x in v)
+    if loose and type(v) is float:
+        return float
+    if isinstance(v, Tensor):
+        readable = v.numel() == 1 and v.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(v)  # pyright: ignore
+        return v.item() if readable else id(v)
+    if callable(v):
+        if dataclasses.is_dataclass(v) and not isinstance(v, type):
+            return type(v), tuple(value_key(getattr(v, f.name)) for f in dataclasses.fields(v))
+        return id(v)
+    return v
+
+
+def tensors_of(rule: Rule) -> list[Tensor]:
+    """The tensors that stand for hyperparameters, of inner rules too."""
+    if not rule.traced:
+        return []
+    return [
+        v
+        for inner in walk(rule)
+        for value in hyperparameters(inner).values()
+        for v in _elements(value)
+        if isinstance(v, Tensor)
+    ]
 
 
 def eps_for(x: Tensor, eps: Hyper) -> Hyper:
@@ -254,6 +343,7 @@ def eps_for(x: Tensor, eps: Hyper) -> Hyper:
 
 
 def field_of(rule: Rule, name: str) -> dataclasses.Field[Any]:
+    """The declaration of a hyperparameter."""
     return rule.__dataclass_fields__[name]
 
 
@@ -263,38 +353,3 @@ def _items(rule: Rule) -> Iterator[tuple[str, Any]]:
 
 def _elements(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
-
-
-def _plain(value: Any) -> Any:
-    """Lists become tuples and NumPy's numbers Python's own, so that a rule can be saved and compared."""
-    if isinstance(value, list | tuple):
-        return tuple(_plain(v) for v in value)
-    return _plain(value.tolist()) if isinstance(value, np.generic | np.ndarray) else value
-
-
-def _check(rule: str, field: dataclasses.Field[Any], value: Any) -> None:
-    allowed = field.metadata["allowed"]
-    if isinstance(field.default, tuple) and not callable(value):
-        value = tuple(value) if isinstance(value, Tensor) and value.ndim else value
-        pair = isinstance(value, tuple) and len(value) == len(field.default)
-        ok = pair and all(_allows(allowed, v) for v in value)
-        want = f"it must be {len(field.default)} numbers, each in {allowed}"
-    elif isinstance(allowed, tuple):
-        ok, want = callable(value) or value in allowed, f"it must be one of {', '.join(map(repr, allowed))}"
-    else:
-        ok = _allows(allowed, value)
-        want = f"it must be one of {allowed}" if allowed[0] not in "[(" else f"it must lie in {allowed}"
-    if not ok:
-        raise ValueError(f"{rule}: {field.name}={value!r} is not allowed; {want}")
-
-
-def _allows(interval: str, value: Any) -> bool:
-    if callable(value) or isinstance(value, Tensor):
-        return True  # a schedule is checked when it gives a value; a tensor never, which would read the device
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        return False
-    if interval[0] not in "[(":
-        return math.isfinite(value) and value == int(value) >= 1
-    low, high = map(float, interval[1:-1].split(","))
-    inside = low < value < high
-    return inside or (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from .pytree import Frame
+from .leaf import Leaf, record_of
 from .rule import Rule, title
-from .state import Leaf, State, leaves, values
-from .tree import Spec
+from .state import State, leaves, values
+from .tree import TreeSpec, spec_of, values_of
 
 
 def show(state: State) -> str:
@@ -15,13 +15,13 @@ def show(state: State) -> str:
     head = f"State of {len(found)} parameters" + (f", {frozen} frozen" if frozen else "")
     notes = {_note(leaf) for _, leaf in found}
     note = notes.pop() if len(notes) == 1 else None
-    return "\n".join([head + (f"  {note}" if note else ""), *_lines(state._spec, state, "", note)])
+    return "\n".join([head + (f"  {note}" if note else ""), *_lines(spec_of(state), state, "", note)])
 
 
-def _lines(spec: Spec, state: State, indent: str, above: str | None) -> list[str]:
+def _lines(spec: TreeSpec, state: State, indent: str, above: str | None) -> list[str]:
     blocks: list[tuple[str, str, str, list[str]]] = []  # first name, last name, the line's rest, lines below
     for key, child in zip(spec.keys, spec.children, strict=True):
-        inside = [state._values[index] for index in child.unique]
+        inside = [values_of(state)[index] for index in child.leaves]
         if not inside:
             continue
         notes = {_note(leaf) for leaf in inside}
@@ -29,7 +29,7 @@ def _lines(spec: Spec, state: State, indent: str, above: str | None) -> list[str
         rest = f"  {note}" if note is not None and note != above else ""
         if child.kind == "leaf":
             leaf = inside[0]
-            rest = f"  {list(leaf._shape)}{rest}"
+            rest = f"  {list(leaf.shape)}{rest}"
         below = _lines(child, state, indent + "  ", note)
         folds = spec.kind in ("sequence", "slice") and bool(child.children)
         if blocks and folds and blocks[-1][2:] == (rest, below):
@@ -71,11 +71,11 @@ def summary(state: State | Leaf) -> str:
     numbers = total = frozen = 0
     found = list(leaves(state))
     for path, leaf in found:
-        size = sum(t.numel() * t.element_size() for t in Frame.split(leaf.state)[0])
+        size = sum(t.nbytes for t in record_of(leaf).tensors or ())
         rule = title(leaf.rule) if isinstance(leaf.rule, Rule) else "none"
-        dtype = str(leaf._dtype).removeprefix("torch.")
-        rows.append((path, str(list(leaf._shape)), dtype, rule, _rate(leaf), "frozen" * leaf.frozen, f"{size:,}"))
-        numbers, total, frozen = numbers + leaf._shape.numel(), total + size, frozen + leaf.frozen
+        dtype = str(leaf.dtype).removeprefix("torch.")
+        rows.append((path, str(list(leaf.shape)), dtype, rule, _rate(leaf), "frozen" * leaf.frozen, f"{size:,}"))
+        numbers, total, frozen = numbers + leaf.shape.numel(), total + size, frozen + leaf.frozen
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join([*(c.ljust(w) for c, w in zip(r[:-1], widths[:-1], strict=True)), r[-1].rjust(widths[-1])])

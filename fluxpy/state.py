@@ -1,26 +1,27 @@
-"""The state tree and the verbs on it: setup, adjust, freeze, thaw, reset, leaves, select, value.
+"""The state tree: setup, and what reads it: leaves, select, value.
 
 Every verb takes the whole state or any view of it (a branch, a slice, a selection, one leaf), and returns what it was
 given. None of them needs the model.
 """
 
+import copy
 import fnmatch
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .guard import Guard
-from .leaf import Leaf, start
-from .match import Fit
-from .pytree import Frame
-from .rule import Rule, at, hyperparameters, no_hyperparameter
+from .binding import Binding
+from .context import Context
+from .leaf import Leaf, Numbers, Record, adopt, context_of, record_of
+from .rule import Rule, at, hyperparameters, no_hyperparameter, title_key
 from .rule import walk as walk_rules
 from .text import near
-from .tree import Mirror, Spec, walk
+from .tree import Mirror, TreeSpec, rooted, spec_of, values_of, walk
 
-T = TypeVar("T", "State", "Leaf")
+AnyState = TypeVar("AnyState", "State", Leaf)
 
 
 class State(Mirror):
@@ -29,40 +30,75 @@ class State(Mirror):
     __slots__ = ()
     _what = "state"
 
+    @classmethod
+    def _rebuilt(cls, spec: TreeSpec, values: list[Any]) -> "State":
+        leaves = [value for value in values if isinstance(value, Leaf)]
+        if leaves:
+            context = context_of(leaves[0]).fork()
+            for leaf in leaves:
+                adopt(leaf, context)
+        return cls(spec, values)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "State":
+        spec, leaves = rooted(self)
+        return State(spec, [copy.deepcopy(leaf, memo) for leaf in leaves])
+
     def __repr__(self) -> str:
         from .show import show
 
         return show(self)
 
 
-def spec_of(state: "State | Leaf") -> Spec:
-    """The shape of a state; that of a single leaf is a leaf."""
-    return state._spec if isinstance(state, State) else _ALONE
+_ALONE = TreeSpec("leaf", index=0)
 
 
-_ALONE = Spec("leaf", index=0)
+def shape_of(state: State | Leaf) -> TreeSpec:
+    """The spec of a state; that of a single leaf is a leaf."""
+    return spec_of(state) if isinstance(state, State) else _ALONE
 
 
-def guard_of(state: "State | Leaf") -> Guard:
-    """The guard that all leaves of a tree share."""
+def leaf_list(state: State | Leaf) -> list[Leaf]:
+    """The leaves of the whole tree that a view is of, by the numbers in its spec."""
+    return values_of(state) if isinstance(state, State) else [state]
+
+
+def tree_context(state: State | Leaf) -> Context:
+    """What all leaves of the tree share."""
     if isinstance(state, Leaf):
-        return state._guard
-    return state._values[0]._guard if state._values else Guard()
+        return context_of(state)
+    leaves = values_of(state)
+    return context_of(leaves[0]) if leaves else Context()
 
 
-def fit_of(state: "State | Leaf", model: Any) -> Fit:
+_MOST_BINDINGS = 16  # kept for one tree; views that were made for one use push each other out
+
+
+def bind(state: State | Leaf, model: Any) -> Binding:
     """The model's parameters as they fit the state; of the same model as last time, at next to no cost."""
-    spec, fits = spec_of(state), guard_of(state).fits
-    fit = fits.get(id(spec))
-    if fit is None or fit.spec is not spec or not fit.holds(model):
-        if len(fits) > 16:  # of views that were made for one use
-            fits.clear()
-        fit = fits[id(spec)] = Fit(spec, model)
-    return fit
+    spec, bindings = shape_of(state), tree_context(state).bindings
+    alone = record_of(state) if isinstance(state, Leaf) else None
+    key = id(alone or spec)
+    binding = bindings.get(key)
+    if binding is not None and binding.spec is spec and binding.matches(model):
+        if alone is None or binding.records[0] is alone:
+            return binding
+    if len(bindings) >= _MOST_BINDINGS:
+        bindings.clear()
+    context = weakref.ref(tree_context(state))
+    binding = bindings[key] = Binding(spec, model, lambda: _forget(context, key))
+    held = leaf_list(state)
+    binding.records = [record_of(held[index]) for index in binding.indices]
+    return binding
+
+
+def _forget(context: "weakref.ref[Context]", key: int) -> None:
+    held = context()
+    if held is not None:
+        held.bindings.pop(key, None)
 
 
 def setup(
-    rule: Rule | Mapping[str, Rule | None], model: Any, *, compile: bool = False, keep: "State | Leaf | None" = None
+    rule: Rule | Mapping[str, Rule | None], model: Any, *, compile: bool = False, keep: State | Leaf | None = None
 ) -> Any:
     """The state for training `model` by `rule`: a tree with the model's shape and a `Leaf` for each parameter.
 
@@ -73,6 +109,7 @@ def setup(
     `keep` is an older state: rule, momenta, counts and frozenness of each leaf whose path, shape and dtype are still
     there are taken over (copied), as for a new head on a trained encoder; `rule` is for the others, and None freezes
     for good all the same. A new head of the old one's shape takes its momenta too, unless you `reset` it.
+
     With `compile`, elementwise rules, your own included, are compiled by `torch.compile` into one kernel for the whole
     chain: seconds at the first update, once for a chain, dtype and device, whatever hyperparameters, schedules, counts
     and sizes follow. Numbers are the same to a few roundings. Where there is no compiler, or a rule cannot be compiled,
@@ -90,37 +127,72 @@ def setup(
         raise TypeError("the rule comes first: setup(rule, model)")
     if isinstance(model, State | Leaf):
         raise TypeError("setup takes the model, not a state; to take a state over: setup(rule, model, keep=state)")
-    spec, values = walk(model)
-    if not values:
+    spec, params = walk(model)
+    if not params:
         warnings.warn("setup found no parameters in this model", stacklevel=2)
-    names: dict[int, list[str]] = {}
-    for path, index in spec.slots:
-        names.setdefault(index, []).append(path)
-    chosen = _assign(rule, names) if values else {}
-    old = {} if keep is None else {path: leaf for path, leaf in slots(keep, "setup(..., keep=)")}
-
-    def leaf(index: int, x: Tensor) -> Leaf:
-        own = chosen[index]
-        frozen = own is None or (isinstance(x, nn.Parameter) and not x.requires_grad)
-        for name in names[index]:
-            before = old.get(name)
-            if own is not None and before is not None and (before._shape, before._dtype) == (x.shape, x.dtype):
-                tensors, frame = Frame.split(before.state)  # which may lie in one buffer with those of other leaves
-                kept = before._with(before.rule, frame.join(t.clone() for t in tensors))
-                kept._set(frozen=before._frozen or frozen, guard=guard)
-                return kept
-        new = Leaf(own, frozen, x, guard)
-        if own is not None and not frozen:
-            new._held = start(own, x, 0, names[index][0])
-        return new
-
-    guard = Guard()
-    guard.compile = compile
-    leaves = [leaf(index, x) for index, x in enumerate(values)]
+    names = names_by_number(spec)
+    rules = _assign(rule, names) if params else {}
+    kept = {} if keep is None else {path: leaf for path, leaf in paths_and_leaves(keep, "setup(..., keep=)")}
+    context = Context(compile)
+    numbers: dict[int, Numbers] = {}
+    leaves = []
+    for index, x in enumerate(params):
+        before = _kept(kept, names[index], x) if rules[index] is not None else None
+        record = _new(rules[index], x) if before is None else _copy(before, x, numbers)
+        leaves.append(Leaf(record, context))
+    _begin(leaves, params, names)
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
 
 
+def names_by_number(spec: TreeSpec) -> dict[int, list[str]]:
+    """All paths of each parameter."""
+    names: dict[int, list[str]] = {}
+    for path, index in spec.paths:
+        names.setdefault(index, []).append(path)
+    return names
+
+
+def _new(rule: Rule | None, x: Tensor) -> Record:
+    frozen = rule is None or (isinstance(x, nn.Parameter) and not x.requires_grad)
+    return Record(rule, frozen, x.shape, x.dtype)
+
+
+def _kept(kept: dict[str, Leaf], names: list[str], x: Tensor) -> Record | None:
+    """What is taken over for a parameter with these names."""
+    for name in names:
+        leaf = kept.get(name)
+        if leaf is not None and leaf.rule is not None and (leaf.shape, leaf.dtype) == (x.shape, x.dtype):
+            return record_of(leaf)
+    return None
+
+
+def _copy(before: Record, x: Tensor, numbers: dict[int, Numbers]) -> Record:
+    own = numbers.setdefault(id(before.numbers), before.numbers.copy())
+    tensors = None if before.tensors is None else [t.clone() for t in before.tensors]
+    record = before.copy(own, tensors)
+    record.frozen = record.frozen or (isinstance(x, nn.Parameter) and not x.requires_grad)
+    return record
+
+
+def _begin(leaves: list[Leaf], params: list[Tensor], names: dict[int, list[str]]) -> None:
+    """Make the states of leaves that train. Where others are in the middle of an accumulation window, the new are too."""
+    records = [record_of(leaf) for leaf in leaves]
+    windows = {
+        title_key(r.rule): r.numbers.skeleton
+        for r in records
+        if r.rule is not None and r.rule.accumulates and r.numbers.skeleton is not None
+    }
+    for index, (record, x) in enumerate(zip(records, params, strict=True)):
+        if record.rule is None or record.tensors is not None:
+            continue
+        if record.rule.accumulates and record.numbers.skeleton is None:
+            record.numbers.skeleton = windows.get(title_key(record.rule))
+        if not record.frozen:
+            record.begin(x, names[index][0])
+
+
 def _assign(rule: Any, names: dict[int, list[str]]) -> dict[int, Rule | None]:
+    """The rule of each parameter."""
     if not isinstance(rule, Mapping):
         return dict.fromkeys(names, _rule(rule, "setup takes a rule or a mapping of patterns to rules"))
     chosen: dict[int, Rule | None] = {}
@@ -129,51 +201,60 @@ def _assign(rule: Any, names: dict[int, list[str]]) -> dict[int, Rule | None]:
         own = None if own is None else _rule(own, f"the pattern {pattern!r} needs a rule or None")
         hits = [i for i, paths in names.items() if any(fnmatch.fnmatchcase(path, pattern) for path in paths)]
         chosen.update((i, own) for i in hits if i not in chosen)
-        idle += [] if hits else [pattern]
+        if not hits:
+            idle.append(pattern)
     bare = [paths[0] for i, paths in names.items() if i not in chosen]
     if bare or idle:
         every = [path for paths in names.values() for path in paths]
-        parts = [f"no pattern matches the parameters {', '.join(map(repr, bare))}"] * bool(bare)
-        parts += [f"the pattern {pattern!r} matches no parameter ({near(pattern, every)})" for pattern in idle]
-        raise ValueError("setup: " + "; ".join(parts) + "; a last '*': Rule() catches what is left")
+        problems = [f"no pattern matches the parameters {', '.join(map(repr, bare))}"] if bare else []
+        problems += [f"the pattern {pattern!r} matches no parameter ({near(pattern, every)})" for pattern in idle]
+        raise ValueError("setup: " + "; ".join(problems) + "; a last '*': Rule() catches what is left")
     return chosen
 
 
 def _rule(rule: Any, need: str) -> Rule:
     if isinstance(rule, Rule):
         return rule
-    hint = f"; write {rule.__name__}()" if isinstance(rule, type) and issubclass(rule, Rule) else ""
-    hint = "; write fluxpy.OptimiserChain(...)" if isinstance(rule, list | tuple) else hint
+    hint = ""
+    if isinstance(rule, type) and issubclass(rule, Rule):
+        hint = f"; write {rule.__name__}()"
+    elif isinstance(rule, list | tuple):
+        hint = "; write fluxpy.OptimiserChain(...)"
     raise TypeError(f"{need}, but got {rule!r}{hint}")
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------
 
 
-def slots(state: Any, verb: str) -> Iterator[tuple[str, Leaf]]:
-    """(path, leaf) of every place, ties at each of theirs."""
+def paths_and_leaves(state: Any, verb: str) -> Iterator[tuple[str, Leaf]]:
+    """`(path, leaf)` of every place, a tied leaf at each of its places. TypeError names the verb."""
     if isinstance(state, Leaf):
         return iter([("", state)])
     if not isinstance(state, State):
-        mistaken = "a rule" if isinstance(state, Rule) else "the model" if walk(state)[1] else type(state).__name__
-        raise TypeError(f"{verb} takes the state tree that setup returns (or a branch of it), but got {mistaken}")
-    return ((path, state._values[index]) for path, index in state._spec.slots)
+        got = type(state).__name__
+        if isinstance(state, Rule):
+            got = "a rule"
+        elif walk(state)[1]:
+            got = "the model"
+        raise TypeError(f"{verb} takes the state tree that setup returns (or a branch of it), but got {got}")
+    values = values_of(state)
+    return ((path, values[index]) for path, index in spec_of(state).paths)
 
 
-def leaves(state: "State | Leaf") -> Iterator[tuple[str, Leaf]]:
+def leaves(state: State | Leaf) -> Iterator[tuple[str, Leaf]]:
     """`(path, leaf)` for each parameter, a tied one once, in the order of the model; paths start at the given view."""
-    return iter(once(state, "leaves"))
+    return iter(each_leaf(state, "leaves"))
 
 
-def once(state: Any, verb: str) -> list[tuple[str, Leaf]]:
+def each_leaf(state: Any, verb: str) -> list[tuple[str, Leaf]]:
     """What `leaves` gives, for a verb to name in its errors."""
-    first: dict[int, tuple[str, Leaf]] = {}
-    for path, leaf in slots(state, verb):
-        first.setdefault(id(leaf), (path, leaf))
-    return list(first.values())
+    if not isinstance(state, State):
+        return list(paths_and_leaves(state, verb))
+    values = values_of(state)
+    return [(path, values[index]) for index, path in spec_of(state).leaves.items()]
 
 
-def select(state: State, what: str | Callable[[str, Leaf], bool]) -> State:
+def select(state: State | Leaf, what: str | Callable[[str, Leaf], bool]) -> State:
     """A view of all leaves whose path matches a glob pattern, or for which `what(path, leaf)` is true.
 
     A tied leaf is found by any of its names. Raises ValueError where nothing matches.
@@ -183,18 +264,18 @@ def select(state: State, what: str | Callable[[str, Leaf], bool]) -> State:
     >>> state.bias.rule.lr, state.weight.rule.lr
     (0.1, 0.001)
     """
-    places = list(slots(state, "select"))
+    places = list(paths_and_leaves(state, "select"))
     match = (lambda path, leaf: fnmatch.fnmatchcase(path, what)) if isinstance(what, str) else what
     hits = [path for path, leaf in places if match(path, leaf)]
     if not hits:
         raise ValueError(f"select: {what!r} matches no leaf; {near(what, (path for path, _ in places))}")
     if isinstance(state, Leaf):
-        return State(Spec("selection", ("",), (Spec("leaf", index=0),)), [state])
-    numbers = dict(state._spec.slots)
+        return State(TreeSpec("selection", ("",), (TreeSpec("leaf", index=0),)), [state])
+    numbers = dict(spec_of(state).paths)
     first = {numbers[path]: path for path in reversed(hits)}
-    chosen = [(path, Spec("leaf", index=i)) for i, path in reversed(first.items())]
+    chosen = [(path, TreeSpec("leaf", index=i)) for i, path in reversed(first.items())]
     paths, specs = zip(*chosen, strict=True)
-    return State(Spec("selection", paths, specs), state._values)
+    return State(TreeSpec("selection", paths, specs), values_of(state))
 
 
 def value(leaf: Leaf, name: str) -> Any:
@@ -209,15 +290,15 @@ def value(leaf: Leaf, name: str) -> Any:
         raise TypeError("value takes one leaf, as state.encoder.weight or state['encoder.weight']")
     if leaf.rule is None:
         raise ValueError("this leaf was set up with no rule (None), so it has no hyperparameters")
-    first, *rest = values(leaf, name) or [None]
-    if first is None:
+    found = values(leaf, name)
+    if not found:
         raise ValueError(no_hyperparameter(leaf.rule, name))
-    if any(other is not first and other != first for other in rest):
+    if any(other is not found[0] and other != found[0] for other in found[1:]):
         raise ValueError(f"{name!r} stands more than once in {leaf.rule!r}; ask one member, as leaf.rule[0].{name}")
-    return first
+    return found[0]
 
 
 def values(leaf: Leaf, name: str) -> list[Any]:
     """The hyperparameter of each rule of the leaf that has it, at the leaf's count."""
-    members = [] if leaf.rule is None else walk_rules(at(leaf.rule, leaf._count))
+    members = [] if leaf.rule is None else walk_rules(at(leaf.rule, leaf.count))
     return [own[name] for own in map(hyperparameters, members) if name in own]

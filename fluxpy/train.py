@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .gradient import differentiate, trained
-from .guard import reads_at_once
+from .context import reads_at_once
+from .gradient import differentiate
 from .leaf import Leaf
-from .pytree import Frame, level, unwrap
-from .state import State, fit_of, guard_of, leaves
-from .update import check, stepped
+from .pytree import level, partition, tensors_in, unwrap
+from .state import State, bind, leaves, tree_context
+from .update import apply_gradients, check_finite
 
 
 def train(
@@ -46,7 +46,7 @@ def train(
     1
     """
     _refuse(refused, data, state)
-    fit_of(state, model)
+    bind(state, model)
     training_mode(model, state)
     losses: list[Tensor] = []
     watched, drawn = _watched() if progress is None else progress, 0.0
@@ -63,9 +63,11 @@ def train(
         raise ValueError("train got no batch: the data is empty, or an iterator that was used up before")
     numbers = torch.stack([x.reshape(()) for x in losses]).tolist()
     bad = next((i for i, number in enumerate(numbers) if not math.isfinite(number)), None)
-    with contextlib.suppress(*[FloatingPointError] * (bad is not None)):
-        check(state)
-    if bad is not None:
+    if bad is None:
+        check_finite(state)
+    else:
+        with contextlib.suppress(FloatingPointError):  # the message below says more
+            check_finite(state)
         raise FloatingPointError(f"the loss is {numbers[bad]} on item {bad} of the data; that item updated nothing")
     return numbers
 
@@ -75,41 +77,43 @@ def trainstep(loss: Callable[..., Any], model: Any, batch: Any, state: State | L
 
     Where the loss is not finite nothing is updated; the caller decides what to do.
     """
-    fit = fit_of(state, model)
-    batch = to_device(batch, fit.params)
+    binding, context = bind(state, model), tree_context(state)
+    batch = to_device(batch, binding.params)
     args = batch if isinstance(batch, tuple | list) else (batch,)
     try:
-        value, grads = differentiate(loss, model, args, fit.walked, fit.params, trained(state, fit), exact=True)
+        value, grads = differentiate(loss, model, args, binding)
     except TypeError as error:
         error.add_note("the loss is called as loss(model, *batch), as in: lambda m, x, y: cross_entropy(m(x), y)")
         raise
     number = value[0] if isinstance(value, tuple) else value
     if not reads_at_once(number):
-        guard_of(state).note(number.isfinite(), "the loss")
+        context.flag.require(number.isfinite(), context.updates, "the loss")
     elif not math.isfinite(number.item()):
         return value
-    stepped(state, fit, model, grads)
+    apply_gradients(binding, context, grads)
     return value
 
 
 def training_mode(model: Any, state: State | Leaf) -> None:
-    """Put modules into training mode, but those that are wholly frozen: these stay as the user left them."""
+    """Put modules into training mode, and those that are wholly frozen into evaluation mode, each in its own way."""
 
-    def visit(x: Any, state: Any) -> None:
+    def visit(x: Any, state: Any, outer: bool) -> None:
         frozen = [leaf.frozen for _, leaf in leaves(state)]
-        if frozen and all(frozen):
-            return
         if isinstance(x, nn.Module):
-            if not any(frozen):
-                x.train()  # all of it, in the module's own way
+            if frozen and all(frozen):
+                x.eval()
                 return
-            x.training = True
+            if not outer:
+                x.train()  # with all that is in it, as the module itself would have it
+            if not any(frozen):
+                return
+            outer = True
         x = unwrap(x)
-        here = level(x)
-        for key, child in zip(here.keys, here.children, strict=True) if here else ():
-            visit(child, state[key])
+        inside = level(x)
+        for key, child in zip(inside.keys, inside.children, strict=True) if inside else ():
+            visit(child, state[key], outer)
 
-    visit(model, state)
+    visit(model, state, False)
 
 
 def to_device(batch: Any, params: list[Tensor]) -> Any:
@@ -118,7 +122,7 @@ def to_device(batch: Any, params: list[Tensor]) -> Any:
     parts = batch if isinstance(batch, tuple | list) else (batch,)
     if len(devices) == 1 and all(isinstance(part, Tensor) and part.device in devices for part in parts):
         return batch
-    tensors, _ = Frame.split(batch)
+    tensors = tensors_in(batch)
     if len(devices) > 1 and tensors:
         raise ValueError(
             f"cannot tell the batch's device: the model's parameters are on {', '.join(sorted(map(str, devices)))}; "
@@ -138,8 +142,8 @@ def place(batch: Any, device: torch.device | None) -> Any:
         return batch if batch.device == device else batch.to(device, non_blocking=batch.is_pinned())
     if type(batch) in (tuple, list):
         return type(batch)([place(part, device) for part in batch])
-    tensors, frame = Frame.split(batch)
-    return frame.join(place(t, device) for t in tensors) if tensors else batch
+    tensors, skeleton = partition(batch)
+    return skeleton.combine(place(t, device) for t in tensors) if tensors else batch
 
 
 def _watched() -> bool:

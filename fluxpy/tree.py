@@ -1,6 +1,6 @@
 """Mirror trees: the shape of a model, and values laid out in that shape. Knows no rules and no training.
 
-    Spec      the shape: each place has named children, or is a parameter's, or is empty
+    TreeSpec  the shape: each place has named children, or is a parameter's, or is empty
     Mirror    a spec and one value for each parameter; navigation gives views that share the values
     walk      reads the spec and the parameters off a model
 
@@ -18,7 +18,7 @@ from .pytree import is_parameter, level, register, unwrap
 from .text import names_of, near
 
 
-class Spec:
+class TreeSpec:
     """One place of a tree. Immutable, and shared by all trees made from one model. Equal where one's values fit the
     other: the same keys all the way down, and the same ties.
 
@@ -30,15 +30,15 @@ class Spec:
         self.kind, self.keys, self.children, self.index = kind, keys, children, index
 
     @staticmethod
-    def build(places: list[tuple[str, tuple[Any, ...], int]]) -> "Spec":
+    def build(places: list[tuple[str, tuple[Any, ...], int]]) -> "TreeSpec":
         """The spec of (kind, keys, index) of each place in depth-first order. No recursion: trees may be deep."""
-        done: list[Spec] = []
+        done: list[TreeSpec] = []
         for kind, keys, index in reversed(places):
-            done.append(Spec(kind, keys, tuple([done.pop() for _ in keys]), index))
+            done.append(TreeSpec(kind, keys, tuple([done.pop() for _ in keys]), index))
         return done[0]
 
     @property
-    def places(self) -> list[tuple[str, tuple[Any, ...], int]]:
+    def preorder(self) -> list[tuple[str, tuple[Any, ...], int]]:
         found, todo = [], [self]
         while todo:
             spec = todo.pop()
@@ -46,29 +46,35 @@ class Spec:
             todo.extend(reversed(spec.children))
         return found
 
-    def __reduce__(self) -> Any:
-        return _known, (self.places,)
+    def renumbered(self, order: dict[int, int]) -> "TreeSpec":
+        """The same shape with other numbers for its parameters."""
+        if list(order) == list(order.values()):
+            return self
+        return TreeSpec.build([(kind, keys, order.get(index, -1)) for kind, keys, index in self.preorder])
 
-    def __deepcopy__(self, memo: Any) -> "Spec":
+    def __reduce__(self) -> Any:
+        return _known, (self.preorder,)
+
+    def __deepcopy__(self, memo: Any) -> "TreeSpec":
         return self
 
     @cached_property
     def signature(self) -> Any:
         """What two equal specs have in common."""
-        order = {index: i for i, index in enumerate(self.unique)}
-        return [(keys, order.get(index)) for _, keys, index in self.places]
+        order = {index: i for i, index in enumerate(self.leaves)}
+        return [(keys, order.get(index)) for _, keys, index in self.preorder]
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Spec) and self.signature == other.signature)
+        return self is other or (isinstance(other, TreeSpec) and self.signature == other.signature)
 
     def __hash__(self) -> int:
-        return hash(len(self.slots))
+        return hash(len(self.paths))
 
     @cached_property
-    def slots(self) -> tuple[tuple[str, int], ...]:
+    def paths(self) -> tuple[tuple[str, int], ...]:
         """(path, number) of every place of a parameter, ties at each of their places, depth first."""
         found: list[tuple[str, int]] = []
-        todo: list[tuple[str, Spec]] = [("", self)]
+        todo: list[tuple[str, TreeSpec]] = [("", self)]
         while todo:
             path, spec = todo.pop()
             if spec.kind == "leaf":
@@ -78,38 +84,42 @@ class Spec:
         return tuple(found)
 
     @cached_property
-    def unique(self) -> dict[int, str]:
+    def leaves(self) -> dict[int, str]:
         """Number -> path of each parameter, ties under the first of their paths."""
         found: dict[int, str] = {}
-        for path, index in self.slots:
+        for path, index in self.paths:
             found.setdefault(index, path)
         return found
 
     @cached_property
-    def twice(self) -> str | None:
-        """A path at which two parameters stand, if there is one."""
-        paths: set[str] = set()
-        return next((path for path, _ in self.slots if path in paths or paths.add(path)), None)
+    def duplicate(self) -> str | None:
+        """A path that two parameters have, if there is one."""
+        seen: set[str] = set()
+        for path, _ in self.paths:
+            if path in seen:
+                return path
+            seen.add(path)
+        return None
 
     @cached_property
-    def by_name(self) -> dict[Any, "Spec"]:
+    def by_name(self) -> dict[Any, "TreeSpec"]:
         """Leaves by path; and children by key and its type, for 1 is not True."""
         children = zip(self.keys, self.children, strict=True)
-        leaves = {path: Spec("leaf", index=index) for path, index in self.slots} if self.children else {}
+        leaves = {path: TreeSpec("leaf", index=index) for path, index in self.paths} if self.children else {}
         return leaves | {(type(key), key): child for key, child in children}
 
-    def child(self, key: Any) -> "Spec | None":
+    def child(self, key: Any) -> "TreeSpec | None":
         """The place under a key, or, of a sequence, at a position (negative too) or slice."""
         sequence = self.kind in ("sequence", "slice")
         if isinstance(key, slice):
             if not sequence:
                 raise TypeError(f"a slice is for sequences of layers; this place has the names {names_of(self.keys)}")
-            return Spec("slice", self.keys[key], self.children[key]) if self.children[key] else None
+            return TreeSpec("slice", self.keys[key], self.children[key]) if self.children[key] else None
         if sequence and isinstance(key, int):
             return self.children[key] if -len(self.children) <= key < len(self.children) else None
         return self.by_name.get((type(key), key))
 
-    def find(self, path: Any) -> "Spec | None":
+    def find(self, path: Any) -> "TreeSpec | None":
         """The place under an exact key, else under a dotted path."""
         found = self.child(path)
         if found is not None or not isinstance(path, str):
@@ -125,8 +135,8 @@ class Spec:
         return None
 
 
-def walk(model: Any) -> tuple[Spec, list[Tensor]]:
-    """The shape of a model, and its parameters by number. Equal shapes are one `Spec`.
+def walk(model: Any) -> tuple[TreeSpec, list[Tensor]]:
+    """The shape of a model, and its parameters by number. Equal shapes are one `TreeSpec`.
 
     Raises ValueError where two parameters would have one path, where a module is not yet initialised, and where the
     model is nested deeper than 900 levels.
@@ -134,7 +144,7 @@ def walk(model: Any) -> tuple[Spec, list[Tensor]]:
     return explore(model)[:2]
 
 
-def explore(model: Any) -> tuple[Spec, list[Tensor], list[Any]]:
+def explore(model: Any) -> tuple[TreeSpec, list[Tensor], list[Any]]:
     """`walk`, and all containers on the way: those of a module are its dicts of parameters and modules."""
     values: list[Tensor] = []
     numbers: dict[int, int] = {}
@@ -166,24 +176,24 @@ def explore(model: Any) -> tuple[Spec, list[Tensor], list[Any]]:
             if len(above) > 900:
                 raise ValueError("the model is nested deeper than 900 levels")
     spec = _known(places)
-    if spec.twice is not None:
-        raise ValueError(f"two parameters of the model have one path, {spec.twice!r}; rename one of them")
-    for path, index in spec.slots:
+    if spec.duplicate is not None:
+        raise ValueError(f"two parameters of the model have one path, {spec.duplicate!r}; rename one of them")
+    for path, index in spec.paths:
         if nn.parameter.is_lazy(values[index]):
             raise ValueError(f"the parameter {path!r} is lazy and has no shape yet; run the model once first")
     return spec, values, holders
 
 
-_SPECS: WeakValueDictionary[Any, Spec] = WeakValueDictionary()
+_SPECS: WeakValueDictionary[Any, TreeSpec] = WeakValueDictionary()
 
 
-def _known(places: list[tuple[str, tuple[Any, ...], int]]) -> Spec:
+def _known(places: list[tuple[str, tuple[Any, ...], int]]) -> TreeSpec:
     """The spec of these places. One for all models of a shape, so that comparing, naming and numbering is done once."""
     types = tuple(type(key) for kind, keys, _ in places if kind not in ("record", "leaf") for key in keys)
     key = tuple(places), types  # 1, 1.0 and True are equal, but not one key
     found = _SPECS.get(key)
     if found is None:
-        found = _SPECS[key] = Spec.build(places)
+        found = _SPECS[key] = TreeSpec.build(places)
     return found
 
 
@@ -203,12 +213,17 @@ class Mirror:
     _what: ClassVar[str] = "tree"
 
     def __init_subclass__(cls) -> None:
-        register(cls, lambda tree: rooted(tree)[::-1], lambda spec, values: cls(spec, list(values)))
+        register(cls, lambda tree: rooted(tree)[::-1], lambda spec, values: cls._rebuilt(spec, list(values)))
 
-    def __init__(self, spec: Spec, values: list[Any]) -> None:
+    @classmethod
+    def _rebuilt(cls, spec: TreeSpec, values: list[Any]) -> Any:
+        """A tree from its values, after a transform such as `tree_map`."""
+        return cls(spec, values)
+
+    def __init__(self, spec: TreeSpec, values: list[Any]) -> None:
         self._spec, self._values = spec, values
 
-    def _view(self, spec: Spec) -> Any:
+    def _view(self, spec: TreeSpec) -> Any:
         return self._values[spec.index] if spec.kind == "leaf" else type(self)(spec, self._values)
 
     def __getattr__(self, name: str) -> Any:
@@ -223,7 +238,7 @@ class Mirror:
             return self._view(found)
         if isinstance(key, int | slice):
             raise IndexError(f"this {self._what} has nothing at {key}; here there is: {names_of(self._spec.keys)}")
-        names = [*map(str, self._spec.keys), *(path for path, _ in self._spec.slots)]
+        names = [*map(str, self._spec.keys), *(path for path, _ in self._spec.paths)]
         raise KeyError(f"this {self._what} has no {key!r} here; {near(key, names)}")
 
     def __contains__(self, key: Any) -> bool:
@@ -243,11 +258,17 @@ class Mirror:
         return type(self), rooted(self)
 
 
-def rooted(tree: Mirror) -> tuple[Spec, list[Any]]:
-    """The spec and values of a view as those of a tree of its own, with nothing of what lies outside the view."""
-    order = {index: i for i, index in enumerate(tree._spec.unique)}
-    values = [tree._values[index] for index in order]
+def spec_of(tree: Mirror) -> TreeSpec:
+    """The shape of a tree, or of a view of one."""
+    return tree._spec
 
-    if list(order) == list(order.values()):
-        return tree._spec, values
-    return Spec.build([(kind, keys, order.get(index, -1)) for kind, keys, index in tree._spec.places]), values
+
+def values_of(tree: Mirror) -> list[Any]:
+    """The values of the whole tree that a view is of; the numbers in its spec are places in this list."""
+    return tree._values
+
+
+def rooted(tree: Mirror) -> tuple[TreeSpec, list[Any]]:
+    """The spec and values of a view as those of a tree of its own, with nothing of what lies outside the view."""
+    order = {index: i for i, index in enumerate(tree._spec.leaves)}
+    return tree._spec.renumbered(order), [tree._values[index] for index in order]

@@ -1,29 +1,32 @@
 """update: one step of every leaf, all or nothing.
 
-In place, a plan of the engine does it, made at the first update and kept. A pure update runs the plain path, each
+In place, a plan of the engine does it, made at the first update and kept. A pure update runs the reference path, each
 rule's `apply` leaf by leaf, and can be differentiated.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .engine.group import Misfit
-from .engine.plain import Plain
-from .engine.plan import Plan, rounds
-from .guard import Guard, Skip
-from .leaf import Leaf
-from .match import Fit, rebuild, scatter
-from .pytree import Frame, is_transforming, is_wrapped, unwritable
-from .rule import Rule, hyperparameters, walk
-from .state import State, fit_of, guard_of
+from .binding import Binding
+from .context import Context, SkipUpdate
+from .engine.plan import Plan
+from .engine.reference import ReferenceUnit
+from .engine.step import FallBack, Unit, run_to_results
+from .grads import in_order
+from .leaf import Leaf, Record, miss_update
+from .pytree import is_transforming, is_wrapped, memory, unwritable
+from .rebuild import rebuild
+from .rule import Rule, tensors_of
+from .state import AnyState, State, bind, tree_context
 from .text import form
-from .tree import Mirror
+
+Model = TypeVar("Model")
 
 
-def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -> tuple[Any, Any]:
+def update(state: AnyState, model: Model, grads: Any = None, *, inplace: bool = True) -> tuple[AnyState, Model]:
     """One step: apply each leaf's rule to its parameter and gradient. Returns `(state, model)`.
 
     `grads` is what `gradient` returns; or a pytree like the model; or a dict by dotted name, as `torch.func.grad` over
@@ -47,105 +50,185 @@ def update(state: Any, model: Any, grads: Any = None, *, inplace: bool = True) -
     if not isinstance(state, State | Leaf):
         what = "a rule; call state = setup(rule, model) first" if isinstance(state, Rule) else f"{type(state).__name__}"
         raise TypeError(f"update takes (state, model, grads), but the first is {what}")
-    return stepped(state, fit_of(state, model), model, grads, inplace)
+    binding, context = bind(state, model), tree_context(state)
+    if inplace:
+        apply_gradients(binding, context, grads)
+        return state, model
+    return _pure(state, binding, context, model, grads)
 
 
-def stepped(state: Any, fit: Fit, model: Any, grads: Any, inplace: bool = True) -> tuple[Any, Any]:
-    """`update` of a model whose parameters are known."""
-    leaves = [state] if isinstance(state, Leaf) else state._values
-    guard, values = guard_of(state), in_order(fit, grads)
-    if not inplace:
-        _check(fit, leaves, values, inplace)
-        with torch.set_grad_enabled(_has_history(leaves, fit, values)):
-            return _pure(fit, leaves, values, guard, model)
+def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
+    """`update` in place of a model whose parameters are known."""
+    found = in_order(binding, grads)
     tracked = torch.is_grad_enabled()
     torch.set_grad_enabled(False)  # as a context it would cost a tenth of a small model's update
     try:
-        _step(fit, leaves, values, guard)
-    except Skip:
+        if is_transforming():  # nothing may be kept from one step to the next
+            _check(binding, found, inplace=True)
+            _reference_step(binding, context, found)
+        elif torch.is_inference_mode_enabled():
+            _step_in_inference_mode(binding, context, found)
+        else:
+            _step(binding, context, found)
+    except SkipUpdate:
         pass
     finally:
         torch.set_grad_enabled(tracked)
-    guard.updates += 1
-    return state, model
+    context.updates += 1
 
 
-def in_order(fit: Fit, grads: Any) -> list[Any]:
-    """The gradients in the order of the parameters."""
-    if grads is None:
-        values: list[Any] = [x.grad for x in fit.params]
-        if values and all(v is None for v in values):
-            raise ValueError(
-                "update was given no gradients, and no parameter has a .grad: call loss.backward() first, "
-                "or pass what fluxpy.gradient returns"
-            )
-        return values
-    if isinstance(grads, Mirror) and grads._spec is fit.walked:
-        return grads._values
-    if type(grads) is dict and tuple(grads) == fit.names:
-        return list(grads.values())
-    found = scatter(fit.spec, grads)
-    return [found.get(index) for index in fit.spec.unique]
-
-
-def _step(fit: Fit, leaves: list[Leaf], values: list[Any], guard: Guard) -> None:
-    """Update in place."""
-    if is_transforming():  # nothing may be kept from one step to the next
-        _check(fit, leaves, values, inplace=True)
-        _commit(fit, leaves, values, guard)
-        return
-    plan = fit.plan
-    if plan is None or not plan.holds(leaves, values):
-        _check(fit, leaves, values, inplace=True)
-        with torch.inference_mode(False), torch.no_grad():
-            plan = fit.plan = Plan(fit, leaves, values, guard)
+def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
+    plan = binding.plan
+    if plan is None:
+        plan = binding.plan = Plan(binding, context)
+    route = plan.current(grads) or plan.find(grads)
+    if route is None:
+        _check(binding, grads, inplace=True)
+        grads = _apart_from_parameters(binding, grads)
+        route = plan.find(grads) or plan.make(grads)
+    route.enter()
     try:
-        plan.step(values)
+        run_to_results(route.units, grads, context)
+    except FallBack as fallback:
+        plan.forget_begun()
+        if fallback.reason is not None:
+            context.reference_only.add(fallback.reason)
+        _reference_step(binding, context, grads)
         return
-    except Misfit as misfit:
-        guard.slow.update(misfit.rules)
-    _commit(fit, leaves, values, guard)
+    except BaseException:
+        plan.forget_begun()
+        raise
+    plan.begun = []
+    plan.sit_out()
+    for unit in route.units:
+        unit.commit()
 
 
-def _commit(fit: Fit, leaves: list[Leaf], values: list[Any], guard: Guard) -> None:
-    """Update in place on the plain path."""
-    turns = _plain(fit, leaves, values, guard, inplace=True)
-    _sit_out(fit, leaves)
-    for turn in turns.values():
-        turn.commit(guard)
+def _step_in_inference_mode(binding: Binding, context: Context, grads: list[Any]) -> None:
+    """The engine keeps tensors for later steps, which must not be inference tensors."""
+    if any(x.is_inference() for x in binding.params):
+        _check(binding, grads, inplace=True)
+        _reference_step(binding, context, grads)
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        _step(binding, context, [g.clone() if isinstance(g, Tensor) and g.is_inference() else g for g in grads])
 
 
-def _pure(fit: Fit, leaves: list[Leaf], values: list[Any], guard: Guard, model: Any) -> tuple[Any, Any]:
+def _reference_step(binding: Binding, context: Context, grads: Sequence[Any]) -> None:
+    """Update in place on the reference path."""
+    units = _reference_units(binding, context, grads)
+    run_to_results(units, grads, context)
+    _sit_out(binding, binding.records)
+    context.structure += 1
+    for unit in units:
+        unit.commit()
+
+
+def _reference_units(binding: Binding, context: Context, grads: Sequence[Any]) -> list[ReferenceUnit]:
+    """A unit for each leaf that steps."""
+    return [
+        ReferenceUnit(record, x, place, path, context)
+        for place, (record, x, path) in enumerate(zip(binding.records, binding.params, binding.paths, strict=True))
+        if record.rule is not None and not record.frozen and (grads[place] is not None or record.rule.accumulates)
+    ]
+
+
+def _sit_out(binding: Binding, records: Sequence[Record]) -> None:
+    """Tell accumulating rules of an update in which their leaves were frozen."""
+    for record, x, path in zip(records, binding.params, binding.paths, strict=True):
+        if record.frozen and record.rule is not None and record.rule.accumulates:
+            miss_update(record, x, path)
+
+
+# --- Pure updates -------------------------------------------------------------------------------------------------
+
+
+def _pure(state: Any, binding: Binding, context: Context, model: Any, grads: Any) -> tuple[Any, Any]:
     """The outcome as a new state and a new model, which share no tensor with the old."""
-    spec = fit.spec
-    try:
-        turns, skipped = _plain(fit, leaves, values, guard, inplace=False), False
-    except Skip:
-        turns, skipped = {}, True
-    fresh, new = list(leaves), []
-    for index, x in zip(spec.unique, fit.params, strict=True):
-        leaf, turn = leaves[index], turns.get(index)
-        tensors, frame = Frame.split(None if turn else leaf.state)
-        fresh[index] = leaf._with(leaf.rule, frame.join(t.clone() for t in tensors))
-        if turn:
-            turn.settle(fresh[index], inplace=False)
-        new.append(turn.value if turn else x.clone())
-    if not skipped:
-        _sit_out(fit, fresh)
-    state = fresh[0] if spec.kind == "leaf" else State(spec, fresh)
-    return state, rebuild(model, dict(enumerate(new)))
+    found = in_order(binding, grads)
+    _check(binding, found, inplace=False)
+    with torch.set_grad_enabled(_has_history(binding, found)):
+        fork = context.fork()
+        units = _reference_units(binding, fork, found)
+        pure: list[Unit] = [_Pure(unit) for unit in units]
+        try:
+            run_to_results(pure, found, fork)
+            skipped = False
+        except SkipUpdate:
+            units, skipped = [], True
+        fork.updates += 1
+        stepped = {unit.place: unit for unit in units}
+        records, new = [], []
+        for place, (record, x) in enumerate(zip(binding.records, binding.params, strict=True)):
+            tensors = (
+                record.tensors if place in stepped or record.tensors is None else [t.clone() for t in record.tensors]
+            )
+            fresh = record.copy(record.numbers.copy(), tensors)
+            if place in stepped:
+                stepped[place].settle(fresh, inplace=False)
+            records.append(fresh)
+            new.append(stepped[place].value if place in stepped else x.clone())
+        if not skipped:
+            _sit_out(binding, records)
+        return _tree(state, binding, records, fork), rebuild(model, dict(enumerate(new)))
 
 
-def _sit_out(fit: Fit, leaves: list[Leaf]) -> None:
-    """A rule that gathers hears, when its leaf thaws, how many updates went by."""
-    for leaf in (leaves[index] for index in fit.spec.unique):
-        leaf._missed += leaf.frozen and leaf.rule is not None and leaf.rule.gathers
+class _Pure:
+    """A unit whose results are not written."""
+
+    def __init__(self, unit: ReferenceUnit) -> None:
+        self.unit = unit
+
+    def prepare(self, grads: Sequence[Any]) -> Any:
+        return self.unit.prepare(grads, inplace=False)
+
+    def commit(self) -> None:
+        raise AssertionError("the results of a pure update are not written")
 
 
-def _check_one(path: str, leaf: Leaf, x: Tensor, dx: Any) -> None:
-    if (x.shape, x.dtype) != (leaf._shape, leaf._dtype):
+def _tree(state: Any, binding: Binding, records: list[Record], context: Context) -> Any:
+    """A state in the shape of another, with these records for the leaves under it."""
+    leaves = [Leaf(record, context) for record in records]
+    if isinstance(state, Leaf):
+        return leaves[0]
+    order = {index: i for i, index in enumerate(binding.indices)}
+    return State(binding.spec.renumbered(order), leaves)
+
+
+def _has_history(binding: Binding, grads: Sequence[Any]) -> bool:
+    """Whether there is anything to differentiate through. An `nn.Parameter` that merely requires grad is not: the graph
+    of an ordinary loop would grow with every step."""
+    if not torch.is_grad_enabled():
+        return False
+    records = binding.records
+    rules = {id(record.rule): record.rule for record in records if record.rule is not None}.values()
+    held = [t for record in records for t in record.tensors or ()]
+    held += [t for rule in rules for t in tensors_of(rule)]
+    return any(t.requires_grad for t in (*grads, *held) if t is not None) or any(
+        is_wrapped(x) or (x.requires_grad and not (x.is_leaf and isinstance(x, torch.nn.Parameter)))
+        for x in binding.params
+    )
+
+
+# --- What does not fit --------------------------------------------------------------------------------------------
+
+
+def _check(binding: Binding, grads: Sequence[Any], inplace: bool) -> None:
+    """ValueError, with the path, for a parameter or gradient that does not fit the state."""
+    for record, x, path, dx in zip(binding.records, binding.params, binding.paths, grads, strict=True):
+        _check_one(path, record, x, dx)
+        if inplace and unwritable(x):
+            raise ValueError(
+                f"{path!r} cannot be written in place (expanded, or made in inference mode); clone it first"
+            )
+    if not any(map(is_wrapped, binding.params)):
+        _check_overlap(binding)
+
+
+def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
+    if (x.shape, x.dtype) != (record.shape, record.dtype):
         raise ValueError(
-            f"the model does not fit the state: {path!r} was {form(leaf._shape, leaf._dtype)} at setup and is now "
+            f"the model does not fit the state: {path!r} was {form(record.shape, record.dtype)} at setup and is now "
             f"{form(x.shape, x.dtype)}; call setup again after changing a model"
         )
     if dx is None:
@@ -159,56 +242,40 @@ def _check_one(path: str, leaf: Leaf, x: Tensor, dx: Any) -> None:
             f"the gradient of {path!r} does not fit: the parameter is {form(x.shape, x.dtype)} on {x.device}, "
             f"the gradient {form(dx.shape, dx.dtype)} on {dx.device}"
         )
-    for held in Frame.split(leaf.state)[0]:
-        if held.device != x.device and held.ndim:
+    for t in record.tensors or ():
+        if t.device != x.device and t.ndim:
             raise ValueError(
-                f"the momenta of {path!r} are on {held.device}, the parameter on {x.device}: after model.to(...), "
+                f"the momenta of {path!r} are on {t.device}, the parameter on {x.device}: after model.to(...), "
                 "move the state too: optree.tree_map(lambda t: t.to(device), state, namespace='fluxpy')"
             )
 
 
-def _check(fit: Fit, leaves: Sequence[Leaf], values: Sequence[Any], inplace: bool) -> None:
-    for (index, path), x, dx in zip(fit.spec.unique.items(), fit.params, values, strict=True):
-        _check_one(path, leaves[index], x, dx)
-        if inplace and unwritable(x):
+def _check_overlap(binding: Binding) -> None:
+    """ValueError where two parameters are in the same memory: each would be stepped, and both moved."""
+    ends: dict[torch.device, tuple[int, str]] = {}
+    pairs = zip(binding.params, binding.paths, strict=True)
+    dense = [(x.data_ptr(), x, path) for x, path in pairs if x.numel() and not x.is_meta and x.is_contiguous()]
+    for start, x, path in sorted(dense, key=lambda entry: entry[0]):
+        end, other = ends.get(x.device, (0, ""))
+        if start < end:
             raise ValueError(
-                f"{path!r} cannot be written in place (expanded, or made in inference mode); clone it first"
+                f"the parameters {other!r} and {path!r} are in the same memory, so that one update would step it twice; "
+                "tie them by using one Parameter at both places, or clone one"
             )
+        ends[x.device] = start + x.nbytes, path
 
 
-def _has_history(leaves: Sequence[Leaf], fit: Fit, values: Sequence[Any]) -> bool:
-    """Whether there is anything to differentiate through. An `nn.Parameter` that merely requires grad is not: the graph
-    of an ordinary loop would grow with every step."""
-    if not torch.is_grad_enabled():
-        return False
-    inside = [leaves[index] for index in fit.spec.unique]
-    rules = {id(leaf.rule): leaf.rule for leaf in inside if leaf.rule is not None}.values()
-    held = [t for leaf in inside for t in Frame.split(leaf.state)[0]]
-    held += [t for rule in rules for inner in walk(rule) for t in Frame.split(hyperparameters(inner))[0]]
-    return any(t.requires_grad for t in (*values, *held) if t is not None) or any(
-        is_wrapped(x) or (x.requires_grad and not (x.is_leaf and isinstance(x, torch.nn.Parameter))) for x in fit.params
-    )
+def _apart_from_parameters(binding: Binding, grads: list[Any]) -> list[Any]:
+    """The gradients, copied where they are in the memory of a parameter, which is written while they are read."""
+    written = {memory(x) for x in binding.params}
+    return [g.clone() if g is not None and memory(g) in written else g for g in grads]
 
 
-def _plain(fit: Fit, leaves: Sequence[Leaf], values: Sequence[Any], guard: Guard, inplace: bool) -> dict[int, Plain]:
-    """All leaves through their rules on the plain path, up to writing."""
-    rules: dict[Any, Rule] = {}
-    turns = {
-        index: Plain(path, leaf, x, dx, rules)
-        for (index, path), x, dx in zip(fit.spec.unique.items(), fit.params, values, strict=True)
-        if not (leaf := leaves[index]).frozen and leaf.rule and (dx is not None or leaf.rule.gathers)
-    }
-    rounds(list(turns.values()), guard)
-    for turn in turns.values():
-        turn.finish(guard, inplace)
-    return turns
-
-
-def check(state: Any) -> None:
+def check_finite(state: State | Leaf) -> None:
     """Raise FloatingPointError if a number that must be finite (a norm, or the loss of `trainstep`) was not.
 
     On the CPU that error came already, when it happened. On other devices nothing is read during a step: the first bad
     number holds back its update and all after it, and this reads it, with its path and the number of the update, and
     lets updates go on. `train` calls it at its end.
     """
-    guard_of(state).check()
+    tree_context(state).flag.check()

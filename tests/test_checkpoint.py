@@ -1,6 +1,9 @@
 """save and load: what comes back is what went in, bit for bit; what does not fit is refused whole."""
 
+import dataclasses
 import os
+import socket
+import stat
 import sys
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from fluxpy import (
     setup,
     update,
 )
+from fluxpy.saving.record import read_leaf
 
 FORMATS = ["run.flux", "run.safetensors"]
 
@@ -56,7 +60,7 @@ def train(model, state, steps, seed=0):
 def bits(model, state):
     tensors = model.state_dict() | {f"state.{i}": t for i, t in enumerate(torch.utils._pytree.tree_leaves(state))}
     values = {name: t.flatten().view(torch.uint8).tolist() for name, t in tensors.items()}
-    return values, repr([(path, leaf.rule, leaf.frozen, leaf._count, leaf._missed) for path, leaf in leaves(state)])
+    return values, repr([(path, dataclasses.replace(read_leaf(leaf), state=None)) for path, leaf in leaves(state)])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -142,11 +146,11 @@ def test_all_or_nothing(tmp_path):
             self.more = nn.Linear(1, 1)
 
     for other, rule, error in [
-        (Net(5), Adam(), r"'encoder.0.weight' was saved as float32\[4, 4\], here it is float32\[5, 5\]"),
-        (Net().double(), Adam(), "here it is float64"),
+        (Net(5), Adam(), r"'encoder.0.weight': expected float32\[5, 5\], got float32\[4, 4\]"),
+        (Net().double(), Adam(), "expected float64"),
         (Untied(), Adam(), "missing: 'more.bias', 'more.weight'"),
         (Net().encoder, Adam(), "unexpected"),
-        (Net(), Momentum(), "'encoder.0.weight' was saved with Adam"),
+        (Net(), Momentum(), "'encoder.0.weight': expected Momentum .* got Adam"),
     ]:
         fresh = setup(rule, other)
         before = bits(other, fresh)
@@ -160,7 +164,7 @@ def test_all_or_nothing(tmp_path):
         load(path, model=untied, strict=False)
     assert torch.equal(untied.decoder.weight, model.decoder.weight)
     save(path, model=Untied())
-    with pytest.raises(ValueError, match="'decoder.weight' is tied here, but was saved as a tensor of its own"):
+    with pytest.raises(ValueError, match="'decoder.weight': expected one tied tensor, got a tensor of its own"):
         load(path, model=Net())
     with pytest.raises(ValueError, match="holds no state"):
         load(path, state=state)
@@ -207,6 +211,41 @@ def test_the_file_is_an_ordinary_one(tmp_path, monkeypatch):
     assert load("here.flux") == load(Path("here.flux")) == {"x": 1}
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o444, 0o666])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path, monkeypatch, name, mode):
+    """Also by a link to it; and while it is written, nobody else may read it."""
+    path, link, modes = tmp_path / name, tmp_path / f"last{name}", []
+    path.touch()
+    path.chmod(mode)
+    link.symlink_to(path)
+    flush = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: modes.append(os.fstat(fd).st_mode) or flush(fd))
+    for place in (path, link):
+        save(place, epoch=1)
+        assert load(path) == {"epoch": 1} and stat.S_IMODE(path.stat().st_mode) == mode and link.is_symlink()
+    assert [stat.S_IMODE(m) for m in modes if stat.S_ISREG(m)] == [mode, mode]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, name):
+    path, link = tmp_path / name, tmp_path / f"last{name}"
+    link.symlink_to(path)
+    os.mkfifo(path)
+    for place in (path, link):
+        with pytest.raises(
+            ValueError, match=f"save: '.*{name}' is a pipe; save replaces the file, so it must be a reg"
+        ):
+            save(place, epoch=1)
+    assert stat.S_ISFIFO(path.stat().st_mode) and len(os.listdir(tmp_path)) == 2
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        with pytest.raises(ValueError, match="is a socket"):
+            save(path, epoch=1)
+    assert stat.S_ISSOCK(path.stat().st_mode)
+
+
 def test_other_files_are_named_for_what_they_are(tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
     torch.save({"epoch": 1}, path)
@@ -215,7 +254,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path, monkeypatch):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="run.pt' is truncated: it has 0 bytes"):
         load(path)
-    monkeypatch.setattr("fluxpy.files._VERSION", 2)
+    monkeypatch.setattr("fluxpy.saving.file.VERSION", 2)
     for name in FORMATS:
         save(tmp_path / name, epoch=1)
     monkeypatch.undo()

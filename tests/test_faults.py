@@ -32,7 +32,6 @@ from fluxpy import (
     Descent,
     OptimiserChain,
     adjust,
-    files,
     freeze,
     leaves,
     load,
@@ -42,6 +41,8 @@ from fluxpy import (
     state_dict,
     update,
 )
+from fluxpy.saving import file
+from fluxpy.saving.record import read_leaf
 
 resource = pytest.importorskip(
     "resource"
@@ -67,7 +68,7 @@ def run(width=2):
 def image(model, state):
     """All that a failed call must leave as it was."""
     tensors = [*model.state_dict().values(), *torch.utils._pytree.tree_leaves(state)]
-    rest = [(path, leaf.rule, leaf.frozen, leaf._count) for path, leaf in leaves(state)]
+    rest = [(path, leaf.rule, leaf.frozen, read_leaf(leaf).count) for path, leaf in leaves(state)]
     return [t.numpy().tobytes() for t in tensors], repr(rest)
 
 
@@ -109,8 +110,8 @@ def test_killed_while_saving(tmp_path, name):
         assert last in (done, done + 1) and bool((model["w"] == last).all())
         left = list(tmp_path.glob(".fluxpy-*.tmp"))
         torn, fresh = torn + bool(left), fresh + (last == done + 1)
-        for file in left:
-            file.unlink()
+        for temporary in left:
+            temporary.unlink()
         assert os.listdir(tmp_path) == [name]
     tried(f"SIGKILL during save, {name}", times, f"({torn} within the writing, {fresh} between renaming and return)")
 
@@ -141,7 +142,7 @@ def test_each_call_to_the_system_may_fail(tmp_path, monkeypatch, call):
         save(path, n=1)
         calls = []
 
-        def fail(*args, error=error, calls=calls):
+        def fail(*args, error=error, calls=calls, **kwargs):
             calls.append(args)
             if call == "fsync of the folder" and len(calls) == 1:
                 return
@@ -209,13 +210,13 @@ def test_odd_paths(tmp_path, ending):
 
 def boundaries(raw):
     """Where a part of the file begins: fields of the header, records of the zip archive, tensors."""
-    if raw[:8] == files._MAGIC:
+    if raw[:8] == file.MAGIC:
         marks = [raw.find(b"PK", i) for i in range(len(raw)) if raw[i : i + 2] == b"PK"]
         return {0, 8, 12, 20, 52, *marks, len(raw)}
     size = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + size])
     offsets = [8 + size + end for key, t in header.items() if key != "__metadata__" for end in t["data_offsets"]]
-    return {0, 8, 8 + size, raw.index(files._DIGEST), *offsets}
+    return {0, 8, 8 + size, raw.index(file.DIGEST_KEY), *offsets}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -245,12 +246,12 @@ def test_truncated_and_altered_files(tmp_path, name):
 def seal(name, content, path):
     """A file whose checksum is right, whatever it holds."""
     if name == "run.flux":
-        head = files._HEADER.pack(files._MAGIC, 1, len(content), b"")[:-32]
-        path.write_bytes(head + files._digest(head, content) + content)
+        head = file.HEADER.pack(file.MAGIC, 1, len(content), b"")[:-32]
+        path.write_bytes(head + file.digest(head, content) + content)
     else:
-        at = content.find(files._DIGEST) + len(files._DIGEST)
+        at = content.find(file.DIGEST_KEY) + len(file.DIGEST_KEY)
         zero = content[:at] + b"0" * 64 + content[at + 64 :]
-        path.write_bytes(zero[:at] + files._digest(zero).hex().encode() + zero[at + 64 :])
+        path.write_bytes(zero[:at] + file.digest(zero).hex().encode() + zero[at + 64 :])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -260,7 +261,7 @@ def test_altered_behind_the_checksum(tmp_path, name):
     model, state = run()
     save(path, model=model, state=state, epoch=3)
     raw = path.read_bytes()
-    content = raw[files._HEADER.size :] if name == "run.flux" else raw
+    content = raw[file.HEADER.size :] if name == "run.flux" else raw
     held, refused, times = image(model, state), 0, 2000 if NIGHTLY else 200
     reach = min(len(content), 8 + int.from_bytes(raw[:8], "little")) if name != "run.flux" else len(content)
     for _ in range(times):
@@ -314,6 +315,22 @@ def test_hostile_files(tmp_path):
     tried("hostile files", len(contents))
 
 
+def test_crafted_safetensors_headers(tmp_path):
+    """JSON of wrong kinds, under a right checksum."""
+    path, zeros = tmp_path / "run.safetensors", "0" * 64
+    headers = [[{"sha256": zeros}], ["__metadata__", {"sha256": zeros}], {"sha256": zeros}, {"__metadata__": []}]
+    headers += [{"__metadata__": [{"fluxpy": "{}", "sha256": zeros}]}]
+    held = ["[]", "[1]", "null", "5", '"x"', "{}", "", "[" * 100_000, '{"version": [1]}', '{"version": 1}']
+    held += [f'{{"version": 1, "data": {data}}}' for data in ("[]", "5", '{"extra": {"dict": 5}}', '{"extra": [{}]}')]
+    headers += [{"__metadata__": {"fluxpy": text, "sha256": zeros}} for text in held]
+    for header in headers:
+        text = json.dumps(header, separators=(",", ":")).encode()
+        seal(path.name, struct.pack("<Q", len(text)) + text, path)
+        with pytest.raises(ValueError, match="run.safetensors"):
+            load(path)
+    tried("crafted safetensors headers", len(headers))
+
+
 # --- Trees --------------------------------------------------------------------------------------------------------
 
 
@@ -328,7 +345,7 @@ def nested(kind, depth):
 def test_deep_trees(tmp_path, kind, depth):
     model, other = nested(kind, depth), nested(kind, depth)
     state, fresh = setup(Adam(), model), setup(Adam(), other)
-    update(state, model, {path: torch.ones(leaf._shape) for path, leaf in leaves(state)})
+    update(state, model, {path: torch.ones(read_leaf(leaf).shape) for path, leaf in leaves(state)})
     freeze(state)
     for name in FORMATS:
         save(tmp_path / name, model=model, state=state)
@@ -406,7 +423,7 @@ def test_a_schedule_that_gives_nan_changes_nothing():
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(ValueError, match="nan"):
         update(state, model, grads)
-    assert all(map(torch.equal, before, model.parameters())) and state[0].weight._count == 2
+    assert all(map(torch.equal, before, model.parameters())) and read_leaf(state[0].weight).count == 2
 
 
 def test_float16_that_overflows():

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import like_a_device
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,6 +15,7 @@ import fluxpy
 from fluxpy import Adam, DataLoader, Descent, freeze, setup
 from fluxpy.learner import EVENTS, Callback, CancelBatch, CancelEpoch, CancelFit, CancelTraining, CancelValidation
 from fluxpy.learner import Learner as _Learner
+from fluxpy.learner.events import Event
 
 CANCELS = [CancelBatch, CancelTraining, CancelValidation, CancelEpoch, CancelFit]
 TRAIN, VALID = 2, 2  # batches of each phase
@@ -183,7 +185,7 @@ def test_an_error_passes_through_and_every_end_still_comes(event):
     for level in ("fit", "epoch", "training", "validation", "batch"):
         starts, ends = seen.count(f"{level}_start"), seen.count(f"{level}_end")
         assert starts == ends or (event == f"{level}_start" and ends == starts + 1)
-    assert seen[-1] == "fit_end" and learner._levels == [] and learner.error is None
+    assert seen[-1] == "fit_end" and not learner.fitting and learner.error is None
 
 
 def test_callbacks_change_gradients_input_and_the_model():
@@ -326,8 +328,124 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_warns():
     learner = Learner(net(), F.cross_entropy, Adam())
     with pytest.warns(UserWarning, match="the loss of batch 1 of epoch 0 is nan; that batch updated nothing"):
         history = learner.fit(data)
-    assert np.isnan(history[0]["train"]["loss"]) and all(x.isfinite().all() for x in learner.model.parameters())
+    assert np.isfinite(history[0]["train"]["loss"]) and all(x.isfinite().all() for x in learner.model.parameters())
+    assert learner.metrics.batches == 2
     assert next(leaf for _, leaf in fluxpy.leaves(learner.state))._count == 2
+
+
+def test_an_epoch_without_a_finite_loss_has_none():
+    data = [(x * float("nan"), y) for x, y in batches()]
+    with pytest.warns(UserWarning, match="updated nothing"):
+        history = Learner(net(), F.cross_entropy, Adam(), metrics=["accuracy"]).fit(data)
+    assert set(history[0]["train"]) == {"loss", "accuracy"} and np.isnan(list(history[0]["train"].values())).all()
+
+
+def test_on_a_device_a_loss_that_is_not_finite_counts_for_nothing(monkeypatch):
+    """The CPU made to behave like a device, which the host does not read."""
+    like_a_device(monkeypatch)
+    data = batches(3)
+    data[2][0][0, 0] = float("nan")
+    learner = Learner(net(), F.cross_entropy, Adam(), metrics=["perplexity"])
+    with pytest.warns(UserWarning, match="the loss is not finite, in update 2; nothing was updated since"):
+        history = learner.fit(data)
+    whole = Learner(net(), F.cross_entropy, Adam(), metrics=["perplexity"]).fit(data[:2])
+    assert history[0]["train"] == pytest.approx(whole[0]["train"]) and np.isfinite(history[0]["train"]["loss"])
+
+
+@pytest.mark.parametrize("event", ["batch_start", "update_start", "batch_end", "training_end"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_several_cancels_the_outermost_acts_and_of_equal_ones_the_first(event, order):
+    def run(*cancels):
+        seen, cancelled = [], []
+
+        def raising(cancel):
+            def act(learner, e):
+                if e == event and learner.training and not cancelled:
+                    raise cancel
+
+            return act
+
+        def watch(learner, e):
+            seen.append(e)
+            if e == event and learner.training:
+                cancelled.append(learner.progress.cancelled)
+
+        callbacks = [*map(raising, cancels[::order]), watch]
+        history = Learner(net(), F.cross_entropy, Adam(), callbacks=callbacks).fit(batches(), batches(), epochs=2)
+        return seen, cancelled[0], history.stop_reason
+
+    assert run(CancelEpoch(), CancelTraining()) == (flow(CancelEpoch, event), "epoch", None)
+    several = CancelEpoch("epoch"), CancelFit("first"), CancelTraining("training"), CancelFit("second")
+    assert run(*several) == (flow(CancelFit, event), "fit", "first" if order == 1 else "second")
+
+
+def test_a_cancel_at_the_end_event_replaces_only_an_inner_one():
+    def act(learner, e):
+        if e == "update_start":
+            raise CancelEpoch("first")
+        if e == "batch_end" and learner.training:
+            raise CancelTraining("later, and inner")
+
+    seen = []
+    Learner(net(), F.cross_entropy, Adam(), callbacks=[act, lambda _, e: seen.append(e)]).fit(batches(), batches())
+    assert "validation_start" not in seen
+
+
+# --- Mistakes that teach ------------------------------------------------------------------------------------------
+
+
+def test_a_loss_given_as_a_class_is_refused():
+    with pytest.raises(TypeError, match=re.escape("the loss is an object, not a class: write CrossEntropyLoss()")):
+        Learner(net(), nn.CrossEntropyLoss, Adam())
+
+
+def test_a_misspelt_event_in_a_function_is_an_error_at_the_first_event():
+    def wrong(learner, event):
+        if event == "epoch_stop":
+            raise AssertionError
+
+    def matching(learner, event):
+        match event:
+            case "on_batch_end":
+                raise AssertionError
+
+    for callback, meant in ((wrong, "epoch_st.*epoch_end"), (matching, "batch_end")):
+        with pytest.raises(ValueError, match=f"there is no event.*did you mean.*{meant}") as caught:
+            Learner(net(), F.cross_entropy, Adam(), callbacks=[callback]).fit(batches())
+        assert f"in the callback {callback.__name__} at the event 'fit_start'" in caught.value.__notes__
+    event = Event("fit_start")
+    assert event == "fit_start" and event != "fit_end" and event != "mine" and event is not None and event != 3
+    assert {event: 1}["fit_start"] == 1 and event in ["fit_end", "fit_start"] and hash(event) == hash("fit_start")
+
+
+def test_modules_are_put_into_their_modes_in_their_own_way():
+    class Own(nn.Module):
+        """Keeps its normalisation as it is evaluated, whatever mode it is put into."""
+
+        def __init__(self):
+            super().__init__()
+            self.norm, self.out = nn.BatchNorm1d(3), nn.Linear(3, 4)
+            self.calls = []
+
+        def train(self, mode=True):
+            self.calls.append(mode)
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+        def forward(self, x):
+            return self.out(self.norm(x))
+
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Dropout()), Own())
+    learner = Learner(model, F.cross_entropy, Adam())
+    freeze(learner.state[0])
+    modes = []
+    watch = lambda _, e: modes.append([m.training for m in model.modules()]) if e == "update_start" else None  # noqa: E731
+    learner.fit(batches(1), callbacks=[watch])
+    freeze(learner.state[1].out.bias)  # in part
+    learner.fit(batches(1), callbacks=[watch])
+    # The whole; the frozen part with its linear and its dropout; Own, its normalisation, its linear.
+    assert modes == [[True, False, False, False, True, False, True]] * 2 and model[1].calls == [True, True]
 
 
 # --- Resume -------------------------------------------------------------------------------------------------------

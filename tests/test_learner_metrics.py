@@ -9,15 +9,23 @@ from torch import nn
 from torch.nn import functional as F
 
 from fluxpy import Adam
-from fluxpy.learner import Accuracy, Learner, Metric, measured
-from fluxpy.learner.loop import Step
+from fluxpy.learner import (
+    Accuracy,
+    Learner,
+    MatthewsCorrelationCoefficient,
+    Metric,
+    Perplexity,
+    Step,
+    Top5Accuracy,
+    collection,
+)
 
 SIZES = [7, 3, 5, 1, 16]
 
 
 def over(asked, batches, loss=F.cross_entropy):
     """The numbers of a phase with these outputs and targets."""
-    found = measured.Metrics(asked)
+    found = collection.Metrics(asked)
     for output, target in batches:
         step = Step(None, target, len(target))
         step.output, step.loss = output, loss(output, target)
@@ -173,11 +181,11 @@ def test_torchmetrics():
 )
 def test_metrics_that_are_refused(asked, error, message):
     with pytest.raises(error, match=message):
-        measured.Metrics(asked)
+        collection.Metrics(asked)
 
 
 def test_sums_kept_unread_stay_and_go_through_plain_data():
-    batches, found = scores(), measured.Metrics(["accuracy", "matthews_correlation_coefficient", StandIn()])
+    batches, found = scores(), collection.Metrics(["accuracy", "matthews_correlation_coefficient", StandIn()])
     peeks, reads = [], []
     for output, target in batches:
         step = Step(None, target, len(target))
@@ -186,7 +194,7 @@ def test_sums_kept_unread_stay_and_go_through_plain_data():
         peeks.append(found.peek())
         reads.append(found.read(found.peek()))
     assert [found.read(p) for p in peeks] == reads and len({r["loss"] for r in reads}) == len(reads)
-    other = measured.Metrics(["accuracy", "matthews_correlation_coefficient", StandIn()])
+    other = collection.Metrics(["accuracy", "matthews_correlation_coefficient", StandIn()])
     other.load_state_dict(found.state_dict(), None)
     assert other.read(other.peek()) == reads[-1] and other.batches == len(SIZES)
     other.reset()
@@ -201,3 +209,36 @@ def test_in_a_learner_they_are_over_the_whole_phase():
     x, y = (torch.cat(c) for c in zip(*data, strict=True))
     assert seen["accuracy"] == seen["StandIn"] == pytest.approx((model(x).argmax(1) == y).float().mean().item())
     assert seen["loss"] == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("ignore", [0, 3, 255])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_ignored_targets_count_for_nothing(ignore, dtype):
+    """Also where the ignored index is one of the classes, and in a dtype that cannot hold a negative number."""
+    sk = pytest.importorskip("sklearn.metrics")
+    batches = [(o, torch.where(torch.rand(t.shape) < 0.4, ignore, t).to(dtype)) for o, t in scores(6)]
+    metrics = {"a": Accuracy(ignore_index=ignore), "t": Top5Accuracy(ignore_index=ignore)}
+    metrics |= {"m": MatthewsCorrelationCoefficient(ignore_index=ignore), "p": Perplexity(ignore_index=ignore)}
+    seen = over(metrics, batches, lambda o, t: F.cross_entropy(o, t.long(), ignore_index=ignore))
+    output, target = flat(batches)
+    keep = target != ignore
+    output, target = output[keep], target[keep].long()
+    assert seen["a"] == pytest.approx(sk.accuracy_score(target, output.argmax(1)))
+    assert seen["t"] == pytest.approx(sk.top_k_accuracy_score(target, output, k=5, labels=range(7)))
+    assert seen["m"] == pytest.approx(sk.matthews_corrcoef(target, output.argmax(1)))
+    assert seen["p"] == pytest.approx(F.cross_entropy(output, target).exp().item(), rel=1e-5)
+
+
+def test_targets_in_a_narrow_dtype_are_not_taken_for_ignored_ones():
+    target = torch.tensor([156, 1], dtype=torch.uint8)  # -100 modulo 256 is 156
+    assert over(["accuracy"], [(F.one_hot(target.long(), 200).float(), target)])["accuracy"] == 1.0
+    flags = torch.tensor([1.0, -1.0]), torch.tensor([True, False])
+    assert over([Accuracy(ignore_index=0)], [flags], lambda o, t: o.sum())["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["accuracy", "top5_accuracy", "matthews_correlation_coefficient"])
+def test_targets_that_are_no_classes_are_refused(name):
+    with pytest.raises(ValueError, match=r"float32 and not all 0 or 1, so they are no classes; give .*target.long\(\)"):
+        over([name], [(torch.randn(4, 1), torch.randn(4, 1))], F.mse_loss)
+    binary = torch.tensor([1.0, 0.0, 1.0])
+    assert over(["accuracy"], [(binary - 0.5, binary)], F.mse_loss)["accuracy"] == 1.0

@@ -33,7 +33,7 @@ from fluxpy.learner import (
     ProgressBar,
     StatisticsRecorder,
 )
-from fluxpy.learner.callbacks import progress
+from fluxpy.learner.callbacks import progress_bar
 
 METRICS = ["accuracy", "matthews_correlation_coefficient"]
 
@@ -373,7 +373,7 @@ def test_in_a_notebook_a_bar_of_tqdm(monkeypatch, capsys):
             made.append(self)
             super().__init__(**kwargs)
 
-    monkeypatch.setattr(progress, "tqdm", Bar)
+    monkeypatch.setattr(progress_bar, "tqdm", Bar)
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
     learn(ProgressBar()).fit(TRAIN, VALID)
     assert [(bar.n, bar.total, bar.desc) for bar in made] == [
@@ -386,7 +386,7 @@ def test_in_a_notebook_a_bar_of_tqdm(monkeypatch, capsys):
 
 def test_numbers():
     numbers = {"a": 0.0, "b": 1.5, "c": 1.25e-6, "d": -123456.7, "e": float("nan"), "f": float("inf")}
-    assert progress._numbers(numbers) == "a 0.0000 b 1.5000 c 1.25e-06 d -1.235e+05 e nan f inf"
+    assert progress_bar._text(numbers) == "a 0.0000 b 1.5000 c 1.25e-06 d -1.235e+05 e nan f inf"
 
 
 def test_the_bar_reads_the_metrics_seldom(monkeypatch):

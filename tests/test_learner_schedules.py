@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -9,7 +10,20 @@ from torch import nn
 from torch.nn import functional as F
 
 import fluxpy
-from fluxpy import Adam, ClipNorm, DataLoader, Descent, OptimiserChain, adjust, leaves, scale, setup, value
+from fluxpy import (
+    Adam,
+    ClipNorm,
+    DataLoader,
+    Descent,
+    Momentum,
+    OptimiserChain,
+    RMSProp,
+    adjust,
+    leaves,
+    scale,
+    setup,
+    value,
+)
 from fluxpy.learner import FreezeUntil, LearningRateScheduler, ThawFromTop, discriminative_rates, lr_find
 from fluxpy.learner import Learner as _Learner
 from fluxpy.schedules import Segment, linear, segments
@@ -156,6 +170,36 @@ def test_equal_rates_stay_one_group_and_copies_are_plain():
     for part in learner.state:  # rules that are equal, but not one object
         adjust(part, 0.3) if part is not None and len(list(leaves(part))) else None
     learner.fit(data())
+
+
+def test_a_scheduled_rate_prints_compares_and_pickles():
+    shown = []
+
+    def look(learner, event):
+        if event == "batch_end" and learner.step_index == 1:
+            one, two = learner.state[0].weight.rule, learner.state[2].bias.rule
+            other = LearningRateScheduler(scale=up_and_down())
+            assert one == two == Adam(0.1) and hash(one.lr) == hash(0.1) and one.lr != type(one.lr)(0.1, other)
+            assert pickle.loads(pickle.dumps(one)) == copy.deepcopy(one) == Adam(0.1)
+            shown.extend([repr(one), repr(learner.state), str(fluxpy.summary(learner.state))])
+            rate = one.lr
+            shown.append(rate(0))
+            shown.append(rate)
+
+    learner = Learner(
+        net(), F.cross_entropy, Adam(0.1), callbacks=[LearningRateScheduler(scale=linear(1.0, 0.0, 4)), look]
+    )
+    learner.fit(data())
+    assert shown[0].startswith("Adam(lr=0.1 by LearningRateScheduler(scale=linear(") and all(shown[1:3])
+    assert shown[3] == pytest.approx(0.075) and shown[4](0) == 0.1  # after the fit the base rate
+
+
+def test_a_chain_with_several_rates_is_refused():
+    rule = OptimiserChain(RMSProp(1.0), Momentum(0.01))
+    with pytest.raises(ValueError, match=r"'0.weight' has several rates, \[1.0, 0.01\].*Momentum\(lr=schedule\)"):
+        Learner(net(), F.cross_entropy, rule).fit(data(), callbacks=[LearningRateScheduler(scale=up_and_down())])
+    same = Learner(net(), F.cross_entropy, OptimiserChain(RMSProp(0.1), Momentum(0.1)))
+    same.fit(data(), callbacks=[LearningRateScheduler(scale=up_and_down())])
 
 
 def test_freeze_until_and_thaw_from_the_top():

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fluxpy
-from fluxpy import Adam, AdamW, Descent, Momentum, OptimiserChain, Rule, WeightDecay, hyper, schedules
+from fluxpy import Adam, AdamW, Descent, Momentum, OptimiserChain, Rule, WeightDecay, schedules
+from fluxpy.rules import hyper
 from fluxpy.testing import assert_frozen, assert_hyper, assert_only_changed, check_rule, diff, snapshot
 
 
@@ -439,7 +440,7 @@ def test_a_broken_promise_is_named(rule: type[Rule]) -> None:
     ],
 )
 def test_a_verb_that_does_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch, name: str, promise: str) -> None:
-    monkeypatch.setattr(fluxpy.testing.contract, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(fluxpy.testing.tree_promises, name, lambda *args, **kwargs: None)
     with pytest.raises(AssertionError, match=f"(?s){promise}"):
         check_rule(Momentum(0.1))
 

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import like_a_device
 from torch import nn
 
 import fluxpy
@@ -50,7 +51,7 @@ def test_a_loss_that_is_not_finite_updates_nothing():
     with pytest.raises(FloatingPointError, match="nan on item 3"):
         train(loss, model, data(bad=[3]), state)
     other = nn.Linear(3, 2)
-    assert all(x.isfinite().all() for x in trainables(model)) and state.weight._count == 3
+    assert all(x.isfinite().all() for x in trainables(model)) and state.weight.count == 3
     before = [x.clone() for x in trainables(other)]
     value = trainstep(lambda m, x, y: (loss(m, x, y), "more"), other, data(1, bad=[0])[0], setup(Adam(), other))
     assert value[0].isnan() and value[1] == "more"
@@ -108,15 +109,13 @@ def test_the_bar_is_for_a_person(capsys):
     train(loss, model, DataLoader((torch.ones(4, 3), torch.ones(4, 2)), batch_size=2), state, progress=True)
     err = capsys.readouterr().err
     assert "2/2" in err and "loss=" in err
-    assert [leaf._count for _, leaf in leaves(state)] == [8, 8]
+    assert [leaf.count for _, leaf in leaves(state)] == [8, 8]
 
 
 @pytest.mark.parametrize("bad", ["loss", "norm"])
 def test_on_a_device_the_flag_is_read_late(monkeypatch, bad):
     """Where the host does not read numbers in a step, the first bad one holds back its update and all after it."""
-    monkeypatch.setattr(fluxpy.guard, "reads_at_once", lambda x: False)
-    monkeypatch.setattr(fluxpy.engine.flat, "reads_at_once", lambda x: False)
-    monkeypatch.setattr(sys.modules["fluxpy.train"], "reads_at_once", lambda x: False)
+    like_a_device(monkeypatch)
     model, good = nn.Linear(3, 2), nn.Linear(3, 2)
     good.load_state_dict(model.state_dict())
     rule = fluxpy.OptimiserChain(fluxpy.ClipGlobalNorm(1.0), Adam())
@@ -131,8 +130,8 @@ def test_on_a_device_the_flag_is_read_late(monkeypatch, bad):
             grads = {"weight": grads.weight, "bias": grads.bias * (float("inf") if i == 3 else 1)}
             update(state, model, grads)
         with pytest.raises(FloatingPointError, match="ClipGlobalNorm.*'bias' is not finite, in update 3"):
-            fluxpy.check(state)
+            fluxpy.check_finite(state)
     assert torch.equal(model.weight, good.weight) and torch.equal(state.weight.state[1].m, good_state.weight.state[1].m)
-    fluxpy.check(state)
+    fluxpy.check_finite(state)
     train(loss, model, data(), state)
     assert not torch.equal(model.weight, good.weight)

@@ -49,7 +49,7 @@ def state(model):
 
 def test_paths_are_those_of_named_parameters(model, state):
     """Order, names and shapes are PyTorch's own; a tie is listed once, under its first name."""
-    ours = [(path, leaf._shape) for path, leaf in leaves(state)]
+    ours = [(path, leaf.shape) for path, leaf in leaves(state)]
     assert ours == [(name, p.shape) for name, p in model.named_parameters()]
     assert all(state[path] is leaf for path, leaf in leaves(state))
 
@@ -119,7 +119,7 @@ def test_containers_and_mixtures():
 
 def test_an_exact_key_wins_over_a_dotted_path():
     state = setup(Adam(), {"a.b": torch.ones(1), "a": {"c": torch.ones(2)}})
-    assert state["a.b"]._shape == (1,) and state["a.c"]._shape == (2,)
+    assert state["a.b"].shape == (1,) and state["a.c"].shape == (2,)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def loss(model):
 
 def everything(state, model):
     """Every bit of a state and a model: parameters, momenta, counts, flags."""
-    held = [(p, leaf.rule, leaf.frozen, leaf._count, leaf._missed) for p, leaf in leaves(state)]
+    held = [(p, leaf.rule, leaf.frozen, leaf.count) for p, leaf in leaves(state)]
     tensors = [t.clone() for t in optree.tree_leaves(state, namespace="fluxpy")]
     return held, tensors, [x.detach().clone() for x in trainables(model)]
 
@@ -305,7 +305,7 @@ def test_accumulation_keeps_all_leaves_in_step():
     fired = {3: {"a": 1, "b": 0.5}, 7: {"a": 1, "b": 0.5, "c": 0.5}, 10: {"a": 1, "b": 0.333, "c": 1}}
     fired |= {i: {"a": 1, "b": 0.5, "c": 1} for i in (12, 14)}
     assert {i: m for i, m in enumerate(moved) if m} == fired
-    assert value(state.a, "lr") == 1.0 and state.a._count == 5 and state.c._count == 4
+    assert value(state.a, "lr") == 1.0 and state.a.count == 5 and state.c.count == 4
 
 
 def test_a_window_may_change_while_a_leaf_is_frozen():
@@ -559,7 +559,7 @@ def test_random_trees_agree_with_the_reference(model, rule, data):
         given = data.draw(st.lists(st.sampled_from(paths), min_size=1, unique=True))
         grads = {p: torch.randn(x.shape).to(x.dtype) for p, x in trainables(model, path=True) if p in given}
         expected = reference(model, grads, state, rule)
-        counts = {path: leaf._count for path, leaf in leaves(state)}
+        counts = {path: leaf.count for path, leaf in leaves(state)}
         new_state, new = update(state, model, grads.get("", grads), inplace=False)
         update(state, model, grads.get("", grads))
         for path, x in trainables(model, path=True):
@@ -567,7 +567,7 @@ def test_random_trees_agree_with_the_reference(model, rule, data):
             torch.testing.assert_close(x, expected[path], rtol=room, atol=room)
         assert close(everything(state, model), everything(new_state, new))
         for path, leaf in leaves(state):
-            assert isinstance(leaf, Leaf) and leaf._count == counts[path] + (path in grads and not leaf.frozen)
+            assert isinstance(leaf, Leaf) and leaf.count == counts[path] + (path in grads and not leaf.frozen)
 
 
 def test_the_penalty_in_the_loss_equals_the_rule():

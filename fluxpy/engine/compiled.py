@@ -1,142 +1,226 @@
-"""The compiled path: one kernel for a whole chain, the user's own rules included, made by `torch.compile`.
+"""Compiled units: one kernel for a whole chain, the user's own rules included, made by `torch.compile`.
 
 A kernel is made once for what a chain does to tensors of a dtype and device. Sizes are dynamic, and numbers (rates,
-bias corrections) are inputs, so that nothing is made anew for a changed hyperparameter, schedule or count. Leaves that
-differ in a rate go together all the same: there the number is a tensor.
+bias corrections) are inputs, so that nothing is compiled again for a changed hyperparameter, schedule or count. Leaves
+that differ in a rate go together all the same: there the number is a tensor.
 """
 
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from types import FunctionType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..guard import Guard
-from ..pytree import Frame
-from ..rule import Assign, Rule, replace, title, walk
-from .flat import Flat, Piece
-from .group import Member, Misfit, same
-from .slab import Scratch
-from .tape import Line, Tape, Traced, run_line
+from ..context import Context
+from ..pytree import HOLE, Skeleton, entries_of, skeleton_of
+from ..rule import Assign, Rule, Steps, replace, rule_key, title, title_key
+from .cohort import Cohort
+from .kernels import Recipe, to_device, wide_dtype
+from .layout import Row
+from .packed import Chunk, Chunks, rule_now
+from .step import FallBack, Prepare
+from .tape import Tape, Traced
 
-_KERNELS: dict[Any, Callable[..., None]] = {}  # for all trees: making one takes seconds
 _MOST = 32  # kernels of one chain; with more, its numbers are a part of the program and each step would make another
 
 
-class Compiled(Flat):
-    """Leaves of elementwise rules that differ in numbers alone, each piece stepped by one kernel."""
+def bucket_key(rule: Rule, context: Context) -> Any:
+    """What rules must have in common to go together: everything but real numbers, where a kernel can take those for
+    each leaf."""
+    return rule_key(rule, loose=title_key(rule) not in context.not_shared)
 
-    split = False
 
-    def __init__(self, members: Sequence[Member], scratch: Scratch) -> None:
-        super().__init__(members, scratch)
-        self.quick, self.kernels = False, set[Any]()
-        self.spread()
+class Program(NamedTuple):
+    """What a rule does to a chunk with the numbers of one step: a kernel, its first input, and what the state's numbers
+    become."""
 
-    def retune(self) -> bool:
-        self.rule = self.members[0].leaf._rule
-        self.spread()
-        return not self.rule.traced and len({same(m.leaf._rule, loose=True) for m in self.members}) == 1
+    kernel: Callable[..., None]
+    numbers: Tensor
+    skeleton: Skeleton
+    moved: bool
 
-    def spread(self) -> None:
-        """Find the numbers in which the leaves' rules differ, by their place, with the value of each leaf."""
-        known = {id(m.leaf._rule): numbers_of(m.leaf._rule) for m in self.members}
+
+class CompiledUnit:
+    """A cohort of elementwise rules that differ in real numbers alone, each chunk stepped by one kernel."""
+
+    def __init__(self, cohort: Cohort) -> None:
+        self.cohort, self.context = cohort, cohort.context
+        self.chunks = Chunks(cohort, split=False, numbers=False)
+        self.kernels = set[Any]()
+        self.totals = 0
+        if self.master is not None:
+            self.inner_spec = skeleton_of(cohort.records[0].state.state).spec
+        self.programs: dict[bool, Program] = {}
         self.differing: dict[int, Tensor] = {}
-        if len(known) > 1:
-            rows = [known[id(m.leaf._rule)] for m in self.members]
-            device, wide = self.params[0].device, _wide([self.params[0], *(row[0] for row in self.momenta)])
-            for place, column in enumerate(zip(*rows, strict=True)):
-                if len(set(column)) > 1:
-                    self.differing[place] = torch.tensor(column, dtype=wide, device=device)
-            self.sizes = torch.tensor([x.numel() for x in self.params], device=device)
+        self.adopt_rules()
 
-    def numbers_for(self, piece: Piece) -> list[Tensor]:
-        """The numbers that differ, for each element of a piece."""
-        if not self.differing or piece.high - piece.low == 1:
-            return [column[piece.low] for column in self.differing.values()]
-        sizes = self.sizes[piece.low : piece.high]
-        columns = (column[piece.low : piece.high] for column in self.differing.values())
-        return [torch.repeat_interleave(column, sizes, output_size=piece.size) for column in columns]
+    @property
+    def master(self) -> Any:
+        """The wrapper that keeps a master copy, if there is one: the kernel steps that copy."""
+        return self.cohort.rule if self.cohort.rule.keeps_master else None
 
-    def known(self, total: Tensor) -> Tensor:
-        return total  # an input of the kernel, which is one for all values
+    def adopt_rules(self) -> bool:
+        """Find the numbers in which the leaves' rules differ, by their place, with the value of each leaf."""
+        cohort = self.cohort
+        rules = {id(r.rule): r.rule for r in cohort.records}
+        if any(rule is None or rule.traced for rule in rules.values()):
+            return False
+        if len({bucket_key(rule, self.context) for rule in rules.values() if rule is not None}) > 1:
+            return False
+        if rule_key(cohort.rule, loose=True) != getattr(self, "key", rule_key(cohort.rule, loose=True)):
+            self.programs = {}
+        self.key = rule_key(cohort.rule, loose=True)
+        self.differing = {}
+        if len(rules) == 1:
+            return True
+        known = {key: numbers_of(rule) for key, rule in rules.items() if rule is not None}
+        rows = [known[id(record.rule)] for record in cohort.records]
+        device, wide = cohort.reals[0].device, wide_dtype([cohort.reals[0], *(row[0] for row in cohort.momenta)])
+        for place, column in enumerate(zip(*rows, strict=True)):
+            if len(set(column)) > 1:
+                self.differing[place] = torch.tensor(column, dtype=wide, device=device)
+        self.sizes = torch.tensor(cohort.sizes, device=device)
+        return True
 
-    def finish(self, guard: Guard) -> None:
-        """Write down what the rule does with this step's numbers, and find or make the kernels for it."""
-        self.kernel = {single: self.kernel_for(piece, guard) for single, piece in self.kinds().items()}
+    def prepare(self, grads: Sequence[Any]) -> Prepare:
+        self.now = rule_now(self.cohort)
+        self.chunks.load([grads[place] for place in self.cohort.places])
+        first = self.chunks.all[0]
+        if not self.programs:
+            self.totals = self._count_totals(first)
+        yield from self.chunks.run(self._start, self.totals)
+        self.programs = {single: self._program(chunk) for single, chunk in self._kinds().items()}
 
-    def kinds(self) -> dict[bool, Piece]:
-        """A piece of each kind: of one leaf, whose numbers are 0-dim, and of several."""
-        if not self.differing:
-            return {False: self.pieces[0]}
-        return {not piece.views: piece for piece in self.pieces}
+    def _start(self, chunk: Chunk, dx: Any) -> Steps:
+        """The rule's own steps, for the totals that it asks for."""
+        momenta = [row.read() for row in chunk.momenta]
+        return self.now.steps(self.cohort.skeleton.combine(momenta), chunk.x.read(), dx)
 
-    def kernel_for(self, piece: Piece, guard: Guard) -> Callable[..., None]:
-        held = [slab.last for slab in piece.momenta]
-        own = [column[:2] if piece.views else column[0] for column in self.differing.values()]
-        extra = [*piece.answers, *own, *([] if guard.bad is None else [guard.bad])]
-        tensors = [piece.x.last, piece.x.last, *held, *extra]  # those of the first step, or like them
-        tape = Tape(tensors)
+    def _kinds(self) -> dict[bool, Chunk]:
+        """A chunk of each kind: of one leaf, whose own numbers and totals are 0-dim, and of several."""
+        return {not chunk.gathers: chunk for chunk in self.chunks.all}
+
+    def _target(self, chunk: Chunk) -> tuple[Row, list[Row], Rule, Skeleton]:
+        """What the kernel steps, with which momenta, by which rule, with which numbers in its state."""
+        skeleton = self.cohort.skeleton
+        if self.master is None:
+            return chunk.x, chunk.momenta, self.now, skeleton
+        inner = Skeleton(self.inner_spec, skeleton.parts[1:])
+        return chunk.momenta[0], chunk.momenta[1:], self.now.rule, inner  # pyright: ignore
+
+    def _count_totals(self, chunk: Chunk) -> int:
+        row, momenta, rule, skeleton = self._target(chunk)
+        tape = Tape([row.buffer, row.buffer, *(m.buffer for m in momenta)])
         x, dx, *others = tape.inputs
-        others, rest = others[: len(held)], others[len(held) :]
-        answers, rest = rest[: len(piece.answers)], rest[len(piece.answers) :]
-        numbers = dict(zip(self.differing, rest, strict=False))
+        steps, answer, count = rule.steps(skeleton.combine(others), x, dx), None, 0  # pyright: ignore
         try:
-            rule = with_numbers(self.rule, self.now, numbers) if numbers else self.now
-            before = self.frame.join(others)
-            state, change = write_down(rule.steps(before, x, dx), answers)  # pyright: ignore
-            frame, parts = Frame(state), Frame(state).parts
-            if _form(frame) != _form(Frame(before)):
-                raise ValueError("its state does not keep its structure")
-            self.numbers = [
-                old if isinstance(new, Traced) else new for new, old in zip(parts, self.frame.parts, strict=True)
-            ]
-            self.moved = change is not None
-            value = None if change is None else change.value if isinstance(change, Assign) else x - change
-            news = [value, dx, *(part for part in parts if isinstance(part, Traced))]
-            writes = tuple(
-                (i, new._index) for i, new in enumerate(news) if new is not None and i not in (1, new._index)
-            )
+            while True:
+                answer = steps.send(answer).value
+                count += 1
+        except StopIteration:
+            return count
         except Exception as error:
-            self.refuse(guard, error)
-        key = tuple(tape.lines), writes, tuple((t.dtype, t.device, t.ndim) for t in tensors), guard.bad is not None
-        self.inputs = _sent([*tape.numbers, 1.0], tensors)
-        if key not in _KERNELS:
-            self.kernels.add(key)
-            try:
-                if len(self.kernels) > _MOST:
-                    raise RuntimeError("its numbers change what it does")
-                lines = tape.live([source for _, source in writes])
-                _KERNELS[key] = made(lines, writes, self.inputs, tensors, guard.bad is not None)
-            except Exception as error:
-                self.refuse(guard, error)
-        return _KERNELS[key]
+            self._refuse(error)
 
-    def refuse(self, guard: Guard, error: Exception) -> NoReturn:
-        """This rule is not to be compiled again, or, where nothing differs from leaf to leaf, at all."""
-        self.plan.dead = True
-        rules = {type(rule) for rule in walk(self.rule)}
-        if self.differing and not rules & guard.exact:
-            guard.exact |= rules  # perhaps with its own numbers for each
-            raise Misfit from error
-        if not rules & guard.uncompiled:
+    def _program(self, chunk: Chunk) -> Program:
+        """Write down what the rule does with this step's numbers, and find or make the kernel for it."""
+        row, momenta, rule, before = self._target(chunk)
+        held = [m.buffer for m in momenta]
+        own = [column[:2] if chunk.gathers else column[0] for column in self.differing.values()]
+        bad = self.context.flag.bad
+        tensors = [row.buffer, row.buffer, *held, *chunk.answers, *own, *([] if bad is None else [bad])]
+        tape = Tape(tensors)
+        x, dx, *rest = tape.inputs
+        others, rest = rest[: len(held)], rest[len(held) :]
+        answers, rest = rest[: len(chunk.answers)], rest[len(chunk.answers) :]
+        try:
+            if self.differing:
+                inner = self.cohort.rule.rule if self.master is not None else self.cohort.rule  # pyright: ignore
+                rule = with_numbers(inner, rule, dict(zip(self.differing, rest, strict=False)))
+            state, change = write_down(rule.steps(before.combine(others), x, dx), answers)  # pyright: ignore
+            skeleton, writes = _outcome(state, change, x, before)
+        except Exception as error:
+            self._refuse(error)
+        numbers = to_device([*tape.numbers, 1.0], tensors)
+        recipe = Recipe(tape, writes, numbers, tensors, bad is not None, chunk.size)
+        try:
+            if recipe.key not in self.kernels and len(self.kernels) == _MOST:
+                raise RuntimeError("its numbers change what it does")
+            self.kernels.add(recipe.key)
+            kernel = recipe.kernel()
+        except Exception as error:
+            self._refuse(error)
+        return Program(kernel, numbers, skeleton, change is not None)
+
+    def _refuse(self, error: Exception) -> NoReturn:
+        """This rule is not to be compiled again, or, where its leaves differ, not with a number for each."""
+        context, key = self.context, title_key(self.cohort.rule)
+        context.structure += 1
+        if self.differing and key not in context.not_shared:
+            context.not_shared.add(key)
+            raise FallBack from error
+        if key not in context.uncompiled:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warnings.warn(f"{title(self.rule)} runs without being compiled: {reason}", stacklevel=2)
-        guard.uncompiled |= {type(rule) for rule in walk(self.rule) if not rule.inner}
-        raise Misfit from error
+            warnings.warn(f"{title(self.cohort.rule)} runs without being compiled: {reason}", stacklevel=2)
+        context.uncompiled.add(key)
+        raise FallBack from error
 
-    def commit(self, guard: Guard) -> None:
-        for piece in self.pieces:
-            x, momenta = piece.x.read(), [slab.last for slab in piece.momenta]
-            kernel = self.kernel[bool(self.differing) and not piece.views]
-            held = [] if guard.bad is None else [guard.bad]
-            dx = piece.gradient(self.grads)
-            kernel(self.inputs, x, dx, *momenta, *piece.answers, *self.numbers_for(piece), *held)
-            piece.x.write(x)
-        self.stepped(self.numbers, self.moved)
+    def commit(self) -> None:
+        program = None
+        for chunk in self.chunks.all:
+            row, momenta, _, _ = self._target(chunk)
+            program = self.programs[not chunk.gathers]
+            if self.master is not None:
+                row.write(self.master.master_for(row.read(), chunk.x.read()))
+            x = row.read()
+            bad = self.context.flag.bad
+            held = [] if bad is None else [bad]
+            dx = chunk.gradient(self.chunks.grads).to(x.dtype)
+            own = self._numbers_for(chunk)
+            program.kernel(program.numbers, x, dx, *(m.read() for m in momenta), *chunk.answers, *own, *held)
+            row.write(x)
+            if self.master is not None:
+                chunk.x.write(x)
+        assert program is not None
+        self.chunks.clear()
+        torch.autograd.graph.increment_version(self.cohort.params)
+        self.cohort.advance(self._whole_skeleton(program.skeleton), program.moved)
+
+    def _whole_skeleton(self, skeleton: Skeleton) -> Skeleton:
+        if self.master is None:
+            return skeleton
+        whole = self.cohort.skeleton
+        return Skeleton(whole.spec, [*whole.parts[: len(whole.parts) - len(skeleton.parts)], *skeleton.parts])
+
+    def _numbers_for(self, chunk: Chunk) -> list[Tensor]:
+        """The numbers that differ, for each element of a chunk."""
+        if not self.differing or not chunk.gathers:
+            return [column[chunk.low] for column in self.differing.values()]
+        sizes = self.sizes[chunk.low : chunk.high]
+        columns = (column[chunk.low : chunk.high] for column in self.differing.values())
+        return [torch.repeat_interleave(column, sizes, output_size=chunk.size) for column in columns]
+
+
+def _outcome(state: Any, change: Any, x: Traced, before: Skeleton) -> tuple[Skeleton, tuple[tuple[int, int], ...]]:
+    """The numbers of the new state, and which result is written to which input."""
+    skeleton = skeleton_of(state)
+    if skeleton.spec != before.spec:
+        raise ValueError("its state does not keep its structure")
+    value = None
+    if change is not None:
+        value = change.value if isinstance(change, Assign) else x - change
+    news, parts = [value, None], []
+    for new, old in zip(skeleton.parts, before.parts, strict=True):
+        is_tensor = isinstance(new, Traced)
+        if is_tensor != (old is HOLE):
+            raise ValueError("its state does not keep its structure")
+        parts.append(old if is_tensor else new)
+        if is_tensor:
+            news.append(new)
+    writes = tuple((i, new.index) for i, new in enumerate(news) if new is not None and new.index != i)
+    return Skeleton(skeleton.spec, parts), writes
 
 
 def write_down(steps: Any, answers: list[Traced]) -> Any:
@@ -147,12 +231,12 @@ def write_down(steps: Any, answers: list[Traced]) -> Any:
             steps.send(answer)
     except StopIteration as done:
         return done.value
-    raise Misfit
+    raise ValueError("it asks for another number of totals than before")
 
 
 def numbers_of(rule: Rule) -> list[float]:
     """All real numbers among the hyperparameters of a rule and those inside it, in one order for all rules alike."""
-    return [v for v in Frame(_written(rule)).parts if type(v) is float]
+    return [v for _, v in entries_of(_written(rule)) if type(v) is float]
 
 
 def with_numbers(rule: Rule, now: Rule, new: dict[int, Any]) -> Rule:
@@ -172,80 +256,3 @@ def _written(rule: Rule) -> list[Any]:
     found: list[Any] = []
     replace(rule, lambda _rule, _name, v: found.append(v), validate=False)
     return found
-
-
-def _form(frame: Frame) -> Any:
-    return frame.spec, [isinstance(part, Traced) for part in frame.parts]
-
-
-def _wide(tensors: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _sent(numbers: list[float], tensors: Sequence[Tensor]) -> Tensor:
-    """Numbers as a tensor beside others, without waiting for the device."""
-    device = tensors[0].device
-    there = device.type != "cpu"
-    sent = torch.tensor(numbers, dtype=_wide(tensors), device="cpu", pin_memory=there)
-    return sent.to(device, non_blocking=True) if there else sent
-
-
-def made(
-    lines: tuple[Line | None, ...], writes: Any, numbers: Tensor, like: Sequence[Tensor], held: bool
-) -> Callable[..., None]:
-    """The kernel of a tape, compiled, and tried on tensors that do not matter."""
-
-    def kernel(numbers: Tensor, *inputs: Tensor) -> None:
-        results: list[Any] = list(inputs)
-        for line in lines:
-            results.append(None if line is None else run_line(line, numbers, results.__getitem__))
-        # Times one, where another buffer takes an input over: Inductor drops copies, and reads what was overwritten.
-        news = [results[source] * numbers[-1] if source < len(inputs) else results[source] for _, source in writes]
-        for (target, _), new in zip(writes, news, strict=True):
-            results[target].copy_(torch.where(inputs[-1], results[target], new) if held else new)
-
-    # What torch.compile remembers it remembers by code, so each kernel has code of its own.
-    code = kernel.__code__.replace(co_name=f"kernel_{len(_KERNELS)}")
-    own = FunctionType(code, kernel.__globals__, code.co_name, None, kernel.__closure__)
-    seen: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-
-    def backend(graph: Any, examples: Any) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx
-
-        inner: Any = compile_fx(graph, examples)
-
-        def spy(*args: Any) -> Any:
-            seen.append((inner, args))
-            return inner(*args)
-
-        return spy
-
-    inputs = [numbers, *(t.new_ones((_LENGTH,) * t.ndim) for t in like)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of the compiler's own code
-        torch.compile(own, backend=backend, dynamic=True, fullgraph=True)(*inputs)
-    return _direct(*seen[-1], inputs)
-
-
-_LENGTH = 1013  # of the tensors that a kernel is tried on: no other size is like it
-
-
-def _direct(inner: Callable[..., Any], args: tuple[Any, ...], inputs: list[Tensor]) -> Callable[..., None]:
-    """The compiled program itself, without what looks at each call whether it still fits: it was found by that.
-
-    It takes tensors in an order of its own, and their length as a number.
-    """
-    known = {id(t): i for i, t in enumerate(inputs)}
-    order = [known[id(arg)] if isinstance(arg, Tensor) else None for arg in args]
-    fixed = [None if isinstance(arg, Tensor) or int(arg) == _LENGTH else int(arg) for arg in args]
-
-    def run(*tensors: Tensor) -> None:
-        length = len(tensors[1])
-        inner(
-            *[
-                tensors[i] if i is not None else length if other is None else other
-                for i, other in zip(order, fixed, strict=True)
-            ]
-        )
-
-    return run

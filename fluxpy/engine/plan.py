@@ -1,233 +1,318 @@
-"""The plan of an update: which leaves go together and by which path, worked out once and kept from step to step."""
+"""The plan of an update: which leaves step together and how, kept from step to step.
 
-import itertools
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+Leaves that step together form a cohort. A *route* is the set of cohorts that one kind of update takes: which leaves have
+a gradient and are not frozen. A new pattern is another route over the same cohorts; only where it goes through the
+middle of a cohort, that is split. So models whose parts take turns soon find all their routes made.
+"""
+
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..guard import Guard, Skip, require_finite
-from ..leaf import Leaf, start
-from ..match import Fit
-from ..pytree import Frame
-from ..rule import Rule, StagedRule, walk
-from ..rules.clip import ClipNorm
-from . import native
-from .compiled import Compiled
-from .flat import Flat, ours, pointers
-from .group import Group, Member, Misfit, Rest, same, value_key
-from .native import Native
-from .plain import Plain
-from .slab import Scratch
+from ..binding import Binding
+from ..context import Context
+from ..leaf import Record, miss_update
+from ..pytree import is_wrapped
+from ..rule import ReducingRule, Rule, rule_key, title_key, walk
+from . import fused
+from .cohort import Cohort, Member, fits_packed
+from .compiled import CompiledUnit
+from .compiled import bucket_key as compiled_key
+from .layout import addresses
+from .packed import EagerUnit
+from .reference import ReferenceUnit
+from .signature import Signature
+from .step import Unit
+
+_MOST_ROUTES = 32  # kept of one plan
+_LEAST_STACK = 4  # leaves: vmap takes about as long as the reference path for three
+_place = attrgetter("place")
+
+
+class Route:
+    """The units that one kind of update takes, and what must be as it was for that."""
+
+    def __init__(self, plan: "Plan", cohorts: list[Cohort], alone: list[ReferenceUnit], grads: Sequence[Any]) -> None:
+        params = plan.binding.params
+        self.cohorts, self.units = cohorts, [*map(plan.unit_of, cohorts), *alone]
+        self.present = [i for i, g in enumerate(grads) if g is not None]
+        self.absent = [i for i, g in enumerate(grads) if g is None]
+        self.everyone = not self.absent
+        self.signature = Signature([*params, *(grads[i] for i in self.present)])
+        self.params = params
+        self.odd = [_odd(cohort, grads) for cohort in cohorts]
+        self.addresses = addresses(params)
+        self.taken = frozenset(self.addresses)
+
+    def takes(self, grads: Sequence[Any]) -> bool:
+        """Whether parameters and gradients are like those that this route was made for."""
+        for i in self.absent:
+            if grads[i] is not None:
+                return False
+        given = grads if self.everyone else [grads[i] for i in self.present]
+        if not self.signature.matches([*self.params, *given]):
+            return False
+        if addresses(self.params) != self.addresses:
+            return False
+        return self.taken.isdisjoint(addresses(given))  # a gradient that is a parameter changes while it is read
+
+    def enter(self) -> None:
+        """Prepare the cohorts for gradients like those of this route."""
+        for cohort, odd in zip(self.cohorts, self.odd, strict=True):
+            cohort.odd = odd
+
+
+def _odd(cohort: Cohort, grads: Sequence[Any]) -> list[int]:
+    """The leaves of a cohort whose gradients have other strides than the parameters."""
+    pairs = [(x, grads[place]) for x, place in zip(cohort.params, cohort.places, strict=True)]
+    return [i for i, (x, dx) in enumerate(pairs) if dx is not None and dx.stride() != x.stride()]
 
 
 class Plan:
-    """How to step leaves by gradients like these. `holds` says whether it may be used again."""
+    """The cohorts of a model's leaves, and the routes over them."""
 
-    def __init__(self, fit: Fit, leaves: Sequence[Leaf], values: Sequence[Tensor | None], guard: Guard) -> None:
-        self.guard, self.dead, self.retuned = guard, False, False
-        self.leaves = leaves
-        places = zip(fit.spec.unique.items(), fit.params, strict=True)
-        members = [Member(path, leaves[i], x, place) for place, ((i, path), x) in enumerate(places)]
-        self.absent = [m.place for m in members if values[m.place] is None]
-        live = [m for m in members if not m.leaf._frozen and m.leaf._rule is not None]
-        self.waiting = [m.leaf for m in members if m.leaf._frozen and m.leaf._rule is not None and m.leaf._rule.gathers]
-        self.once = any(m.leaf._missed for m in live)  # after this step things are simpler
-        self.fresh = [m.leaf for m in live if m.leaf._state is None and values[m.place] is not None]
-        rest: list[Member] = []
-        sorted_: dict[Any, tuple[Callable[..., Flat], list[Member]]] = {}
-        keys: dict[Any, Any] = {}
-        for m in live:
-            way, dx = None, values[m.place]
-            if dx is not None and not m.leaf._missed:
-                if m.leaf._state is None:
-                    try:
-                        m.leaf._held = start(m.leaf._rule, m.x, m.leaf._count, m.path)
-                    except BaseException:
-                        self.forget()
-                        raise
-                way = self.way(m, dx)
-            if way is None:
-                rest.append(m)
+    def __init__(self, binding: Binding, context: Context) -> None:
+        self.binding, self.context = binding, context
+        self.records: list[Record] = binding.records
+        self.cohorts: list[Cohort] = []
+        self.units: dict[int, Unit] = {}  # by the identity of the cohort
+        self.routes: dict[Any, Route] = {}
+        self.route: Route | None = None
+        self.waiting: list[tuple[Record, tuple[Tensor, str]]] = []  # frozen leaves of rules that accumulate
+        self.begun: list[Record] = []  # leaves whose state was made for the present update
+        self.structure = self.hyper = -1
+        self.addresses: list[int] = []  # where the parameters were when the cohorts were laid out
+
+    def current(self, grads: Sequence[Any]) -> Route | None:
+        """The last route, where it can be taken again."""
+        route, context = self.route, self.context
+        if route is None or context.structure != self.structure or context.hyper != self.hyper:
+            return None
+        return route if route.takes(grads) else None
+
+    def find(self, grads: Sequence[Any]) -> Route | None:
+        """A known route for these gradients, after what changed since the last step was looked at."""
+        if self.context.hyper != self.hyper:
+            self._adopt_rules()
+        if self.context.structure != self.structure:
+            self._verify()
+        self.route = route = self.routes.get(self._pattern(grads))
+        return route if route is not None and route.takes(grads) else None
+
+    def make(self, grads: Sequence[Any]) -> Route:
+        """The route for these gradients, which were checked to fit the parameters."""
+        self.route = None
+        here = addresses(self.binding.params)
+        if here != self.addresses:
+            self._renew()
+            self.addresses = here
+        members, alone = self._members(grads)
+        live = {member.place for member in members}
+        self._leave_out({unit.place for unit in alone})
+        for present in (True, False):
+            self._split({place for place in live if (grads[place] is not None) == present})
+        assigned = {place for cohort in self.cohorts for place in cohort.places}
+        if live - assigned:
+            self._regroup(members, live, grads)
+        cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
+        if len(self.routes) >= _MOST_ROUTES:
+            self.routes.clear()
+        self.route = self.routes[self._pattern(grads)] = Route(self, cohorts, alone, grads)
+        self.structure = self.context.structure
+        return self.route
+
+    def unit_of(self, cohort: Cohort) -> Unit:
+        return self.units[id(cohort)]
+
+    def sit_out(self) -> None:
+        """Tell accumulating rules of an update in which their leaves were frozen. Leaves that share their numbers keep
+        sharing them."""
+        seen: dict[int, Any] = {}
+        for record, (x, path) in self.waiting:
+            before = record.numbers
+            if id(before) not in seen or before.skeleton is None:
+                miss_update(record, x, path)
+                seen[id(before)] = record.numbers, before
             else:
-                rule = keys.get((way[0], id(m.leaf._rule)))
-                if rule is None:
-                    rule = keys[way[0], id(m.leaf._rule)] = self.form(way[0], m.leaf._rule)
-                key = *way, rule, m.leaf._count
-                sorted_.setdefault(key, (way[0], []))[1].append(m)
-        self.rest = [m for m in rest if values[m.place] is not None or m.leaf._rule.gathers]
-        scratch = Scratch()
-        self.groups = [make(held, scratch) for make, held in sorted_.values()]
-        stepped = {m.place for _, held in sorted_.values() for m in held}
-        idle = Rest([m for m in members if m.place not in stepped])
-        for group in (*self.groups, idle):
-            group.plan = self
-        self.places = [m.place for group in self.groups for m in group.members]
-        ends = list(itertools.accumulate(len(group.members) for group in self.groups))
-        self.shares = list(zip([0, *ends], ends, strict=False))
-        self.whole = self.places == list(range(len(members)))
-        # What the others are given is looked at too, but for its shape alone.
-        looked_at = [m for group in self.groups for m in group.members] + [
-            m for m in self.rest if values[m.place] is not None
+                record.numbers = seen[id(before)][0]
+
+    def forget_begun(self) -> None:
+        """The update failed: leaves that had no momenta have none again."""
+        for record in self.begun:
+            record.tensors = None
+        if self.begun:
+            self.begun = []
+            self._dissolve()
+
+    def _dissolve(self) -> None:
+        self.cohorts, self.units, self.routes, self.route = [], {}, {}, None
+        self.context.structure += 1
+
+    # --- What changed -------------------------------------------------------------------------------------------------
+
+    def _pattern(self, grads: Sequence[Any]) -> tuple[bool, ...]:
+        """Which leaves step, and of those that do not, which have a gradient all the same."""
+        pairs = zip(self.records, grads, strict=True)
+        return tuple([None if g is None else not record.frozen for record, g in pairs])  # pyright: ignore
+
+    def _adopt_rules(self) -> None:
+        """Take over what `adjust` did. Where the leaves of a cohort do not go together any more, it is dissolved."""
+        self.hyper = self.context.hyper
+        for cohort in list(self.cohorts):
+            unit = self.units[id(cohort)]
+            if not unit.adopt_rules():
+                self._drop(cohort)
+
+    def _verify(self) -> None:
+        """Dissolve the cohorts that somebody took leaves from, or whose leaves have another state."""
+        self.structure = self.context.structure
+        for cohort in list(self.cohorts):
+            if not cohort.holds():
+                self._drop(cohort)
+        pairs = zip(self.records, self.binding.params, self.binding.paths, strict=True)
+        self.waiting = [
+            (record, (x, path))
+            for record, x, path in pairs
+            if record.frozen and record.rule is not None and record.rule.accumulates
         ]
-        self.seen, self.params = [m.place for m in looked_at], [m.x for m in looked_at]
-        for group in self.groups:
-            pairs = enumerate((m.x, values[m.place]) for m in group.members)
-            group.odd = [i for i, (x, dx) in pairs if dx is not None and dx.stride() != x.stride()]
-        self.fixed = [m.x for group in self.groups if group.pieces for m in group.members]
-        self.pointers = pointers(self.fixed)
-        self.forms = Forms([*self.params, *(v for v in (values[i] for i in self.seen) if v is not None)])
-        pieces = [piece for group in self.groups for piece in group.pieces]
-        for piece in pieces:  # scratch holds one piece at a time
-            piece.alone = len(pieces) == 1
-        self.quick = not self.rest and all(group.quick for group in self.groups)
 
-    def way(self, m: Member, dx: Tensor) -> Any:
-        """The path for a leaf, and what it must have in common with others to go with them; None for the plain one."""
-        x, rule = m.x, m.leaf._rule
-        tensors, frame = Frame.split(m.leaf._state)
-        plain = (torch.Tensor, nn.Parameter)
-        if type(x) not in plain or type(dx) not in plain or not x.is_floating_point() or not x.numel() or rule.traced:
-            return None
-        if any(
-            t.shape != x.shape or t.device != x.device or t.stride() != x.stride() or t.requires_grad for t in tensors
+    def _drop(self, cohort: Cohort) -> None:
+        self.cohorts.remove(cohort)
+        self.units.pop(id(cohort))
+        self.routes.clear()
+
+    # --- Grouping -----------------------------------------------------------------------------------------------------
+
+    def _members(self, grads: Sequence[Any]) -> tuple[list[Member], list[ReferenceUnit]]:
+        """The leaves that step in cohorts, and the units of those that step alone."""
+        members, alone = [], []
+        stacks: dict[Any, list[Member]] = {}
+        for place, (record, x, path, dx) in enumerate(
+            zip(self.records, self.binding.params, self.binding.paths, grads, strict=True)
         ):
-            return None
-        key = x.dtype, x.device, frame.spec, tuple(map(value_key, frame.parts)), tuple(t.dtype for t in tensors)
-        if (
-            self.guard.compile
-            and x.is_contiguous()
-            and x.numel() > 1
-            and _pieces(rule, self.guard, self.guard.uncompiled)
-        ):
-            return Compiled, *key
-        fused = native.takes(rule, x)
-        if not x.is_contiguous():
-            dense = torch.empty_like(x).stride() == x.stride()
-            return (Native, "as it is", *key) if fused and dense and len(native.links(rule)) == 1 else None
-        if fused and all(t.dtype == x.dtype for t in tensors):
-            return Native, *key
-        return (Flat, *key) if _pieces(rule, self.guard, clips=True) else None
-
-    def form(self, way: type[Group], rule: Rule) -> Any:
-        """What rules must have in common to go together this way."""
-        if way is Native:
-            return native.form(rule)
-        return same(rule, loose=way is Compiled and not {type(inner) for inner in walk(rule)} & self.guard.exact)
-
-    def holds(self, leaves: Sequence[Leaf], values: Sequence[Any]) -> bool:
-        if self.dead or self.once or not (leaves is self.leaves or (len(leaves) == 1 and leaves[0] is self.leaves[0])):
-            return False
-        if self.retuned:
-            self.retuned = False
-            if not all(group.retune() for group in self.groups):
-                return False
-        if any(values[i] is not None for i in self.absent) or pointers(self.fixed) != self.pointers:
-            return False
-        return self.forms.hold([*self.params, *(values if self.whole else [values[i] for i in self.seen])])
-
-    def step(self, values: Sequence[Any]) -> None:
-        """One update. Raises before anything is written, or not at all."""
-        guard, groups = self.guard, self.groups
-        used = list(values) if self.whole else [values[i] for i in self.places]
-        turns: list[Any] = groups
-        try:
-            if len(groups) == 1:
-                groups[0].begin(used)
+            if record.frozen or record.rule is None or (dx is None and not record.rule.accumulates):
+                continue
+            self._begin(record, x, path)
+            kind, member = self._kind(record, x, dx), Member(record, x, place, path)
+            if kind == "stack":
+                stacks.setdefault((x.shape, x.dtype, id(record.rule), dx is None), []).append(member)
+            elif kind is None or (dx is None and kind == "compiled"):
+                alone.append(member)
             else:
-                for group, (low, high) in zip(groups, self.shares, strict=True):
-                    group.begin(used[low:high])
-            if not self.quick:
-                rules: dict[Any, Rule] = {}
-                turns = groups + [Plain(m.path, m.leaf, m.x, values[m.place], rules) for m in self.rest]
-                rounds(turns, guard)
-                for turn in turns:
-                    turn.finish(guard)
-        except BaseException as error:
-            self.forget()
-            if isinstance(error, Exception) and not isinstance(error, Skip | Misfit) and groups:
-                raise Misfit from error  # the plain path knows the leaf
-            raise
-        for leaf in self.waiting:
-            leaf._missed += 1
-        for turn in turns:
-            turn.commit(guard)
-        for group in groups:
-            group.grads = []  # not kept alive until the next update
-        self.fresh = []
+                members.append(member)
+        for stack in stacks.values():
+            (members if len(stack) >= _LEAST_STACK else alone).extend(stack)
+        members.sort(key=_place)
+        return members, [ReferenceUnit(*member, self.context) for member in sorted(alone, key=_place)]
 
-    def forget(self) -> None:
-        """Nothing was stepped: leaves that had no momenta have none again."""
-        for leaf in self.fresh:
-            leaf._set(state=None)
-
-
-class Forms:
-    """The dtype, shape, strides and device of tensors, to see at next to no cost that others have the same."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.known: list[Any] = []
-        self.guards: Any = None
+    def _begin(self, record: Record, x: Tensor, path: str) -> None:
+        if record.tensors is not None:
+            return
         try:
-            from torch._C._dynamo.guards import TensorGuards
+            record.begin(x, path)
+        except BaseException:
+            self.forget_begun()
+            raise
+        self.begun.append(record)
 
-            sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-            make: Any = TensorGuards  # which is what torch.compile itself notices a change with
-            self.guards = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        except Exception:  # not in this version of PyTorch
-            self.known = [_form(t) for t in tensors]
+    def _kind(self, record: Record, x: Tensor, dx: Tensor | None) -> str | None:
+        """How a leaf can be stepped: "compiled", "fused", "eager", "stack", or None: by itself."""
+        rule, tensors, plain = record.rule, record.tensors, (torch.Tensor, nn.Parameter)
+        assert rule is not None and tensors is not None
+        if type(x) not in plain or (dx is not None and type(dx) not in plain):
+            return None
+        if not x.numel() or rule.traced or x.is_meta:
+            return None
+        if is_wrapped(x) or title_key(rule) in self.context.reference_only or not fits_packed(x, tensors):
+            return None
+        if not rule.elementwise:
+            whole = x.is_contiguous() and not x.is_complex() and not any(map(_reduces_inside, _whole(rule)))
+            return "stack" if whole else None
+        if x.is_complex() and x.is_conj():
+            return None
+        if self.context.compile and x.numel() > 1 and title_key(rule) not in self.context.uncompiled:
+            return "compiled"
+        return "fused" if fused.takes(rule, x, tensors) else "eager"
 
-    def hold(self, tensors: list[Any]) -> bool:
-        if self.guards is not None:
-            return self.guards.check(*tensors)
-        return self.known == [_form(t) for t in tensors]
+    def _regroup(self, members: list[Member], live: set[int], grads: Sequence[Any]) -> None:
+        """Make cohorts of all leaves that step, so that those which became alike go together again."""
+        for cohort in [cohort for cohort in self.cohorts if cohort.places[0] in live]:
+            self._drop(cohort)
+        buckets: dict[Any, list[Member]] = {}
+        keys: dict[Any, Any] = {}
+        for member in members:
+            record = member.record
+            kind = self._kind(record, member.x, member.x)
+            rule = keys.get((kind, id(record.rule)))
+            if rule is None:
+                rule = keys[kind, id(record.rule)] = _rule_key(kind, record.rule, self.context)
+            present = grads[member.place] is not None
+            buckets.setdefault((kind, rule, present, *_tensor_key(kind, record, member.x)), []).append(member)
+        for (kind, *_), found in buckets.items():
+            self._add(found, kind)
+
+    def _add(self, members: list[Member], kind: str) -> None:
+        cohort = Cohort(members, self.context)
+        self.context.structure += 1
+        makers = {"compiled": CompiledUnit, "fused": fused.fused_unit, "eager": EagerUnit, "stack": _stack}
+        self.units[id(cohort)] = makers[kind](cohort)
+        cohort.kind = kind
+        self.cohorts.append(cohort)
+        self.structure = self.context.structure
+
+    def _leave_out(self, places: set[int]) -> None:
+        """Take leaves that step alone out of their cohorts."""
+        self._split(places)
+        for cohort in list(self.cohorts):
+            if cohort.places[0] in places:
+                self._drop(cohort)
+
+    def _split(self, live: set[int]) -> None:
+        """Split the cohorts of which only some leaves are among these."""
+        for cohort in list(self.cohorts):
+            inside = [member for member in cohort.members if member.place in live]
+            if inside and len(inside) < len(cohort.members):
+                self._drop(cohort)
+                self._add(inside, cohort.kind)
+                self._add([member for member in cohort.members if member.place not in live], cohort.kind)
+
+    def _renew(self) -> None:
+        """Lay all cohorts out anew, as the parameters are elsewhere."""
+        params = self.binding.params
+        for cohort in list(self.cohorts):
+            self._drop(cohort)
+            self._add([member._replace(x=params[member.place]) for member in cohort.members], cohort.kind)
 
 
-def _form(t: Any) -> Any:
-    return isinstance(t, Tensor) and (
-        type(t),
-        t.dtype,
-        t.shape,
-        t.device,
-        t.layout,
-        t.layout == torch.strided and t.stride(),
-    )
+def _stack(cohort: Cohort) -> EagerUnit:
+    return EagerUnit(cohort, stack=True)
 
 
-def rounds(turns: Sequence[Any], guard: Guard) -> None:
-    """All through their rules. Where rules ask for totals, all get there before any goes on."""
-    if len(turns) == 1:
-        answer = None
-        while (ask := turns[0].advance(answer, guard)) is not None:
-            answer = ask.rule.combine([ask.part])
-            require_finite(answer, ask, partial(turns[0].shares, ask), guard)
-        return
-    waiting = [(turn, None) for turn in turns]
-    known: dict[int, Any] = {}
-    while waiting:
-        asked: dict[Any, list[Any]] = {}
-        for turn, answer in waiting:
-            ask = turn.advance(answer, guard)
-            if ask is not None:
-                rule = known.get(id(ask.rule)) or known.setdefault(id(ask.rule), same(ask.rule))
-                asked.setdefault((turn.asked, rule), []).append((turn, ask))
-        waiting = []
-        for group in asked.values():
-            total = group[0][1].rule.combine([ask.part for _, ask in group])
-            require_finite(total, group[0][1], partial(_shares, group), guard)
-            waiting += [(turn, total) for turn, _ in group]
+def _whole(rule: Rule) -> Iterable[Rule]:
+    """The rules inside one that need whole arrays."""
+    if rule.elementwise:
+        return []
+    return [r for inner in rule.inner for r in _whole(inner)] if rule.delegates else [rule]
 
 
-def _shares(group: list[Any]) -> list[tuple[str, Tensor]]:
-    """What each leaf gave to a total, by path."""
-    return [share for turn, ask in group for share in turn.shares(ask)]
+def _reduces_inside(rule: Rule) -> bool:
+    return any(isinstance(inner, ReducingRule) for inner in walk(rule))
 
 
-def _pieces(rule: Rule, guard: Guard, but: Collection[type] = (), clips: bool = False) -> bool:
-    """Whether a rule can be run on pieces of many tensors; with `clips`, on one tensor at a time where that must be."""
-    members = [inner for inner in walk(rule) if not inner.inner and not (clips and isinstance(inner, ClipNorm))]
-    asks = any(isinstance(inner, StagedRule) and not ours(inner) for inner in members)
-    barred = any(type(inner) in guard.slow or type(inner) in but for inner in members)
-    return not asks and not barred and all(inner.elementwise for inner in members)
+def _rule_key(kind: str | None, rule: Any, context: Context) -> Any:
+    """What rules must have in common for their leaves to go together."""
+    if kind == "fused":
+        return fused.bucket_key(rule)
+    return compiled_key(rule, context) if kind == "compiled" else rule_key(rule)
+
+
+def _tensor_key(kind: str | None, record: Record, x: Tensor) -> Any:
+    """What leaves must have in common besides their rules: dtypes, the numbers in their states, their count."""
+    skeleton, shape = record.numbers.skeleton, x.shape if kind == "stack" else None
+    assert skeleton is not None
+    numbers = tuple([(type(part), part) for part in skeleton.parts])
+    dtypes = tuple([t.dtype for t in record.tensors or ()])
+    return x.dtype, x.device, skeleton.spec, numbers, dtypes, record.numbers.count, shape

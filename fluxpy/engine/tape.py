@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..rule import at, rule_key
+
 # Operators that take a 0-dim tensor where they take a number; elsewhere a number is a part of the program. A power is
 # not among them: where its exponent is known it is far faster.
 _TAKES_TENSORS = set("add sub mul truediv div divide multiply subtract true_divide radd rsub rmul rtruediv".split())  # noqa: SIM905
@@ -53,7 +55,7 @@ class Tape:
     def place(self, v: Any, free: bool) -> Any:
         """A value as it stands in a line; a number, where a 0-dim tensor may be in its place, by its place."""
         if isinstance(v, Traced):
-            return Place("result", v._index)
+            return Place("result", v.index)
         if isinstance(v, tuple | list):
             return tuple(self.place(x, free) for x in v)
         if free and type(v) in (float, int):
@@ -80,6 +82,25 @@ class Tape:
             line = self.lines[index - len(self.inputs)]
             found = self.examples[index] = run_line(line, self.numbers, self.example)
         return found
+
+
+def is_traceable(cohort: Any) -> bool:
+    """Whether a cohort's rule is arithmetic alone: where one part of its leaves went well, the others cannot fail."""
+    known = cohort.context.traceable
+    key = rule_key(cohort.rule, loose=True), cohort.reals[0].dtype
+    if key not in known:
+        try:
+            rule = at(cohort.rule, cohort.numbers.count)
+            tensors = [cohort.reals[0], cohort.reals[0], *(row[0] for row in cohort.momenta)]
+            x, dx, *momenta = Tape([t.reshape(-1) for t in tensors]).inputs
+            steps, answer = rule.steps(cohort.skeleton.combine(momenta), x, dx), None  # pyright: ignore
+            while True:
+                answer = steps.send(answer).value
+        except StopIteration:
+            known[key] = True
+        except Exception:
+            known[key] = False
+    return known[key]
 
 
 def _writes(line: Line) -> bool:
@@ -109,19 +130,19 @@ class Traced:
     """Stands for a tensor while a rule is written down."""
 
     def __init__(self, tape: Tape, index: int) -> None:
-        self._tape, self._index = tape, index
+        self.tape, self.index = tape, index
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _first(args)._tape.record(func, args, kwargs or {})
+        return _first(args).tape.record(func, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(torch.Tensor, name)
-        if name in ("dtype", "device") and self._index < len(self._tape.given):
-            return getattr(self._tape.given[self._index], name)
+        if name in ("dtype", "device") and self.index < len(self.tape.given):
+            return getattr(self.tape.given[self.index], name)
         if not callable(method) or name.startswith(_ASKS):
-            return getattr(self._tape.example(self._index), name)
-        return lambda *args, **options: self._tape.record(method, (self, *args), options)
+            return getattr(self.tape.example(self.index), name)
+        return lambda *args, **options: self.tape.record(method, (self, *args), options)
 
     def __bool__(self) -> bool:
         raise TypeError("an elementwise rule cannot branch on the values of a tensor")
@@ -138,7 +159,7 @@ def _first(args: Any) -> Traced:
 
 def _operator(name: str) -> Any:
     method = getattr(torch.Tensor, name)
-    return lambda self, *args: self._tape.record(method, (self, *args), {})
+    return lambda self, *args: self.tape.record(method, (self, *args), {})
 
 
 _BINARY = "add sub mul truediv pow floordiv mod"

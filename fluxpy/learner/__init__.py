@@ -1,20 +1,14 @@
 """The Learner: training with events, metrics and callbacks."""
 
-from .callbacks import (
-    Checkpoint,
-    CSVLogger,
-    EarlyStopping,
-    FreezeUntil,
-    LearningRateScheduler,
-    LRFind,
-    ProgressBar,
-    StatisticsRecorder,
-    StopOnNaN,
-    TensorBoardLogger,
-    ThawFromTop,
-    discriminative_rates,
-    lr_find,
-)
+from .callbacks.checkpoint import Checkpoint
+from .callbacks.csv_logger import CSVLogger
+from .callbacks.freezing import FreezeUntil, ThawFromTop, discriminative_rates
+from .callbacks.lr_find import LRFind, lr_find
+from .callbacks.progress_bar import ProgressBar
+from .callbacks.scheduler import LearningRateScheduler
+from .callbacks.statistics import StatisticsRecorder
+from .callbacks.stopping import EarlyStopping, StopOnNaN
+from .callbacks.tensorboard import TensorBoardLogger
 from .events import (
     EVENTS,
     Callback,
@@ -27,15 +21,9 @@ from .events import (
     History,
 )
 from .learner import Learner
-from .loop import Step
-from .metrics import (
-    Accuracy,
-    Loss,
-    MatthewsCorrelationCoefficient,
-    Metric,
-    Perplexity,
-    Top5Accuracy,
-)
+from .metrics import Accuracy, Loss, MatthewsCorrelationCoefficient, Metric, Perplexity, Top5Accuracy
+from .progress import Progress
+from .step import Step
 
 __all__ = [
     "Accuracy",
@@ -59,6 +47,7 @@ __all__ = [
     "MatthewsCorrelationCoefficient",
     "Metric",
     "Perplexity",
+    "Progress",
     "ProgressBar",
     "StatisticsRecorder",
     "Step",

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from ..pytree import Frame, level
-from ..tree import walk
+from .core import level, tensors_in, tensors_of
 
 TARGETS = ("target", "targets", "label", "labels", "y")
 
@@ -113,7 +112,7 @@ def samples_of(*parts: Any) -> int:
         if isinstance(part, Tensor) and part.ndim:
             return part.shape[0]
         if part is not None and not isinstance(part, Tensor):
-            for tensor in Frame.split(part)[0]:
+            for tensor in tensors_in(part):
                 if tensor.ndim:
                     return tensor.shape[0]
     return 1
@@ -157,7 +156,7 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 
 def move(model: Any, device: torch.device, held: bool) -> None:
     """Put a model on a device, in place."""
-    tensors = walk(model)[1]
+    tensors = tensors_of(model)
     if all(t.device.type == device.type and device.index in (None, t.device.index) for t in tensors):
         return
     if held:

@@ -11,9 +11,10 @@ Every level that was entered fires its end event exactly once, whatever happens.
 one of them cancels is cancelled after that.
 """
 
+import difflib
 from typing import Any, ClassVar
 
-from ..text import near
+from .core import near
 
 EVENTS = (
     "fit_start",
@@ -31,11 +32,29 @@ EVENTS = (
 )
 
 
+class Event(str):
+    """The event that a function gets: a string, but to compare it with a misspelt event is an error."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, str) and "_" in other and other not in EVENTS:
+            meant = difflib.get_close_matches(other, EVENTS)
+            if meant:
+                raise ValueError(f"there is no event {other!r}; did you mean {' or '.join(map(repr, meant))}?")
+        return str.__eq__(self, other) is True
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
 class Cancel(Exception):
     """Leave a level of the loop; raise one of the subclasses, from a callback or a step.
 
     Not an error: what surrounds the level goes on. Where the level is not running, it warns and does nothing. Of
-    several at one event the outermost acts.
+    several cancels the one of the outermost level acts; of several of one level the first, whose reason is kept.
     """
 
     level: ClassVar[str] = ""
@@ -113,14 +132,15 @@ class Callback:
         return None
 
 
-def listening(callback: Any, event: str) -> Any:
+def listener(callback: Any, event: str) -> Any:
     """What to call with the Learner at an event; None where this callback does nothing then."""
     if isinstance(callback, Callback) and type(callback).__call__ is Callback.__call__:
         return getattr(callback, f"on_{event}", None)
-    return lambda learner: callback(learner, event)
+    name = Event(event)
+    return lambda learner: callback(learner, name)
 
 
-def in_order(callbacks: list[Any]) -> list[Any]:
+def acting_order(callbacks: list[Any]) -> list[Any]:
     """The callbacks in the order in which they act."""
     return sorted(callbacks, key=lambda c: isinstance(c, Callback) and c.acts_last)
 
@@ -130,7 +150,7 @@ def name_of(callback: Any) -> str:
     return getattr(callback, "__name__", type(callback).__name__)
 
 
-def check(callbacks: Any) -> list[Any]:
+def checked(callbacks: Any) -> list[Any]:
     """The callbacks as a list; TypeError for what cannot be one."""
     if callable(callbacks) or isinstance(callbacks, str):
         raise TypeError(f"callbacks= takes a list of callbacks: callbacks=[{name_of(callbacks)}]")

@@ -1,24 +1,25 @@
 """The Learner: epochs of training and validation, whose every turn callbacks can see and change."""
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..pytree import Frame
-from ..state import Leaf, State, fit_of, setup
-from ..train import place
+from .. import setup
 from . import events, resume
-from .callbacks import defaults
+from .collection import Metrics
+from .core import Leaf, State, check_finite, parameters, partition, place, reads_at_once
 from .data import Source, call, evaluation_mode, kind, move, split
 from .events import EVENTS, History
-from .loop import Loop
-from .measured import Metrics
-from .resume import Position
+from .loop import LOSS, Loop
+from .progress import Progress
+from .resume import Run
+from .step import Step
 
 
-class Learner(Loop):
+class Learner:
     """Trains a model: `Learner(model, loss, rule_or_state, metrics=["accuracy"]).fit(train, valid, epochs=12)`.
 
     `loss(output, target)` gives the mean loss of a batch. A batch is `(input, target)`, or a dict with a `target`,
@@ -27,11 +28,7 @@ class Learner(Loop):
     `(learner, event)`, or a `Callback`. `metrics` are names, functions `(output, target) -> number` or objects as those
     of torchmetrics, in a list or a dict by name; the loss is always among them.
 
-    For callbacks to read: `model`, `state` (the one tree), `step`, `epoch_index`, `batch_index` (from 0),
-    `epoch_count`, `batch_count` (of this phase; None where the data has no length), `step_index` and `step_count`
-    (training batches of the whole fit: those before the present one, and all, if known), `training`, `stats` (the
-    numbers of a phase by name, final at its end event), `history`, `fitting`, `nonfinite` (what was not finite in this
-    phase, or None), `error` (while an exception passes through), `metrics`, `callbacks`.
+    What callbacks may read stands in `__init__` below; what they may change is said in `Step`.
 
     >>> from fluxpy.learner import Learner
     >>> data = DataLoader((torch.randn(64, 2), torch.randn(64, 1)), batch_size=16)
@@ -52,18 +49,53 @@ class Learner(Loop):
         device: torch.device | str | None = None,
         default_callbacks: bool = True,
     ) -> None:
-        super().__init__()
+        if isinstance(loss, type):
+            raise TypeError(f"the loss is an object, not a class: write {loss.__name__}()")
         if not callable(loss):
             raise TypeError(f"the loss is a function (output, target) -> number, but got {type(loss).__name__}")
-        held = isinstance(rule_or_state, State | Leaf)
+        has_state = isinstance(rule_or_state, State | Leaf)
         if device is not None:
-            move(model, torch.device(device), held)
-        self.model, self.loss = model, loss
-        self.state = rule_or_state if held else setup(rule_or_state, model)
-        devices = {x.device for x in fit_of(self.state, model).params}
-        self.device = devices.pop() if len(devices) == 1 else None
+            move(model, torch.device(device), has_state)
+        self.model = model
+        self.loss = loss
+        self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
+        devices = {x.device for x in parameters(self.state, model)}
+        self.device = devices.pop() if len(devices) == 1 else None  # where batches go
         self.metrics = Metrics(metrics)
-        self.callbacks = (defaults() if default_callbacks else []) + events.check(callbacks)
+        self.callbacks = events.checked(callbacks)
+        if default_callbacks:
+            from .callbacks.progress_bar import ProgressBar  # which knows the Learner
+
+            self.callbacks.insert(0, ProgressBar())
+        # Of the fit:
+        self.history = History()
+        self.progress = Progress()  # what comes next, and whether the fit was resumed or is being cancelled
+        self.has_validation = False  # whether there is validation data
+        self.epoch_index = 0
+        self.epoch_count = 0
+        self.step_index = 0  # training batches before the present one
+        self.step_count: int | None = None  # training batches in all, if known
+        # Of the phase:
+        self.phase: str | None = None  # "train" or "validation"; None in a call of `validate`
+        self.training = False
+        self.batch_index = 0
+        self.batch_count: int | None = None  # if known
+        self.stats: dict[str, float] = {}  # the metrics by name, final at its end event
+        self.nonfinite: str | None = None  # what was not finite
+        # Of the batch:
+        self.step = Step()
+        self._run = Run()
+        self._loop: Loop | None = None  # while one runs
+
+    @property
+    def fitting(self) -> bool:
+        """Whether a fit is running; it is not in `validate`."""
+        return self._loop is not None and "fit" in self._loop.dispatcher.levels
+
+    @property
+    def error(self) -> BaseException | None:
+        """The exception that passes through, while one does."""
+        return None if self._loop is None else self._loop.dispatcher.error
 
     # --- What users call ----------------------------------------------------------------------------------------------
 
@@ -75,42 +107,62 @@ class Learner(Loop):
         `Checkpoint` has saved a run, it goes on from there, up to `epochs` in all; otherwise it begins with epoch 0 and
         a new history.
         """
-        if self._levels:
+        if self._loop is not None:
             raise RuntimeError("fit is running; a callback cannot start another one")
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ValueError(f"epochs={epochs!r} is not allowed; it must be a whole number above 0")
-        extra = events.check(callbacks)
-        resume.find(self, extra)
-        source = Source(train, "the training data")
-        sources = source, None if valid is None else Source(valid, "the validation data")
-        at = Position(**self._saved["position"]) if self._saved else Position()
-        for each in filter(None, sources):
-            each.need(epochs, epochs - at.epoch)
-        if self._saved:
-            resume.restore_callbacks(extra, self._saved["callbacks"][len(self.callbacks) :])
-        else:
+        extra = events.checked(callbacks)
+        training = Source(train, "the training data")
+        validation = None if valid is None else Source(valid, "the validation data")
+        saved = self._find_saved(extra)
+        progress = Progress() if saved is None else Progress(**saved["position"], resumed=True)
+        for source in (training, validation):
+            if source is not None:
+                source.need(epochs, epochs - progress.epoch)
+        if saved is None:
             self.history = History()
+        else:
+            resume.load_callbacks(extra, saved["callbacks"][len(self.callbacks) :])
         self.history.stop_reason = None
-        self._at, self._sources, self._extra, self._row, self._opened = at, sources, extra, {}, None
-        self.epoch_count, self.epoch_index = epochs, min(at.epoch, epochs - 1)
-        self.batch_index, self.batch_count, self.stats = 0, source.length(self.epoch_index), {}
-        self.step_index, self.step_count = at.step, source.total(epochs)
-        self._listen([*self.callbacks, *extra])
+        self._run = Run(training, validation, extra, saved=saved)
+        self._start_fit(progress, epochs)
+        self._loop = Loop(self, self._run)
         try:
-            self._level("fit", self._epochs)
+            self._loop.fit()
         finally:
-            self._saved, self._extra = None, []
+            self._loop, self._run.saved, self._run.callbacks = None, None, []
         return self.history
+
+    def _find_saved(self, callbacks: list[Any]) -> dict[str, Any] | None:
+        """The run to go on with: that loaded before, or one that a callback has."""
+        for callback in (*self.callbacks, *callbacks):
+            if self._run.saved is None and isinstance(callback, events.Callback):
+                saved = callback.saved_run()
+                if saved is not None:
+                    self.load_state_dict(saved)
+        return self._run.saved
+
+    def _start_fit(self, progress: Progress, epochs: int) -> None:
+        source = self._run.train
+        assert source is not None
+        self.progress, self.has_validation = progress, self._run.valid is not None
+        self.epoch_count, self.epoch_index = epochs, min(progress.epoch, epochs - 1)
+        self.batch_index, self.batch_count, self.stats = 0, source.length(self.epoch_index), {}
+        self.step_index, self.step_count = progress.step, source.total(epochs)
 
     def validate(self, data: Any) -> dict[str, float]:
         """The metrics on some data, by name. Fires the events of a validation phase."""
-        if any(name not in ("fit", "epoch") for name in self._levels):
-            raise RuntimeError(f"validate cannot run within the {self._levels[-1]} of a fit; call it at epoch_end")
+        loop = self._loop or Loop(self, Run())
+        inside = [level for level in loop.dispatcher.levels if level not in ("fit", "epoch")]
+        if inside:
+            raise RuntimeError(f"validate cannot run within the {inside[-1]} of a fit; call it at epoch_end")
         source = Source(data, "the validation data")
         source.make(0)
-        if not self._levels:
-            self._listen(self.callbacks)
-        self._phase("validation", source, source.batches())
+        outer, self._loop = self._loop, loop
+        try:
+            loop.validation(source, source.batches(), None)
+        finally:
+            self._loop = outer
         return self.stats
 
     def predict(self, data: Any) -> Any:
@@ -125,12 +177,12 @@ class Learner(Loop):
         with evaluation_mode(self.model), torch.no_grad():
             for batch in source.batches():
                 input, _ = split(place(batch, self.device))
-                tensors, frame = Frame.split(call(self.model, input))
-                outputs.append(([t.cpu() for t in tensors], frame))
+                tensors, skeleton = partition(call(self.model, input))
+                outputs.append(([t.cpu() for t in tensors], skeleton))
         columns, alike = list(zip(*(tensors for tensors, _ in outputs), strict=False)), outputs[0][1]
-        if all(frame == alike for _, frame in outputs) and all(t.ndim for column in columns for t in column):
-            return alike.join(torch.cat(column) for column in columns)
-        return [frame.join(tensors) for tensors, frame in outputs]
+        if all(skeleton == alike for _, skeleton in outputs) and all(t.ndim for column in columns for t in column):
+            return alike.combine(torch.cat(column) for column in columns)
+        return [skeleton.combine(tensors) for tensors, skeleton in outputs]
 
     def training_step(self, model: Any, input: Any, target: Any) -> Any:
         """The loss of a batch, or `(loss, output)`, which metrics need. Override it for what is not (input, target).
@@ -158,17 +210,33 @@ class Learner(Loop):
     def predicted(self, output: Any) -> Any:
         """Say, in a step, that the output is there. Gives it back, as callbacks may have changed it."""
         self.step.output = output
-        if not self.training:
-            self._predicted = True
-            self._fire("inference_prediction_end")
+        if self._loop is not None and not self.training:
+            self._loop.predicted = True
+            self._loop.dispatcher.fire("inference_prediction_end")
         return self.step.output
+
+    def running(self) -> dict[str, float]:
+        """The numbers of the present phase so far. Reads them from the device, so call it seldom; `metrics.peek()`
+        keeps them unread, for `metrics.read` at a later time."""
+        return self.metrics.read(self.metrics.peek())
+
+    def check_finite(self) -> str | None:
+        """Read from the device whether a loss was not finite: `nonfinite`. On the CPU that is known at once."""
+        if self.device is None or not reads_at_once(torch.empty(0, device=self.device)):
+            try:
+                check_finite(self.state)
+            except FloatingPointError as error:
+                if not str(error).startswith(LOSS):
+                    raise
+                self.nonfinite = str(error)
+        return self.nonfinite
 
     def explain(self, callbacks: Iterable[Any] = ()) -> str:
         """Which callbacks act at which event, in their order, as text."""
-        chosen = events.in_order([*self.callbacks, *(events.check(callbacks) or self._extra)])
+        chosen = events.acting_order([*self.callbacks, *(events.checked(callbacks) or self._run.callbacks)])
         lines = []
         for event in EVENTS:
-            acting = [events.name_of(c) for c in chosen if events.listening(c, event) is not None]
+            acting = [events.name_of(c) for c in chosen if events.listener(c, event) is not None]
             lines.append(f"{event:<26}{', '.join(acting) or '-'}")
         return "\n".join(lines)
 
@@ -180,11 +248,27 @@ class Learner(Loop):
         Take it at any event but those of a training batch that is not done: `batch_end` is the first at which it is.
         Callbacks are saved as they are; those that come later in the list have not yet seen the present event.
         """
-        return resume.save(self)
+        within = self.training and self._loop is not None and "batch" in self._loop.dispatcher.levels
+        if within and self.progress.batch <= self.batch_index:
+            raise RuntimeError("state_dict cannot be taken within a training batch; take it at batch_end")
+        return resume.save(self, self._run)
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
         """Take over what `state_dict` gave; the next `fit`, with the same data, goes on from there, bit for bit.
 
         ValueError where metrics, model or state do not fit; then nothing was loaded.
         """
+        if self._loop is not None:
+            raise RuntimeError("load_state_dict cannot be called while a fit is running")
         resume.load(self, d)
+        self._run = Run(saved=d)
+
+    def trial(self) -> "Learner":
+        """A Learner to try things with: the same loss and steps, its own copy of model and state, neither callbacks nor
+        metrics."""
+        other = copy.copy(self)
+        other.model, other.state = copy.deepcopy((self.model, self.state))
+        other.callbacks, other.metrics = [], Metrics()
+        other.history, other.progress, other.step, other.stats = History(), Progress(), Step(), {}
+        other._run, other._loop = Run(), None
+        return other

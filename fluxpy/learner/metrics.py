@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .scores import class_dim, counted, equal, number, predictions
+from .scores import class_dim, counted, number, predictions, require_classes
 
 
 class Metric:
@@ -39,7 +39,9 @@ class Metric:
     def update(self, step: Any) -> None:
         """Add a batch."""
         added = self.measure(step)
-        # New sums, not the old ones changed: who looked at those keeps what they were.
+        if step.scored is not True:
+            added = tuple(torch.where(step.scored, a, 0) for a in added)
+        # Build new sums: a caller may still hold the old ones.
         self.sums = tuple(a + b for a, b in zip(self.sums, added, strict=True)) if self.sums else added
 
     def reset(self) -> None:
@@ -86,7 +88,7 @@ class Perplexity(Metric):
         self.ignore_index = ignore_index
 
     def measure(self, step: Any) -> tuple[Any, ...]:
-        tokens = counted(step.target, self.ignore_index)
+        tokens = number(counted(step.target, self.ignore_index).count_nonzero())
         return _loss(step) * tokens, tokens
 
     def value(self, sums: tuple[Any, ...]) -> float:
@@ -99,6 +101,7 @@ class _Joined(NamedTuple):
 
     output: Tensor
     target: Tensor
+    scored: bool = True
 
 
 _SMALL = 1 << 16  # bytes of the output of a batch that may wait
@@ -120,6 +123,8 @@ class Accuracy(Metric):
 
     def update(self, step: Any) -> None:
         output, target = step.output, step.target
+        if not self.sums:
+            require_classes(target)
         if not self.sums or not (isinstance(output, Tensor) and output.ndim and output.nbytes < _SMALL):
             self.settle()
             super().update(step)
@@ -150,7 +155,12 @@ class Accuracy(Metric):
 
     def measure(self, step: Any) -> tuple[Any, ...]:
         predicted, target, _ = predictions(step.output, step.target, self.dim)
-        return equal(predicted, target), counted(target, self.ignore_index)
+        return self.hits(predicted == target, target)
+
+    def hits(self, met: Tensor, target: Tensor) -> tuple[Any, Any]:
+        """How many targets are met, and how many count."""
+        counts = counted(target, self.ignore_index)
+        return number((met & counts).count_nonzero()), number(counts.count_nonzero())
 
 
 class Top5Accuracy(Accuracy):
@@ -163,7 +173,7 @@ class Top5Accuracy(Accuracy):
         if dim is None:
             raise ValueError("top5_accuracy needs an output with scores for each class")
         best = step.output.topk(min(5, step.output.shape[dim]), dim).indices
-        return number((best == step.target.unsqueeze(dim)).count_nonzero()), counted(step.target, self.ignore_index)
+        return self.hits((best == step.target.unsqueeze(dim)).any(dim), step.target)
 
 
 class MatthewsCorrelationCoefficient(Accuracy):
@@ -178,12 +188,11 @@ class MatthewsCorrelationCoefficient(Accuracy):
         predicted, target, classes = predictions(step.output, step.target, self.dim)
         if classes is None:
             raise ValueError(f"{self.name} needs scores for each class, or one score per target")
-        predicted, target = predicted.flatten().long(), target.flatten().long()
-        counts = (target != self.ignore_index).long()
-        seen = target.clamp(min=0)
+        counts = counted(target, self.ignore_index).flatten().long()
+        predicted, target = predicted.flatten().long(), target.flatten().long() * counts
         zeros = counts.new_zeros(classes)
         hits = number(((predicted == target) * counts).sum())
-        return hits, zeros.index_add(0, predicted, counts), zeros.index_add(0, seen, counts)
+        return hits, zeros.index_add(0, predicted, counts), zeros.index_add(0, target, counts)
 
     def value(self, sums: tuple[Any, ...]) -> float:
         hits, predicted, true = sums

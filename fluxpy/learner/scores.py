@@ -2,17 +2,18 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..guard import reads_at_once
+from .core import reads_at_once
 
 
 def number(x: Tensor) -> Any:
     """A plain number where that costs nothing, else the tensor: adding numbers is faster and more exact."""
     x = x.detach()
-    return x.item() if reads_at_once(x) else x.double() if x.is_floating_point() and x.device.type != "mps" else x
+    if reads_at_once(x):
+        return x.item()
+    return x.double() if x.is_floating_point() and x.device.type != "mps" else x
 
 
 def class_dim(output: Tensor, target: Tensor, dim: int | None = None) -> int | None:
@@ -25,7 +26,7 @@ def class_dim(output: Tensor, target: Tensor, dim: int | None = None) -> int | N
         if first and last and output.ndim > 2:
             raise ValueError(
                 f"an output of shape {tuple(output.shape)} may have its classes in dimension 1 or in the last, for a "
-                f"target of shape {tuple(target.shape)}; say which: fluxpy.learner.metrics.Accuracy(dim=-1)"
+                f"target of shape {tuple(target.shape)}; say which: fluxpy.learner.Accuracy(dim=-1)"
             )
         dim = 1 if first else -1 if last else None
     dim = None if dim is None else dim % output.ndim
@@ -53,17 +54,21 @@ def _unlike(output: Tensor, target: Tensor) -> str:
     )
 
 
-def counted(target: Tensor, ignore_index: int) -> Any:
-    """How many targets count."""
-    if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
-        return target.numel()
-    if reads_at_once(target):
-        return int(np.count_nonzero(target.numpy() != ignore_index))  # NumPy is faster at small things
-    return number((target != ignore_index).count_nonzero())
+def counted(target: Tensor, ignore_index: int) -> Tensor:
+    """Which targets count: those that are not `ignore_index`. All, if their dtype cannot hold it; it would wrap."""
+    if target.dtype == torch.bool:
+        return torch.ones_like(target)
+    if not target.is_floating_point():
+        info = torch.iinfo(target.dtype)
+        if not info.min <= ignore_index <= info.max:
+            return torch.ones_like(target, dtype=torch.bool)
+    return target != ignore_index
 
 
-def equal(a: Tensor, b: Tensor) -> Any:
-    """In how many places two tensors of one shape agree."""
-    if reads_at_once(a) and not a.is_floating_point() and not b.is_floating_point() and not b.requires_grad:
-        return int(np.count_nonzero(a.numpy() == b.numpy()))
-    return number((a == b).count_nonzero())
+def require_classes(target: Tensor) -> None:
+    """ValueError for targets that are no classes, as those of a regression. Reads them."""
+    if target.is_floating_point() and not bool(((target == 0) | (target == 1)).all()):
+        raise ValueError(
+            f"the targets are {target.dtype} and not all 0 or 1, so they are no classes; give classes as whole numbers "
+            "(target.long()), or a metric as a function (output, target) -> number"
+        )

@@ -1,5 +1,7 @@
-"""The rules: each an algorithm written once, on one tensor."""
+"""The rules: each an algorithm written once, on one tensor; and what one needs to write one's own."""
 
+from ..fields import hyper
+from ..rule import Assign, Reduce, ReducingRule, Rule, Steps
 from .adam import AdaBelief, Adam, AdaMax, AdamW, AMSGrad, NAdam, OAdam, RAdam
 from .adaptive import AdaDelta, AdaGrad, RMSProp
 from .clip import ClipGlobalNorm, ClipGrad, ClipNorm
@@ -17,6 +19,7 @@ __all__ = [
     "AdaMax",
     "Adam",
     "AdamW",
+    "Assign",
     "ClipGlobalNorm",
     "ClipGrad",
     "ClipNorm",
@@ -30,7 +33,12 @@ __all__ = [
     "OptimiserChain",
     "RAdam",
     "RMSProp",
+    "Reduce",
+    "ReducingRule",
     "Rprop",
+    "Rule",
     "SignDecay",
+    "Steps",
     "WeightDecay",
+    "hyper",
 ]

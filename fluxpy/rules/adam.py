@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rule import Hyper, Rule, eps_for, hyper
+from ..fields import Hyper, hyper
+from ..rule import Rule, eps_for
 from .average import average, average_square, root
 
 

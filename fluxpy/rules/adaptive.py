@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rule import Hyper, Rule, eps_for, hyper
+from ..fields import Hyper, hyper
+from ..rule import Rule, eps_for
 from .average import average, average_square, root
 
 
@@ -28,8 +29,8 @@ class RMSProp(Rule):
 
     `centered` takes the square of the average gradient `m` from `v`: the variance [Graves 2013].
 
-    Numbers of `torch.optim.RMSprop` without its momentum, except that a variance which rounding made negative counts
-    as zero, where torch gives NaN.
+    Numbers of `torch.optim.RMSprop` without its momentum, except that the variance is at least `v` times the precision
+    of the dtype: where it rounds to zero or below, torch gives steps without bound or NaN.
 
     >>> RMSProp(centered=True).init(torch.zeros(1))
     Spread(v=tensor([0.]), m=tensor([0.]))
@@ -54,7 +55,8 @@ class RMSProp(Rule):
         v = average_square(self.alpha, state.v, dx)
         if self.centered:
             state = Spread(v, average(self.alpha, state.m, dx))
-            v = (v - state.m * state.m).clamp(min=0)
+            # Of two averages as precise as their dtype the difference is no more precise: it may not round to zero.
+            v = torch.maximum(v - state.m * state.m, torch.finfo(v.dtype).eps * v)
         else:
             state = Square(v)
         return state, self.lr * dx / (root(v) + eps_for(x, self.eps))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..rule import Hyper
+from ..fields import Hyper
 
 
 def average(beta: Hyper, old: Tensor, new: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Rules that bound the gradient: each element, each array, or the whole update."""
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..rule import Ask, Hyper, Rule, StagedRule, Steps, hyper
+from ..fields import Hyper, hyper
+from ..rule import Reduce, ReducingRule, Rule, Steps
 
 
 class ClipGrad(Rule):
@@ -23,7 +25,7 @@ class ClipGrad(Rule):
         return state, dx.clamp(-self.clip_value, self.clip_value)
 
 
-class ClipNorm(StagedRule):
+class ClipNorm(ReducingRule):
     """Each array's gradient, scaled down to a norm of at most `max_norm`, for each array by itself, as Flux does it.
 
     PyTorch's `clip_grad_norm_` clips the norm over *all* arrays: that is `ClipGlobalNorm`.
@@ -40,13 +42,21 @@ class ClipNorm(StagedRule):
     _: KW_ONLY
     norm_type: Hyper = hyper(default=2.0, allowed="(0, inf]")
     nonfinite: Hyper = hyper(default="raise", allowed=("raise", "skip", "ignore"))
+    elementwise = True
+    takes_numbers = True
+
+    def part(self, value: Tensor) -> Tensor:
+        return norm_of(value, self.norm_type)
+
+    def parts(self, values: Sequence[Tensor]) -> Tensor:
+        return norms_of(values, self.norm_type)
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
-        norm = yield Ask(self, norm_of(dx, self.norm_type), across=False, nonfinite=self.nonfinite)
+        norm = yield Reduce(self, dx, over="array", nonfinite=self.nonfinite)
         return state, shrink(dx, norm, self.max_norm)
 
 
-class ClipGlobalNorm(StagedRule):
+class ClipGlobalNorm(ClipNorm):
     """The gradients of the whole update, scaled down together to a norm of at most `max_norm`.
 
     One norm over all leaves stepped in this `update` whose chain has an equal `ClipGlobalNorm` at the same place among
@@ -55,29 +65,37 @@ class ClipGlobalNorm(StagedRule):
     """
 
     max_norm: Hyper = hyper(default=1.0, allowed="(0, inf]")
-    _: KW_ONLY
-    norm_type: Hyper = hyper(default=2.0, allowed="(0, inf]")
-    nonfinite: Hyper = hyper(default="raise", allowed=("raise", "skip", "ignore"))
-    elementwise = True
 
-    def combine(self, parts: list[Tensor]) -> Tensor:
-        if len(parts) == 1:
-            return parts[0]
-        return norm_of(torch.stack([part.to(parts[0]) for part in parts]), self.norm_type)
+    def combine(self, parts: Tensor) -> Tensor:
+        return parts[0] if len(parts) == 1 else norm_of(parts, self.norm_type)
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
-        norm = yield Ask(self, norm_of(dx, self.norm_type), nonfinite=self.nonfinite)
+        norm = yield Reduce(self, dx, over="tree", nonfinite=self.nonfinite)
         return state, shrink(dx, norm, self.max_norm)
 
 
 def norm_of(x: Tensor, p: Hyper) -> Tensor:
     """The p-norm of all elements (their moduli), in float32 or better; 0 of none."""
     x = x.abs() if x.is_complex() else x
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
+    dtype = _wide(x)
     return torch.linalg.vector_norm(x, p, dtype=dtype) if x.numel() else x.new_zeros((), dtype=dtype)
 
 
+def norms_of(values: Sequence[Tensor], p: Hyper) -> Tensor:
+    """`norm_of` each, stacked: by one call of PyTorch's where it takes them, which gives the same numbers."""
+    alike = len({(x.dtype, x.device) for x in values}) == 1
+    usual = not isinstance(p, Tensor) and not values[0].is_complex() and all(x.numel() for x in values)
+    if len(values) > 1 and alike and usual:
+        return torch.stack(torch._foreach_norm(list(values), p, dtype=_wide(values[0])))
+    return torch.stack([norm_of(x, p) for x in values])
+
+
+def _wide(x: Tensor) -> torch.dtype | None:
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
+
+
 def shrink(dx: Any, norm: Tensor | float, max_norm: Hyper) -> Any:
+    """`dx`, divided by how many times `norm` is above `max_norm`. The norm is a number, or a tensor that broadcasts."""
     # Not times clamp(max_norm / norm): at a norm of zero that divides by zero, and its derivative is NaN.
     excess = norm / max_norm
     if isinstance(excess, float):

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..rule import Hyper, Rule, hyper
+from ..fields import Hyper, hyper
+from ..rule import Rule
 
 
 class WeightDecay(Rule):

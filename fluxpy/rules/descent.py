@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import Hyper, Rule, hyper
+from ..fields import Hyper, hyper
+from ..rule import Rule
 
 
 class Descent(Rule):

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rule import Hyper, Rule, hyper
+from ..fields import Hyper, hyper
+from ..rule import Rule
 from .average import average
 
 

@@ -7,11 +7,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rule import Assign, Hyper, Rule, StagedRule, Steps, hyper, walk
+from ..fields import Hyper, hyper
+from ..rule import Assign, Rule, Steps, run_alone, walk
 
 
-class _Wrapper(StagedRule):
-    """A rule with rules inside; the hyperparameters of those are its own: `chain.lr`."""
+class Wrapper(Rule):
+    """A rule with rules inside, which it runs by `yield from`; their hyperparameters are its own: `chain.lr`.
+
+    It writes `steps`.
+    """
+
+    def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
+        return run_alone(self, state, x, dx)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in (names := _names(self)):
@@ -24,16 +31,21 @@ class _Wrapper(StagedRule):
         return first
 
 
-def _names(wrapper: _Wrapper) -> dict[str, list[Any]]:
+# For wrappers that delegate: they are elementwise, and accumulate, where the rules inside do.
+inner_elementwise: Any = property(lambda wrapper: all(rule.elementwise for rule in wrapper.inner))
+inner_accumulates: Any = property(lambda wrapper: any(rule.accumulates for rule in wrapper.inner))
+
+
+def _names(wrapper: Wrapper) -> dict[str, list[Any]]:
     names: dict[str, list[Any]] = {}
     for rule in walk(wrapper):
-        if not isinstance(rule, _Wrapper):
+        if not isinstance(rule, Wrapper):
             for field in dataclasses.fields(rule):
                 names.setdefault(field.name, []).append(getattr(rule, field.name))
     return names
 
 
-class OptimiserChain(_Wrapper):
+class OptimiserChain(Wrapper):
     """Rules one after another: each takes what the one before made of the gradient. An empty chain is the identity.
 
     The order matters: a penalty stands before the step, `OptimiserChain(WeightDecay(1e-4), Adam(1e-3))`.
@@ -46,6 +58,9 @@ class OptimiserChain(_Wrapper):
     """
 
     rules: tuple[Rule, ...]
+    delegates = True
+    elementwise = inner_elementwise
+    accumulates = inner_accumulates
 
     def __init__(self, *rules: Rule) -> None:
         object.__setattr__(self, "rules", rules)
@@ -74,35 +89,30 @@ class OptimiserChain(_Wrapper):
     def __len__(self) -> int:
         return len(self.rules)
 
-    @property
-    def elementwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return all(rule.elementwise for rule in self.rules)
-
-    @property
-    def gathers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return any(rule.gathers for rule in self.rules)
-
     def init(self, x: Tensor) -> tuple[Any, ...]:
-        return tuple(rule.start(x) for rule in self.rules)
+        return tuple(rule.init_any(x) for rule in self.rules)
 
-    start = init  # each member sees complex parameters in its own way
+    init_any = init  # each member sees complex parameters in its own way
 
     def steps(self, state: tuple[Any, ...], x: Tensor, dx: Any) -> Steps:
         new = list(state)
         for i, rule in enumerate(self.rules):
-            if dx is None and not rule.gathers:
-                continue  # no gradient: nothing to do before a member that gathers
+            if dx is None and not rule.accumulates:
+                continue  # no gradient: nothing to do before a member that accumulates
             new[i], dx = yield from rule.steps(state[i], x, dx)
             if dx is None:
                 break
         return tuple(new), dx
 
-    def miss(self, state: tuple[Any, ...], updates: int) -> tuple[Any, ...]:
-        return tuple(rule.miss(s, updates) for rule, s in zip(self.rules, state, strict=True))
+    def skip_frozen(self, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(rule.skip_frozen(s) for rule, s in zip(self.rules, state, strict=True))
+
+    def restart(self, before: tuple[Any, ...], state: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(rule.restart(b, s) for rule, b, s in zip(self.rules, before, state, strict=True))
 
 
-class Gathered(NamedTuple):
-    """State of `AccumGrad`: the sum so far, of how many gradients, over how many updates."""
+class Accumulated(NamedTuple):
+    """State of `AccumGrad`: the sum so far, of how many gradients, over how many updates of the window."""
 
     total: Tensor
     gradients: int
@@ -112,9 +122,10 @@ class Gathered(NamedTuple):
 class AccumGrad(Rule):
     """The mean of the gradients of `n` updates, passed on once every `n` updates; in between, nothing behind it moves.
 
-    The window counts updates, alike for all leaves: a leaf without a gradient in one of them adds zero, and a leaf that
-    was frozen for a while is in step with the others when it thaws. A new `n` acts at once: the window ends as soon as
-    it holds `n` updates or more, and what it passes on is the mean over those it holds.
+    The window counts updates, alike for all leaves of a tree: a leaf without a gradient in one of them adds zero, and
+    one that is frozen, reset or new stays in step with the others. What a leaf holds when a window ends while it is
+    frozen is dropped. A new `n` acts at once: the window ends as soon as it holds `n` updates or more, and what it
+    passes on is the mean over those it holds.
 
     >>> rule, x = AccumGrad(2), torch.zeros(1)
     >>> state, change = rule.apply(rule.init(x), x, torch.tensor([1.0]))
@@ -126,22 +137,27 @@ class AccumGrad(Rule):
 
     n: Hyper = hyper(allowed="1, 2, ...")
     elementwise = True
-    gathers = True
+    accumulates = True
 
-    def init(self, x: Tensor) -> Gathered:
-        return Gathered(torch.zeros_like(x), 0, 0)
+    def init(self, x: Tensor) -> Accumulated:
+        return Accumulated(torch.zeros_like(x), 0, 0)
 
-    def apply(self, state: Gathered, x: Tensor, dx: Tensor | None) -> tuple[Any, Any]:
-        total = state.total if dx is None else state.total + dx
-        gradients, updates = state.gradients + (dx is not None), state.updates + 1
-        if updates < self.n:
-            return Gathered(total, gradients, updates), None
-        return Gathered(torch.zeros_like(total), 0, 0), total / updates if gradients else None
+    def apply(self, state: Accumulated, x: Tensor, dx: Tensor | None) -> tuple[Any, Any]:
+        total, gradients, updates = state
+        if dx is not None:
+            total, gradients = total + dx if gradients else dx * 1.0, gradients + 1
+        if updates + 1 < self.n:
+            return Accumulated(total, gradients, updates + 1), None
+        mean = total / (updates + 1) if gradients else None
+        return Accumulated(total, 0, 0), mean  # of no gradients the sum does not count
 
-    def miss(self, state: Gathered, updates: int) -> Gathered:
-        if state.updates + updates < self.n:
-            return state._replace(updates=state.updates + updates)
-        return Gathered(torch.zeros_like(state.total), 0, (state.updates + updates) % self.n)
+    def skip_frozen(self, state: Accumulated) -> Accumulated:
+        if state.updates + 1 < self.n:
+            return state._replace(updates=state.updates + 1)
+        return state._replace(gradients=0, updates=0)
+
+    def restart(self, before: Accumulated, state: Accumulated) -> Accumulated:
+        return state._replace(updates=before.updates)
 
 
 class Master(NamedTuple):
@@ -151,7 +167,7 @@ class Master(NamedTuple):
     state: Any
 
 
-class MixedPrecision(_Wrapper):
+class MixedPrecision(Wrapper):
     """`rule`, run on a master copy of the parameter in `dtype`; the parameter becomes the rounded master.
 
     For parameters in bfloat16 or float16, where a small step would be lost to rounding. Must be outermost. Where
@@ -162,6 +178,9 @@ class MixedPrecision(_Wrapper):
     rule: Rule
     _: KW_ONLY
     dtype: torch.dtype = hyper(default=torch.float32, fixed=True)
+    delegates = keeps_master = True
+    elementwise = inner_elementwise
+    accumulates = inner_accumulates
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,24 +191,28 @@ class MixedPrecision(_Wrapper):
         if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise ValueError(f"MixedPrecision: dtype={self.dtype!r} is not allowed; it must be a floating-point dtype")
 
-    @property
-    def gathers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.rule.gathers
-
     def init(self, x: Tensor) -> Master:
         if x.is_complex():
             raise ValueError("MixedPrecision takes real parameters, but this one is complex")
         master = x.detach().to(self.dtype, copy=True)
-        return Master(master, self.rule.start(master))
+        return Master(master, self.rule.init_any(master))
+
+    init_any = init  # complex parameters are refused as such
 
     def steps(self, state: Master, x: Tensor, dx: Any) -> Steps:
-        written = state.x.to(x.dtype) != x
-        master = torch.where(written, x.to(self.dtype), state.x)
+        master = self.master_for(state.x, x)
         inner, change = yield from self.rule.steps(state.state, master, None if dx is None else dx.to(self.dtype))
         if change is None:
             return Master(master, inner), None
         master = change.value if isinstance(change, Assign) else master - change
         return Master(master, inner), Assign(master.to(x.dtype))
 
-    def miss(self, state: Master, updates: int) -> Master:
-        return state._replace(state=self.rule.miss(state.state, updates))
+    def master_for(self, master: Tensor, x: Tensor) -> Tensor:
+        """The master copy of `x`: as it was, but where somebody wrote to the parameter."""
+        return torch.where(master.to(x.dtype) != x, x.to(self.dtype), master)
+
+    def skip_frozen(self, state: Master) -> Master:
+        return state._replace(state=self.rule.skip_frozen(state.state))
+
+    def restart(self, before: Master, state: Master) -> Master:
+        return state._replace(state=self.rule.restart(before.state, state.state))

@@ -8,7 +8,7 @@ keeps what every rule promises. Needs no test framework: what does not hold is a
 """
 
 from .asserts import assert_frozen, assert_hyper, assert_only_changed
-from .contract import check_rule
-from .snapshot import Diff, Snapshot, diff, snapshot
+from .rule_check import check_rule
+from .snapshots import Diff, Snapshot, diff, snapshot
 
 __all__ = ["Diff", "Snapshot", "assert_frozen", "assert_hyper", "assert_only_changed", "check_rule", "diff", "snapshot"]

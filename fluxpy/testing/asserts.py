@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..state import Leaf, State, leaves, select, value
+from ..leaf import Leaf
+from ..state import State, leaves, select, value
 from ..text import near
 from ..tree import walk
-from .snapshot import Snapshot, all_names, how, same
+from .compare import describe_change, same_bits
+from .snapshots import Snapshot, all_names
 
 
 def assert_hyper(state: State | Leaf, pattern: str = "*", /, **expected: Any) -> None:
@@ -29,17 +31,17 @@ def assert_hyper(state: State | Leaf, pattern: str = "*", /, **expected: Any) ->
     if not expected:
         raise TypeError("assert_hyper needs a hyperparameter to look at, as assert_hyper(state, 'encoder.*', lr=1e-4)")
 
-    def wrong(leaf: Leaf) -> Iterator[str]:
+    def problems(leaf: Leaf) -> Iterator[str]:
         for name, want in expected.items():
             try:
-                have = value(leaf, name)
+                got = value(leaf, name)
             except (AttributeError, ValueError) as error:
                 yield str(error)
             else:
-                if not _close(have, want):
-                    yield f"has {name}={have!r}, not {want!r}"
+                if not _close(got, want):
+                    yield f"has {name}={got!r}, not {want!r}"
 
-    _assert_leaves(state, pattern, wrong)
+    _assert_leaves(state, pattern, problems)
 
 
 def assert_frozen(state: State | Leaf, pattern: str = "*", *, frozen: bool = True) -> None:
@@ -52,11 +54,11 @@ def assert_frozen(state: State | Leaf, pattern: str = "*", *, frozen: bool = Tru
     (None, None)
     """
 
-    def wrong(leaf: Leaf) -> Iterator[str]:
+    def problems(leaf: Leaf) -> Iterator[str]:
         if leaf.frozen is not frozen:
             yield "is frozen" if leaf.frozen else "is not frozen"
 
-    _assert_leaves(state, pattern, wrong)
+    _assert_leaves(state, pattern, problems)
 
 
 def assert_only_changed(before: Any, after: Any, *patterns: str) -> None:
@@ -71,54 +73,64 @@ def assert_only_changed(before: Any, after: Any, *patterns: str) -> None:
     >>> _ = update(setup(Descent(), model), model, {"bias": torch.ones(1)})
     >>> assert_only_changed(before, model, "bias")
     """
-    (old, ties), (new, more) = _parameters(before), _parameters(after)
-    if names := ties | more:
-        old, new = ({path: x for path, x in side.items() if path in names} for side in (old, new))
-    if any(0 != x.data_ptr() == new[path].data_ptr() for path, x in old.items() if path in new):
+    (old, old_names), (new, new_names) = _parameters(before), _parameters(after)
+    names = old_names | new_names
+    if names:  # one side says what the parameters are
+        old = {path: x for path, x in old.items() if path in names}
+        new = {path: x for path, x in new.items() if path in names}
+    both = [path for path in old if path in new]
+    if any(old[path].data_ptr() == new[path].data_ptr() != 0 for path in both):
         raise TypeError("before shares memory with after, so they cannot differ; take before = snapshot(model)")
-    every = {path: names.get(path, (path,)) for path in old | new}
-    bad = [f"{path!r} is {'new' if path in new else 'gone'}" for path in every if (path in old) != (path in new)]
+    names = {path: names.get(path, (path,)) for path in old | new}
+    problems = [f"{path!r} is {'new' if path in new else 'gone'}" for path in names if path not in both]
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for also in every.values() for name in also):
-            bad.append(f"the pattern {pattern!r} matches no parameter; {near(pattern, every)}")
-    for path in (path for path in old if path in new):
-        may = any(fnmatch.fnmatchcase(name, pattern) for name in every[path] for pattern in patterns)
-        kept = same(old[path], new[path])
-        if may and kept and old[path].numel():
-            bad.append(f"{path!r} did not change")
-        elif not may and not kept:
-            bad.append(f"{path!r} changed {how(old[path], new[path])}")
-    if bad:
+        if not any(_matches(paths, pattern) for paths in names.values()):
+            problems.append(f"the pattern {pattern!r} matches no parameter; {near(pattern, names)}")
+    for path in both:
+        expected = any(_matches(names[path], pattern) for pattern in patterns)
+        changed = not same_bits(old[path], new[path])
+        if expected and not changed and old[path].numel():
+            problems.append(f"{path!r} did not change")
+        elif changed and not expected:
+            problems.append(f"{path!r} changed {describe_change(old[path], new[path])}")
+    if problems:
         wanted = "only " + ", ".join(map(repr, patterns)) if patterns else "nothing"
-        raise AssertionError("\n  ".join([f"{wanted} was to change, but", *bad]))
+        raise AssertionError("\n  ".join([f"{wanted} was to change, but", *problems]))
+
+
+def _matches(names: tuple[str, ...], pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 def _parameters(x: Any) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
-    """Tensors by path, and all names of each; a mapping cannot tell ties, nor buffers from parameters."""
+    """Tensors by path, and all names of each; none of a mapping, which has no ties and may have buffers in it."""
     if isinstance(x, Snapshot):
         taken = {path: entry for path, entry in x.items() if "parameter" in entry}
-        return {p: e["parameter"] for p, e in taken.items()}, {p: e.get("names", (p,)) for p, e in taken.items()}
+        tensors = {path: entry["parameter"] for path, entry in taken.items()}
+        return tensors, {path: entry.get("names", (path,)) for path, entry in taken.items()}
     if isinstance(x, Mapping) and x and all(isinstance(v, Tensor) for v in x.values()):
         return {str(name): v for name, v in x.items()}, {}
     spec, values = walk(x)
-    return {path: values[index] for index, path in spec.unique.items()}, all_names(spec)
+    return {path: values[index] for index, path in spec.leaves.items()}, all_names(spec)
 
 
-def _assert_leaves(state: Any, pattern: str, wrong: Callable[[Leaf], Iterable[str]]) -> None:
+def _assert_leaves(state: Any, pattern: str, problems: Callable[[Leaf], Iterable[str]]) -> None:
+    """Raise a line for each leaf that matches the pattern and has problems."""
     try:
         found = list(leaves(select(state, pattern)))
     except ValueError as error:
         raise AssertionError(str(error)) from None
-    bad = [(path, notes) for path, leaf in found if (notes := list(wrong(leaf)))]
-    if bad:
-        lines = [f"{path!r} {'; '.join(notes)}" for path, notes in bad]
-        head = f"{len(bad)} of {len(found)} leaves that match {pattern!r} are not as expected:"
+    lines = [f"{path!r} {'; '.join(notes)}" for path, leaf in found if (notes := list(problems(leaf)))]
+    if lines:
+        head = f"{len(lines)} of {len(found)} leaves that match {pattern!r} are not as expected:"
         raise AssertionError("\n  ".join([head, *lines]))
 
 
-def _close(have: Any, want: Any) -> bool:
-    if isinstance(have, tuple) and isinstance(want, list | tuple):
-        return len(have) == len(want) and all(map(_close, have, want))
-    a, b = (v.item() if isinstance(v, Tensor) else v for v in [have, want])
-    numbers = isinstance(a, int | float) and isinstance(b, int | float)
-    return math.isclose(a, b, rel_tol=1e-9) if numbers else a == b
+def _close(got: Any, expected: Any) -> bool:
+    """Equal, numbers up to rounding."""
+    if isinstance(got, tuple) and isinstance(expected, list | tuple):
+        return len(got) == len(expected) and all(map(_close, got, expected))
+    a, b = (v.item() if isinstance(v, Tensor) else v for v in (got, expected))
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return math.isclose(a, b, rel_tol=1e-9)
+    return a == b

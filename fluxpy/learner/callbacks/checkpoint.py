@@ -7,9 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint import save
-from ...files import read
+from ... import save
+from ..core import read_file
 from ..events import Callback, CancelFit
+from ..learner import Learner
 from .monitor import Monitor
 
 
@@ -71,7 +72,7 @@ class Checkpoint(Callback):
         if not self.resume or not self.last.exists():
             return None
         at = f"Checkpoint: {str(self.last)!r}"
-        data = read(str(self.last), at)
+        data = read_file(str(self.last), at)
         if not isinstance(data, dict) or "run" not in data.get("extra", ()):
             raise ValueError(f"{at} was not saved by a Checkpoint")
         if data["extra"]["fits"] > self._fits:
@@ -83,37 +84,38 @@ class Checkpoint(Callback):
             return None
         return data["extra"]["run"] | {"model": data["model"], "state": data["state"]}
 
-    def on_fit_start(self, learner: Any) -> None:
-        self.monitor.check(learner)
+    def on_fit_start(self, learner: Learner) -> None:
+        self.monitor.require(learner)
         self.directory.mkdir(parents=True, exist_ok=True)
         for left in self.directory.glob(".fluxpy-*.tmp"):  # by a kill in the middle of a save
             left.unlink(missing_ok=True)
-        if learner._saved is None:
+        progress = learner.progress
+        if not progress.resumed:
             self._best = []
-        elif learner._at.epoch >= learner.epoch_count:
-            done = f"the run in {str(self.directory)!r} has done {learner._at.epoch} epochs of {learner.epoch_count}"
+        elif progress.epoch >= learner.epoch_count:
+            done = f"the run in {str(self.directory)!r} has done {progress.epoch} epochs of {learner.epoch_count}"
             warnings.warn(f"{done}: nothing is left to do; Checkpoint(resume=False) begins anew", stacklevel=2)
         self._batches, self._place, self._signal = 0, None, None
-        self._listen()
+        self._catch_signals()
 
-    def on_batch_end(self, learner: Any) -> None:
-        self._check_signal(learner)
+    def on_batch_end(self, learner: Learner) -> None:
+        self._stop_at_signal(learner)
         if learner.training and self.every is not None:
             self._batches += 1
             # Of a phase that is being cancelled the next batch never comes.
-            if self._batches >= self.every and not learner._cancelled:
+            if self._batches >= self.every and learner.progress.cancelled is None:
                 self._save(learner, self.last)
 
-    def on_epoch_end(self, learner: Any) -> None:
+    def on_epoch_end(self, learner: Learner) -> None:
         if learner.error is not None:
             return
         if (value := self.monitor.value(learner)) is not None:
             self._rank(learner, value)
-        if learner._at.epoch > learner.epoch_index:  # it was not cut short
+        if learner.progress.epoch > learner.epoch_index:  # it was not cut short
             self._save(learner, self.last)
-        self._check_signal(learner)
+        self._stop_at_signal(learner)
 
-    def on_fit_end(self, learner: Any) -> None:
+    def on_fit_end(self, learner: Learner) -> None:
         try:
             if learner.error is None and self._place != self._where(learner):
                 self._save(learner, self.last)
@@ -124,7 +126,8 @@ class Checkpoint(Callback):
             self._previous = {}
         if self._signal is not None and learner.history.stop_reason is None:
             learner.history.stop_reason = self._signal  # it came after the last epoch
-        self._fits += learner.error is None and self._signal is None
+        if learner.error is None and self._signal is None:
+            self._fits += 1
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best}
@@ -134,17 +137,17 @@ class Checkpoint(Callback):
 
     # --- Files --------------------------------------------------------------------------------------------------------
 
-    def _save(self, learner: Any, path: Path) -> None:
+    def _save(self, learner: Learner, path: Path) -> None:
         run = learner.state_dict()
         del run["model"], run["state"]
         save(path, model=learner.model, state=learner.state, run=run, fits=self._fits)
         if path == self.last:
             self._batches, self._place = 0, self._where(learner)
 
-    def _where(self, learner: Any) -> tuple[Any, ...]:
-        return learner._at.epoch, learner._at.phase, learner._at.batch
+    def _where(self, learner: Learner) -> tuple[Any, ...]:
+        return learner.progress.epoch, learner.progress.phase, learner.progress.batch
 
-    def _rank(self, learner: Any, value: float) -> None:
+    def _rank(self, learner: Learner, value: float) -> None:
         """Keep this epoch if it is among the best. `last.flux` comes after that: should the run be killed in between,
         the epoch is done again and comes to the same files."""
         name = f"epoch_{learner.epoch_index:03d}_{self.monitor.metric}_{value:.4g}.flux"
@@ -158,7 +161,7 @@ class Checkpoint(Callback):
 
     # --- Signals ------------------------------------------------------------------------------------------------------
 
-    def _listen(self) -> None:
+    def _catch_signals(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -172,6 +175,6 @@ class Checkpoint(Callback):
             raise KeyboardInterrupt
         self._signal = signal.Signals(number).name
 
-    def _check_signal(self, learner: Any) -> None:
+    def _stop_at_signal(self, learner: Learner) -> None:
         if self._signal is not None and learner.fitting:
             raise CancelFit(f"{self._signal}; the run was saved to {str(self.last)!r}")

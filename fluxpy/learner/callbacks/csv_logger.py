@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .statistics import Rows, one_of
+from ..learner import Learner
+from .statistics import Rows
 
 
 class CSVLogger(Rows):
@@ -20,21 +21,22 @@ class CSVLogger(Rows):
     """
 
     def __init__(self, path: str | os.PathLike[str] = "run/log.csv", per: str = "batch", every: int = 50) -> None:
-        super().__init__(one_of("per", per, ("batch", "phase")) == "batch", every)
+        super().__init__(per, every)
         self.path = Path(path)
         self._file: Any = None
         self._start: int | None = None  # where the rows of this fit begin
 
-    def on_fit_start(self, learner: Any) -> None:
+    def on_fit_start(self, learner: Learner) -> None:
         super().on_fit_start(learner)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if learner._saved and self.path.exists():
+        resumed = learner.progress.resumed
+        if resumed and self.path.exists():
             self._cut(learner)
-        new = not learner._saved and self._start is None
+        new = self._start is None and not resumed
         self._file = open(self.path, "w" if new else "a", newline="", encoding="utf-8")  # noqa: SIM115
-        if not learner._saved:
+        if not resumed:
             self._start = self._file.tell()
-        if not self._file.tell():
+        if self._file.tell() == 0:
             csv.writer(self._file).writerow(["epoch", "batch", "phase", *learner.metrics.names])
             self._file.flush()
 
@@ -42,18 +44,19 @@ class CSVLogger(Rows):
         csv.writer(self._file).writerows(row.values() for row in rows)
         self._file.flush()
 
-    def on_fit_end(self, learner: Any) -> None:
+    def on_fit_end(self, learner: Learner) -> None:
         super().on_fit_end(learner)
         if self._file is not None:
             self._file.close()
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"start": self._start}
+        super().state_dict()
+        return {"start": self._start}
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
         self._start = d["start"]
 
-    def _cut(self, learner: Any) -> None:
+    def _cut(self, learner: Learner) -> None:
         """Leave in the file what the resumed run will not write again."""
         with open(self.path, "rb+") as file:
             end = file.seek(min(self._start or 0, os.path.getsize(self.path)))
@@ -62,7 +65,7 @@ class CSVLogger(Rows):
                     break  # the old run was killed while it wrote
                 if not line.startswith(b"epoch,"):
                     epoch, batch, phase = line.decode().split(",")[:3]
-                    if not self._is_past(learner, int(epoch), int(batch), phase):
+                    if not self.is_past(learner, int(epoch), int(batch), phase):
                         break
                 end += len(line)
             file.truncate(end)

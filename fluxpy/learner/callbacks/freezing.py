@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Any
 
-from ...adjust import adjust, freeze, scale, thaw
-from ...state import Leaf, State, leaves, select
+from ... import adjust, freeze, leaves, scale, select, thaw
+from ..core import Leaf, State
 from ..events import Callback
+from ..learner import Learner
 
 
 class FreezeUntil(Callback):
@@ -25,7 +25,7 @@ class FreezeUntil(Callback):
             raise ValueError(f"FreezeUntil: epoch={epoch!r} is not allowed; it must be a whole number above 0")
         self.pattern, self.epoch = pattern, epoch
 
-    def on_epoch_start(self, learner: Any) -> None:
+    def on_epoch_start(self, learner: Learner) -> None:
         if learner.epoch_index <= self.epoch:
             verb = freeze if learner.epoch_index < self.epoch else thaw
             for _, leaf in leaves(select(learner.state, self.pattern)):
@@ -34,7 +34,7 @@ class FreezeUntil(Callback):
 
 
 class ThawFromTop(Callback):
-    """Thaws layer by layer: the last that matches at the epoch `first` of the fit, then one lower every `every` epochs.
+    """Thaws layer by layer: the last that matches at the epoch `first` of the fit, then one lower after every `epochs`.
 
     `patterns` name the layers, part by part of the dotted path: `"encoder.layer.*"` means `encoder.layer.0`,
     `encoder.layer.1` and so on, each with all below it, in the order of the model. Before, all of them are frozen.
@@ -43,15 +43,15 @@ class ThawFromTop(Callback):
     >>> plan = ThawFromTop("encoder.embeddings", "encoder.layer.*", first=1)
     """
 
-    def __init__(self, *patterns: str, first: int = 1, every: int = 1) -> None:
-        for name, number in (("first", first), ("every", every)):
+    def __init__(self, *patterns: str, first: int = 1, epochs: int = 1) -> None:
+        for name, number in (("first", first), ("epochs", epochs)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise ValueError(f"ThawFromTop: {name}={number!r} is not allowed; it must be a whole number above 0")
-        self.patterns, self.first, self.every = patterns, first, every
+        self.patterns, self.first, self.epochs = patterns, first, epochs
 
-    def on_epoch_start(self, learner: Any) -> None:
+    def on_epoch_start(self, learner: Learner) -> None:
         for i, layer in enumerate(reversed(layers(learner.state, *self.patterns).values())):
-            FreezeUntil(_among(layer), self.first + i * self.every).on_epoch_start(learner)
+            FreezeUntil(_among(layer), self.first + i * self.epochs).on_epoch_start(learner)
 
 
 def discriminative_rates(state: State, *patterns: str, factor: float) -> State:

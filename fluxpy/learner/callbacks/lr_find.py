@@ -1,18 +1,18 @@
 """lr_find: which learning rate to begin with."""
 
-import copy
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ... import leaves
 from ...schedules import exponential
-from ...state import leaves, values
-from .. import resume
+from ..core import rates
 from ..data import Source
 from ..events import Callback, CancelFit
-from ..measured import Metrics
+from ..learner import Learner
+from ..rng import data_state, random_state, set_data_state, set_random_state
 from .scheduler import LearningRateScheduler
 
 
@@ -44,7 +44,7 @@ class LRFind:
 
 
 def lr_find(
-    learner: Any,
+    learner: Learner,
     data: Any,
     *,
     start: float = 1e-7,
@@ -63,17 +63,15 @@ def lr_find(
         raise RuntimeError("lr_find cannot run within a fit")
     if not 0 < start < end or steps < 5:
         raise ValueError(f"lr_find: start={start}, end={end}, steps={steps} need 0 < start < end, 5 steps or more")
-    trial = copy.copy(learner)
-    trial.model, trial.state = copy.deepcopy((learner.model, learner.state))
-    trial.callbacks, trial.metrics, trial._levels, trial._saved = [], Metrics(), [], None
-    own = [rate for _, leaf in leaves(trial.state) if not leaf.frozen for rate in values(leaf, "lr")]
+    trial = learner.trial()
+    own = [rate for _, leaf in leaves(trial.state) if not leaf.frozen for rate in rates(leaf)]
     top = max(own, default=0.0)
     growth = exponential(start, end / start, steps - 1)
     scheduler = LearningRateScheduler(scale=lambda n: growth(n) / top) if top else LearningRateScheduler(lr=growth)
     source = Source(data, "the data")
-    before = resume.random_state(())
+    before = random_state(())
     source.make(0)
-    orders = resume.data_state([source])
+    orders = data_state([source])
     watch = _Watch(growth, steps, stop_at)
 
     def again(epoch: int) -> Any:
@@ -84,8 +82,8 @@ def lr_find(
     try:
         trial.fit(again, epochs=steps, callbacks=[scheduler, watch])
     finally:
-        resume.set_random_state(before)
-        resume.set_data_state([source], orders)
+        set_random_state(before)
+        set_data_state([source], orders)
     return watch.result()
 
 
@@ -97,7 +95,7 @@ class _Watch(Callback):
         self.rates, self.losses = list[float](), list[float]()
         self.width = max(1, steps // 20)
 
-    def on_batch_end(self, learner: Any) -> None:
+    def on_batch_end(self, learner: Learner) -> None:
         loss = float(learner.step.loss) if learner.step.loss is not None else math.nan
         if not math.isfinite(loss):
             raise CancelFit("the loss is not finite")

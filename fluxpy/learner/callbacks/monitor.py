@@ -1,9 +1,9 @@
 """Which number says how good a model is, for callbacks that compare epochs."""
 
 import math
-from typing import Any
 
-from ...text import near
+from ..core import near
+from ..learner import Learner
 
 _MODES = {
     "loss": "min",
@@ -27,20 +27,22 @@ class Monitor:
             came = "is not known" if mode is None else f"is not {mode!r}"
             raise ValueError(f"monitor={name!r}: what is best {came}; say mode='min' or mode='max'")
 
-    def check(self, learner: Any) -> None:
+    def require(self, learner: Learner) -> None:
         """ValueError where a fit that starts will not have this number."""
         if self.metric not in learner.metrics.names:
             raise ValueError(f"monitor={self.name!r}: no such metric; {near(self.metric, learner.metrics.names)}")
-        if self.phase == "validation" and learner._sources[1] is None:
+        if self.phase == "validation" and not learner.has_validation:
             raise ValueError(f"monitor={self.name!r}, but the fit has no validation data")
 
-    def value(self, learner: Any) -> float | None:
+    def value(self, learner: Learner) -> float | None:
         """The number of the epoch that ends; None where it was cut short."""
-        if learner._at.epoch <= learner.epoch_index:
+        if learner.progress.epoch <= learner.epoch_index:
             return None
-        phase = self.phase or ("train" if learner._sources[1] is None else "validation")
+        phase = self.phase or ("validation" if learner.has_validation else "train")
         return learner.history[-1][phase].get(self.metric)
 
     def rank(self, value: float) -> float:
         """The lower, the better. What is not a number is worst."""
-        return math.inf if math.isnan(value) else value if self.mode == "min" else -value
+        if math.isnan(value):
+            return math.inf
+        return value if self.mode == "min" else -value

@@ -1,14 +1,14 @@
 """LearningRateScheduler: a learning rate that follows a schedule over the fit."""
 
+import functools
 from collections.abc import Callable
-from operator import is_not
 from typing import Any
 
-from ...adjust import adjust, scale
-from ...rule import hyperparameters, walk
+from ... import adjust, leaves, scale, select
 from ...schedules import Schedule, scaled
-from ...state import Leaf, leaves, select
+from ..core import Leaf, hyperparameters, members
 from ..events import Callback
+from ..learner import Learner
 
 
 class LearningRateScheduler(Callback):
@@ -41,104 +41,135 @@ class LearningRateScheduler(Callback):
     def __init__(self, *, lr: Callable[[int], Any] | None = None, scale: Callable[[int], Any] | None = None) -> None:
         if (lr is None) == (scale is None):
             raise TypeError("LearningRateScheduler takes either lr=schedule or scale=schedule")
-        self.schedule, self.name = (scale, "scale") if lr is None else (lr, "lr")
+        self.name, self.schedule = ("lr", lr) if scale is None else ("scale", scale)
         if not callable(self.schedule) or isinstance(self.schedule, type):
             came = f"{self.name}={self.schedule!r}"
             raise TypeError(f"a schedule is a callable, count -> value, as schedules.constant(0.1), but got {came}")
-        self._learner: Any = None  # while a fit runs
-        self._filled: Any = None  # the schedule with its total
-        self._last: tuple[int, Any] = -1, None  # the present batch, and the schedule's value there
-        self._leaves: list[Leaf] = []
-        self._rules: list[Any] = []  # theirs, as they were made to follow
+        self._learner: Learner | None = None  # while a fit runs
+        self._filled: Any = self.schedule  # with the length of the fit
+        self._step = -1  # the batch for which the schedule was last asked,
+        self._value: Any = None  # and what it gave
+        self._rules: list[tuple[Leaf, Any]] = []  # the rule of each leaf, as it was made to follow
 
-    def now(self) -> Any:
-        """What the schedule gives at the present batch."""
-        if self._last[0] != self._learner.step_index:
-            self._last = self._learner.step_index, self._filled(self._learner.step_index)
-        return self._last[1]
+    def __repr__(self) -> str:
+        return f"LearningRateScheduler({self.name}={self.schedule!r})"
 
-    def on_fit_start(self, learner: Any) -> None:
-        if not any(_has_rate(leaf) for _, leaf in leaves(learner.state)):
+    def rate(self, base: float) -> Any:
+        """The rate at the present batch of a leaf with this base rate; outside a fit the base rate."""
+        if self._learner is None:
+            return base
+        return base * self._now(self._learner) if self.name == "scale" else self._now(self._learner)
+
+    def on_fit_start(self, learner: Learner) -> None:
+        if not any(_rates(leaf) for _, leaf in leaves(learner.state)):
             raise ValueError("LearningRateScheduler: no leaf has a rule with the hyperparameter 'lr'")
         self._learner = learner
-        self._fill()
-        self._follow()
+        self._fill(learner)
+        self._follow(learner)
 
-    def on_training_start(self, learner: Any) -> None:
+    def on_training_start(self, learner: Learner) -> None:
         if self._filled is self.schedule:  # a length that is known only now
-            self._fill()
-        self.now()  # an error of the schedule comes before the first batch
+            self._fill(learner)
+        self._now(learner)  # an error of the schedule comes before the first batch
 
-    def on_update_start(self, learner: Any) -> None:
-        if any(map(is_not, [leaf._rule for leaf in self._leaves], self._rules)):
-            self._follow()
+    def on_update_start(self, learner: Learner) -> None:
+        if any(leaf.rule is not rule for leaf, rule in self._rules):
+            self._follow(learner)
 
-    def on_fit_end(self, learner: Any) -> None:
+    def on_fit_end(self, learner: Learner) -> None:
         if self._learner is not None:
-            self._adjust(_Restore())
-        self._learner, self._leaves, self._rules = None, [], []
+            _adjust(learner.state, _Rebase(float))
+        self._learner, self._rules = None, []
 
     def state_dict(self) -> dict[str, Any]:
         if self._learner is not None:  # what was adjusted since the last update is saved as a base
-            self._follow()
+            self._follow(self._learner)
         return {}
 
-    def _fill(self) -> None:
-        total, schedule = self._learner.step_count, self.schedule
-        self._filled = schedule.with_total(total) if isinstance(schedule, Schedule) and total else schedule
-        self._last = -1, None
+    def _fill(self, learner: Learner) -> None:
+        self._filled, self._step = self.schedule, -1
+        if isinstance(self.schedule, Schedule) and learner.step_count:
+            self._filled = self.schedule.with_total(learner.step_count)
 
-    def _follow(self) -> None:
+    def _now(self, learner: Learner) -> Any:
+        """What the schedule gives at the present batch."""
+        if self._step != learner.step_index:
+            self._value = self._filled(learner.step_index)
+            self._step = learner.step_index
+        return self._value
+
+    def _follow(self, learner: Learner) -> None:
         """Have the rates of all leaves follow, those adjusted meanwhile from their new base."""
-        self._adjust(_Follow(self))
-        self._leaves = [leaf for _, leaf in leaves(self._learner.state)]
-        self._rules = [leaf._rule for leaf in self._leaves]
-
-    def _adjust(self, change: "scale") -> None:
-        state: Any = self._learner.state
-        view: Any = state if isinstance(state, Leaf) else select(state, lambda _, leaf: _has_rate(leaf))
-        adjust(view, lr=change)
+        for path, leaf in leaves(learner.state):
+            _check(path, leaf)
+        _adjust(learner.state, _Rebase(lambda base: ScheduledRate(base, self)))
+        self._rules = [(leaf, leaf.rule) for _, leaf in leaves(learner.state)]
 
 
-class _Rate(float):
-    """A base rate that gives the scheduled one when it is called. Copied or saved it is the base alone."""
+class ScheduledRate(float):
+    """A base rate in a rule that gives the scheduled rate when it is called.
 
-    by: LearningRateScheduler
+    It equals a number as its base does, and another only under the same scheduler. Copied, pickled or saved it is the
+    base alone.
+    """
+
+    scheduler: LearningRateScheduler
+
+    def __new__(cls, base: float, scheduler: LearningRateScheduler) -> "ScheduledRate":
+        rate = super().__new__(cls, base)
+        rate.scheduler = scheduler
+        return rate
 
     def __call__(self, count: int) -> Any:
-        return float(self) * self.by.now() if self.by.name == "scale" else self.by.now()
+        return self.scheduler.rate(float(self))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, ScheduledRate) and other.scheduler is not self.scheduler:
+            return False
+        return float(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = float.__hash__
+
+    def __repr__(self) -> str:
+        return f"{float(self)!r} by {self.scheduler!r}"
 
     def __reduce__(self) -> Any:
         return float, (float(self),)
 
 
-class _Follow(scale):
-    """In `adjust`: the base rate made to follow, whatever was done to it. Equal ones are one object."""
+class _Rebase(scale):
+    """In `adjust`: what `make` gives for each base rate, for equal ones the same object."""
 
-    def __init__(self, by: LearningRateScheduler) -> None:
-        self.by, self.made = by, dict[float, _Rate]()
-
-    def of(self, value: Any) -> _Rate:
-        base = _base(value)
-        if base is None:
-            raise ValueError(
-                f"LearningRateScheduler: a leaf has lr={value!r} already; give it a number as its base rate, or leave "
-                "the scheduler out"
-            )
-        rate = self.made.setdefault(base, _Rate(base))
-        rate.by = self.by
-        return rate
-
-
-class _Restore(scale):
-    """In `adjust`: the base rate alone."""
-
-    def __init__(self) -> None:
-        pass
+    def __init__(self, make: Callable[[float], float]) -> None:
+        super().__init__(1.0)
+        self.make = functools.cache(make)
 
     def of(self, value: Any) -> Any:
         base = _base(value)
-        return value if base is None else base
+        return value if base is None else self.make(base)
+
+
+def _adjust(state: Any, change: scale) -> None:
+    view: Any = state if isinstance(state, Leaf) else select(state, lambda _, leaf: len(_rates(leaf)) > 0)
+    adjust(view, lr=change)
+
+
+def _check(path: str, leaf: Leaf) -> None:
+    """ValueError where it cannot be told what the rate of this leaf follows from."""
+    rates = _rates(leaf)
+    if any(_base(rate) is None for rate in rates):
+        raise ValueError(
+            f"LearningRateScheduler: {path!r} has lr={rates[-1]!r} already; give it a number as its base rate, or "
+            "leave the scheduler out"
+        )
+    if any(rate != rates[0] for rate in rates):
+        raise ValueError(
+            f"LearningRateScheduler: {path!r} has several rates, {rates}, whose product is its step; give the schedule "
+            "to the member that is to follow it, as Momentum(lr=schedule), and leave the scheduler out"
+        )
 
 
 def _base(value: Any) -> float | None:
@@ -149,5 +180,7 @@ def _base(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _has_rate(leaf: Leaf) -> bool:
-    return leaf.rule is not None and any("lr" in hyperparameters(rule) for rule in walk(leaf.rule))
+def _rates(leaf: Leaf) -> list[Any]:
+    """The learning rates in the leaf's rule."""
+    found = [] if leaf.rule is None else [hyperparameters(rule) for rule in members(leaf.rule)]
+    return [own["lr"] for own in found if "lr" in own]

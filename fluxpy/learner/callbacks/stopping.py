@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from ..events import Callback, CancelFit
+from ..learner import Learner
 from .monitor import Monitor
 
 
@@ -26,13 +27,13 @@ class EarlyStopping(Callback):
         self.best: float | None = None
         self.waited = 0  # epochs since the best
 
-    def on_fit_start(self, learner: Any) -> None:
-        self.monitor.check(learner)
-        if learner._saved is None:
+    def on_fit_start(self, learner: Learner) -> None:
+        self.monitor.require(learner)
+        if not learner.progress.resumed:
             self.best, self.waited = None, 0
         self._stop()  # a run that had stopped, and is resumed
 
-    def on_epoch_end(self, learner: Any) -> None:
+    def on_epoch_end(self, learner: Learner) -> None:
         value, rank = self.monitor.value(learner), self.monitor.rank
         if value is None:
             return
@@ -65,16 +66,17 @@ class StopOnNaN(Callback):
             raise ValueError(f"every={every!r} is not allowed; it is a number of batches, at least 1")
         self.every = every
 
-    def on_batch_end(self, learner: Any) -> None:
-        look = (learner.batch_index + 1) % self.every == 0
-        if learner.training and (learner.nonfinite or (look and learner.check())):
+    def on_batch_end(self, learner: Learner) -> None:
+        if learner.training and (learner.batch_index + 1) % self.every == 0:
+            learner.check_finite()
+        if learner.training and learner.nonfinite is not None:
             raise CancelFit(learner.nonfinite)
 
-    def on_training_end(self, learner: Any) -> None:
-        if learner.nonfinite and learner.fitting:
+    def on_training_end(self, learner: Learner) -> None:
+        if learner.nonfinite is not None:
             raise CancelFit(learner.nonfinite)
 
-    def on_validation_end(self, learner: Any) -> None:
+    def on_validation_end(self, learner: Learner) -> None:
         loss = learner.stats.get("loss", 0.0)
-        if learner.fitting and not math.isfinite(loss):
+        if learner.phase is not None and not math.isfinite(loss):
             raise CancelFit(f"the validation loss of epoch {learner.epoch_index} is {loss}")

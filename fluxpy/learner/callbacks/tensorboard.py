@@ -6,15 +6,15 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...rule import hyperparameters, walk
-from ...state import fit_of, leaves, spec_of
-from ...update import in_order
+from ... import leaves
+from ..core import Leaf, gradients_in_order, hyperparameters, members, parameter_paths, parameters, updates_of
 from ..events import Callback
+from ..learner import Learner
 from .statistics import on_host
 
 
@@ -47,79 +47,73 @@ class TensorBoardLogger(Callback):
         self.norms, self.histograms, self.depth, self.every = norms, histograms, depth, every
         self.directory: Path | None = None  # that of the present run
         self._resumed = False
-        self._learner: Any = None  # while it fits
+        self._learner: Learner | None = None  # while it fits
         self._writers: dict[str, Any] = {}
-        self._gathered: list[tuple[int, float, Any]] = []
-        self._counted, self._before, self._extras = 0, list[Tensor](), dict[str, Any]()
-        self._session: list[Any] = []  # hyperparameters, and that the run ended
-        self._leaves: dict[str, Any] = {}
-        self._known: Any = None  # rules and frozenness of the leaves, as they were when this was worked out:
-        self._rates: list[tuple[str, Any, Any]] = []  # name, rate and a leaf of each subtree
-        self._rates_written: dict[str, float] = {}
+        self._purge: dict[str, int] = {}  # from where on what is in the files already is not shown
+        self._session_end: Any = None  # the record that the run ended
+        self._gathered: list[tuple[int, float, Any]] = []  # step, time and numbers of each batch
+        self._counted = 0  # how many batches the metrics had counted at the last of them
+        self._subtrees: dict[str, list[int]] = {}  # the places of their parameters
+        self._before: list[Tensor] = []  # the weights before an update whose norm is wanted
+        self._norms: dict[str, Tensor] = {}
+        self._rates = Rates(depth)
 
-    def on_fit_start(self, learner: Any) -> None:
+    def on_fit_start(self, learner: Learner) -> None:
         if not (self._resumed and self.directory):
             stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
             names = (stamp, *(f"{stamp}-{n}" for n in range(2, 1000)))  # fits may begin in the same second
             self.directory = next(self.path / name for name in names if not (self.path / name).exists())
-        self._learner, self._gathered, self._rates_written, self._extras = learner, [], {}, {}
-        self._leaves, self._known = dict(leaves(learner.state)), None
-        # What the old run wrote after it was saved is not shown.
-        at = learner._at
-        self._purge = {"train": at.step, "validation": at.epoch} if self._resumed else {}
-        groups: dict[str, list[int]] = defaultdict(list)
-        for place, path in enumerate(spec_of(learner.state).unique.values()):
-            groups[self._subtree(path)].append(place)
-        self._subtrees = dict(groups)
-        if not self._resumed:
+        self._learner, self._gathered, self._before, self._norms = learner, [], [], {}
+        self._rates, self._purge = Rates(self.depth), {}
+        self._subtrees = defaultdict(list)
+        for place, path in enumerate(parameter_paths(learner.state)):
+            self._subtrees[_subtree(path, self.depth)].append(place)
+        if self._resumed:  # what the old run wrote after it was saved is not shown
+            self._purge = {"train": learner.progress.step, "validation": learner.progress.epoch}
+        else:
             self._describe(learner, self._writer("train"))
 
-    def on_training_start(self, learner: Any) -> None:
+    def on_training_start(self, learner: Learner) -> None:
         self._counted = learner.metrics.batches  # not 0 where a run is resumed
 
-    def on_update_start(self, learner: Any) -> None:
+    def on_update_start(self, learner: Learner) -> None:
         if self.norms and learner.step_index % self.norms == 0:
-            grads = in_order(fit_of(learner.state, learner.model), learner.step.grads)
-            self._before = [x.detach().clone() for x in self._params(learner)]
-            self._extras = {
-                f"gradient_norm/{name}": _norm([grads[i] for i in at]) for name, at in self._subtrees.items()
-            }
+            grads = gradients_in_order(learner.state, learner.model, learner.step.grads)
+            self._before = [x.detach().clone() for x in parameters(learner.state, learner.model)]
+            for name, places in self._subtrees.items():
+                self._norms[f"gradient_norm/{name}"] = _norm([grads[i] for i in places])
 
-    def on_batch_end(self, learner: Any) -> None:
+    def on_batch_end(self, learner: Learner) -> None:
         if not learner.training or learner.metrics.batches == self._counted:
             return  # cancelled before it was scored
         self._counted = learner.metrics.batches
-        extras, self._extras = self._extras, {}
+        norms, self._norms = self._norms, {}
         if self._before:
+            now, old = parameters(learner.state, learner.model), self._before
             for name, places in self._subtrees.items():
-                now, old = self._params(learner), self._before
                 moved = _norm([now[i].detach() - old[i] for i in places])
-                extras[f"update_ratio/{name}"] = moved / _norm([old[i] for i in places])
+                norms[f"update_ratio/{name}"] = moved / _norm([old[i] for i in places])
             self._before = []
-        rates = {tag: rate for tag, rate in self._present_rates() if self._rates_written.get(tag) != rate}
-        self._rates_written |= rates
-        row = learner.step.loss.detach(), learner.metrics.peek(), extras | rates
+        row = learner.step.loss.detach(), learner.metrics.peek(), norms | self._rates.changed(learner.state)
         self._gathered.append((learner.step_index, time.time(), row))
         if len(self._gathered) >= self.every:
             self._flush()
 
-    def on_training_end(self, learner: Any) -> None:
+    def on_training_end(self, learner: Learner) -> None:
         self._flush()
-        if learner._at.phase == "validation" and learner.error is None:  # not one that was cut and will go on
+        if learner.progress.phase == "validation" and learner.error is None:  # not one that was cut and will go on
             self._epoch("train", learner)
             if self.histograms and learner.epoch_index % self.histograms == 0:
-                for path, x in zip(spec_of(learner.state).unique.values(), self._params(learner), strict=True):
-                    if (finite := x.detach()[x.isfinite()]).numel() and not x.is_complex():
-                        self._writers["train"].add_histogram(f"weights/{path}", finite, learner.epoch_index)
+                self._histograms(learner)
 
-    def on_validation_end(self, learner: Any) -> None:
-        if self._learner is not None and learner._at.phase == "validation" and learner.error is None:
+    def on_validation_end(self, learner: Learner) -> None:
+        if learner.phase is not None and learner.error is None:
             self._epoch("validation", learner)
 
-    def on_fit_end(self, learner: Any) -> None:
+    def on_fit_end(self, learner: Learner) -> None:
         if self._learner is not None:
-            if learner.error is None and self._session and not self._resumed:
-                self._writers["train"].file_writer.add_summary(self._session[1])
+            if learner.error is None and self._session_end is not None and not self._resumed:
+                self._writers["train"].file_writer.add_summary(self._session_end)
             for writer in self._writers.values():
                 writer.close()
         self._learner, self._writers, self._resumed = None, {}, False
@@ -134,13 +128,22 @@ class TensorBoardLogger(Callback):
 
     def _flush(self) -> None:
         gathered, self._gathered = self._gathered, []
+        if self._learner is None:
+            return
         rows = on_host([row for _, _, row in gathered])
         for (step, moment, _), (loss, sums, extras) in zip(gathered, rows, strict=True):
             numbers = {f"batch/{name}": v for name, v in self._learner.metrics.read(sums).items()}
             for tag, number in (numbers | {"batch/loss": loss} | extras).items():
                 self._writer("train").add_scalar(tag, float(number), step, moment)
 
-    def _epoch(self, phase: str, learner: Any) -> None:
+    def _histograms(self, learner: Learner) -> None:
+        weights = parameters(learner.state, learner.model)
+        for path, x in zip(parameter_paths(learner.state), weights, strict=True):
+            finite = x.detach()[x.isfinite()]
+            if finite.numel() and not x.is_complex():
+                self._writer("train").add_histogram(f"weights/{path}", finite, learner.epoch_index)
+
+    def _epoch(self, phase: str, learner: Learner) -> None:
         for name, number in learner.stats.items():
             self._writer(phase).add_scalar(f"epoch/{name}", number, learner.epoch_index)
 
@@ -152,51 +155,74 @@ class TensorBoardLogger(Callback):
             self._writers[phase] = SummaryWriter(str(self.directory / phase), purge_step=self._purge.get(phase))
         return self._writers[phase]
 
-    def _describe(self, learner: Any, writer: Any) -> None:
+    def _describe(self, learner: Learner, writer: Any) -> None:
         from torch.utils.tensorboard.summary import hparams
 
         rules = [leaf.rule for _, leaf in leaves(learner.state) if leaf.rule is not None]
         found: dict[str, dict[Any, None]] = defaultdict(dict)
-        for rule in (inner for whole in rules for inner in walk(whole)):
+        for rule in (inner for whole in rules for inner in members(whole)):
             for name, value in hyperparameters(rule).items():
                 found[f"{type(rule).__name__}.{name}"][_plain(value)] = None
         numbers = {name: next(iter(v)) if len(v) == 1 else ", ".join(map(str, v)) for name, v in found.items()}
         loss = getattr(learner.loss, "__name__", type(learner.loss).__name__)
         numbers |= {"loss": loss, "epochs": learner.epoch_count}
         numbers |= {name: _plain(value) for name, value in self.hyperparameters.items()}
-        start, *self._session = hparams(numbers, {f"epoch/{name}": 0 for name in learner.metrics.names})
-        writer.file_writer.add_summary(start)
-        writer.file_writer.add_summary(self._session[0])
+        metrics = {f"epoch/{name}": 0 for name in learner.metrics.names}
+        experiment, session_start, self._session_end = hparams(numbers, metrics)
+        writer.file_writer.add_summary(experiment)
+        writer.file_writer.add_summary(session_start)
         texts = {"config": self.config, "model": repr(learner.model), "state": repr(learner.state)}
         for tag, text in texts.items():
             if text is not None:
                 text = text if isinstance(text, str) else json.dumps(text, indent=2, default=str)
                 writer.add_text(tag, "    " + text.replace("\n", "\n    "))  # as code in Markdown
 
-    def _present_rates(self) -> list[tuple[str, float]]:
-        """The learning rate of each subtree, or of each leaf in it where they differ."""
-        key = [(leaf._rule, leaf._frozen) for leaf in self._leaves.values()]
-        known = self._known
-        if known is None or any(a is not c or b is not d for (a, b), (c, d) in zip(key, known, strict=True)):
-            groups: dict[str, list[tuple[str, Any, Any]]] = defaultdict(list)
-            for path, leaf in self._leaves.items():
-                own = [hyperparameters(rule) for rule in walk(leaf.rule)] if leaf.rule and not leaf.frozen else []
-                if rates := [values["lr"] for values in own if "lr" in values]:
-                    groups[self._subtree(path)].append((path, rates[-1], leaf))
-            self._known, self._rates = key, []
-            for name, held in groups.items():
-                _, first, leaf = held[0]
-                alike = all(rate is first or rate == first for _, rate, _ in held)
-                self._rates += [(name, first, leaf)] if alike else held
-        # After the update: the rate it used is that of the count before.
-        now = [(name, rate(max(leaf._count - 1, 0)) if callable(rate) else rate) for name, rate, leaf in self._rates]
-        return [(f"lr/{name}", float(cast(Any, rate))) for name, rate in now]
 
-    def _subtree(self, path: str) -> str:
-        return ".".join(path.split(".")[: self.depth]) or "model"
+class Rates:
+    """The learning rates of the last update, by subtree; of each leaf in a subtree where they differ."""
 
-    def _params(self, learner: Any) -> list[Tensor]:
-        return fit_of(learner.state, learner.model).params
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.known: list[tuple[Any, bool]] = []  # rule and frozenness of each leaf, when `named` was worked out
+        self.named: list[tuple[str, Any, Leaf]] = []  # subtree or path, its rate, and a leaf that has it
+        self.written: dict[str, float] = {}
+
+    def changed(self, state: Any) -> dict[str, float]:
+        """Those that are not what they were, by tag."""
+        found = dict(leaves(state))
+        now = [(leaf.rule, leaf.frozen) for leaf in found.values()]
+        pairs = list(zip(now, self.known, strict=False))
+        if len(now) != len(self.known) or any(a is not b or f != g for (a, f), (b, g) in pairs):
+            self.known, self.named = now, self._named(found)
+        changed: dict[str, float] = {}
+        for name, rate, leaf in self.named:
+            # After the update: the rate it used is that of the count before.
+            value: Any = rate(max(updates_of(leaf) - 1, 0)) if callable(rate) else rate
+            number = float(value)
+            if self.written.get(f"lr/{name}") != number:
+                changed[f"lr/{name}"] = number
+        self.written |= changed
+        return changed
+
+    def _named(self, found: dict[str, Leaf]) -> list[tuple[str, Any, Leaf]]:
+        groups: dict[str, list[tuple[str, Any, Leaf]]] = defaultdict(list)
+        for path, leaf in found.items():
+            if leaf.rule is not None and not leaf.frozen:
+                rates = [own["lr"] for own in map(hyperparameters, members(leaf.rule)) if "lr" in own]
+                if rates:
+                    groups[_subtree(path, self.depth)].append((path, rates[-1], leaf))
+        named: list[tuple[str, Any, Leaf]] = []
+        for name, group in groups.items():
+            _, first, leaf = group[0]
+            if all(rate is first or rate == first for _, rate, _ in group):
+                named.append((name, first, leaf))
+            else:
+                named += group
+        return named
+
+
+def _subtree(path: str, depth: int) -> str:
+    return ".".join(path.split(".")[:depth]) or "model"
 
 
 def _norm(tensors: list[Any]) -> Tensor:

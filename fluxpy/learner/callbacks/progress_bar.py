@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from tqdm.auto import tqdm
 
 from ..events import Callback
+from ..learner import Learner
 
 
 class ProgressBar(Callback):
@@ -16,22 +17,27 @@ class ProgressBar(Callback):
 
         Epoch 3/12 · train 468/468 [====================] loss 0.4819 accuracy 0.8513
 
-    meanwhile with the pace and the time left. It is redrawn every 0.1 s at most, and only then are the metrics read.
-    Where the output is not a terminal (a pipe, a file) a plain line comes at the end of each phase; in notebooks it is
-    tqdm's bar. It goes to stderr, or to `file`.
+    meanwhile with the pace and the time left. It is redrawn every 0.1 s at most (`seconds`), and only then are the
+    metrics read. Where the output is not a terminal (a pipe, a file) a plain line comes at the end of each phase; in
+    notebooks it is tqdm's bar. It goes to stderr, or to `file`.
     """
 
-    def __init__(self, file: TextIO | None = None, every: float = 0.1) -> None:
-        self.file, self.every = file, every
-        self._next = math.inf  # when to draw again
-        self._begun = self._first = self._done = self._width = 0
+    def __init__(self, file: TextIO | None = None, seconds: float = 0.1) -> None:
+        self.file, self.seconds = file, seconds
+        self._out: Any = None  # where the present phase is shown
+        self._terminal = False
         self._bar: Any = None  # in a notebook
+        self._draw_at = math.inf  # when to draw again
+        self._started = 0.0
+        self._first = 0  # batches that were done when it started
+        self._done = 0
+        self._width = 0  # of what is drawn
 
-    def on_training_start(self, learner: Any) -> None:
-        self._out = out = self.file or sys.stderr
-        self._terminal = out is not None and out.isatty()
-        self._begun, self._first, self._width = time.monotonic(), learner.batch_index, 0
-        self._done, self._next, self._bar = self._first, math.inf, None
+    def on_training_start(self, learner: Learner) -> None:
+        self._out = self.file or sys.stderr
+        self._terminal = self._out is not None and self._out.isatty()
+        self._started, self._width, self._draw_at, self._bar = time.monotonic(), 0, math.inf, None
+        self._first = self._done = learner.batch_index
         if self.file is None and "ipykernel" in sys.modules:
             self._bar = tqdm(desc=_title(learner), total=learner.batch_count, initial=self._first, unit="batch")
         if self._bar is not None or self._terminal:
@@ -39,12 +45,12 @@ class ProgressBar(Callback):
 
     on_validation_start = on_training_start
 
-    def on_batch_end(self, learner: Any) -> None:
+    def on_batch_end(self, learner: Learner) -> None:
         self._done = learner.batch_index + 1
-        if time.monotonic() >= self._next:
+        if time.monotonic() >= self._draw_at:
             self._draw(learner, learner.running())
 
-    def on_training_end(self, learner: Any) -> None:
+    def on_training_end(self, learner: Learner) -> None:
         if self._bar is not None:
             self._draw(learner, learner.stats)
             self._bar.close()
@@ -56,11 +62,11 @@ class ProgressBar(Callback):
 
     on_validation_end = on_training_end
 
-    def _draw(self, learner: Any, numbers: dict[str, float], last: bool = False) -> None:
+    def _draw(self, learner: Learner, numbers: dict[str, float], last: bool = False) -> None:
         """Put the present line in place of the one before."""
         if self._bar is not None:
             self._bar.n = self._done
-            self._bar.set_postfix_str(_numbers(numbers))
+            self._bar.set_postfix_str(_text(numbers))
         else:
             columns = _columns(self._out) - 1  # a full line would wrap
             pace = "" if last else self._pace(learner.batch_count)
@@ -70,20 +76,20 @@ class ProgressBar(Callback):
             self._out.write("\r" + line.ljust(min(self._width, columns)))
             self._out.flush()
             self._width = len(line)
-        self._next = time.monotonic() + self.every
+        self._draw_at = time.monotonic() + self.seconds
 
-    def _line(self, learner: Any, numbers: dict[str, float], cells: int, pace: str = "") -> str:
+    def _line(self, learner: Learner, numbers: dict[str, float], cells: int, pace: str = "") -> str:
         total, done = learner.batch_count, self._done
         parts = [f"{_title(learner)} {done}" + (f"/{total}" if total else "")]
         if total and cells:
-            full = min(cells, cells * done // total)
-            parts.append(f"[{'=' * full + '>' * (full < cells):.<{cells}}]")
-        line = " ".join(filter(None, [*parts, _numbers(numbers), pace]))
+            parts.append(_bar(cells, min(cells, cells * done // total)))
+        parts += [_text(numbers), pace]
+        line = " ".join(part for part in parts if part)
         code = self._out.encoding or "utf-8"
         return line if line.encode(code, "replace").decode(code) == line else line.replace("·", "-")
 
     def _pace(self, total: int | None) -> str:
-        batches, seconds = self._done - self._first, time.monotonic() - self._begun
+        batches, seconds = self._done - self._first, time.monotonic() - self._started
         if not batches:
             return ""
         rate = batches / max(seconds, 1e-9)
@@ -91,15 +97,22 @@ class ProgressBar(Callback):
         return pace + (f" · {tqdm.format_interval(max(0, total - self._done) / rate)} left" if total else "")
 
 
-def _title(learner: Any) -> str:
+def _title(learner: Learner) -> str:
     phase = "train" if learner.training else "validation"
     return f"Epoch {learner.epoch_index + 1}/{learner.epoch_count} · {phase}" if learner.fitting else phase.capitalize()
 
 
-def _numbers(numbers: dict[str, float]) -> str:
-    return " ".join(
-        f"{name} {x:.4f}" if x == 0 or 1e-3 <= abs(x) < 1e5 else f"{name} {x:.4g}" for name, x in numbers.items()
-    )
+def _bar(cells: int, full: int) -> str:
+    bar = "=" * cells if full == cells else "=" * full + ">"
+    return f"[{bar.ljust(cells, '.')}]"
+
+
+def _text(numbers: dict[str, float]) -> str:
+    return " ".join(f"{name} {_number(x)}" for name, x in numbers.items())
+
+
+def _number(x: float) -> str:
+    return f"{x:.4f}" if x == 0 or 1e-3 <= abs(x) < 1e5 else f"{x:.4g}"
 
 
 def _columns(out: Any) -> int:

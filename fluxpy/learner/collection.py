@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..text import near
+from .core import near
 from .metrics import Accuracy, Loss, MatthewsCorrelationCoefficient, Mean, Metric, Outside, Perplexity, Top5Accuracy
 
 

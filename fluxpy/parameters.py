@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine.slab import views
-from .match import rebuild
+from .engine.layout import views_like
 from .pytree import unwritable
+from .rebuild import rebuild
 from .tree import walk
 
 
@@ -19,7 +19,7 @@ def trainables(model: Any, path: bool = False) -> list[Any]:
     ['weight', 'bias']
     """
     spec, values = walk(model)
-    return [(spec.unique[i], x) for i, x in enumerate(values)] if path else values
+    return [(spec.leaves[i], x) for i, x in enumerate(values)] if path else values
 
 
 def destructure(model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -72,16 +72,12 @@ def flatten_parameters(model: Any, *, grad: bool = False) -> Any:
     spec, values = walk(model)
     groups: dict[Any, list[Tensor]] = {}
     ends: dict[Any, tuple[int, str]] = {}
-    for path, x in sorted(zip(spec.unique.values(), values, strict=True), key=lambda pair: pair[1].data_ptr()):
+    for path, x in sorted(zip(spec.leaves.values(), values, strict=True), key=lambda pair: pair[1].data_ptr()):
         end, other = ends.get(x.device, (0, ""))
         if not x.is_leaf or unwritable(x) or (x.numel() and x.data_ptr() < end):
-            why = (
-                "it has a history"
-                if not x.is_leaf
-                else f"it shares memory with {other!r}"
-                if other
-                else "it is expanded"
-            )
+            why = f"it shares memory with {other!r}" if other else "it is expanded"
+            if not x.is_leaf:
+                why = "it has a history"
             raise ValueError(f"flatten_parameters cannot move {path!r}: {why}")
         ends[x.device] = x.data_ptr() + x.nbytes, path
     for x in values:
@@ -89,10 +85,11 @@ def flatten_parameters(model: Any, *, grad: bool = False) -> Any:
     with torch.inference_mode(False), torch.no_grad():
         for xs in groups.values():
             flat = torch.cat([x.detach().reshape(-1) for x in xs])
-            for x, part in zip(xs, views(flat, xs), strict=True):
+            shapes = [x.detach().contiguous() for x in xs]
+            for x, part in zip(xs, views_like(flat, shapes), strict=True):
                 x.data = part
             if grad:
                 room = torch.zeros_like(flat)
-                for x, part in zip(xs, views(room, xs), strict=True):
+                for x, part in zip(xs, views_like(room, shapes), strict=True):
                     x.grad = part if x.grad is None else part.copy_(x.grad)
     return model

@@ -1,0 +1,82 @@
+"""Binding: a model bound to the shape of a state, so that from step to step nobody walks the model again."""
+
+import weakref
+from collections.abc import Callable
+from itertools import chain
+from operator import is_, methodcaller
+from typing import Any
+
+from torch import Tensor, nn
+
+from .text import names_of
+from .tree import TreeSpec, explore
+
+_VALUES = methodcaller("values")
+
+
+class Binding:
+    """A model that fits `spec`: its parameters and their paths, in the order of the model.
+
+    ValueError with the place where the model has another shape. `matches` says at next to no cost whether a model is
+    still this one, by looking whether each container still holds the same things. A module is not kept alive: when it
+    dies, `forget` is called.
+    """
+
+    def __init__(self, spec: TreeSpec, model: Any, forget: Callable[[], None] | None = None) -> None:
+        if spec.kind in ("slice", "selection"):
+            raise ValueError(
+                "a slice or a selection of the state has no matching branch of a model; "
+                "pass the whole state or a branch of it (frozen leaves are passed by)"
+            )
+        self.spec = spec
+        self.walked, values, containers = explore(model)
+        if self.walked != spec:
+            raise ValueError(difference(spec, self.walked, ""))
+        self.params: list[Tensor] = [values[j] for j in self.walked.leaves]
+        self.indices = list(spec.leaves)  # of each parameter's leaf among the values of the state
+        self.paths = tuple(spec.leaves.values())
+        self.records: list[Any] = []  # what the state holds for each parameter
+        self.plan: Any = None  # how the engine steps these parameters
+        self.model: Callable[[], Any] = _reference(model, forget)
+        dicts = [x for x in containers if isinstance(x, dict)]
+        self.dicts, self.sizes = dicts, [*map(len, dicts)]
+        self.filled = [x for x in dicts if x]
+        self.lists = [x for x in containers if type(x) in (list, tuple)]
+        # Else some container cannot be looked into, and a model never matches.
+        self.transparent = len(dicts) + len(self.lists) == len(containers)
+        self.keys, self.held = self._look()
+
+    def _look(self) -> tuple[list[Any], list[Any]]:
+        inside = chain.from_iterable(map(_VALUES, self.filled))
+        return [*chain.from_iterable(self.filled)], [*inside, *chain.from_iterable(self.lists)]
+
+    def matches(self, model: Any) -> bool:
+        if model is not self.model() or not self.transparent:
+            return False
+        if [*map(len, self.dicts)] != self.sizes:
+            return False
+        keys, held = self._look()
+        return len(held) == len(self.held) and all(map(is_, held, self.held)) and keys == self.keys
+
+
+def _reference(model: Any, forget: Callable[[], None] | None) -> Callable[[], Any]:
+    if isinstance(model, nn.Module):
+        return weakref.ref(model, None if forget is None else lambda _: forget())
+    return lambda: model
+
+
+def difference(ours: TreeSpec, other: TreeSpec, path: str) -> str:
+    at = f"at {path!r}" if path else "at the top"
+    if (ours.kind == "leaf") != (other.kind == "leaf") or ours.keys != other.keys:
+        return (
+            f"the model does not fit the state: {at} the state has {describe(ours)}, the model {describe(other)}; "
+            "pass the model (or branch) that setup was given, or call setup(rule, model, keep=state) again"
+        )
+    for key, a, b in zip(ours.keys, ours.children, other.children, strict=True):
+        if a != b:
+            return difference(a, b, f"{path}.{key}" if path else str(key))
+    return f"the model does not fit the state: {at} other parameters are tied than at setup; call setup again"
+
+
+def describe(spec: TreeSpec) -> str:
+    return {"leaf": "a parameter", "empty": "no parameter"}.get(spec.kind, f"children {names_of(spec.keys)}")

@@ -1,0 +1,155 @@
+"""Context: what all leaves of one state tree share. A copy of a tree, or the result of a pure update, has its own."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .pytree import is_wrapped
+from .rule import Reduce
+
+
+class SkipUpdate(Exception):
+    """Raised inside an update that is to change nothing."""
+
+
+def reads_at_once(x: Tensor) -> bool:
+    """Whether the host may read a number without waiting for a device."""
+    return x.is_cpu
+
+
+class FiniteFlag:
+    """Remembers on the device that a number was not finite: which one, where, and in which update.
+
+    On the CPU a bad number raises at once. Elsewhere nothing is read during a step: the flag goes up, masks that update
+    and all after it, and `check` reads it when the user asks.
+    """
+
+    def __init__(self) -> None:
+        self.bad: Tensor | None = None  # 0-dim, on the device
+        self.first: Tensor | None = None  # of the first bad number: its place among its paths, its kind, the update
+        self.kinds: list[tuple[str, tuple[str, ...]]] = []  # what can go wrong, and at which paths
+
+    def copy(self) -> "FiniteFlag":
+        other = FiniteFlag()
+        other.bad, other.first, other.kinds = self.bad, self.first, list(self.kinds)
+        return other
+
+    def require(self, ok: Tensor, update: int, what: str, paths: tuple[str, ...] = (), place: Tensor | int = 0) -> None:
+        """Raise the flag unless `ok`, which the host does not read."""
+        if (what, paths) not in self.kinds:
+            self.kinds.append((what, paths))
+        record = torch.full((3,), update, device=ok.device)
+        record[0], record[1] = place, self.kinds.index((what, paths))
+        if self.bad is None or self.first is None:
+            self.bad, self.first = ~ok, record
+        else:
+            self.first = torch.where(self.bad, self.first, record)
+            self.bad = self.bad | ~ok
+
+    def mask(self, old: Tensor, new: Tensor) -> Tensor:
+        """`new`, or `old` where the flag is up."""
+        return new if self.bad is None else torch.where(self.bad.to(old.device), old, new.to(old.dtype))
+
+    def check(self) -> None:
+        """Read the flag; where it is up, lower it and raise FloatingPointError."""
+        bad, self.bad = self.bad, None
+        if bad is not None and self.first is not None and bad:
+            place, kind, update = self.first.tolist()
+            what, paths = self.kinds[kind]
+            where = f" of {paths[place]!r}" if paths else ""
+            raise FloatingPointError(f"{what}{where} is not finite, in update {update}; nothing was updated since")
+
+
+class Context:
+    """What all leaves of one tree share.
+
+    `structure` counts the changes of anything but hyperparameters (frozen flags, states, what steps together), and
+    `hyper` those of hyperparameters: a plan is valid while both are what they were. `updates` counts the updates asked
+    for. `bindings` are the models that views of the tree were used with, by the identity of the view's spec.
+    """
+
+    def __init__(self, compile: bool = False) -> None:
+        self.compile = compile
+        self.structure = self.hyper = self.updates = 0
+        self.flag = FiniteFlag()
+        self.bindings: dict[int, Any] = {}
+        self.reference_only: set[Any] = set()  # rules that only the reference path can run
+        self.uncompiled: set[Any] = set()  # rules that cannot be compiled
+        self.not_shared: set[Any] = set()  # rules whose kernel cannot take a number for each leaf
+        self.traceable: dict[Any, bool] = {}  # rules that are arithmetic alone
+
+    def fork(self) -> "Context":
+        """A context for another tree, with the same options."""
+        other = Context(self.compile)
+        other.updates, other.flag = self.updates, self.flag.copy()
+        other.reference_only, other.uncompiled = set(self.reference_only), set(self.uncompiled)
+        other.not_shared = set(self.not_shared)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Context":
+        other = memo[id(self)] = self.fork()
+        return other
+
+    def __reduce__(self) -> Any:
+        return _restored, (self.compile, self.updates, self.flag)
+
+
+def _restored(compile: bool, updates: int, flag: FiniteFlag) -> Context:
+    context = Context(compile)
+    context.updates, context.flag = updates, flag
+    return context
+
+
+def require_finite(
+    total: Tensor, reduce: Reduce, context: Context, shares: Callable[[], tuple[list[str], Tensor]]
+) -> None:
+    """Act on a total that is not finite as `reduce.nonfinite` says: raise, skip the update, or ignore it.
+
+    `shares` gives the paths of the leaves and what each gave to the total.
+    """
+    if reduce.nonfinite == "ignore" or is_wrapped(total):
+        return
+    what = f"{type(reduce.rule).__name__}: the norm of the gradient"
+    if reduce.nonfinite == "raise" and not reads_at_once(total):
+        paths, parts = shares()
+        context.flag.require(total.isfinite().all(), context.updates, what, tuple(paths), _first_bad(parts))
+    elif total.ndim or not math.isfinite(total.item()):  # item() is faster than a tensor that answers
+        _refuse(total, reduce, what, shares)
+
+
+def require_all_finite(parts: Tensor, reduce: Reduce, context: Context, paths: Sequence[str]) -> None:
+    """`require_finite` of totals that each concern one leaf."""
+    if reduce.nonfinite == "ignore" or is_wrapped(parts):
+        return
+    if reads_at_once(parts):
+        bad = (~parts.isfinite()).nonzero()
+        if len(bad) == 0:
+            return
+        place = int(bad[0, 0])
+    else:
+        place = 0
+        if reduce.nonfinite == "raise":
+            require_finite(parts, reduce, context, lambda: (list(paths), parts))
+            return
+    require_finite(parts[place], reduce, context, lambda: ([paths[place]], parts[place : place + 1]))
+
+
+def _first_bad(parts: Tensor) -> Tensor:
+    bad = ~parts.isfinite()
+    return (bad.flatten(1).any(1) if bad.ndim > 1 else bad).long().argmax()
+
+
+def _refuse(total: Tensor, reduce: Reduce, what: str, shares: Callable[[], tuple[list[str], Tensor]]) -> None:
+    if total.isfinite().all():
+        return
+    if reduce.nonfinite == "skip":
+        raise SkipUpdate
+    paths, parts = shares()
+    where = f"{what}s together"
+    if not parts.isfinite().all():
+        where = f"{what} of {paths[int(_first_bad(parts))]!r}"
+    shown = total.item() if not total.ndim else total.tolist()
+    raise FloatingPointError(f'{where} is {shown}; nothing was updated (nonfinite="skip" would go on)')

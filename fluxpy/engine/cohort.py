@@ -1,0 +1,112 @@
+"""Cohort: leaves that step together, and how they are laid out in memory."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..context import Context
+from ..leaf import Numbers, Record
+from ..pytree import Skeleton
+from ..rule import Rule
+from .layout import chunks_of, is_dense, pack
+
+
+class Member(NamedTuple):
+    """A leaf in a plan: its record, its parameter, where that is among the model's parameters, and its path."""
+
+    record: Record
+    x: Tensor
+    place: int
+    path: str
+
+
+def real_view(x: Tensor) -> Tensor:
+    """A parameter without its history, a complex one as a real one."""
+    x = x.detach()
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+class Cohort:
+    """Leaves of rules of one kind, with one count and equal numbers in their states.
+
+    They share one `Numbers`, which no other leaf holds: a step changes that object, and the tensors where they are.
+    `momenta` has a row for each tensor of the state, and a column for each leaf.
+    """
+
+    def __init__(self, members: Sequence[Member], context: Context) -> None:
+        self.members, self.context = list(members), context
+        self.records = [member.record for member in members]
+        self.params = [member.x for member in members]
+        self.places = [member.place for member in members]
+        self.paths = [member.path for member in members]
+        self.reals = [real_view(x) for x in self.params]
+        self.sizes = [x.numel() for x in self.reals]
+        self.numbers: Numbers = self.records[0].numbers.copy()
+        columns = [record.tensors or [] for record in self.records]
+        self.momenta = [list(row) for row in zip(*columns, strict=True)]
+        self.kind = ""  # how they are stepped
+        self.odd: list[int] = []  # the gradients whose strides are not those of their parameters
+        self._share()
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of the first leaf; those of the others are of the same kind."""
+        rule = self.records[0].rule
+        assert rule is not None
+        return rule
+
+    @property
+    def skeleton(self) -> Skeleton:
+        skeleton = self.numbers.skeleton
+        assert skeleton is not None
+        return skeleton
+
+    def _share(self) -> None:
+        for record in self.records:
+            record.numbers = self.numbers
+        self.tensors = [record.tensors for record in self.records]
+
+    def pack_momenta(self) -> None:
+        """Lay the momenta of small neighbours side by side."""
+        if not self.momenta:
+            return
+        for low, high, _, _ in chunks_of(self.sizes, split=False):
+            for row in self.momenta:
+                row[low:high] = pack(row[low:high])
+        for record, *tensors in zip(self.records, *self.momenta, strict=True):
+            record.tensors = tensors
+        self.tensors = [record.tensors for record in self.records]
+
+    def holds(self) -> bool:
+        """Whether the leaves are still as this cohort left them. Where all of them have new numbers in common (an
+        accumulation window went on while they were frozen), the cohort takes these over."""
+        numbers = self.records[0].numbers
+        for record, tensors in zip(self.records, self.tensors, strict=True):
+            if record.numbers is not numbers or record.tensors is not tensors:
+                return False
+        if numbers is not self.numbers:
+            if numbers.skeleton is None or not numbers.skeleton.fits(self.skeleton):
+                return False
+            self.numbers = numbers
+        return True
+
+    def advance(self, skeleton: Skeleton, moved: bool) -> None:
+        """Count a step, after which the states have the numbers of this skeleton."""
+        self.numbers.skeleton = skeleton
+        self.numbers.count += moved
+
+
+def fits_packed(x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether the state of a dense parameter can be packed: tensors like the parameter and nothing else."""
+    real = real_view(x)
+    stride = real.stride()
+    return is_dense(real) and all(
+        t.shape == real.shape
+        and t.stride() == stride
+        and t.device == real.device
+        and not t.requires_grad
+        and not t.is_inference()
+        for t in tensors
+    )

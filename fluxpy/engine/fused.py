@@ -1,0 +1,425 @@
+"""Fused units: the last rule of a chain run by one of PyTorch's fused kernels, the rules before it by their own `steps`.
+
+A kernel writes into parameters and momenta. It would write a scaled gradient into the gradient too, so clipping is not
+left to it. `KERNELS` is the one place of the engine that knows rules by their class.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..pytree import Skeleton, partition, tensors_in
+from ..rule import Rule, Steps, at, eps_for, rule_key, title_key
+from ..rules.adam import Adam, AdamW, AMSGrad
+from ..rules.adaptive import AdaGrad
+from ..rules.decay import WeightDecay
+from ..rules.descent import Descent, Momentum, Nesterov
+from ..rules.wrap import OptimiserChain
+from .cohort import Cohort
+from .layout import Row, adjacent, views_like
+from .packed import (
+    Chunk,
+    Chunks,
+    EagerUnit,
+    apart_from_written,
+    like_parameters,
+    result_fits,
+    rule_now,
+    write_state,
+)
+from .step import FallBack, Prepare
+from .tape import is_traceable
+
+Run = Callable[[list[Tensor], dict[str, Any]], Any]
+Lists = list[list[Tensor]]
+_TORCH: Any = torch  # where the kernels are, though not among its public names
+
+
+class Kernel(NamedTuple):
+    """A fused kernel as one rule calls it: `bind(params, momenta, steps)` gives `run(grads, options)`, and
+    `options(rule, x, weight_decay)` the options."""
+
+    bind: Callable[[list[Tensor], Lists, list[Tensor]], Run]
+    options: Callable[[Any, Tensor, float], dict[str, Any]]
+
+
+def _adam(kernel: Any) -> Any:
+    def bind(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
+        m, v, peak = (*momenta, [])[:3]
+        return lambda grads, options: kernel(params, grads, m, v, peak, steps, **options)
+
+    return bind
+
+
+def _sgd(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
+    (buffers,) = momenta or [[]]
+    return lambda grads, options: _TORCH._fused_sgd_(params, grads, buffers, **options)
+
+
+def _adagrad(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
+    return lambda grads, options: _TORCH._fused_adagrad_(params, grads, momenta[0], steps, **options)
+
+
+def _adam_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
+    (beta1, beta2), eps = rule.betas, eps_for(x, rule.eps)
+    common = {"lr": rule.lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    return common | {"amsgrad": isinstance(rule, AMSGrad), "maximize": False}
+
+
+def _adamw_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
+    return _adam_options(rule, x, rule.weight_decay)
+
+
+def _sgd_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
+    momentum = getattr(rule, "momentum", 0.0)
+    common = {"lr": rule.lr, "momentum": momentum, "weight_decay": weight_decay, "dampening": 0.0}
+    return common | {"nesterov": isinstance(rule, Nesterov), "maximize": False, "is_first_step": False}
+
+
+def _adagrad_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
+    eps = eps_for(x, rule.eps)
+    return {"lr": rule.lr, "lr_decay": 0.0, "weight_decay": weight_decay, "eps": eps, "maximize": False}
+
+
+KERNELS: dict[type[Rule], Kernel] = {
+    Adam: Kernel(_adam(_TORCH._fused_adam_), _adam_options),
+    AMSGrad: Kernel(_adam(_TORCH._fused_adam_), _adam_options),
+    AdamW: Kernel(_adam(_TORCH._fused_adamw_), _adamw_options),
+    Descent: Kernel(_sgd, _sgd_options),
+    Momentum: Kernel(_sgd, _sgd_options),
+    Nesterov: Kernel(_sgd, _sgd_options),
+    AdaGrad: Kernel(_adagrad, _adagrad_options),
+}
+
+
+class Parts(NamedTuple):
+    """A rule taken apart: a master copy around it, the rules before the last, a penalty that the last rule's kernel can
+    add itself, and the last."""
+
+    master: Any
+    front: OptimiserChain | None
+    decay: WeightDecay | None
+    last: Rule
+
+    @staticmethod
+    def of(rule: Rule) -> "Parts":
+        master: Any = rule if rule.keeps_master else None
+        inner: Any = rule if master is None else master.rule
+        *front, last = inner.rules if type(inner) is OptimiserChain and inner.rules else (inner,)
+        decay = None
+        # That of AdamW is another one.
+        if front and type(front[-1]) is WeightDecay and type(last) is not AdamW:
+            decay = front.pop()
+        return Parts(master, OptimiserChain(*front) if front else None, decay, last)
+
+    def options(self, kernel: Kernel, x: Tensor) -> dict[str, Any]:
+        return kernel.options(self.last, x, self.decay.weight_decay if self.decay else 0.0)
+
+
+def takes(rule: Rule, x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether a kernel of PyTorch computes the last link of this rule, for a parameter with these momenta."""
+    master, front, _, last = Parts.of(rule)
+    if type(last) not in KERNELS or not (front is None or front.elementwise):
+        return False
+    dtype = x.dtype if master is None else master.dtype
+    if master is not None and dtype.itemsize <= x.dtype.itemsize:
+        return False  # no master copy at all: the kernel's other roundings would show
+    if not dtype.is_floating_point or dtype.itemsize not in (2, 4, 8) or x.device.type not in ("cpu", "cuda"):
+        return False
+    if any(t.dtype != dtype for t in tensors):
+        return False
+    if type(last) in (Descent, Momentum, Nesterov):
+        if dtype.itemsize == 2 and x.device.type == "cpu":
+            return False  # there PyTorch's kernel for SGD computes wrong numbers
+        moving = getattr(last, "momentum", 1.0)
+        # Without momentum the kernel leaves the buffer as it is, where the rule would keep the gradient in it.
+        return not callable(moving) and moving != 0
+    return True
+
+
+def bucket_key(rule: Rule) -> Any:
+    """What rules must have in common to go together: all that is before the kernel, and the kernel's own but for real
+    numbers."""
+    master, front, decay, last = Parts.of(rule)
+    return (
+        None if master is None else master.dtype,
+        None if front is None else rule_key(front),
+        None if decay is None else rule_key(decay, loose=True),
+        rule_key(last, loose=True),
+    )
+
+
+class Call(NamedTuple):
+    """A call of the kernel, for the gradients at these places of a list (None: for all of them), with the options of
+    the rule of the leaf `leaf`."""
+
+    run: Run
+    places: list[int] | None
+    leaf: int
+
+
+class _Fused(ABC):
+    """What fused units have in common: the kernel, its options for each rule, and its clock."""
+
+    def __init__(self, cohort: Cohort, last_tensors: int) -> None:
+        self.cohort, self.context = cohort, cohort.context
+        self.parts = Parts.of(cohort.rule)
+        self.kernel = KERNELS[type(self.parts.last)]
+        self.momenta = cohort.momenta[len(cohort.momenta) - last_tensors :]
+        self.x = cohort.reals[0] if self.parts.master is None else cohort.momenta[0][0]
+        self.clock = torch.zeros((), dtype=torch.float32, device=self.x.device)
+        self.keys = _groups(cohort)
+        self.known: tuple[int, dict[int, dict[str, Any]]] | None = None
+        numbers = [i for i, part in enumerate(cohort.skeleton.parts) if type(part) is int]
+        self.counter = numbers[-1] if "t" in getattr(_last_state(cohort), "_fields", ()) else None
+
+    def options(self) -> dict[int, dict[str, Any]]:
+        """The options of each call by its leaf; kept while no hyperparameter changes."""
+        rule, hyper = self.cohort.rule, self.context.hyper
+        if self.known is not None and self.known[0] == hyper and not rule.scheduled:
+            return self.known[1]
+        found: dict[int, dict[str, Any]] = {}
+        for leaf in dict.fromkeys(self.keys):
+            own = self.cohort.records[leaf].rule
+            try:
+                now = at(own, self.cohort.numbers.count) if own is not rule or rule.scheduled else rule
+            except Exception as error:
+                raise FallBack from error
+            if now.traced:
+                raise FallBack
+            found[leaf] = Parts.of(now).options(self.kernel, self.x)
+        self.known = hyper, found
+        return found
+
+    def adopt_rules(self) -> bool:
+        """Take over other hyperparameters; False where the leaves do not go together any more."""
+        rules = [rule for rule in {id(r.rule): r.rule for r in self.cohort.records}.values() if rule is not None]
+        first = self.cohort.members[0]
+        if len({bucket_key(rule) for rule in rules}) > 1 or any(rule.traced for rule in rules):
+            return False
+        if not all(takes(rule, first.x, first.record.tensors or ()) for rule in rules):
+            return False
+        self.parts, keys = Parts.of(self.cohort.rule), _groups(self.cohort)
+        if keys != self.keys:
+            self.keys = keys
+            self.bind()
+        return True
+
+    @abstractmethod
+    def bind(self) -> None:
+        """Make the calls of the kernel."""
+
+    def calls(self, params: list[Tensor], momenta: Lists, low: int = 0) -> list[Call]:
+        """Calls of the kernel on lists of tensors of the leaves from `low` on: one for all that share a rule."""
+        places: dict[int, list[int]] = {}
+        for i in range(len(params)):
+            places.setdefault(self.keys[low + i], []).append(i)
+        if len(places) == 1:
+            run = self.kernel.bind(params, momenta, [self.clock] * len(params))
+            return [Call(run, None, self.keys[low])]
+        calls = []
+        for leaf, own in places.items():
+            rows = [[row[i] for i in own] for row in momenta]
+            run = self.kernel.bind([params[i] for i in own], rows, [self.clock] * len(own))
+            calls.append(Call(run, own, leaf))
+        return calls
+
+    def tick(self) -> list[Any]:
+        """The numbers of the states after the kernel ran; sets its clock."""
+        numbers = list(self.cohort.skeleton.parts)
+        if self.counter is not None:
+            numbers[self.counter] += 1
+            self.clock.fill_(numbers[self.counter])
+        return numbers
+
+    def masked(self, options: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """The options with which a kernel does nothing where the finite flag is up."""
+        bad = self.context.flag.bad
+        if bad is None:
+            return options
+        found = {"found_inf": bad.to(self.clock)}
+        return {leaf: own | found for leaf, own in options.items()}
+
+
+def _groups(cohort: Cohort) -> list[int]:
+    """For each leaf, the first leaf whose rule is equal to its own."""
+    by_identity: dict[int, int] = {}
+    by_key: dict[Any, int] = {}
+    found = []
+    for i, record in enumerate(cohort.records):
+        group = by_identity.get(id(record.rule))
+        if group is None:
+            assert record.rule is not None
+            group = by_identity[id(record.rule)] = by_key.setdefault(rule_key(record.rule), i)
+        found.append(group)
+    return found
+
+
+def _last_state(cohort: Cohort) -> Any:
+    """The state of the last rule, of the first leaf."""
+    parts, state = Parts.of(cohort.rule), cohort.records[0].state
+    if parts.master is not None:
+        state = state.state
+    inner = parts.master.rule if parts.master is not None else cohort.rule
+    return state[-1] if type(inner) is OptimiserChain else state
+
+
+class FusedListUnit(_Fused):
+    """A cohort stepped by a kernel on lists of its tensors as they are."""
+
+    def __init__(self, cohort: Cohort) -> None:
+        super().__init__(cohort, len(cohort.momenta))
+        self.grads: Sequence[Tensor] = ()
+        self.now: dict[int, dict[str, Any]] = {}
+        self.bind()
+
+    def bind(self) -> None:
+        self.all_calls = self.calls(self.cohort.params, self.momenta)
+
+    def prepare(self, grads: Sequence[Any]) -> Prepare:
+        self.now = self.options()
+        places = self.cohort.places
+        self.grads = [grads[place] for place in places]
+        if self.cohort.odd:  # a kernel would read other strides as if they were the parameter's
+            self.grads = like_parameters(self.grads, self.cohort)
+        return
+        yield  # never reached: it makes this method a generator
+
+    def commit(self) -> None:
+        numbers, options = self.tick(), self.masked(self.now)
+        for run, places, leaf in self.all_calls:
+            run(list(self.grads) if places is None else [self.grads[i] for i in places], options[leaf])
+        self.grads = ()
+        torch.autograd.graph.increment_version(self.cohort.params)
+        self.cohort.advance(Skeleton(self.cohort.skeleton.spec, numbers), True)
+
+
+class FusedUnit(_Fused):
+    """A cohort in chunks: what is before the last rule by its own `steps`, then the kernel on the chunk."""
+
+    def __init__(self, cohort: Cohort) -> None:
+        last = len(tensors_in(_last_state(cohort)))
+        self.chunks = Chunks(cohort, split=True)
+        super().__init__(cohort, last)
+        master = 0 if self.parts.master is None else 1
+        self.front_rows = slice(master, len(cohort.momenta) - last)
+        self.bind()
+        state = cohort.records[0].state
+        inner = state if self.parts.master is None else state.state
+        size = 0 if self.parts.front is None else len(self.parts.front)
+        self.front_skeleton = partition(inner[:size] if size else ())[1]
+        self.now: dict[int, dict[str, Any]] = {}
+
+    def bind(self) -> None:
+        self.chunk_calls = [self._calls_for(chunk) for chunk in self.chunks.all]
+
+    def _rows(self, chunk: Chunk) -> tuple[Row, list[Row]]:
+        """The tensor that the kernel steps (the parameter, or its master copy), and the kernel's momenta."""
+        momenta = chunk.momenta[self.front_rows.stop :]
+        return (chunk.x if self.parts.master is None else chunk.momenta[0]), momenta
+
+    def _calls_for(self, chunk: Chunk) -> tuple[bool, list[Call]]:
+        """Whether the kernel takes the chunk as one long tensor, and its calls."""
+        target, momenta = self._rows(chunk)
+        one_rule = len(set(self.keys[chunk.low : chunk.high])) == 1
+        if one_rule and all(row.flat is not None for row in (target, *momenta)):
+            rows = [[row.buffer] for row in momenta]
+            run = self.kernel.bind([target.buffer], rows, [self.clock])
+            return True, [Call(run, None, self.keys[chunk.low])]
+        return False, self.calls(target.tensors, [row.tensors for row in momenta], chunk.low)
+
+    def prepare(self, grads: Sequence[Any]) -> Prepare:
+        self.now = self.options()
+        self.front = None if self.parts.front is None else Parts.of(rule_now(self.cohort)).front
+        self.chunks.load([grads[place] for place in self.cohort.places])
+        if self.front is not None:
+            yield from self.chunks.run(self._start)
+            first = self.chunks.all[0]
+            if not result_fits(first, first.momenta[self.front_rows], self.front_skeleton):
+                raise FallBack(title_key(self.cohort.rule))
+
+    def _start(self, chunk: Chunk, dx: Any) -> Steps:
+        x, master = chunk.x.read(), self.parts.master
+        if master is not None:
+            x = master.master_for(chunk.momenta[0].read(), x)
+            dx = None if dx is None else dx.to(master.dtype)
+        assert self.front is not None
+        state = self._front_numbers().combine(row.read() for row in chunk.momenta[self.front_rows])
+        return self.front.steps(state, x, dx)
+
+    def _front_numbers(self) -> Skeleton:
+        """The state of the rules before the last, without its tensors."""
+        first = 0 if self.parts.master is None else 1
+        size = len(self.front_skeleton.parts)
+        return Skeleton(self.front_skeleton.spec, self.cohort.skeleton.parts[first : first + size])
+
+    def commit(self) -> None:
+        options, first = self.masked(self.now), 0 if self.parts.master is None else 1
+        numbers, moved = self.cohort.skeleton.parts, True
+        for i, (chunk, (long, calls)) in enumerate(zip(self.chunks.all, self.chunk_calls, strict=True)):
+            front, dx = self._front_result(chunk)
+            if i == 0:
+                moved = dx is not None
+                numbers = self.tick() if moved else list(numbers)
+                if front is not None:
+                    numbers[first : first + len(front.parts)] = front.parts
+            if dx is not None:
+                self._run_kernel(chunk, dx, long, calls, options)
+        self.chunks.clear()
+        torch.autograd.graph.increment_version(self.cohort.params)
+        self.cohort.advance(Skeleton(self.cohort.skeleton.spec, numbers), moved)
+
+    def _front_result(self, chunk: Chunk) -> tuple[Skeleton | None, Tensor | None]:
+        """What the rules before the last make of the gradient; writes their state."""
+        if self.front is None:
+            return None, chunk.gradient(self.chunks.grads)
+        if chunk.result is None:
+            chunk.result = self.chunks.advance(chunk, self._start)
+        state, dx = chunk.result
+        tensors, skeleton = partition(state)
+        rows = chunk.momenta[self.front_rows]
+        if rows:
+            write_state(rows, apart_from_written(chunk, rows, tensors), self.context.flag.mask)
+        return skeleton, dx
+
+    def _run_kernel(
+        self, chunk: Chunk, dx: Tensor, long: bool, calls: list[Call], options: dict[int, dict[str, Any]]
+    ) -> None:
+        master, row = self.parts.master, None
+        if master is not None:
+            row, x = chunk.momenta[0], chunk.x.read()
+            row.write(master.master_for(row.read(), x))
+            dx = dx.to(master.dtype)
+        grads = [dx]
+        if not long:
+            grads = self._cut(chunk, dx)
+        for run, places, leaf in calls:
+            run(grads if places is None else [grads[i] for i in places], options[leaf])
+        if row is not None:
+            chunk.x.write(row.read())
+
+    def _cut(self, chunk: Chunk, dx: Tensor) -> list[Tensor]:
+        """A chunk's gradient, in the shapes of its leaves."""
+        target = self._rows(chunk)[0]
+        if dx.data_ptr() == chunk.dx.data_ptr() and dx.dtype == chunk.dx.dtype:
+            return chunk.dx_views
+        return views_like(dx, target.tensors)
+
+
+def is_adjacent(params: Sequence[Tensor]) -> bool:
+    """Whether parameters look as if they were laid out flat."""
+    return len(params) > 1 and adjacent(list(params[:2])) is not None
+
+
+def fused_unit(cohort: Cohort) -> FusedUnit | FusedListUnit | EagerUnit:
+    """The unit for a cohort that a kernel of PyTorch's can step."""
+    parts = Parts.of(cohort.rule)
+    if parts.front is not None and not is_traceable(cohort):
+        return EagerUnit(cohort)  # which can tell of each chunk before it writes any
+    plain = parts.front is None and parts.master is None
+    if plain and not is_adjacent(cohort.reals) and not cohort.params[0].is_complex():
+        return FusedListUnit(cohort)
+    return FusedUnit(cohort)

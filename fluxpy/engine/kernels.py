@@ -1,0 +1,115 @@
+"""Kernels: what was written down on a tape, compiled by `torch.compile` into one function that writes in place."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tape import Tape, run_line
+
+_KERNELS: dict[Any, Callable[..., None]] = {}  # for all trees: making one takes seconds
+
+# Sizes at which kernels are traced; no other size is like them. Inductor uses several threads from 2**16 elements on.
+_SHORT, _LONG = 1013, (1 << 16) + 1
+
+
+class Recipe:
+    """All that a kernel depends on. `writes` are pairs (input, result): that input becomes that result; `like` are
+    tensors like the inputs; where `masked`, the last input keeps all as it was."""
+
+    def __init__(
+        self,
+        tape: Tape,
+        writes: tuple[tuple[int, int], ...],
+        numbers: Tensor,
+        like: Sequence[Tensor],
+        masked: bool,
+        size: int,
+    ) -> None:
+        self.tape, self.writes, self.numbers, self.like, self.masked = tape, writes, numbers, like, masked
+        self.threads = torch.get_num_threads() if size >= _LONG else 1
+        self.length = _SHORT if self.threads == 1 else _LONG
+        signature = tuple((t.dtype, t.device, t.ndim) for t in like)
+        self.key = tuple(tape.lines), writes, signature, masked, self.threads
+
+    def kernel(self) -> Callable[..., None]:
+        """The kernel, compiled where no kernel like it was before."""
+        if self.key not in _KERNELS:
+            _KERNELS[self.key] = self._compile()
+        return _KERNELS[self.key]
+
+    def _function(self) -> Callable[..., None]:
+        lines, writes, masked = self.tape.live([source for _, source in self.writes]), self.writes, self.masked
+
+        def kernel(numbers: Tensor, *inputs: Tensor) -> None:
+            results: list[Any] = list(inputs)
+            for line in lines:
+                results.append(None if line is None else run_line(line, numbers, results.__getitem__))
+            # Times one, where another buffer takes an input over: Inductor drops copies, and reads what was overwritten.
+            news = [results[source] * numbers[-1] if source < len(inputs) else results[source] for _, source in writes]
+            for (target, _), new in zip(writes, news, strict=True):
+                results[target].copy_(torch.where(inputs[-1], results[target], new) if masked else new)
+
+        # What torch.compile remembers it remembers by code, so each kernel has code of its own.
+        code = kernel.__code__.replace(co_name=f"kernel_{len(_KERNELS)}")
+        return FunctionType(code, kernel.__globals__, code.co_name, None, kernel.__closure__)
+
+    def _compile(self) -> Callable[..., None]:
+        """The kernel, tried on tensors that do not matter."""
+        from torch._inductor import config
+
+        seen: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+
+        def backend(graph: Any, examples: Any) -> Callable[..., Any]:
+            from torch._inductor.compile_fx import compile_fx
+
+            inner: Any = compile_fx(graph, examples)
+
+            def spy(*args: Any) -> Any:
+                seen.append((inner, args))
+                return inner(*args)
+
+            return spy
+
+        inputs = [self.numbers, *(t.new_ones((self.length,) * t.ndim) for t in self.like)]
+        # A rule may rely on its own rounding, which Inductor otherwise leaves out.
+        with warnings.catch_warnings(), config.patch(emulate_precision_casts=True):
+            warnings.simplefilter("ignore")  # those of the compiler's own code
+            torch.compile(self._function(), backend=backend, dynamic=True, fullgraph=True)(*inputs)
+        return _direct(*seen[-1], inputs, self.length)
+
+
+def _direct(inner: Callable[..., Any], args: tuple[Any, ...], inputs: list[Tensor], size: int) -> Callable[..., None]:
+    """The compiled program itself, without what looks at each call whether it still fits: it was found by that.
+
+    It takes tensors in an order of its own, and their length as a number.
+    """
+    known = {id(t): i for i, t in enumerate(inputs)}
+    order = [known[id(arg)] if isinstance(arg, Tensor) else None for arg in args]
+    fixed = [None if isinstance(arg, Tensor) or int(arg) == size else int(arg) for arg in args]
+
+    def run(*tensors: Tensor) -> None:
+        length = len(tensors[1])
+        inner(
+            *[
+                tensors[i] if i is not None else length if other is None else other
+                for i, other in zip(order, fixed, strict=True)
+            ]
+        )
+
+    return run
+
+
+def wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def to_device(numbers: list[float], tensors: Sequence[Tensor]) -> Tensor:
+    """Numbers as a tensor beside others, without waiting for the device."""
+    device = tensors[0].device
+    there = device.type != "cpu"
+    sent = torch.tensor(numbers, dtype=wide_dtype(tensors), device="cpu", pin_memory=there)
+    return sent.to(device, non_blocking=True) if there else sent

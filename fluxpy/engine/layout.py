@@ -1,0 +1,132 @@
+"""Layout: the tensors of many leaves as one long tensor, where they lie or gathered into scratch memory.
+
+A *flat view* shows a dense tensor as one dimension, in the order of its memory, whatever its strides. Tensors that are
+adjacent in memory have one flat view together. A `Row` is one tensor of each of several leaves (their parameters, one
+of their momenta); a *chunk* is what is worked on at once: neighbours in a row, or a part of one large tensor.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Elements of a chunk: 2**17 floats are half a megabyte, so what a chain touches stays in the cache.
+SIZE = 1 << 17
+
+copy_all: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in any order of dimensions."""
+    return x.is_contiguous() or torch.empty_like(x, device="meta").stride() == x.stride()
+
+
+def flat_view(x: Tensor) -> Tensor:
+    """A dense tensor as one dimension, in the order of its memory."""
+    return x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,))
+
+
+def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The one flat view of dense tensors that follow each other in memory; None where they do not."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return flat_view(first)
+    pointers, width = addresses(tensors), first.element_size()
+    if pointers[0] + first.numel() * width != pointers[1]:
+        return None
+    sizes = [t.numel() for t in tensors]
+    ends = [*accumulate(sizes, initial=0)]
+    if pointers != [pointers[0] + end * width for end in ends[:-1]]:
+        return None
+    # What lies in the memory of the first tensor's storage is of that storage.
+    storage = first.untyped_storage()
+    if storage.data_ptr() + storage.nbytes() < pointers[0] + ends[-1] * width:
+        return None
+    return first.as_strided((ends[-1],), (1,))
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where the tensors lie in memory."""
+    return [*map(Tensor.data_ptr, tensors)]
+
+
+def views_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Parts of a long tensor, in the shapes and strides of others."""
+    parts = flat.split([t.numel() for t in tensors])
+    return [
+        part.view(t.shape) if t.is_contiguous() else part.as_strided(t.shape, t.stride())
+        for part, t in zip(parts, tensors, strict=True)
+    ]
+
+
+def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that are adjacent; the tensors themselves where they are already."""
+    if adjacent(tensors) is not None:
+        return list(tensors)
+    return views_like(torch.cat([flat_view(t) for t in tensors]), tensors)
+
+
+def chunks_of(sizes: Sequence[int], split: bool) -> Iterator[tuple[int, int, int, int]]:
+    """`(low, high, start, size)` of each chunk: small neighbours together, a large tensor alone, and with `split` in
+    parts. A size of -1 is the whole."""
+    low = taken = 0
+    for i, size in enumerate(sizes):
+        if i > low and taken + size > SIZE:
+            yield low, i, 0, -1
+            low, taken = i, 0
+        taken += size
+        if taken > SIZE and split:
+            yield from ((i, i + 1, start, min(SIZE, size - start)) for start in range(0, size, SIZE))
+            low, taken = i + 1, 0
+    if low < len(sizes):
+        yield low, len(sizes), 0, -1
+
+
+class Scratch:
+    """Memory that chunks use one after another, a buffer for each role: it stays in the cache."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[Any, Tensor] = {}
+
+    def take(self, role: Any, dtype: torch.dtype, device: torch.device, size: int) -> Tensor:
+        key = role, dtype, device
+        held = self.buffers.get(key)
+        if held is None or len(held) < size:
+            held = self.buffers[key] = torch.empty(size, dtype=dtype, device=device)
+        return held[:size]
+
+
+class Row:
+    """One tensor of each of several leaves, as one flat tensor; or, of one large tensor, a part.
+
+    The tensors are dense and detached. `flat` is their common view where they are adjacent; elsewhere they are gathered
+    into scratch memory and written back.
+    """
+
+    __slots__ = ("buffer", "flat", "tensors", "views")
+
+    def __init__(self, tensors: list[Tensor], scratch: Scratch, role: Any, start: int = 0, size: int = -1) -> None:
+        self.tensors = tensors
+        self.flat = adjacent(tensors)
+        if self.flat is not None:
+            self.flat = self.flat if size < 0 else self.flat[start : start + size]
+            self.buffer, self.views = self.flat, tensors
+        else:
+            first, total = tensors[0], sum(t.numel() for t in tensors)
+            self.buffer = scratch.take(role, first.dtype, first.device, total)
+            self.views = views_like(self.buffer, tensors)
+
+    def read(self) -> Tensor:
+        """The values, as one flat tensor."""
+        if self.flat is None:
+            copy_all(self.views, self.tensors)
+        return self.buffer
+
+    def write(self, value: Tensor) -> None:
+        """Set the values."""
+        if value is not self.buffer:
+            self.buffer.copy_(value.view(-1))
+        if self.flat is None:
+            copy_all(self.tensors, self.views)

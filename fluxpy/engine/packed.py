@@ -1,0 +1,343 @@
+"""Packed units: the rule's own `steps` on many leaves as one long tensor, in chunks that stay in the cache.
+
+An elementwise rule takes leaves of any shapes side by side. A rule that needs whole arrays takes leaves of one shape as
+a stack, `torch.func.vmap`ped over them: no second formula either way.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..context import reads_at_once, require_all_finite
+from ..pytree import Skeleton, memory, partition
+from ..rule import Assign, Reduce, Rule, Steps, at, map_inner, rule_key, run_alone, title_key
+from .cohort import Cohort
+from .layout import Row, Scratch, adjacent, chunks_of, copy_all, flat_view, views_like
+from .step import FallBack, Prepare, Request
+from .tape import is_traceable
+
+Start = Callable[["Chunk", Any], Steps]
+
+
+class Chunk:
+    """Neighbours in a cohort as one tensor; or, of one large leaf, a part."""
+
+    def __init__(
+        self, cohort: Cohort, scratch: Scratch, low: int, high: int, start: int, size: int, stack: bool
+    ) -> None:
+        self.low, self.high, self.start = low, high, start
+        reals = cohort.reals[low:high]
+        self.size = size if size >= 0 else sum(cohort.sizes[low:high])
+        self.shape = (high - low, *reals[0].shape) if stack else (self.size,)
+        self.x = Row(reals, scratch, "x", start, size)
+        self.momenta = [Row(row[low:high], scratch, i, start, size) for i, row in enumerate(cohort.momenta)]
+        self.gathers = high - low > 1
+        if self.gathers:
+            first = reals[0]
+            self.dx = scratch.take("dx", first.dtype, first.device, self.size)
+            self.dx_views = views_like(self.dx, reals)
+        self.written = {memory(row.buffer) for row in (self.x, *self.momenta)}
+        self.sizes: Tensor | None = None
+        self.answers: list[Any] = []
+        self.running: Steps | None = None
+        self.result: Any = None
+
+    def gradient(self, grads: Sequence[Tensor]) -> Tensor:
+        """The gradients of this chunk as one tensor, from those of the cohort, which have the strides of the reals."""
+        if not self.gathers:
+            flat = flat_view(grads[self.low])
+            return flat if self.size == len(flat) else flat[self.start : self.start + self.size]
+        mine = grads[self.low : self.high]
+        flat = adjacent(mine)
+        if flat is not None:
+            return flat
+        copy_all(self.dx_views, mine)
+        return self.dx
+
+    def clear(self) -> None:
+        """Forget one step's work."""
+        self.answers, self.running, self.result = [], None, None
+
+
+class Chunks:
+    """The chunks of a cohort, and one step's way through them."""
+
+    def __init__(self, cohort: Cohort, *, split: bool, stack: bool = False, numbers: bool = True) -> None:
+        self.cohort, self.stack, self.numbers = cohort, stack, numbers
+        cohort.pack_momenta()
+        scratch = Scratch()
+        where = list(chunks_of(cohort.sizes, split))
+        self.all = [Chunk(cohort, scratch, *place, stack) for place in where]
+        self.one = len(self.all) == 1
+        self.grads: Sequence[Tensor] = ()  # of real tensors with the strides of the parameters
+        self.given: Sequence[Tensor] = ()
+        self.missing = False
+        # Autograd does not see writes through a view of several parameters.
+        self.hidden_writes = any(chunk.gathers and chunk.x.flat is not None for chunk in self.all)
+
+    def load(self, grads: Sequence[Tensor]) -> None:
+        """Take a step's gradients, in the order of the cohort."""
+        self.missing = grads[0] is None  # then all are: the rule accumulates, and counts this update too
+        self.given = self.grads = grads
+        if self.cohort.odd and not self.missing:
+            self.given = self.grads = like_parameters(grads, self.cohort)
+        if self.cohort.params[0].is_complex() and not self.missing:
+            self.grads = [torch.view_as_real(g.resolve_conj()) for g in self.given]
+        for chunk in self.all:
+            chunk.clear()
+
+    def clear(self) -> None:
+        """Let go of a step's gradients and results."""
+        self.given = self.grads = ()
+        for chunk in self.all:
+            chunk.clear()
+
+    def run(self, start: Start, totals: int | None = None) -> Prepare:
+        """Take the first chunk to its result, with all totals that the rule needs on the way; the others can follow.
+        With `totals`, only so far that so many totals are known."""
+        first, count = self.all[0], 0
+        while count != totals and isinstance(reduce := self.advance(first, start), Reduce):
+            count += 1
+            parts = self._parts(reduce, start)
+            if reduce.over == "tree":
+                total = yield Request(reduce, parts, self.cohort.places, self.cohort.paths)
+                answer = self._answer(total, reduce)
+                for chunk in self.all:
+                    chunk.answers.append(answer)
+            else:
+                require_all_finite(parts, reduce, self.cohort.context, self.cohort.paths)
+                for chunk in self.all:
+                    chunk.answers.append(self._spread(chunk, parts, reduce))
+        if totals is None:
+            first.result = reduce  # pyright: ignore[reportPossiblyUnboundVariable]
+
+    def advance(self, chunk: Chunk, start: Start) -> Any:
+        """The rule on a chunk: its (state, change), or the first total that has no answer yet.
+
+        Of several chunks each starts over for its next total, since they share their memory."""
+        steps, answers = chunk.running, chunk.answers[-1:]
+        if steps is None:
+            dx = None if self.missing else chunk.gradient(self.grads).view(chunk.shape)
+            steps, answers = start(chunk, dx), [None, *chunk.answers]
+        try:
+            for answer in answers:
+                reduce = steps.send(answer)
+        except StopIteration as done:
+            return done.value
+        except Exception as error:
+            raise FallBack(title_key(self.cohort.rule)) from error
+        if self.one:
+            chunk.running = steps
+        return reduce  # pyright: ignore[reportPossiblyUnboundVariable]
+
+    def _parts(self, reduce: Reduce, start: Start) -> Tensor:
+        """What each leaf gives to a total. Worked out leaf by leaf, so that it does not depend on the grouping."""
+        first = self.all[0]
+        if not self.missing and _is_gradient(reduce.value, first, self.grads):
+            return reduce.rule.parts(self.given)
+        found, whole = [], reduce.value
+        for chunk in self.all:
+            asked = reduce if chunk is first else self.advance(chunk, start)
+            if not isinstance(asked, Reduce):
+                raise FallBack
+            value, size = asked.value.reshape(-1), self.cohort.sizes[chunk.low]
+            if chunk.size < size:  # a part of a large leaf, which is put together first
+                if chunk.start == 0:
+                    whole = value.new_empty(size)
+                whole[chunk.start : chunk.start + chunk.size] = value
+                if chunk.start + chunk.size < size:
+                    continue
+                value = whole
+            params = self.cohort.params[chunk.low : chunk.high]
+            values = value.split(self.cohort.sizes[chunk.low : chunk.high])
+            found.append(reduce.rule.parts([_like(v, x) for v, x in zip(values, params, strict=True)]))
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    def _spread(self, chunk: Chunk, parts: Tensor, reduce: Reduce) -> Any:
+        """The totals of a chunk's own arrays, for each of its elements."""
+        mine = parts[chunk.low : chunk.high]
+        if not chunk.gathers:
+            return self._answer(mine[0], reduce)
+        if self.stack:
+            return mine.view(-1, *[1] * (len(chunk.shape) - 1))
+        if chunk.sizes is None:
+            chunk.sizes = torch.tensor(self.cohort.sizes[chunk.low : chunk.high], device=mine.device)
+        return torch.repeat_interleave(mine, chunk.sizes, output_size=chunk.size)
+
+    def _answer(self, total: Tensor, reduce: Reduce) -> Any:
+        """A total as a number, where the rule takes one and the host may read it: what follows is then cheaper."""
+        number = self.numbers and reduce.rule.takes_numbers and not total.ndim and reads_at_once(total)
+        return total.item() if number else total
+
+
+def like_parameters(grads: Sequence[Tensor], cohort: Cohort) -> list[Tensor]:
+    """The gradients, copied where their strides are not those of the parameters."""
+    found = list(grads)
+    for i in cohort.odd:
+        found[i] = torch.empty_like(cohort.params[i], requires_grad=False).copy_(found[i])
+    return found
+
+
+def _is_gradient(value: Tensor, chunk: Chunk, grads: Sequence[Tensor]) -> bool:
+    """Whether a rule asks for a total of the gradients themselves."""
+    source = chunk.dx if chunk.gathers else grads[chunk.low]
+    if chunk.gathers and value.data_ptr() != source.data_ptr():
+        source = grads[chunk.low]
+    return value.data_ptr() == source.data_ptr() and value.numel() == chunk.size and value.dtype == source.dtype
+
+
+def _like(flat: Tensor, x: Tensor) -> Tensor:
+    """A flat value in the shape of its parameter."""
+    real = x if not x.is_complex() else torch.view_as_real(x.detach())
+    value = flat.view(real.shape) if real.is_contiguous() else flat.as_strided(real.shape, real.stride())
+    return torch.view_as_complex(value) if x.is_complex() else value
+
+
+class EagerUnit:
+    """A cohort stepped by its rule's own `steps`, chunk by chunk."""
+
+    def __init__(self, cohort: Cohort, stack: bool = False) -> None:
+        self.cohort, self.context = cohort, cohort.context
+        self.stack = stack
+        self.chunks = Chunks(cohort, split=not stack, stack=stack)
+        self.trusted = self.chunks.one or (not stack and is_traceable(cohort))
+
+    def adopt_rules(self) -> bool:
+        """Take over other hyperparameters; False where the leaves do not go together any more."""
+        rules = {id(record.rule): record.rule for record in self.cohort.records}.values()
+        return len({rule_key(rule) for rule in rules if rule is not None}) == 1 and not self.cohort.rule.traced
+
+    def prepare(self, grads: Sequence[Any]) -> Prepare:
+        self.rule = rule_now(self.cohort)
+        if self.stack:
+            self.rule = batched(self.rule)
+        self.chunks.load([grads[place] for place in self.cohort.places])
+        yield from self.chunks.run(self._start)
+        first = self.chunks.all[0]
+        self._check(first)
+        if not self.trusted:  # one of the other chunks may fail where the first did not
+            first.result = _kept(first)
+            for chunk in self.chunks.all[1:]:
+                chunk.result = self.chunks.advance(chunk, self._start)
+                self._check(chunk)
+                chunk.result = _kept(chunk)
+
+    def _start(self, chunk: Chunk, dx: Any) -> Steps:
+        momenta = [row.read().view(chunk.shape) for row in chunk.momenta]
+        return self.rule.steps(self.cohort.skeleton.combine(momenta), chunk.x.read().view(chunk.shape), dx)
+
+    def _check(self, chunk: Chunk) -> None:
+        if not result_fits(chunk, chunk.momenta, self.cohort.skeleton):
+            raise FallBack(title_key(self.cohort.rule))
+
+    def commit(self) -> None:
+        skeleton, moved = self.cohort.skeleton, True
+        for chunk in self.chunks.all:
+            if chunk.result is None:
+                chunk.result = self.chunks.advance(chunk, self._start)
+            elif not self.trusted:
+                chunk.x.read()
+                for row in chunk.momenta:
+                    row.read()
+            skeleton, moved = self._write(chunk)
+        self.chunks.clear()
+        if self.chunks.hidden_writes:
+            torch.autograd.graph.increment_version(self.cohort.params)
+        self.cohort.advance(skeleton, moved)
+
+    def _write(self, chunk: Chunk) -> tuple[Any, bool]:
+        mask = self.context.flag.mask
+        (state, change), x = chunk.result, chunk.x.buffer
+        news, skeleton = partition(state)
+        news = apart_from_written(chunk, chunk.momenta, news)
+        if isinstance(change, Assign):
+            chunk.x.write(mask(x, change.value.view(-1)))
+        elif change is not None:
+            chunk.x.write(mask(x, x - change.reshape(-1)))
+        write_state(chunk.momenta, news, mask)
+        return skeleton, change is not None
+
+
+def result_fits(chunk: Chunk, rows: Sequence[Row], before: Skeleton) -> bool:
+    """Whether a chunk's result is a state like the one before, and a change like the parameters. Where it is not, the
+    reference path says of which leaf."""
+    result = chunk.result
+    if not (isinstance(result, tuple) and len(result) == 2):
+        return False
+    tensors, skeleton = partition(result[0])
+    change = result[1].value if isinstance(result[1], Assign) else result[1]
+    device = chunk.x.buffer.device
+    if change is not None and not (isinstance(change, Tensor) and change.is_floating_point()):
+        return False
+    fits = skeleton.fits(before) and all(
+        isinstance(t, Tensor) and t.shape == chunk.shape and t.device == device and t.layout == torch.strided
+        for t in (tensors if change is None else [*tensors, change])
+    )
+    return fits and all(torch.can_cast(t.dtype, row.buffer.dtype) for t, row in zip(tensors, rows, strict=True))
+
+
+def apart_from_written(chunk: Chunk, rows: Sequence[Row], news: list[Tensor]) -> list[Tensor]:
+    """The new states, copied where they are in memory that will be written to, as where a rule lets buffers change
+    places. One that is its own old state stays as it is."""
+    return [
+        new.clone() if memory(new) in chunk.written and new.data_ptr() != row.buffer.data_ptr() else new
+        for new, row in zip(news, rows, strict=True)
+    ]
+
+
+def write_state(rows: Sequence[Row], news: Sequence[Tensor], mask: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Write the new states of a chunk."""
+    for row, new in zip(rows, news, strict=True):
+        if new.data_ptr() != row.buffer.data_ptr():
+            row.write(mask(row.buffer, new.reshape(-1)))
+
+
+def _kept(chunk: Chunk) -> Any:
+    """A result in memory of its own, until all chunks have theirs."""
+    (state, change) = chunk.result
+    tensors, skeleton = partition(state)
+    if isinstance(change, Assign):
+        change = Assign(change.value.clone())
+    elif change is not None:
+        change = change.clone()
+    return skeleton.combine(t.clone() for t in tensors), change
+
+
+def rule_now(cohort: Cohort) -> Rule:
+    """A cohort's rule at its count. What schedules give must be numbers here."""
+    try:
+        rule = at(cohort.rule, cohort.numbers.count)
+    except Exception as error:
+        raise FallBack from error
+    if rule.traced:
+        raise FallBack
+    return rule
+
+
+class Batched(Rule):
+    """A rule that needs whole arrays, run on a stack of them."""
+
+    rule: Rule
+
+    def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
+        tensors, skeleton = partition(state)
+        found: list[Any] = []
+
+        def one(tensors: list[Tensor], x: Tensor, dx: Tensor) -> list[Tensor]:
+            state, change = run_alone(self.rule, skeleton.combine(tensors), x, dx)
+            news, after = partition((state, change))
+            found.append(after)
+            return news
+
+        news = torch.func.vmap(one)(tensors, x, dx)
+        return found[0].combine(news)
+        yield  # never reached: it makes this function a generator
+
+
+def batched(rule: Rule) -> Rule:
+    """A rule for stacks: what is elementwise stays as it is, what needs whole arrays is run for each of the stack."""
+    if rule.elementwise:
+        return rule
+    return map_inner(rule, batched) if rule.delegates else Batched(rule)

@@ -1,0 +1,122 @@
+"""The reference path: a rule's `apply`, leaf by leaf. All other ways are tested against it.
+
+Everything that can fail is worked out first, into new tensors; then it is written, in place or into copies.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..context import Context, require_finite
+from ..leaf import Numbers, Record, init_state
+from ..pytree import apart, memory, partition
+from ..rule import Assign, Rule, at
+from .step import Prepare, Request
+
+
+class ReferenceUnit:
+    """One leaf on its way through its rule."""
+
+    def __init__(self, record: Record, x: Tensor, place: int, path: str, context: Context) -> None:
+        self.record, self.x, self.place, self.path, self.context = record, x, place, path, context
+        self.dx: Tensor | None = None
+
+    def prepare(self, grads: Sequence[Any], inplace: bool = True) -> Prepare:
+        self.dx = grads[self.place]
+        self.rule = self._rule_now()
+        self.state = self._state()
+        steps, answer = self.rule.steps(self.state, self.x, self.dx), None
+        while True:
+            try:
+                reduce = steps.send(answer)
+                parts = reduce.rule.parts([reduce.value])
+            except StopIteration as done:
+                self._work_out(done.value, inplace)
+                return
+            except Exception as error:
+                error.add_note(f"in the rule {self.rule!r} of the parameter {self.path!r}")
+                raise
+            if reduce.over == "tree":
+                answer = yield Request(reduce, parts, (self.place,), (self.path,))
+            else:
+                answer = parts[0]
+                require_finite(answer, reduce, self.context, partial(_share, self.path, parts))
+
+    def _rule_now(self) -> Rule:
+        rule, count = self.record.rule, self.record.numbers.count
+        assert rule is not None
+        try:
+            return at(rule, count)
+        except Exception as error:
+            error.add_note(f"in a schedule of the parameter {self.path!r}, at its count {count}")
+            raise
+
+    def _state(self) -> Any:
+        record = self.record
+        if record.tensors is not None:
+            return record.state
+        assert record.rule is not None
+        fresh = init_state(record.rule, self.x, record.numbers.count, self.path)
+        if record.numbers.skeleton is None:
+            return fresh
+        return record.rule.restart(record.numbers.skeleton.combine(()), fresh)
+
+    def _work_out(self, result: Any, inplace: bool) -> None:
+        """What is to be written, so that writing it cannot fail."""
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(f"{self._who()} must return (state, change), but gave {result!r}")
+        state, change = result
+        mask = self.context.flag.mask
+        self.moved = change is not None
+        self.value = mask(self.x, self._new_value(change))
+        (olds, before), (news, self.skeleton) = partition(self.state), partition(state)
+        self.olds = olds if before == self.skeleton and all(map(_alike, olds, news)) else []
+        if any(t.device != self.x.device and t.ndim for t in news):
+            raise ValueError(f"{self._who()} gave a state on another device than the parameter's {self.x.device}")
+        # Never keep memory that others write to: the parameter, the gradient, or the old state's.
+        dx = [] if self.dx is None else [self.dx]
+        news = apart(news, [self.x, *dx, *([] if self.olds and inplace else olds)])
+        if self.olds:
+            mine = set(map(memory, olds)) if inplace else set()  # a rule may let its buffers change places
+            news = [t.clone() if memory(t) in mine and t is not old else t for old, t in zip(olds, news, strict=True)]
+            news = [mask(old, t).to(old.dtype) for old, t in zip(olds, news, strict=True)]
+        self.news = news
+
+    def _new_value(self, change: Any) -> Tensor:
+        """What the parameter becomes."""
+        value = change.value if isinstance(change, Assign) else self.x if change is None else change
+        if not isinstance(value, Tensor) or (value.shape, value.device) != (self.x.shape, self.x.device):
+            got = f"shape {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
+            want = f"it must have the parameter's shape {tuple(self.x.shape)}, on {self.x.device}"
+            raise ValueError(f"{self._who()} gave a change of {got}; {want}")
+        if value.layout != torch.strided or value.is_meta != self.x.is_meta:
+            raise ValueError(f"{self._who()} gave a change that is not a dense tensor: {value.layout}, {value.device}")
+        return value.clone() if value is self.x or isinstance(change, Assign) else (self.x - value).to(self.x.dtype)
+
+    def _who(self) -> str:
+        return f"the rule {self.rule!r} of the parameter {self.path!r}"
+
+    def settle(self, record: Record, inplace: bool) -> None:
+        """Give a record the new state. In place, each tensor keeps its memory where its shape allows."""
+        if inplace and self.olds:
+            self.news = [old if old is t else old.copy_(t) for old, t in zip(self.olds, self.news, strict=True)]
+        count = self.record.numbers.count + self.moved
+        record.tensors, record.numbers = self.news, Numbers(count, self.skeleton)
+
+    def commit(self) -> None:
+        self.settle(self.record, inplace=True)
+        if self.moved:
+            self.x.copy_(self.value)
+        self.dx = self.state = self.value = None
+        self.news, self.olds = [], []
+
+
+def _share(path: str, parts: Tensor) -> tuple[list[str], Tensor]:
+    return [path], parts
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.can_cast(b.dtype, a.dtype)

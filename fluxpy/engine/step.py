@@ -1,0 +1,77 @@
+"""One update: units to their totals, then to their results, then written.
+
+A *unit* is what is stepped together: one leaf (`reference.py`), or many (`packed.py`, `fused.py`, `compiled.py`). It has
+
+    prepare(grads)   a generator: yields a `Request` for each total over the tree that its rule needs, is sent the total,
+                     and works everything out that can fail
+    commit()         writes; cannot fail
+"""
+
+from collections.abc import Generator, Hashable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..context import Context, require_finite
+from ..rule import Reduce, rule_key
+
+
+class FallBack(Exception):
+    """Raised where a unit cannot take its inputs: the reference path retries the step, and names the leaf where that
+    fails too. `reason` is a key of rules that need not be tried again."""
+
+    def __init__(self, reason: Hashable = None) -> None:
+        self.reason = reason
+
+
+class Request(NamedTuple):
+    """A total that a unit needs: what each of its leaves gives, stacked, and which leaves these are."""
+
+    reduce: Reduce
+    parts: Tensor
+    places: Sequence[int]  # of the leaves among the parameters of the model
+    paths: Sequence[str]
+
+
+Prepare: TypeAlias = Generator[Request, Any, None]
+
+
+class Unit(Protocol):
+    """See the head of this file."""
+
+    def prepare(self, grads: Sequence[Any]) -> Prepare: ...
+
+    def commit(self) -> None: ...
+
+
+def run_to_results(units: Sequence[Unit], grads: Sequence[Any], context: Context) -> None:
+    """Take all units to their results. Where rules ask for totals, all units get there before any goes on, and each
+    total is made of its parts in the order of the model, however the leaves are grouped."""
+    waiting: list[tuple[Prepare, Any]] = [(unit.prepare(grads), None) for unit in units]
+    while waiting:
+        asked: dict[Any, list[tuple[Prepare, Request]]] = {}
+        for run, answer in waiting:
+            try:
+                request = run.send(answer)
+            except StopIteration:
+                continue
+            asked.setdefault(rule_key(request.reduce.rule), []).append((run, request))
+        waiting = []
+        for same in asked.values():
+            total = _total([request for _, request in same], context)
+            waiting += [(run, total) for run, _ in same]
+
+
+def _total(requests: list[Request], context: Context) -> Tensor:
+    reduce, parts, places, paths = requests[0]
+    if len(requests) > 1:
+        device = parts.device
+        parts = torch.cat([request.parts.to(parts) for request in requests])
+        flat_places = [place for request in requests for place in request.places]
+        order = sorted(range(len(flat_places)), key=flat_places.__getitem__)
+        names = [path for request in requests for path in request.paths]
+        parts, paths = parts[torch.tensor(order, device=device)], [names[i] for i in order]
+    total = reduce.rule.combine(parts)
+    require_finite(total, reduce, context, lambda: (list(paths), parts))
+    return total

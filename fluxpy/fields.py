@@ -1,0 +1,77 @@
+"""Declaring and validating fields: the hyperparameters of rules, the arguments of schedules."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+# A hyperparameter as the user writes it is a number, a tuple, a tensor or a schedule (count -> value);
+# by the time a rule's `apply` sees it, schedules have become values. No static type says both.
+Hyper = Any
+
+
+def hyper(
+    *, default: Any = dataclasses.MISSING, allowed: str | tuple[str, ...] | None = None, fixed: bool = False
+) -> Any:
+    """Declare a field with the values it allows.
+
+    `allowed` is an interval in the notation of the docs (`"[0, 1)"`, for a tuple: of each element), `"1, 2, ..."` or
+    `"0, 1, ..."` for whole numbers, or a tuple of words. A `fixed` field shapes a rule's state, so `adjust` refuses it.
+
+    >>> class Halve(Rule):
+    ...     lr: float = hyper(default=0.5, allowed="(0, 1]")
+    >>> Halve(lr=2.0)
+    Traceback (most recent call last):
+        ...
+    ValueError: Halve: lr=2.0 is not allowed; it must lie in (0, 1]
+    """
+    return dataclasses.field(default=default, metadata={"allowed": allowed, "fixed": fixed})
+
+
+def plain(value: Any) -> Any:
+    """Lists become tuples and NumPy's numbers Python's own, so that what holds them can be saved and compared."""
+    if isinstance(value, list | tuple):
+        return tuple(plain(v) for v in value)
+    return plain(value.tolist()) if isinstance(value, np.generic | np.ndarray) else value
+
+
+def validate(owner: Any) -> None:
+    """Bring the fields of a frozen dataclass into plain form; ValueError for one whose value is not allowed."""
+    for field in dataclasses.fields(owner):
+        value = plain(getattr(owner, field.name))
+        if field.metadata.get("allowed") and not (value is None and field.default is None):
+            check(type(owner).__name__, field, value)
+        object.__setattr__(owner, field.name, value)
+
+
+def check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
+    """ValueError unless the field allows the value. A schedule is checked when it gives a value; a tensor never, which
+    would read the device."""
+    allowed = field.metadata["allowed"]
+    if isinstance(field.default, tuple) and not callable(value):
+        value = tuple(value) if isinstance(value, Tensor) and value.ndim else value
+        right_size = isinstance(value, tuple) and len(value) == len(field.default)
+        ok = right_size and all(_allows(allowed, v) for v in value)
+        want = f"it must be {len(field.default)} numbers, each in {allowed}"
+    elif isinstance(allowed, tuple):
+        ok, want = callable(value) or value in allowed, f"it must be one of {', '.join(map(repr, allowed))}"
+    elif allowed[0] in "[(":
+        ok, want = _allows(allowed, value), f"it must lie in {allowed}"
+    else:
+        ok, want = _allows(allowed, value), f"it must be one of {allowed}"
+    if not ok:
+        raise ValueError(f"{owner}: {field.name}={value!r} is not allowed; {want}")
+
+
+def _allows(allowed: str, value: Any) -> bool:
+    if callable(value) or isinstance(value, Tensor):
+        return True
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        return False
+    if allowed[0] not in "[(":
+        return math.isfinite(value) and value == int(value) >= int(allowed[0])
+    low, high = map(float, allowed[1:-1].split(","))
+    inside = low < value < high
+    return inside or (allowed[0] == "[" and value == low) or (allowed[-1] == "]" and value == high)

@@ -1,0 +1,70 @@
+"""What the Learner uses of the core beyond its public names. No other file of this package imports such names."""
+
+# ruff: noqa: F401
+
+from typing import Any
+
+from torch import Tensor
+
+from ..context import reads_at_once
+from ..grads import in_order
+from ..leaf import Leaf
+from ..pytree import level, partition, tensors_in
+from ..rule import hyperparameters
+from ..rule import walk as members
+from ..saving.file import read as read_file
+from ..saving.model import match_tensors, model_tensors
+from ..state import State, bind, shape_of, tree_context, values
+from ..text import near
+from ..train import place, training_mode
+from ..tree import walk
+from ..update import check_finite
+
+
+def parameters(state: State | Leaf, model: Any) -> list[Tensor]:
+    """The model's parameters in the order of the state, tied ones once."""
+    return bind(state, model).params
+
+
+def parameter_paths(state: State | Leaf) -> list[str]:
+    """The paths of `parameters`."""
+    return list(shape_of(state).leaves.values())
+
+
+def gradients_in_order(state: State | Leaf, model: Any, grads: Any) -> list[Tensor | None]:
+    """The gradient of each of `parameters`."""
+    return in_order(bind(state, model), grads)
+
+
+def tensors_of(model: Any) -> list[Tensor]:
+    """The parameters of a model that has no state yet."""
+    return walk(model)[1]
+
+
+def note_loss(state: State | Leaf, finite: Tensor, what: str) -> None:
+    """On a device: hold back this update and all after it unless the loss is finite. `check_finite` tells."""
+    context = tree_context(state)
+    context.flag.require(finite, context.updates, what)
+
+
+def rates(leaf: Leaf) -> list[Any]:
+    """The learning rate of each member of the leaf's rule, as the next update will use it."""
+    return values(leaf, "lr")
+
+
+def updates_of(leaf: Leaf) -> int:
+    """How often a leaf was updated."""
+    return leaf.count
+
+
+def model_dict(model: Any) -> dict[str, Tensor]:
+    """A copy of each tensor of the model by name: parameters and buffers."""
+    return {name: t.detach().clone() for name, t in model_tensors(model)}
+
+
+def match_model(model: Any, saved: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each tensor of the model with what `model_dict` saved of it; ValueError where they do not fit."""
+    pairs, problems = match_tensors(dict(model_tensors(model)), saved)
+    if problems:
+        raise ValueError("\n  ".join(["what was saved does not fit the model; nothing was loaded", *problems]))
+    return pairs

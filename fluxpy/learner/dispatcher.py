@@ -1,0 +1,125 @@
+"""Dispatcher: the one mechanism by which fit, epoch, phase and batch start, end, are cancelled and fail."""
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .events import EVENTS, Cancel, acting_order, listener, name_of
+
+if TYPE_CHECKING:
+    from .learner import Learner
+
+
+class Dispatcher:
+    """Runs levels (fit, epoch, phase, batch), tells callbacks their events, and does what callbacks raise."""
+
+    def __init__(self, learner: "Learner", callbacks: list[Any]) -> None:
+        self.levels: list[str] = []  # those that run, outermost first
+        self.error: BaseException | None = None  # while one passes through
+        self._learner = learner
+        # The listeners of each event are found once, so that an event without listeners costs nothing.
+        self._listeners: dict[str, list[tuple[Callable[[Learner], Any], str]]] = {event: [] for event in EVENTS}
+        for callback in acting_order(callbacks):
+            for event, listeners in self._listeners.items():
+                call = listener(callback, event)
+                if call is not None:
+                    listeners.append((call, name_of(callback)))
+
+    def run(self, level: str, body: Callable[[], None], close: Callable[[bool], None] | None = None) -> None:
+        """The start event, the body, and, whatever happens, once the end event.
+
+        `close(done)` comes before the end event. The level is not done where an error or the cancel of an outer level
+        cut it short.
+        """
+        progress = self._learner.progress
+        self.levels.append(level)
+        try:
+            cancel = self._run(level, body, close)
+        finally:
+            self.levels.pop()
+            if progress.cancelled == level:
+                progress.cancelled = None
+        if cancel is not None and cancel.level != level:
+            raise cancel
+
+    def _run(self, level: str, body: Callable[[], None], close: Callable[[bool], None] | None) -> Cancel | None:
+        """The cancel that ends the level, if one does."""
+        outcome: Cancel | None = None
+        closed = False
+        try:
+            try:
+                self.fire(level + "_start")
+                body()
+            except Cancel as cancel:
+                outcome = self._accepted(cancel, "raised in a step")
+            if close is not None:
+                close(outcome is None or outcome.level == level)
+            closed = True
+            try:
+                self.fire(level + "_end")
+            except Cancel as cancel:
+                outcome = self._outer(outcome, cancel)
+        except BaseException as error:
+            self.error = error
+            if not closed:
+                if close is not None:
+                    with contextlib.suppress(Exception):
+                        close(False)
+                self._tell(level + "_end", error)
+            raise
+        return outcome
+
+    def fire(self, event: str) -> None:
+        """Tell the listeners, in their order; then act on what they raised.
+
+        An error passes through at once, but an end event still reaches the other listeners. Of several cancels the one
+        of the outermost level acts, and of those of one level the first.
+        """
+        if self._listeners[event]:
+            error, cancel = self._tell(event, None)
+            if error is not None:
+                raise error
+            if cancel is not None:
+                raise cancel
+
+    def _tell(self, event: str, error: BaseException | None) -> tuple[BaseException | None, Cancel | None]:
+        """Tell the listeners. After an error, what they raise is only noted on it."""
+        outcome: Cancel | None = None
+        for call, name in self._listeners[event]:
+            try:
+                call(self._learner)
+            except Cancel as cancel:
+                accepted = None if error is not None else self._accepted(cancel, f"by {name} at {event}")
+                if accepted is not None:
+                    outcome = self._outer(outcome, accepted)
+            except BaseException as raised:
+                where = f"in the callback {name} at the event {event!r}"
+                if error is not None:
+                    error.add_note(f"then, {where}: {raised!r}")
+                    continue
+                raised.add_note(where)
+                if not event.endswith("_end"):
+                    raise
+                self.error = error = raised
+        return error, outcome
+
+    def _accepted(self, cancel: Cancel, where: str) -> Cancel | None:
+        """The cancel, if its level runs; otherwise a warning."""
+        if cancel.level not in self.levels:
+            name = type(cancel).__name__
+            warnings.warn(f"{name} {where}: no {cancel.level} is running, so it does nothing", stacklevel=2)
+            return None
+        learner = self._learner
+        if cancel.level == "fit" and learner.history.stop_reason is None:
+            learner.history.stop_reason = cancel.reason or f"CancelFit {where}"
+        before = learner.progress.cancelled
+        if before is None or self.levels.index(cancel.level) < self.levels.index(before):
+            learner.progress.cancelled = cancel.level
+        return cancel
+
+    def _outer(self, first: Cancel | None, second: Cancel) -> Cancel:
+        """The one of the outer level; of one level the first."""
+        if first is None or self.levels.index(second.level) < self.levels.index(first.level):
+            return second
+        return first

@@ -1,0 +1,216 @@
+"""state_dict and load_state_dict: a state tree as plain data by name, and back, all or nothing."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from ..leaf import Leaf
+from ..pytree import tensors_in
+from ..state import State, paths_and_leaves
+from ..text import names_of
+from .decode import Decoder, Misfit, malformed
+from .format import Encoder
+from .record import LeafRecord, read_leaf, write_leaf
+
+VERSION = 2
+
+ENTRY: dict[str, Any] = {
+    "names": list,
+    "shape": list,
+    "dtype": str,
+    "rule": dict | None,
+    "state": dict | None,
+    "frozen": bool,
+    "count": int,
+    "pending": dict | None,
+}
+
+NamedLeaf = tuple[Leaf, list[str]]  # a leaf with all its paths
+NamedEntry = tuple[str, dict[str, Any]]  # what was saved of a leaf, with its key
+
+
+class Report(NamedTuple):
+    """What `load_state_dict` did, by path. `schedules` has those that no file holds, so that a leaf kept its own."""
+
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    shape: dict[str, str]
+    rule: dict[str, str]
+    ties: dict[str, str]
+    schedules: dict[str, str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was saved fits all that is there."""
+        return not (self.missing or self.unexpected or self.shape or self.rule or self.ties)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} leaves loaded"]
+        for kind, names in (("missing", self.missing), ("unexpected", self.unexpected)):
+            if names:
+                lines.append(f"{kind}: {names_of(names)}")
+        for kind in ("shape", "rule", "ties", "schedules"):
+            lines += [f"{kind}: {path!r}: {why}" for path, why in getattr(self, kind).items()]
+        return "\n  ".join(lines)
+
+
+def state_dict(state: State | Leaf) -> dict[str, Any]:
+    """The state, or the branch under a view, as plain data: `torch.load(..., weights_only=True)` takes it.
+
+    Leaves are listed by dotted path, a tied one once with all its names, so their order never matters. Holds rules with
+    their hyperparameters, momenta, counts and frozen flags. Tensors are copies, each in its own dtype: training on does
+    not change them. Schedules of `fluxpy.schedules` are saved whole, any other callable is only noted. ValueError where
+    a rule or its state has something else that cannot be saved.
+
+    >>> d = state_dict(setup(Adam(0.1), {"w": torch.zeros(2)}))
+    >>> d["leaves"]["w"]["rule"], d["leaves"]["w"]["state"]["m"]
+    ({'type': 'Adam', 'lr': 0.1, 'betas': [0.9, 0.999], 'eps': 1e-08}, tensor([0., 0.]))
+    """
+    encoder, leaves = Encoder(), {}
+    for leaf, names in _named_leaves(state, "state_dict"):
+        try:
+            leaves[names[0]] = encoder.leaf(read_leaf(leaf), names)
+        except ValueError as error:
+            raise ValueError(f"state_dict: the leaf {names[0]!r}: {error}") from error
+    return {"version": VERSION, "leaves": leaves}
+
+
+def load_state_dict(
+    state: State | Leaf,
+    d: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    hyperparameters: Literal["load", "keep"] = "load",
+    prefix: str = "",
+    rename: Mapping[str, str] | None = None,
+) -> Report:
+    """Load what `state_dict` returned into the leaves of this state or view: all of it, or nothing with a ValueError.
+
+    Leaves are matched by name, a tied one by any of its names; one that was saved tied may go to several. Momenta,
+    counts and frozen flags are loaded, and hyperparameters, unless `"keep"` leaves those; the rules must be the same.
+    ValueError lists all that is missing, unexpected or does not fit; with `strict=False` such a leaf stays as it was,
+    and the report says so. A callable that could not be saved stays that of this state, which must have one there.
+
+    With `prefix`, only saved names under it are read, and without it: `prefix="encoder"` loads a branch from the whole.
+    Then `rename={"encoder": "backbone"}` replaces their leading part. Momenta keep their dtype and are copied to the
+    device of the present ones. Nothing in a dict is run or imported; a malformed one is a ValueError that names the
+    place.
+
+    >>> state = setup(Adam(), torch.nn.Linear(2, 3))
+    >>> saved = state_dict(adjust(state, 0.1))
+    >>> load_state_dict(adjust(state, 0.2), saved).loaded, state.weight.rule.lr
+    (['weight', 'bias'], 0.1)
+    """
+    if hyperparameters not in ("load", "keep"):
+        raise ValueError(f"load_state_dict: hyperparameters={hyperparameters!r} must be 'load' or 'keep'")
+    leaves = _named_leaves(state, "load_state_dict")
+    entries = _entries(d, prefix, rename or {})
+    report, records = _decode(leaves, entries, keep=hyperparameters == "keep")
+    if strict and not report.complete:
+        raise ValueError(f"load_state_dict: this does not fit (see rename, strict): {report._replace(loaded=[])}")
+    for leaf, record in records:
+        write_leaf(leaf, record)
+    return report
+
+
+def _named_leaves(state: Any, verb: str) -> list[NamedLeaf]:
+    """Each leaf once."""
+    found: dict[int, NamedLeaf] = {}
+    for path, leaf in paths_and_leaves(state, verb):
+        found.setdefault(id(leaf), (leaf, []))[1].append(path)
+    return list(found.values())
+
+
+def _decode(
+    leaves: list[NamedLeaf], entries: dict[str, NamedEntry], keep: bool
+) -> tuple[Report, list[tuple[Leaf, LeafRecord]]]:
+    """The new contents of each leaf that an entry fits, and a report. Changes nothing."""
+    own = [(leaf, names, read_leaf(leaf)) for leaf, names in leaves]
+    decoder = Decoder(_device(record for _, _, record in own), keep)
+    report, records, used = Report([], [], [], {}, {}, {}, {}), [], set()
+    for leaf, names, record in own:
+        path = names[0]
+        found = dict(entries[name] for name in names if name in entries)
+        used.update(found)
+        if not found:
+            report.missing.append(path)
+            continue
+        if len(found) > 1:
+            report.ties[path] = f"expected one tied parameter, got several: {names_of(found)}"
+            continue
+        [(key, entry)] = found.items()
+        try:
+            new, notes = decoder.leaf(record, entry)
+        except Misfit as misfit:
+            getattr(report, misfit.kind)[path] = str(misfit)
+        except Exception as error:  # a value from a file may upset any code: the value is what is wrong
+            raise ValueError(f"load_state_dict: leaves[{key!r}]: {error}") from error
+        else:
+            records.append((leaf, new))
+            report.loaded.append(path)
+            if notes:
+                report.schedules[path] = "; ".join(notes)
+    report.unexpected.extend(key for key in dict(entries.values()) if key not in used)
+    return report, records
+
+
+def _device(records: Any) -> torch.device | None:
+    """The device of the first momentum in the tree."""
+    return next((t.device for record in records for t in tensors_in(record.state)), None)
+
+
+# --- What was saved -----------------------------------------------------------------------------------------------
+
+
+def _entries(d: Any, prefix: str, rename: Mapping[str, str]) -> dict[str, NamedEntry]:
+    """What was saved, by the names that it has in this state."""
+    version, leaves = (d.get("version"), d.get("leaves")) if isinstance(d, Mapping) else (None, None)
+    if type(version) is not int or version != VERSION or not isinstance(leaves, dict):
+        raise malformed("load_state_dict", f"what state_dict returns, of version {VERSION} and no newer", d)
+    found: dict[str, NamedEntry] = {}
+    for key, entry in leaves.items():
+        place = f"load_state_dict: leaves[{key!r}]"
+        _check_entry(key, entry, place)
+        for saved_name in entry["names"]:
+            name = _new_name(saved_name, prefix, rename)
+            if name is not None and found.setdefault(name, (key, entry))[0] != key:
+                raise ValueError(f"{place} and the saved leaf {found[name][0]!r} both have the name {name!r}")
+    return found
+
+
+def _check_entry(key: Any, entry: Any, place: str) -> None:
+    """Check the form of an entry; its rule and state are checked where they are decoded."""
+    if not isinstance(entry, dict) or entry.keys() != ENTRY.keys():
+        raise malformed(place, f"a dict of {', '.join(ENTRY)}", entry)
+    for field, kind in ENTRY.items():
+        value = entry[field]
+        if not isinstance(value, kind):
+            raise malformed(f"{place}[{field!r}]", "a whole number" if kind is int else str(kind), value)
+        if kind is int and (isinstance(value, bool) or not 0 <= value < 2**63):
+            raise malformed(f"{place}[{field!r}]", "a whole number, 0 or more", value)
+    if not all(isinstance(name, str) for name in entry["names"]) or key not in entry["names"]:
+        raise malformed(f"{place}['names']", f"a list of strings, {key!r} among them", entry["names"])
+
+
+def _new_name(name: str, prefix: str, rename: Mapping[str, str]) -> str | None:
+    """The name in this state of what was saved under `name`; None of what is not under `prefix`."""
+    rest = _below(name, prefix)
+    if rest is None:
+        return None
+    matching = [old for old in rename if _below(rest, old) is not None]
+    if not matching:
+        return rest
+    longest = max(matching, key=len)
+    return ".".join(part for part in (rename[longest], _below(rest, longest)) if part)
+
+
+def _below(name: str, prefix: str) -> str | None:
+    """The part of a dotted name after `prefix`, which may end in a dot; None if it does not start with that."""
+    start = prefix.removesuffix(".")
+    if not start:
+        return name
+    if name == start:
+        return ""
+    return name.removeprefix(f"{start}.") if name.startswith(f"{start}.") else None

@@ -1,0 +1,150 @@
+"""What training changes, copied, and what differs between two such copies."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..leaf import Leaf
+from ..pytree import entries_of, is_parameter, level, unwrap
+from ..rule import hyperparameters, title
+from ..rule import walk as walk_rules
+from ..saving.record import read_leaf
+from ..state import State, bind, leaves
+from ..tree import TreeSpec, walk
+from .compare import describe_change, require, same_bits
+
+
+class Snapshot(dict[str, dict[str, Any]]):
+    """What `snapshot` saw, by dotted path and then by name: `taken["head.weight"]["parameter"]`, `["lr"]`, ..."""
+
+
+class Diff(dict[str, dict[str, str]]):
+    """What `diff` found, by dotted path and then by name: `found["head.weight"]["lr"] == "0.001 -> 0.0003"`. Empty, so
+    false, where nothing differs. Its text has a line for each path."""
+
+    def __str__(self) -> str:
+        lines = (f"{path or '(top)'}: " + ", ".join(map(" ".join, notes.items())) for path, notes in self.items())
+        return "\n".join(lines) or "no difference"
+
+    __repr__ = __str__
+
+
+def snapshot(model: Any, state: State | Leaf | None = None) -> Snapshot:
+    """An independent copy of what training changes, by dotted path: parameters ("parameter") and buffers ("buffer"),
+    and of a state the hyperparameters by name, "rule", "frozen", "count", and the momenta ("state.m", ...).
+
+    A tied parameter is under its first path, with all its "names". A hyperparameter that occurs more than once in a
+    chain has the tuple of its values. ValueError where the state does not belong to the model.
+    """
+    spec, values = walk(model)
+    taken = Snapshot({path: {"parameter": _copy(values[index])} for index, path in spec.leaves.items()})
+    for path, names in all_names(spec).items():
+        if len(names) > 1:
+            taken[path]["names"] = names
+    for path, x in _buffers(model):
+        taken[path] = {"buffer": _copy(x)}
+    if state is not None:
+        bind(state, model)  # raises where they do not belong together
+        for path, leaf in leaves(state):
+            taken[path] |= _describe(leaf)
+    return taken
+
+
+def diff(before: Any, after: Any) -> Diff:
+    """What differs between two snapshots (or models), bit for bit. See `Diff`.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> state = setup(Momentum(0.1), model)
+    >>> before = snapshot(model, state)
+    >>> _ = adjust(freeze(state.weight), 0.2), update(state, model, {"bias": torch.ones(1)})
+    >>> print(diff(before, snapshot(model, state)))
+    weight: frozen False -> True, lr 0.1 -> 0.2
+    bias: parameter by at most 0.1, count 0 -> 1, state by at most 1
+    """
+    old, new = (x if isinstance(x, Snapshot) else snapshot(x) for x in (before, after))
+    found = Diff()
+    for path in old | new:
+        if path not in new:
+            notes = {_kind(old[path]): "removed"}
+        elif path not in old:
+            notes = {_kind(new[path]): "added"}
+        else:
+            notes = _differences(old[path], new[path])
+        if notes:
+            found[path] = notes
+    return found
+
+
+def require_equal(before: Any, after: Any, where: str) -> None:
+    """Two snapshots (or models) are the same, bit for bit."""
+    found = diff(before, after)
+    require(not found, f"{where}: {found}")
+
+
+def all_names(spec: TreeSpec) -> dict[str, tuple[str, ...]]:
+    """First path -> all paths of each parameter."""
+    found: dict[int, tuple[str, ...]] = {}
+    for path, index in spec.paths:
+        found[index] = (*found.get(index, ()), path)
+    return {names[0]: names for names in found.values()}
+
+
+def _kind(entry: dict[str, Any]) -> str:
+    return "parameter" if "parameter" in entry else "buffer"
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    notes = {name: "removed" for name in old if name not in new}
+    notes |= {name: "added" for name in new if name not in old}
+    for name in old:
+        if name in new and not same_bits(old[name], new[name]):
+            notes[name] = describe_change(old[name], new[name])
+    return notes
+
+
+def _describe(leaf: Leaf) -> dict[str, Any]:
+    record = read_leaf(leaf)
+    found: dict[str, Any] = {"rule": None, "frozen": record.frozen, "count": record.count}
+    if record.rule is not None:
+        found |= {"rule": title(record.rule), **_hyperparameters(record.rule, taken=set(found))}
+    if record.state is not None:
+        for place, part in entries_of(record.state):
+            found["state" + place] = _copy(part)
+    return found
+
+
+def _hyperparameters(rule: Any, taken: set[str]) -> dict[str, Any]:
+    """By name, of inner rules too; one whose name is taken as `rule.<name>`."""
+    values: dict[str, list[Any]] = {}
+    for inner in walk_rules(rule):
+        for name, value in hyperparameters(inner).items():
+            values.setdefault(f"rule.{name}" if name in taken else name, []).append(_copy(value))
+    return {name: found[0] if len(found) == 1 else tuple(found) for name, found in values.items()}
+
+
+def _buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that are no parameters: buffers of modules, and integers and flags in containers."""
+    seen: set[int] = set()
+    todo = [("", model)]
+    while todo:
+        path, x = todo.pop()
+        x = unwrap(x)
+        if isinstance(x, Tensor) and not is_parameter(x):
+            yield path, x
+        inside = level(x)
+        if inside is None or id(x) in seen:
+            continue
+        seen.add(id(x))
+        start = f"{path}." if path else ""
+        if isinstance(x, nn.Module):
+            for key, buffer in x.named_buffers(recurse=False, remove_duplicate=False):
+                yield f"{start}{key}", buffer
+        children = zip(reversed(inside.keys), reversed(inside.children), strict=True)
+        todo += [(f"{start}{key}", child) for key, child in children]
+
+
+def _copy(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(map(_copy, x))
+    return x.detach().clone() if isinstance(x, Tensor) else x

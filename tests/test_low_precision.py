@@ -1,0 +1,142 @@
+"""bfloat16 and float16: what is rounded, and where."""
+
+import pytest
+import torch
+from helpers import Own, Run, grads_of, model_of, needs_compiler
+from torch import Tensor
+
+from fluxpy import (
+    AdamW,
+    ClipGlobalNorm,
+    Lion,
+    MixedPrecision,
+    Momentum,
+    OptimiserChain,
+    RMSProp,
+    Rule,
+    WeightDecay,
+    flatten_parameters,
+    setup,
+    update,
+)  # fmt: skip
+
+HALVES = [torch.bfloat16, torch.float16]
+every_half = pytest.mark.parametrize("dtype", HALVES)
+
+# --- A difference of averages -------------------------------------------------------------------------------------
+
+
+CENTERED = [(torch.bfloat16, 0.1, way) for way in ("apart", "flat", "pure", "behind a penalty")]
+CENTERED += [(torch.bfloat16, noise, "apart") for noise in (0.0, 0.01, 1.0)] + [(torch.float16, 0.1, "apart")]
+
+
+@pytest.mark.parametrize("dtype, noise, way", CENTERED)
+def test_centered_rmsprop_does_not_run_away(dtype, noise, way):
+    """Gradients with a mean that is large against their spread: `v - m²` is a small number, and may not become none by
+    rounding. As far as torch goes at most, which rounds the difference once."""
+    rule = RMSProp(1e-2, centered=True)
+    g = torch.Generator().manual_seed(0)
+    model = {"a": torch.randn(50, generator=g).to(dtype), "b": torch.randn(20, 3, generator=g).to(dtype)}
+    theirs = [x.clone().requires_grad_() for x in model.values()]
+    if way == "flat":
+        flatten_parameters(model)
+    state = setup(OptimiserChain(WeightDecay(0.0), rule) if "behind" in way else rule, model)
+    optimizer = torch.optim.RMSprop(theirs, lr=1e-2, centered=True, foreach=False)
+    for _ in range(300):
+        grads = {name: (1 + noise * torch.randn(x.shape, generator=g)).to(dtype) for name, x in model.items()}
+        for x, dx in zip(theirs, grads.values(), strict=True):
+            x.grad = dx.clone()
+        optimizer.step()
+        state, model = update(state, model, grads, inplace=way != "pure")
+    for x, y in zip(model.values(), theirs, strict=True):
+        assert x.isfinite().all() and x.abs().max() <= 2 * y.abs().max(), (x.abs().max(), y.abs().max())
+
+
+# --- Master copies ------------------------------------------------------------------------------------------------
+
+MASTERS = {
+    "Momentum": MixedPrecision(Momentum(1e-3)),
+    "AdamW": MixedPrecision(AdamW(1e-4)),
+    "clip all, Lion": MixedPrecision(OptimiserChain(ClipGlobalNorm(0.5), Lion(1e-4))),
+    "own": MixedPrecision(OptimiserChain(WeightDecay(0.1), Own(1e-4))),
+}
+SHAPES = {"a": (4, 3), "b": (37,), "c": (2, 1, 3)}
+
+
+def small_steps(run: Run, rule: MixedPrecision, steps: int = 40) -> None:
+    """Each step is lost to rounding; together they are not. The parameter is always the rounded master, which is a run
+    in float32 on the same gradients."""
+    exact = model_of(SHAPES, run.model["a"].dtype).float()
+    state = setup(rule.rule, exact)
+    start = {name: x.detach().clone() for name, x in run.model.items()}
+    for i in range(steps):
+        grads = grads_of(run.model, i % 2)
+        update(run.state, run.model, grads)
+        update(state, exact, {name: dx.float() for name, dx in grads.items()})
+        for name, x in run.model.items():
+            master: Tensor = run.state[name].state.x
+            assert torch.equal(x, master.to(x.dtype)), (name, i)
+            torch.testing.assert_close(master, exact[name].detach(), rtol=1e-5, atol=1e-6, msg=f"{name} {i}")
+    for name, x in run.model.items():
+        assert not torch.equal(x, start[name]), name
+        if name == "b":  # somebody writes to the parameter: the master follows, element by element
+            with torch.no_grad():
+                x[3] = 2.0
+                exact[name][3] = 2.0
+    for i in range(2):
+        grads = grads_of(run.model, i)
+        update(run.state, run.model, grads)
+        update(state, exact, {name: dx.float() for name, dx in grads.items()})
+        for name, x in run.model.items():
+            torch.testing.assert_close(run.state[name].state.x, exact[name].detach(), rtol=1e-5, atol=1e-6, msg=name)
+            assert torch.equal(x, run.state[name].state.x.to(x.dtype))
+
+
+@every_half
+@pytest.mark.parametrize("layout", ["apart", "flat"])
+@pytest.mark.parametrize("rule", MASTERS.values(), ids=MASTERS.keys())
+def test_a_master_copy_gathers_what_the_parameter_would_round_away(rule, dtype, layout):
+    small_steps(Run(rule, layout, SHAPES, dtype), rule)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name, dtype", [*((name, torch.bfloat16) for name in MASTERS), ("AdamW", torch.float16)])
+def test_a_compiled_master_copy_gathers_what_the_parameter_would_round_away(name, dtype):
+    """Where the compiler computes in float32 throughout and leaves a rounding out, the master starts over each time."""
+    small_steps(Run(MASTERS[name], "apart", SHAPES, dtype, compile=True), MASTERS[name])
+
+
+# --- Rules that round on purpose ----------------------------------------------------------------------------------
+
+
+class Coarse(Rule):
+    """A user's rule that keeps the error of its own rounding (Kahan's), and so relies on it."""
+
+    lr: float = 1e-3
+    elementwise = True
+
+    def init(self, x):
+        return torch.zeros_like(x)
+
+    def apply(self, state, x, dx):
+        wanted = self.lr * dx + state
+        change = wanted.to(torch.bfloat16).to(x.dtype)
+        return wanted - change, change
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param({"compile": True}, marks=needs_compiler)], ids=["", "compiled"])
+@pytest.mark.parametrize("layout", ["apart", "flat"])
+def test_a_rule_may_rely_on_its_own_rounding(layout, options):
+    rule = Coarse()
+    run = Run(rule, layout, SHAPES, torch.float32, **options)
+    expected = {name: (x.detach().clone(), torch.zeros_like(x)) for name, x in run.model.items()}
+    for _ in range(5):
+        for name, dx in run.grads().items():
+            x, state = expected[name]
+            state, change = rule.apply(state, x, dx)
+            expected[name] = x - change, state
+        run.step()
+    for name, (x, state) in expected.items():
+        torch.testing.assert_close(run.model[name].detach(), x, rtol=1e-6, atol=1e-7, msg=name)
+        assert state.abs().max() > 0
+        torch.testing.assert_close(run.state[name].state, state, rtol=1e-2, atol=1e-8, msg=name)
