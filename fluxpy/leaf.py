@@ -18,8 +18,7 @@ from .rule import Rule, at, replace, tensors_of, walk
 class Numbers:
     """How often leaves were stepped (`count`), and their states without the tensors (`skeleton`).
 
-    Held by exactly the leaves that a step of the engine steps together. The skeleton is None before a state was made;
-    where the leaf has no tensors but a skeleton, that is kept for `Rule.restart`.
+    Held by exactly the leaves that a step of the engine steps together. The skeleton is None before a state was made.
     """
 
     __slots__ = ("count", "skeleton")
@@ -32,14 +31,19 @@ class Numbers:
 
 
 class Record:
-    """The contents of a leaf. `tensors` are those of the rule's state, None where there is no state yet."""
+    """The contents of a leaf. `tensors` are those of the rule's state, None where there is no state yet.
 
-    __slots__ = ("dtype", "frozen", "numbers", "rule", "shape", "tensors")
+    `pending` are the numbers that the state goes on with when the leaf is stepped again, of an accumulating rule that
+    missed updates: its leaf was frozen, or had no state.
+    """
+
+    __slots__ = ("dtype", "frozen", "numbers", "pending", "rule", "shape", "tensors")
 
     def __init__(self, rule: Rule | None, frozen: bool, shape: torch.Size, dtype: torch.dtype) -> None:
         self.rule, self.frozen, self.shape, self.dtype = rule, frozen, shape, dtype
         self.tensors: list[Tensor] | None = None
         self.numbers = Numbers()
+        self.pending: Skeleton | None = None
 
     @property
     def state(self) -> Any:
@@ -49,18 +53,21 @@ class Record:
         return self.numbers.skeleton.combine(self.tensors)
 
     def begin(self, x: Tensor, path: str) -> None:
-        """Make a state for the parameter `x`."""
+        """Make a state for the parameter `x`, or take over the pending numbers of the present one."""
+        skeleton = self.pending
+        if self.tensors is None:
+            self.tensors, skeleton = partition(self.fresh_state(x, path))
+        self.numbers, self.pending = Numbers(self.numbers.count, skeleton), None
+
+    def fresh_state(self, x: Tensor, path: str) -> Any:
+        """A new state for the parameter `x`, in step with the pending numbers."""
         assert self.rule is not None
         state = init_state(self.rule, x, self.numbers.count, path)
-        if self.numbers.skeleton is not None:
-            before = self.numbers.skeleton.combine(())
-            state = self.rule.restart(before, state)
-        self.tensors, skeleton = partition(state)
-        self.numbers = Numbers(self.numbers.count, skeleton)
+        return state if self.pending is None else self.rule.restart(self.pending.bare(), state)
 
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
         other = Record(self.rule, self.frozen, self.shape, self.dtype)
-        other.numbers, other.tensors = numbers, tensors
+        other.numbers, other.tensors, other.pending = numbers, tensors, self.pending
         return other
 
 
@@ -112,12 +119,21 @@ class Leaf:
     def __getstate__(self) -> Any:
         record = self._record
         tensors = None if record.tensors is None else [_compact(t) for t in record.tensors]
-        return record.rule, record.frozen, record.shape, record.dtype, record.numbers, tensors, self._context
+        return (
+            record.rule,
+            record.frozen,
+            record.shape,
+            record.dtype,
+            record.numbers,
+            record.pending,
+            tensors,
+            self._context,
+        )
 
     def __setstate__(self, held: Any) -> None:
-        rule, frozen, shape, dtype, numbers, tensors, context = held
+        rule, frozen, shape, dtype, numbers, pending, tensors, context = held
         self._record = Record(rule, frozen, shape, dtype)
-        self._record.numbers, self._record.tensors = numbers, tensors
+        self._record.numbers, self._record.pending, self._record.tensors = numbers, pending, tensors
         self._context, self._pending = context, None
 
     def __repr__(self) -> str:
@@ -150,34 +166,35 @@ def replace_leaf(
     state: Any = KEEP,
     frozen: Any = KEEP,
     count: Any = KEEP,
-    pending: Skeleton | None = None,
+    pending: Any = KEEP,
 ) -> None:
-    """Change what is given of a leaf. With `state=None` it gets new momenta at its next update; `pending` are the
-    numbers that these then go on with, by default those of an accumulating rule as they were."""
+    """Change what is given of a leaf. With `state=None` it gets new momenta at its next update, which go on with the
+    `pending` numbers, by default with those that an accumulating rule has."""
     record, context = leaf._record, leaf._context
     context.structure += 1
     if rule is not KEEP:
         record.rule = rule
     if frozen is not KEEP:
         record.frozen = frozen
+    if pending is not KEEP:
+        record.pending = pending
     if state is KEEP and count is KEEP:
         return
     numbers = record.numbers.copy()
     if count is not KEEP:
         numbers.count = count
-    if state is not KEEP and state is not None:
+    if state is None:
+        if pending is KEEP and record.pending is None and record.rule is not None and record.rule.accumulates:
+            record.pending = numbers.skeleton  # its place in the window
+        record.tensors = numbers.skeleton = None
+    elif state is not KEEP:
         record.tensors, numbers.skeleton = partition(state)
-    elif state is None:
-        record.tensors = None
-        if pending is not None or record.rule is None or not record.rule.accumulates:
-            numbers.skeleton = pending
     record.numbers = numbers
 
 
 def pending_numbers(leaf: Leaf) -> Skeleton | None:
-    """The numbers that a leaf without a state goes on with when it gets one."""
-    record = leaf._record
-    return record.numbers.skeleton if record.tensors is None else None
+    """The numbers that a leaf goes on with when it is stepped again, where these are not those in its state."""
+    return leaf._record.pending
 
 
 def init_state(rule: Rule, x: Tensor, count: int, path: str) -> Any:
@@ -192,17 +209,16 @@ def init_state(rule: Rule, x: Tensor, count: int, path: str) -> Any:
 
 
 def miss_update(record: Record, x: Tensor, path: str) -> None:
-    """Tell an accumulating rule of an update in which its leaf was frozen, or could not begin."""
+    """Tell an accumulating rule of an update in which its leaf was frozen."""
     assert record.rule is not None
-    skeleton = record.numbers.skeleton
+    skeleton = record.pending or record.numbers.skeleton
     if skeleton is None:
         try:
             template = init_state(record.rule, torch.empty_like(x, device="meta"), 0, path)
         except (RuntimeError, NotImplementedError):  # an init that reads its parameter
             template = init_state(record.rule, x, 0, path)
         skeleton = partition(template)[1]
-    rule = at(record.rule, record.numbers.count)
-    record.numbers = Numbers(record.numbers.count, skeleton.map(rule.skip_frozen))
+    record.pending = skeleton.map(at(record.rule, record.numbers.count).skip_frozen)
 
 
 def _compact(t: Tensor) -> Tensor:

@@ -69,15 +69,17 @@ class Skeleton:
         source = iter(tensors)
         return optree.tree_unflatten(self.spec, [next(source) if part is HOLE else part for part in self.parts])
 
+    def bare(self) -> Any:
+        """The pytree with `HOLE` in place of its tensors."""
+        return optree.tree_unflatten(self.spec, self.parts)
+
     def places(self) -> list[str]:
         """Where each part is, written as in Python: `[1].m`."""
         return [accessor.codify("") for accessor in self.spec.accessors()]
 
     def map(self, f: Callable[[Any], Any]) -> "Skeleton":
         """The skeleton of `f` of the pytree, for an `f` that changes numbers and passes tensors on."""
-        parts, spec = optree.tree_flatten(
-            f(optree.tree_unflatten(self.spec, self.parts)), none_is_leaf=True, namespace=NAMESPACE
-        )
+        parts, spec = optree.tree_flatten(f(self.bare()), none_is_leaf=True, namespace=NAMESPACE)
         return Skeleton(spec, parts)
 
     def fits(self, other: "Skeleton") -> bool:

@@ -253,6 +253,11 @@ def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool 
     return fresh
 
 
+def is_packable(rule: Rule) -> bool:
+    """Whether the engine may run a rule on many real tensors packed into one."""
+    return rule.elementwise or (rule.delegates and all(map(is_packable, rule.inner)))
+
+
 def map_inner(rule: Rule, f: Callable[[Rule], Rule]) -> Rule:
     """A copy of `rule` with `f` of each rule directly inside it. Nothing is validated."""
 

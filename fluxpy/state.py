@@ -178,15 +178,15 @@ def _begin(leaves: list[Leaf], params: list[Tensor], names: dict[int, list[str]]
     """Make the states of leaves that train. Where others are in the middle of an accumulation window, the new are too."""
     records = [record_of(leaf) for leaf in leaves]
     windows = {
-        title_key(r.rule): r.numbers.skeleton
+        title_key(r.rule): r.pending or r.numbers.skeleton
         for r in records
-        if r.rule is not None and r.rule.accumulates and r.numbers.skeleton is not None
+        if r.rule is not None and r.rule.accumulates and (r.pending or r.numbers.skeleton) is not None
     }
     for index, (record, x) in enumerate(zip(records, params, strict=True)):
         if record.rule is None or record.tensors is not None:
             continue
-        if record.rule.accumulates and record.numbers.skeleton is None:
-            record.numbers.skeleton = windows.get(title_key(record.rule))
+        if record.rule.accumulates and record.pending is None:
+            record.pending = windows.get(title_key(record.rule))
         if not record.frozen:
             record.begin(x, names[index][0])
 

@@ -302,6 +302,7 @@ def test_hostile_files(tmp_path):
     ]
     contents += [b"]" * 100_000 + b"a" * 99_999 + b"."]
     data += [5, {}, {**sound, "model": 5}, {**sound, "model": {"0.weight": 1}}, {**sound, "extra": 1}, [1]]
+    data += [{**sound, "model": {name: torch.ones(1), "x": torch.ones(1)}} for name in (1, None, torch.ones(1))]
     data += [{**sound, "state": wrong} for wrong in (1, [], {}, {"version": 1, "leaves": {"0.weight": {}}})]
     for d in data:
         buffer = io.BytesIO()

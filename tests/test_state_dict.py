@@ -308,13 +308,13 @@ deep: Any = 1.0
 for _ in range(5000):
     deep = [deep]
 BAD = {
-    "newer": (put("version", to=2), "of version 1 and no newer"),
+    "newer": (put("version", to=3), "of version 2 and no newer"),
     "bool version": (put("version", to=True), "what state_dict returns"),
     "leaves": (put("leaves", to=[]), "what state_dict returns"),
     "entry": (put(*LEAF, to=None), r"leaves\['a'\]: expected a dict of names"),
     "extra": (put(*LEAF, "more", to=1), r"leaves\['a'\]: expected a dict of names"),
     "negative count": (put(*LEAF, "count", to=-1), r"leaves\['a'\]\['count'\]: expected a whole number"),
-    "bool count": (put(*LEAF, "missed", to=False), r"leaves\['a'\]\['missed'\]: expected a whole number"),
+    "bool count": (put(*LEAF, "count", to=False), r"leaves\['a'\]\['count'\]: expected a whole number"),
     "frozen": (put(*LEAF, "frozen", to=1), r"leaves\['a'\]\['frozen'\]"),
     "names": (put(*LEAF, "names", to=[["a"]]), r"leaves\['a'\]\['names'\]"),
     "other names": (put(*LEAF, "names", to=["a", "b"]), "both have the name 'b'"),
@@ -346,6 +346,25 @@ BAD = {
         put(*LEAF, "rule", "lr", to={"type": "constant", "value": torch.ones(1).expand(1000)}),
         r"\['rule'\].lr.value: expected a tensor with all its elements, got an expanded float32\[1000\]",
     ),
+    "a tensor as count": (
+        put(*LEAF, "count", to=torch.ones(1).expand(70_000)),
+        r"a whole number, got float32\[70000\]$",
+    ),
+    "a tensor in the shape": (
+        put(*LEAF, "shape", to=[torch.ones(3), 2]),
+        r"\['shape'\]: expected a list of whole numbers, got \[float32\[3\], 2",
+    ),
+    "a tensor in a list": (
+        put(*LEAF, "names", to=[torch.ones(3)]),
+        r"list of strings, 'a' among them, got \[float32\[3\]\]",
+    ),
+    "a tensor as key": (put("leaves", torch.ones(3), to=None), r"expected a string as name, got float32\[3\]"),
+    "a tensor as class": (
+        put(*LEAF, "rule", "type", to=torch.ones(3)),
+        r"expected Adam .*got float32\[3\] .'lr'",
+    ),
+    "a callable": (put(*LEAF, "rule", "lr", to={"callable": torch.ones(3)}), r"\.lr: expected .*, got .*float32\[3\]"),
+    "momenta": (put(*LEAF, "state", to={torch.ones(3): 0}), r"the momenta 'm', 'v', 't', got \[float32\[3\]\]"),
     "deep": (put(*LEAF, "rule", "lr", to=deep), r"leaves\['a'\]: .*recursion"),
     "momentum": (put(*LEAF, "state", "m", to=3), r"\['state'\]\['m'\]: expected a tensor"),
     "integers": (
@@ -355,7 +374,10 @@ BAD = {
     "ill-shaped": (put(*LEAF, "state", "v", to=torch.ones(2, 3)), r"expected a tensor \[3, 2\].*got a tensor \[2, 3\]"),
     "sparse": (put(*LEAF, "state", "v", to=torch.ones(3, 2).to_sparse()), "expected a dense tensor"),
     "steps taken": (put(*LEAF, "state", "t", to="3"), r"\['state'\]\['t'\]: expected a number"),
-    "no momentum": (put(*LEAF, "state", to={"m": torch.ones(3, 2)}), "expected the momenta 'm', 'v', 't', got 'm'"),
+    "no momentum": (
+        put(*LEAF, "state", to={"m": torch.ones(3, 2)}),
+        "expected the momenta 'm', 'v', 't', got 'm'",
+    ),
 }
 
 

@@ -80,16 +80,22 @@ class Cohort:
         self.tensors = [record.tensors for record in self.records]
 
     def holds(self) -> bool:
-        """Whether the leaves are still as this cohort left them. Where all of them have new numbers in common (an
-        accumulation window went on while they were frozen), the cohort takes these over."""
-        numbers = self.records[0].numbers
+        """Whether the leaves are still as this cohort left them."""
         for record, tensors in zip(self.records, self.tensors, strict=True):
-            if record.numbers is not numbers or record.tensors is not tensors:
+            if record.numbers is not self.numbers or record.tensors is not tensors:
                 return False
-        if numbers is not self.numbers:
-            if numbers.skeleton is None or not numbers.skeleton.fits(self.skeleton):
-                return False
-            self.numbers = numbers
+        return True
+
+    def take_pending(self) -> bool:
+        """Go on with the numbers that are pending after an accumulation window went on without these leaves; False
+        where they are not the same for all."""
+        pending = self.records[0].pending
+        if any(record.pending is not pending for record in self.records):
+            return False
+        if pending is not None:
+            self.numbers.skeleton = pending
+            for record in self.records:
+                record.pending = None
         return True
 
     def advance(self, skeleton: Skeleton, moved: bool) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..pytree import Skeleton, partition, tensors_in
-from ..rule import Rule, Steps, at, eps_for, rule_key, title_key
+from ..rule import Rule, Steps, at, eps_for, is_packable, rule_key, title_key
 from ..rules.adam import Adam, AdamW, AMSGrad
 from ..rules.adaptive import AdaGrad
 from ..rules.decay import WeightDecay
@@ -122,7 +122,7 @@ class Parts(NamedTuple):
 def takes(rule: Rule, x: Tensor, tensors: Sequence[Tensor]) -> bool:
     """Whether a kernel of PyTorch computes the last link of this rule, for a parameter with these momenta."""
     master, front, _, last = Parts.of(rule)
-    if type(last) not in KERNELS or not (front is None or front.elementwise):
+    if type(last) not in KERNELS or not (front is None or is_packable(front)):
         return False
     dtype = x.dtype if master is None else master.dtype
     if master is not None and dtype.itemsize <= x.dtype.itemsize:
@@ -368,6 +368,7 @@ class FusedUnit(_Fused):
                     numbers[first : first + len(front.parts)] = front.parts
             if dx is not None:
                 self._run_kernel(chunk, dx, long, calls, options)
+            chunk.clear()
         self.chunks.clear()
         torch.autograd.graph.increment_version(self.cohort.params)
         self.cohort.advance(Skeleton(self.cohort.skeleton.spec, numbers), moved)

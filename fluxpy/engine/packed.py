@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..context import reads_at_once, require_all_finite
 from ..pytree import Skeleton, memory, partition
-from ..rule import Assign, Reduce, Rule, Steps, at, map_inner, rule_key, run_alone, title_key
+from ..rule import Assign, Reduce, Rule, Steps, at, is_packable, map_inner, rule_key, run_alone, title_key
 from .cohort import Cohort
 from .layout import Row, Scratch, adjacent, chunks_of, copy_all, flat_view, views_like
 from .step import FallBack, Prepare, Request
@@ -242,6 +242,7 @@ class EagerUnit:
                 for row in chunk.momenta:
                     row.read()
             skeleton, moved = self._write(chunk)
+            chunk.clear()
         self.chunks.clear()
         if self.chunks.hidden_writes:
             torch.autograd.graph.increment_version(self.cohort.params)
@@ -338,6 +339,6 @@ class Batched(Rule):
 
 def batched(rule: Rule) -> Rule:
     """A rule for stacks: what is elementwise stays as it is, what needs whole arrays is run for each of the stack."""
-    if rule.elementwise:
+    if is_packable(rule):
         return rule
     return map_inner(rule, batched) if rule.delegates else Batched(rule)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..binding import Binding
 from ..context import Context
 from ..leaf import Record, miss_update
-from ..pytree import is_wrapped
-from ..rule import ReducingRule, Rule, rule_key, title_key, walk
+from ..pytree import Skeleton, is_wrapped
+from ..rule import ReducingRule, Rule, is_packable, rule_key, title_key, walk
 from . import fused
 from .cohort import Cohort, Member, fits_packed
 from .compiled import CompiledUnit
@@ -28,7 +28,7 @@ from .signature import Signature
 from .step import Unit
 
 _MOST_ROUTES = 32  # kept of one plan
-_LEAST_STACK = 4  # leaves: vmap takes about as long as the reference path for three
+_LEAST_STACK = 8  # leaves: fewer are as fast one by one as by vmap
 _place = attrgetter("place")
 
 
@@ -82,7 +82,7 @@ class Plan:
         self.routes: dict[Any, Route] = {}
         self.route: Route | None = None
         self.waiting: list[tuple[Record, tuple[Tensor, str]]] = []  # frozen leaves of rules that accumulate
-        self.begun: list[Record] = []  # leaves whose state was made for the present update
+        self.begun: list[Any] = []  # leaves whose state was made for this update, and what they were before
         self.structure = self.hyper = -1
         self.addresses: list[int] = []  # where the parameters were when the cohorts were laid out
 
@@ -130,19 +130,19 @@ class Plan:
     def sit_out(self) -> None:
         """Tell accumulating rules of an update in which their leaves were frozen. Leaves that share their numbers keep
         sharing them."""
-        seen: dict[int, Any] = {}
+        known: dict[Any, Skeleton | None] = {}
         for record, (x, path) in self.waiting:
-            before = record.numbers
-            if id(before) not in seen or before.skeleton is None:
+            key = id(record.numbers), id(record.pending)
+            if record.tensors is None or key not in known:
                 miss_update(record, x, path)
-                seen[id(before)] = record.numbers, before
+                known[key] = record.pending
             else:
-                record.numbers = seen[id(before)][0]
+                record.pending = known[key]
 
     def forget_begun(self) -> None:
         """The update failed: leaves that had no momenta have none again."""
-        for record in self.begun:
-            record.tensors = None
+        for record, tensors, numbers, pending in self.begun:
+            record.tensors, record.numbers, record.pending = tensors, numbers, pending
         if self.begun:
             self.begun = []
             self._dissolve()
@@ -170,7 +170,8 @@ class Plan:
         """Dissolve the cohorts that somebody took leaves from, or whose leaves have another state."""
         self.structure = self.context.structure
         for cohort in list(self.cohorts):
-            if not cohort.holds():
+            frozen = cohort.records[0].frozen
+            if not cohort.holds() or not (frozen or cohort.take_pending()):
                 self._drop(cohort)
         pairs = zip(self.records, self.binding.params, self.binding.paths, strict=True)
         self.waiting = [
@@ -209,14 +210,14 @@ class Plan:
         return members, [ReferenceUnit(*member, self.context) for member in sorted(alone, key=_place)]
 
     def _begin(self, record: Record, x: Tensor, path: str) -> None:
-        if record.tensors is not None:
+        if record.tensors is not None and record.pending is None:
             return
+        self.begun.append((record, record.tensors, record.numbers, record.pending))
         try:
             record.begin(x, path)
         except BaseException:
             self.forget_begun()
             raise
-        self.begun.append(record)
 
     def _kind(self, record: Record, x: Tensor, dx: Tensor | None) -> str | None:
         """How a leaf can be stepped: "compiled", "fused", "eager", "stack", or None: by itself."""
@@ -228,7 +229,7 @@ class Plan:
             return None
         if is_wrapped(x) or title_key(rule) in self.context.reference_only or not fits_packed(x, tensors):
             return None
-        if not rule.elementwise:
+        if not is_packable(rule):
             whole = x.is_contiguous() and not x.is_complex() and not any(map(_reduces_inside, _whole(rule)))
             return "stack" if whole else None
         if x.is_complex() and x.is_conj():
@@ -293,7 +294,7 @@ def _stack(cohort: Cohort) -> EagerUnit:
 
 def _whole(rule: Rule) -> Iterable[Rule]:
     """The rules inside one that need whole arrays."""
-    if rule.elementwise:
+    if is_packable(rule):
         return []
     return [r for inner in rule.inner for r in _whole(inner)] if rule.delegates else [rule]
 

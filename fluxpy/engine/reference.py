@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..context import Context, require_finite
-from ..leaf import Numbers, Record, init_state
+from ..leaf import Numbers, Record
 from ..pytree import apart, memory, partition
 from ..rule import Assign, Rule, at
 from .step import Prepare, Request
@@ -56,13 +56,9 @@ class ReferenceUnit:
 
     def _state(self) -> Any:
         record = self.record
-        if record.tensors is not None:
-            return record.state
-        assert record.rule is not None
-        fresh = init_state(record.rule, self.x, record.numbers.count, self.path)
-        if record.numbers.skeleton is None:
-            return fresh
-        return record.rule.restart(record.numbers.skeleton.combine(()), fresh)
+        if record.tensors is None:
+            return record.fresh_state(self.x, self.path)
+        return record.state if record.pending is None else record.pending.combine(record.tensors)
 
     def _work_out(self, result: Any, inplace: bool) -> None:
         """What is to be written, so that writing it cannot fail."""
@@ -104,7 +100,7 @@ class ReferenceUnit:
         if inplace and self.olds:
             self.news = [old if old is t else old.copy_(t) for old, t in zip(self.olds, self.news, strict=True)]
         count = self.record.numbers.count + self.moved
-        record.tensors, record.numbers = self.news, Numbers(count, self.skeleton)
+        record.tensors, record.numbers, record.pending = self.news, Numbers(count, self.skeleton), None
 
     def commit(self) -> None:
         self.settle(self.record, inplace=True)

@@ -14,31 +14,20 @@ from ..rule import hyperparameters
 from ..rule import walk as members
 from ..saving.file import read as read_file
 from ..saving.model import match_tensors, model_tensors
-from ..state import State, bind, shape_of, tree_context, values
+from ..state import State, bind, tree_context, values
 from ..text import near
 from ..train import place, training_mode
-from ..tree import walk
 from ..update import check_finite
 
 
 def parameters(state: State | Leaf, model: Any) -> list[Tensor]:
-    """The model's parameters in the order of the state, tied ones once."""
+    """The model's parameters in the order of `leaves(state)`, tied ones once."""
     return bind(state, model).params
-
-
-def parameter_paths(state: State | Leaf) -> list[str]:
-    """The paths of `parameters`."""
-    return list(shape_of(state).leaves.values())
 
 
 def gradients_in_order(state: State | Leaf, model: Any, grads: Any) -> list[Tensor | None]:
     """The gradient of each of `parameters`."""
     return in_order(bind(state, model), grads)
-
-
-def tensors_of(model: Any) -> list[Tensor]:
-    """The parameters of a model that has no state yet."""
-    return walk(model)[1]
 
 
 def note_loss(state: State | Leaf, finite: Tensor, what: str) -> None:
@@ -48,8 +37,9 @@ def note_loss(state: State | Leaf, finite: Tensor, what: str) -> None:
 
 
 def rates(leaf: Leaf) -> list[Any]:
-    """The learning rate of each member of the leaf's rule, as the next update will use it."""
-    return values(leaf, "lr")
+    """The learning rate of each member of the leaf's rule that has one."""
+    found = [] if leaf.rule is None else [hyperparameters(rule) for rule in members(leaf.rule)]
+    return [own["lr"] for own in found if "lr" in own]
 
 
 def updates_of(leaf: Leaf) -> int:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from .core import level, tensors_in, tensors_of
+from .. import trainables
+from .core import level, tensors_in
 
 TARGETS = ("target", "targets", "label", "labels", "y")
 
@@ -156,7 +157,7 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 
 def move(model: Any, device: torch.device, held: bool) -> None:
     """Put a model on a device, in place."""
-    tensors = tensors_of(model)
+    tensors = trainables(model)
     if all(t.device.type == device.type and device.index in (None, t.device.index) for t in tensors):
         return
     if held:

@@ -31,8 +31,7 @@ class Wrapper(Rule):
         return first
 
 
-# For wrappers that delegate: they are elementwise, and accumulate, where the rules inside do.
-inner_elementwise: Any = property(lambda wrapper: all(rule.elementwise for rule in wrapper.inner))
+# For wrappers that accumulate where the rules inside do.
 inner_accumulates: Any = property(lambda wrapper: any(rule.accumulates for rule in wrapper.inner))
 
 
@@ -59,7 +58,6 @@ class OptimiserChain(Wrapper):
 
     rules: tuple[Rule, ...]
     delegates = True
-    elementwise = inner_elementwise
     accumulates = inner_accumulates
 
     def __init__(self, *rules: Rule) -> None:
@@ -88,6 +86,10 @@ class OptimiserChain(Wrapper):
 
     def __len__(self) -> int:
         return len(self.rules)
+
+    @property
+    def elementwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(rule.elementwise for rule in self.rules)
 
     def init(self, x: Tensor) -> tuple[Any, ...]:
         return tuple(rule.init_any(x) for rule in self.rules)
@@ -179,7 +181,6 @@ class MixedPrecision(Wrapper):
     _: KW_ONLY
     dtype: torch.dtype = hyper(default=torch.float32, fixed=True)
     delegates = keeps_master = True
-    elementwise = inner_elementwise
     accumulates = inner_accumulates
 
     def __post_init__(self) -> None:

@@ -90,8 +90,11 @@ def _is_checkpoint(data: Any) -> bool:
     """Whether this is laid out as `save` does it. The state is checked by `load_state_dict`."""
     if not isinstance(data, dict) or data.keys() != {"model", "state", "extra"} or not isinstance(data["extra"], dict):
         return False
-    model = data["model"]
-    return model is None or (isinstance(model, dict) and all(isinstance(t, Tensor) for t in model.values()))
+    if data["model"] is None:
+        return True
+    if not isinstance(data["model"], dict):
+        return False
+    return all(isinstance(name, str) and isinstance(t, Tensor) for name, t in data["model"].items())
 
 
 def _dense(place: str, t: Tensor, shared: dict[int, Tensor]) -> Tensor:

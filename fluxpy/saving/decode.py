@@ -5,8 +5,6 @@ in a file only those of `fluxpy.schedules` are looked up.
 """
 
 import dataclasses
-import reprlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +15,18 @@ from ..rule import Rule, field_of
 from ..text import form, names_of
 from .format import SCALARS, SCHEDULES, part_names
 from .record import LeafRecord, state_template
+from .values import (
+    alike,
+    dense_copy,
+    describe,
+    describe_rule,
+    dtype_of,
+    malformed,
+    may_replace,
+    names_in_file,
+    require_stored,
+    short_repr,
+)
 
 # A tensor as hyperparameter may have as many elements as the parameter, or so many: tables, and factors for each row.
 MAX_ELEMENTS = 65_536
@@ -28,11 +38,6 @@ class Misfit(Exception):
     def __init__(self, kind: str, why: str) -> None:
         super().__init__(why)
         self.kind = kind
-
-
-def malformed(place: str, expected: str, got: Any) -> ValueError:
-    """The error for a value that no leaf can take."""
-    return ValueError(f"{place}: expected {expected}, got {reprlib.repr(got)}")
 
 
 class Template(NamedTuple):
@@ -80,7 +85,7 @@ class Decoder:
         new.rule, notes = self._rule(own.rule, entry["rule"], own.shape)
         if entry["state"] is not None:
             new.state = self._state(own, new.rule, entry["state"])
-        elif entry["pending"] is not None:
+        if entry["pending"] is not None:
             new.pending = self._pending(own, new.rule, entry["pending"])
         return new, notes
 
@@ -94,7 +99,7 @@ class Decoder:
     def _state(self, own: LeafRecord, rule: Rule, saved: dict[str, Any]) -> Any:
         template = self._template(own, rule)
         if saved.keys() != set(template.names):
-            raise Misfit("rule", f"expected the momenta {names_of(template.names)}, got {names_of(saved)}")
+            raise Misfit("rule", f"expected the momenta {names_of(template.names)}, got {names_in_file(saved)}")
         device = next((t.device for t in tensors_in(own.state)), self._device)
         parts = [
             _decode_part(name, saved[name], example, device)
@@ -108,7 +113,7 @@ class Decoder:
         examples = dict(zip(template.names, template.parts, strict=True))
         numbers = {name for name, example in examples.items() if not isinstance(example, Tensor)}
         if saved.keys() != numbers:
-            raise Misfit("rule", f"expected the numbers {names_of(numbers)}, got {names_of(saved)}")
+            raise Misfit("rule", f"expected the numbers {names_of(numbers)}, got {names_in_file(saved)}")
         parts = [
             HOLE if isinstance(example, Tensor) else _decode_part(name, saved[name], example, self._device)
             for name, example in examples.items()
@@ -129,16 +134,16 @@ def _decode_part(name: str, saved: Any, example: Any, device: torch.device | Non
     """One part of a state. `example` says what it must be, unless that is None: then it may be anything plain."""
     place = f"['state'][{name!r}]"
     if isinstance(saved, Tensor):
-        if isinstance(example, Tensor) and not _alike(saved, example):
-            raise Misfit("shape", f"momentum {name!r}: expected {_describe(example)}, got {_describe(saved)}")
-        number = type(example) in (int, float) and not saved.ndim  # which a tensor as hyperparameter makes of it
+        if isinstance(example, Tensor) and not alike(saved, example):
+            raise Misfit("shape", f"momentum {name!r}: expected {describe(example)}, got {describe(saved)}")
+        number = type(example) in (int, float) and not saved.ndim  # a tensor, where a hyperparameter is one
         if not (isinstance(example, Tensor) or number or example is None):
-            raise malformed(place, _describe(example), saved)
+            raise malformed(place, describe(example), saved)
         if example is None:
-            _require_stored(saved, place)
-        return _dense_copy(saved, device, place)
-    if not (saved is None or isinstance(saved, SCALARS)) or not (example is None or _alike(saved, example)):
-        raise malformed(place, _describe(example), saved)
+            require_stored(saved, place)
+        return dense_copy(saved, device, place)
+    if not (saved is None or isinstance(saved, SCALARS)) or not (example is None or alike(saved, example)):
+        raise malformed(place, describe(example), saved)
     return saved
 
 
@@ -154,7 +159,7 @@ class RuleDecoder:
         names = [field.name for field in dataclasses.fields(own)]
         sound = isinstance(saved, dict) and saved.get("type") == type(own).__name__
         if not sound or saved.keys() != {"type", *names}:
-            raise Misfit("rule", f"expected {type(own).__name__} ({names_of(names)}), got {_describe_rule(saved)}")
+            raise Misfit("rule", f"expected {type(own).__name__} ({names_of(names)}), got {describe_rule(saved)}")
         values = {name: self._hyperparameter(own, name, saved[name], f"{place}.{name}") for name in names}
         rule = object.__new__(type(own))  # not by a call: a rule may write an __init__ of its own
         rule.__dict__.update(values)
@@ -167,14 +172,14 @@ class RuleDecoder:
             return self.rule(own, saved, place)
         if isinstance(own, tuple) and own and isinstance(own[0], Rule):
             if not isinstance(saved, list) or len(saved) != len(own):
-                raise Misfit("rule", f"{name}: expected a list of {len(own)} rules, got {reprlib.repr(saved)}")
+                raise Misfit("rule", f"{name}: expected a list of {len(own)} rules, got {short_repr(saved)}")
             return tuple([self.rule(inner, saved[i], f"{place}[{i}]") for i, inner in enumerate(own)])
         if self._keep and not field.metadata.get("fixed"):
             return own
         value = self._value(saved, own, place)
         if isinstance(own, torch.dtype):
-            value = _dtype(value, place)
-        if not _may_replace(value, (own, field.default)):
+            value = dtype_of(value, place)
+        if not may_replace(value, (own, field.default)):
             raise malformed(place, f"a value like {own!r}", saved)
         if self._keep and not isinstance(own, Tensor) and not isinstance(value, Tensor) and own != value:
             raise Misfit("rule", f"expected {name}={own!r}, got {name}={value!r}, and it shapes the state")
@@ -189,13 +194,13 @@ class RuleDecoder:
             return tuple([self._value(v, known[i], f"{place}[{i}]") for i, v in enumerate(saved)])
         if isinstance(saved, Tensor) and not saved.is_complex():
             return self._copies.of(saved, self._largest, place)
-        if isinstance(saved, dict) and "callable" in saved:
+        if isinstance(saved, dict) and isinstance(saved.get("callable"), str):
             return self._callable(saved["callable"], own, place)
         if isinstance(saved, dict) and isinstance(saved.get("type"), str) and saved["type"] in SCHEDULES:
             return self._schedule(saved, own, place)
         raise malformed(place, "a number, a string, a list of them or a schedule of fluxpy.schedules", saved)
 
-    def _callable(self, saved: Any, own: Any, place: str) -> Any:
+    def _callable(self, saved: str, own: Any, place: str) -> Any:
         note = f"{place} was {saved}, which a file cannot hold; this state has {own!r}"
         if not callable(own):
             raise Misfit("rule", f"{note}: give setup that callable")
@@ -204,7 +209,7 @@ class RuleDecoder:
 
     def _schedule(self, saved: dict[str, Any], own: Any, place: str) -> Any:
         name = saved["type"]
-        # Scaling or shifting a callable before it was saved may not lose it: the present one is the inner one then.
+        # A callable may have been scaled or shifted before it was saved; the present one is then what is inside.
         inner = own if name in ("scaled", "shifted") else None
         arguments = {
             key: self._value(value, getattr(own, key, inner), f"{place}.{key}")
@@ -227,60 +232,6 @@ class TensorCopies:
             if saved.numel() > largest:
                 expected, got = f"a tensor of at most {largest:,} elements", form(saved.shape, saved.dtype)
                 raise ValueError(f"{place}: expected {expected}, got {got}")
-            _require_stored(saved, place)
-            self._copies[id(saved)] = _dense_copy(saved, self._device, place)
+            require_stored(saved, place)
+            self._copies[id(saved)] = dense_copy(saved, self._device, place)
         return self._copies[id(saved)]
-
-
-# --- Checks of single values --------------------------------------------------------------------------------------
-
-
-def _describe_rule(saved: Any) -> str:
-    if not isinstance(saved, dict):
-        return reprlib.repr(saved)
-    return f"{saved.get('type')} ({names_of(key for key in saved if key != 'type')})"
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)} of {_kind_of_number(value)} numbers"
-    return "a number" if type(value) in (int, float) else f"a {type(value).__name__}"
-
-
-def _kind_of_number(t: Tensor) -> str:
-    if t.is_floating_point():
-        return "floating-point"
-    return "complex" if t.is_complex() else "whole"
-
-
-def _alike(a: Any, b: Any) -> bool:
-    """Tensors of one shape and kind of number, two numbers, or two values of one type."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and _kind_of_number(a) == _kind_of_number(b)
-    return type(a) is type(b) or (type(a) in (int, float) and type(b) in (int, float))
-
-
-def _may_replace(value: Any, known: tuple[Any, ...]) -> bool:
-    """Whether a hyperparameter may take a value, if these are known ones. Tensors and schedules go for any."""
-    if any(isinstance(v, Tensor | Callable | None) for v in known) or isinstance(value, Tensor | Callable):
-        return True
-    return any(_alike(value, v) for v in known)
-
-
-def _dtype(value: Any, place: str) -> torch.dtype:
-    dtype = vars(torch).get(value) if isinstance(value, str) else None
-    if not isinstance(dtype, torch.dtype):
-        raise malformed(place, "the name of a dtype", value)
-    return dtype
-
-
-def _require_stored(t: Tensor, place: str) -> None:
-    """Refuse a tensor that repeats stored numbers, as an expanded one: a copy of it may be of any size."""
-    if t.layout is torch.strided and t.numel() * t.element_size() > t.untyped_storage().nbytes():
-        raise ValueError(f"{place}: expected a tensor with all its elements, got an expanded {form(t.shape, t.dtype)}")
-
-
-def _dense_copy(t: Tensor, device: torch.device | None, place: str) -> Tensor:
-    if t.layout is not torch.strided or t.is_meta:
-        raise malformed(place, "a dense tensor", t)
-    return t.detach().to(device or t.device, copy=True)

@@ -12,8 +12,8 @@ from ..rule import Rule
 
 @dataclass(slots=True)
 class LeafRecord:
-    """The contents of a leaf. `pending` are the numbers that a leaf without a state goes on with: its place in an
-    accumulation window."""
+    """The contents of a leaf. `pending` are the numbers that the state goes on with after updates that the leaf missed:
+    its place in an accumulation window."""
 
     rule: Rule | None
     state: Any
@@ -31,7 +31,7 @@ def read_leaf(leaf: Leaf) -> LeafRecord:
 def write_leaf(leaf: Leaf, record: LeafRecord) -> None:
     """Give a leaf these contents. Its shape and dtype are those of its parameter and stay."""
     replace_leaf(leaf, rule=record.rule, frozen=record.frozen, count=record.count)
-    replace_leaf(leaf, state=record.state, pending=record.pending)
+    replace_leaf(leaf, state=record.state, pending=record.pending)  # after the rule, whose state it is
 
 
 def state_template(rule: Rule, shape: torch.Size, dtype: torch.dtype) -> Any:

@@ -9,9 +9,10 @@ from ..leaf import Leaf
 from ..pytree import tensors_in
 from ..state import State, paths_and_leaves
 from ..text import names_of
-from .decode import Decoder, Misfit, malformed
+from .decode import Decoder, Misfit
 from .format import Encoder
 from .record import LeafRecord, read_leaf, write_leaf
+from .values import malformed
 
 VERSION = 2
 
@@ -171,6 +172,8 @@ def _entries(d: Any, prefix: str, rename: Mapping[str, str]) -> dict[str, NamedE
         raise malformed("load_state_dict", f"what state_dict returns, of version {VERSION} and no newer", d)
     found: dict[str, NamedEntry] = {}
     for key, entry in leaves.items():
+        if not isinstance(key, str):
+            raise malformed("load_state_dict: leaves", "a string as name", key)
         place = f"load_state_dict: leaves[{key!r}]"
         _check_entry(key, entry, place)
         for saved_name in entry["names"]:
@@ -180,7 +183,7 @@ def _entries(d: Any, prefix: str, rename: Mapping[str, str]) -> dict[str, NamedE
     return found
 
 
-def _check_entry(key: Any, entry: Any, place: str) -> None:
+def _check_entry(key: str, entry: Any, place: str) -> None:
     """Check the form of an entry; its rule and state are checked where they are decoded."""
     if not isinstance(entry, dict) or entry.keys() != ENTRY.keys():
         raise malformed(place, f"a dict of {', '.join(ENTRY)}", entry)
@@ -190,6 +193,8 @@ def _check_entry(key: Any, entry: Any, place: str) -> None:
             raise malformed(f"{place}[{field!r}]", "a whole number" if kind is int else str(kind), value)
         if kind is int and (isinstance(value, bool) or not 0 <= value < 2**63):
             raise malformed(f"{place}[{field!r}]", "a whole number, 0 or more", value)
+    if not all(type(size) is int for size in entry["shape"]):
+        raise malformed(f"{place}['shape']", "a list of whole numbers", entry["shape"])
     if not all(isinstance(name, str) for name in entry["names"]) or key not in entry["names"]:
         raise malformed(f"{place}['names']", f"a list of strings, {key!r} among them", entry["names"])
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..adjust import adjust, freeze
-from ..rule import Rule, field_of, hyperparameters, walk
+from ..leaf import init_state
+from ..rule import ReducingRule, Rule, field_of, hyperparameters, walk
 from ..saving import load_state_dict, state_dict
 from ..saving.format import dtype_name
 from ..state import leaves, setup, value
@@ -22,7 +23,7 @@ from .trial import UPDATES, Trial, other_values, random_tensors
 
 
 def is_elementwise(trial: Trial) -> None:
-    if not trial.rule.elementwise:
+    if not trial.rule.elementwise or any(_reduces_each_array(rule) for rule in walk(trial.rule)):
         return
     apart: Any = {name: random_tensors(seed=seed)["matrix"] for name, seed in (("a", 0), ("b", 100))}
     joined = _side_by_side(apart)
@@ -35,6 +36,14 @@ def is_elementwise(trial: Trial) -> None:
         moved = _side_by_side(apart) - first
         error = (joined - first - moved).abs()
         require(bool((error <= 1e-9 * moved.abs() + 1e-12).all()), f"update {i - 1} differs")
+
+
+def _reduces_each_array(rule: Rule) -> bool:
+    """Whether a rule asks for a total of each array: two arrays as one have another."""
+    if not isinstance(rule, ReducingRule):
+        return False
+    x = torch.ones(2, dtype=torch.float64)
+    return next(rule.steps(init_state(rule, x, 0, ""), x, x)).over == "array"
 
 
 def _side_by_side(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -60,7 +69,7 @@ def skips_frozen(trial: Trial) -> None:
 
 
 def skips_without_gradient(trial: Trial) -> None:
-    if not trial.rule.gathers:  # to such a rule an update without a gradient counts
+    if not trial.rule.accumulates:  # to such a rule an update without a gradient counts
         _skips_one_leaf(trial.rule, frozen=False)
 
 

@@ -64,8 +64,8 @@ def lr_find(
     if not 0 < start < end or steps < 5:
         raise ValueError(f"lr_find: start={start}, end={end}, steps={steps} need 0 < start < end, 5 steps or more")
     trial = learner.trial()
-    own = [rate for _, leaf in leaves(trial.state) if not leaf.frozen for rate in rates(leaf)]
-    top = max(own, default=0.0)
+    trained = [leaf for _, leaf in leaves(trial.state) if not leaf.frozen]
+    top = max((rate for leaf in trained for rate in rates(leaf) if not callable(rate)), default=0.0)
     growth = exponential(start, end / start, steps - 1)
     scheduler = LearningRateScheduler(scale=lambda n: growth(n) / top) if top else LearningRateScheduler(lr=growth)
     source = Source(data, "the data")

@@ -6,7 +6,7 @@ from typing import Any
 
 from ... import adjust, leaves, scale, select
 from ...schedules import Schedule, scaled
-from ..core import Leaf, hyperparameters, members
+from ..core import Leaf, rates
 from ..events import Callback
 from ..learner import Learner
 
@@ -61,7 +61,7 @@ class LearningRateScheduler(Callback):
         return base * self._now(self._learner) if self.name == "scale" else self._now(self._learner)
 
     def on_fit_start(self, learner: Learner) -> None:
-        if not any(_rates(leaf) for _, leaf in leaves(learner.state)):
+        if not any(rates(leaf) for _, leaf in leaves(learner.state)):
             raise ValueError("LearningRateScheduler: no leaf has a rule with the hyperparameter 'lr'")
         self._learner = learner
         self._fill(learner)
@@ -153,21 +153,21 @@ class _Rebase(scale):
 
 
 def _adjust(state: Any, change: scale) -> None:
-    view: Any = state if isinstance(state, Leaf) else select(state, lambda _, leaf: len(_rates(leaf)) > 0)
+    view: Any = state if isinstance(state, Leaf) else select(state, lambda _, leaf: len(rates(leaf)) > 0)
     adjust(view, lr=change)
 
 
 def _check(path: str, leaf: Leaf) -> None:
     """ValueError where it cannot be told what the rate of this leaf follows from."""
-    rates = _rates(leaf)
-    if any(_base(rate) is None for rate in rates):
+    found = rates(leaf)
+    if any(_base(rate) is None for rate in found):
         raise ValueError(
-            f"LearningRateScheduler: {path!r} has lr={rates[-1]!r} already; give it a number as its base rate, or "
+            f"LearningRateScheduler: {path!r} has lr={found[-1]!r} already; give it a number as its base rate, or "
             "leave the scheduler out"
         )
-    if any(rate != rates[0] for rate in rates):
+    if any(rate != found[0] for rate in found):
         raise ValueError(
-            f"LearningRateScheduler: {path!r} has several rates, {rates}, whose product is its step; give the schedule "
+            f"LearningRateScheduler: {path!r} has several rates, {found}, whose product is its step; give the schedule "
             "to the member that is to follow it, as Momentum(lr=schedule), and leave the scheduler out"
         )
 
@@ -178,9 +178,3 @@ def _base(value: Any) -> float | None:
         base = _base(value.schedule)
         return None if base is None else base * value.factor
     return float(value) if isinstance(value, int | float) else None
-
-
-def _rates(leaf: Leaf) -> list[Any]:
-    """The learning rates in the leaf's rule."""
-    found = [] if leaf.rule is None else [hyperparameters(rule) for rule in members(leaf.rule)]
-    return [own["lr"] for own in found if "lr" in own]

@@ -1,7 +1,7 @@
 """StatisticsRecorder: the metrics of each batch or phase. And how rows are gathered without reading the device."""
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,14 +19,20 @@ class Rows(Callback):
     subclasses give, gets the numbers of many rows after every few batches, at the end of a phase and before a save.
     """
 
+    phases: ClassVar[tuple[str, ...]] = ("train", "validation")  # those that have rows
+
     def __init__(self, per: str, every: int) -> None:
         if every < 1:
             raise ValueError(f"every={every!r} is not allowed; it is a number of batches, at least 1")
         self.every = every
         self.per_batch = one_of("per", per, ("batch", "phase", "epoch")) == "batch"
         self._learner: Learner | None = None  # while it fits
-        self._gathered: list[tuple[int, int, str, list[Any]]] = []
+        self._gathered: list[tuple[dict[str, Any], list[Any]]] = []  # rows, and the sums of the metrics
         self._counted = 0  # how many batches the metrics had counted at the last row
+
+    def more(self, learner: Learner) -> dict[str, Any]:
+        """What else a row has; tensors in it are read with the metrics."""
+        return {}
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
         """Take rows: `{"epoch": 0, "batch": 0, "phase": "train", "loss": 0.69, ...}`."""
@@ -69,23 +75,20 @@ class Rows(Callback):
 
     def _gather(self, learner: Learner) -> None:
         metrics = learner.metrics
-        if learner.phase is None or metrics.batches == self._counted:
-            return  # a call of `validate`; or cancelled before it was scored, or gathered before
+        if learner.phase not in self.phases or metrics.batches == self._counted:
+            return  # also a call of `validate`; or cancelled before it was scored, or gathered before
         self._counted = metrics.batches
         # Where a run is resumed after the last batch of a phase there is no present one.
         batch = learner.progress.batch - 1 if learner.training else learner.batch_index
-        self._gathered.append((learner.epoch_index, batch, learner.phase, metrics.peek()))
+        row = {"epoch": learner.epoch_index, "batch": batch, "phase": learner.phase, **self.more(learner)}
+        self._gathered.append((row, metrics.peek()))
         if len(self._gathered) >= self.every:
             self._flush(learner)
 
     def _flush(self, learner: Learner) -> None:
         gathered, self._gathered = self._gathered, []
         if gathered:
-            peeked = on_host([sums for *_, sums in gathered])
-            rows = []
-            for (epoch, batch, phase, _), sums in zip(gathered, peeked, strict=True):
-                rows.append({"epoch": epoch, "batch": batch, "phase": phase, **learner.metrics.read(sums)})
-            self.keep(rows)
+            self.keep([row | learner.metrics.read(sums) for row, sums in on_host(gathered)])
 
     def is_past(self, learner: Learner, epoch: int, batch: int, phase: str) -> bool:
         """Whether a resumed run will not come to this row again."""
@@ -117,6 +120,10 @@ class StatisticsRecorder(Rows):
         """One column: the numbers of a metric in training or in validation."""
         one_of("phase", phase, ("train", "validation"))
         return [row[name] for row in self.records if row["phase"] == phase]
+
+    def more(self, learner: Learner) -> dict[str, Any]:
+        """What else a row has; tensors in it are read with the metrics."""
+        return {}
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
         self.records += rows

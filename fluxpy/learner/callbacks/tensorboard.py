@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from ... import leaves
-from ..core import Leaf, gradients_in_order, hyperparameters, members, parameter_paths, parameters, updates_of
-from ..events import Callback
+from ..core import Leaf, gradients_in_order, hyperparameters, members, parameters, rates, updates_of
 from ..learner import Learner
-from .statistics import on_host
+from .statistics import Rows
 
 
-class TensorBoardLogger(Callback):
+class TensorBoardLogger(Rows):
     """Writes what TensorBoard shows, under `path/<time stamp>/train` and `/validation`; the same tags in both, so that
     training and validation share a chart.
 
@@ -32,6 +31,8 @@ class TensorBoardLogger(Callback):
     directory of its own; a resumed one goes on in that where it was.
     """
 
+    phases = ("train",)
+
     def __init__(
         self,
         path: str | os.PathLike[str] = "run/tensorboard/stats",
@@ -43,64 +44,60 @@ class TensorBoardLogger(Callback):
         depth: int = 1,
         every: int = 50,
     ) -> None:
+        super().__init__("batch", every)
         self.path, self.config, self.hyperparameters = Path(path), config, dict(hyperparameters or {})
-        self.norms, self.histograms, self.depth, self.every = norms, histograms, depth, every
+        self.norms, self.histograms, self.depth = norms, histograms, depth
         self.directory: Path | None = None  # that of the present run
         self._resumed = False
-        self._learner: Learner | None = None  # while it fits
         self._writers: dict[str, Any] = {}
         self._purge: dict[str, int] = {}  # from where on what is in the files already is not shown
         self._session_end: Any = None  # the record that the run ended
-        self._gathered: list[tuple[int, float, Any]] = []  # step, time and numbers of each batch
-        self._counted = 0  # how many batches the metrics had counted at the last of them
         self._subtrees: dict[str, list[int]] = {}  # the places of their parameters
         self._before: list[Tensor] = []  # the weights before an update whose norm is wanted
         self._norms: dict[str, Tensor] = {}
         self._rates = Rates(depth)
 
     def on_fit_start(self, learner: Learner) -> None:
+        super().on_fit_start(learner)
         if not (self._resumed and self.directory):
             stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
             names = (stamp, *(f"{stamp}-{n}" for n in range(2, 1000)))  # fits may begin in the same second
             self.directory = next(self.path / name for name in names if not (self.path / name).exists())
-        self._learner, self._gathered, self._before, self._norms = learner, [], [], {}
         self._rates, self._purge = Rates(self.depth), {}
         self._subtrees = defaultdict(list)
-        for place, path in enumerate(parameter_paths(learner.state)):
+        for place, (path, _) in enumerate(leaves(learner.state)):
             self._subtrees[_subtree(path, self.depth)].append(place)
         if self._resumed:  # what the old run wrote after it was saved is not shown
             self._purge = {"train": learner.progress.step, "validation": learner.progress.epoch}
         else:
             self._describe(learner, self._writer("train"))
 
-    def on_training_start(self, learner: Learner) -> None:
-        self._counted = learner.metrics.batches  # not 0 where a run is resumed
-
     def on_update_start(self, learner: Learner) -> None:
+        self._before, self._norms = [], {}
         if self.norms and learner.step_index % self.norms == 0:
             grads = gradients_in_order(learner.state, learner.model, learner.step.grads)
             self._before = [x.detach().clone() for x in parameters(learner.state, learner.model)]
             for name, places in self._subtrees.items():
                 self._norms[f"gradient_norm/{name}"] = _norm([grads[i] for i in places])
 
-    def on_batch_end(self, learner: Learner) -> None:
-        if not learner.training or learner.metrics.batches == self._counted:
-            return  # cancelled before it was scored
-        self._counted = learner.metrics.batches
-        norms, self._norms = self._norms, {}
-        if self._before:
-            now, old = parameters(learner.state, learner.model), self._before
-            for name, places in self._subtrees.items():
-                moved = _norm([now[i].detach() - old[i] for i in places])
-                norms[f"update_ratio/{name}"] = moved / _norm([old[i] for i in places])
-            self._before = []
-        row = learner.step.loss.detach(), learner.metrics.peek(), norms | self._rates.changed(learner.state)
-        self._gathered.append((learner.step_index, time.time(), row))
-        if len(self._gathered) >= self.every:
-            self._flush()
+    def more(self, learner: Learner) -> dict[str, Any]:
+        now, old = parameters(learner.state, learner.model), self._before
+        for name, places in self._subtrees.items() if old else ():
+            moved = _norm([now[i].detach() - old[i] for i in places])
+            self._norms[f"update_ratio/{name}"] = moved / _norm([old[i] for i in places])
+        tags = {"batch/loss": learner.step.loss.detach(), **self._norms, **self._rates.changed(learner.state)}
+        return {"tensorboard": (learner.step_index, time.time(), tags)}
+
+    def keep(self, rows: list[dict[str, Any]]) -> None:
+        assert self._learner is not None
+        names = self._learner.metrics.names
+        for row in rows:
+            step, moment, tags = row["tensorboard"]
+            for tag, number in ({f"batch/{name}": row[name] for name in names} | tags).items():
+                self._writer("train").add_scalar(tag, float(number), step, moment)
 
     def on_training_end(self, learner: Learner) -> None:
-        self._flush()
+        super().on_training_end(learner)
         if learner.progress.phase == "validation" and learner.error is None:  # not one that was cut and will go on
             self._epoch("train", learner)
             if self.histograms and learner.epoch_index % self.histograms == 0:
@@ -111,34 +108,24 @@ class TensorBoardLogger(Callback):
             self._epoch("validation", learner)
 
     def on_fit_end(self, learner: Learner) -> None:
-        if self._learner is not None:
-            if learner.error is None and self._session_end is not None and not self._resumed:
-                self._writers["train"].file_writer.add_summary(self._session_end)
-            for writer in self._writers.values():
-                writer.close()
-        self._learner, self._writers, self._resumed = None, {}, False
+        super().on_fit_end(learner)
+        if self._writers and learner.error is None and self._session_end is not None and not self._resumed:
+            self._writer("train").file_writer.add_summary(self._session_end)
+        for writer in self._writers.values():
+            writer.close()
+        self._writers, self._resumed = {}, False
 
     def state_dict(self) -> dict[str, Any]:
-        self._flush()
+        super().state_dict()
         return {"directory": None if self.directory is None else str(self.directory)}
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
         self.directory = None if d["directory"] is None else Path(d["directory"])
         self._resumed = self.directory is not None
 
-    def _flush(self) -> None:
-        gathered, self._gathered = self._gathered, []
-        if self._learner is None:
-            return
-        rows = on_host([row for _, _, row in gathered])
-        for (step, moment, _), (loss, sums, extras) in zip(gathered, rows, strict=True):
-            numbers = {f"batch/{name}": v for name, v in self._learner.metrics.read(sums).items()}
-            for tag, number in (numbers | {"batch/loss": loss} | extras).items():
-                self._writer("train").add_scalar(tag, float(number), step, moment)
-
     def _histograms(self, learner: Learner) -> None:
         weights = parameters(learner.state, learner.model)
-        for path, x in zip(parameter_paths(learner.state), weights, strict=True):
+        for (path, _), x in zip(leaves(learner.state), weights, strict=True):
             finite = x.detach()[x.isfinite()]
             if finite.numel() and not x.is_complex():
                 self._writer("train").add_histogram(f"weights/{path}", finite, learner.epoch_index)
@@ -191,8 +178,7 @@ class Rates:
         """Those that are not what they were, by tag."""
         found = dict(leaves(state))
         now = [(leaf.rule, leaf.frozen) for leaf in found.values()]
-        pairs = list(zip(now, self.known, strict=False))
-        if len(now) != len(self.known) or any(a is not b or f != g for (a, f), (b, g) in pairs):
+        if now != self.known:
             self.known, self.named = now, self._named(found)
         changed: dict[str, float] = {}
         for name, rate, leaf in self.named:
@@ -207,17 +193,14 @@ class Rates:
     def _named(self, found: dict[str, Leaf]) -> list[tuple[str, Any, Leaf]]:
         groups: dict[str, list[tuple[str, Any, Leaf]]] = defaultdict(list)
         for path, leaf in found.items():
-            if leaf.rule is not None and not leaf.frozen:
-                rates = [own["lr"] for own in map(hyperparameters, members(leaf.rule)) if "lr" in own]
-                if rates:
-                    groups[_subtree(path, self.depth)].append((path, rates[-1], leaf))
+            own = [] if leaf.frozen else rates(leaf)
+            if own:
+                groups[_subtree(path, self.depth)].append((path, own[-1], leaf))
         named: list[tuple[str, Any, Leaf]] = []
         for name, group in groups.items():
             _, first, leaf = group[0]
-            if all(rate is first or rate == first for _, rate, _ in group):
-                named.append((name, first, leaf))
-            else:
-                named += group
+            alike = all(rate == first for _, rate, _ in group)
+            named += [(name, first, leaf)] if alike else group
         return named
 
 
