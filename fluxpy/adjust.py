@@ -7,7 +7,8 @@ from torch import Tensor
 from . import schedules
 from .leaf import context_of, record_of, replace_leaf
 from .rule import Rule, field_of, hyperparameters, no_hyperparameter, replace, walk
-from .state import AnyState, each_leaf
+from .state import AnyState, State, each_leaf
+from .tree import values_of
 
 
 class scale:
@@ -133,7 +134,14 @@ def thaw(state: AnyState, *, count: int | None = None) -> AnyState:
 
 
 def reset(state: AnyState) -> AnyState:
-    """Empty momenta and counts under this view; rules and frozenness stay. Schedules start over."""
-    for _, leaf in each_leaf(state, "reset"):
+    """Empty momenta and counts under this view; rules and frozenness stay. Schedules start over.
+
+    An accumulation window goes on, in step with the leaves that are not reset; where all are, a new one begins.
+    """
+    found = each_leaf(state, "reset")
+    whole = isinstance(state, State) and len(found) == len(values_of(state))
+    for _, leaf in found:
         replace_leaf(leaf, state=None, count=0)
+        if whole:
+            replace_leaf(leaf, pending=None)
     return state

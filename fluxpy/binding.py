@@ -59,6 +59,26 @@ class Binding:
         return len(held) == len(self.held) and all(map(is_, held, self.held)) and keys == self.keys
 
 
+class Bindings(dict[int, Binding]):
+    """The models that views of one tree were used with, by the identity of the view's spec; the latest few."""
+
+    MOST = 16
+
+    def add(self, key: int, spec: TreeSpec, model: Any) -> Binding:
+        """Bind a model. When a module dies all are forgotten: parts of it, and tensors, may be among the others."""
+        if len(self) >= self.MOST:
+            self.clear()
+        kept = weakref.ref(self)  # a binding that held its holder would die by the garbage collector alone
+
+        def forget() -> None:
+            bindings = kept()
+            if bindings is not None:
+                bindings.clear()
+
+        binding = self[key] = Binding(spec, model, forget)
+        return binding
+
+
 def _reference(model: Any, forget: Callable[[], None] | None) -> Callable[[], Any]:
     if isinstance(model, nn.Module):
         return weakref.ref(model, None if forget is None else lambda _: forget())

@@ -68,14 +68,13 @@ class Context:
 
     `structure` counts the changes of anything but hyperparameters (frozen flags, states, what steps together), and
     `hyper` those of hyperparameters: a plan is valid while both are what they were. `updates` counts the updates asked
-    for. `bindings` are the models that views of the tree were used with, by the identity of the view's spec.
+    for.
     """
 
     def __init__(self, compile: bool = False) -> None:
         self.compile = compile
         self.structure = self.hyper = self.updates = 0
         self.flag = FiniteFlag()
-        self.bindings: dict[int, Any] = {}
         self.reference_only: set[Any] = set()  # rules that only the reference path can run
         self.uncompiled: set[Any] = set()  # rules that cannot be compiled
         self.not_shared: set[Any] = set()  # rules whose kernel cannot take a number for each leaf
@@ -87,10 +86,6 @@ class Context:
         other.updates, other.flag = self.updates, self.flag.copy()
         other.reference_only, other.uncompiled = set(self.reference_only), set(self.uncompiled)
         other.not_shared = set(self.not_shared)
-        return other
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Context":
-        other = memo[id(self)] = self.fork()
         return other
 
     def __reduce__(self) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .binding import Bindings
 from .context import Context
 from .pytree import Skeleton, apart, partition, register
 from .rule import Rule, at, replace, tensors_of, walk
@@ -85,7 +86,7 @@ class Leaf:
     after a thaw or a reset.
     """
 
-    __slots__ = ("_context", "_pending", "_record")
+    __slots__ = ("_bindings", "_context", "_pending", "_record")
 
     rule: Rule | Any = _read_only("rule", "The hyperparameters.", "fluxpy.adjust(leaf, lr=...)")
     state: Any = _read_only("state", "The rule's momenta.", "fluxpy.reset(leaf), or load a saved state")
@@ -93,8 +94,10 @@ class Leaf:
     shape: torch.Size = _read_only("shape", "The parameter's shape.", "fluxpy.setup(rule, model) for another model")
     dtype: torch.dtype = _read_only("dtype", "The parameter's dtype.", "fluxpy.setup(rule, model) for another model")
 
-    def __init__(self, record: Record, context: Context) -> None:
+    def __init__(self, record: Record, context: Context, bindings: Bindings | None = None) -> None:
         self._record, self._context = record, context
+        # The models that views of the tree were used with. Not in the context, which their plans hold.
+        self._bindings = Bindings() if bindings is None else bindings
         self._pending: Any = None  # (children, metadata) while a transform such as vmap has placeholders for tensors
 
     def _refuse_count(self, value: Any) -> NoReturn:
@@ -112,8 +115,8 @@ class Leaf:
             memo.setdefault(id(memo), []).append(record.numbers)  # alive, so that its id stays its own
         tensors = None if record.tensors is None else [_own(t) for t in record.tensors]
         if id(context) not in memo:
-            memo[id(context)] = context.fork()
-        other = memo[id(self)] = Leaf(record.copy(numbers, tensors), memo[id(context)])
+            memo[id(context)] = context.fork(), Bindings()
+        other = memo[id(self)] = Leaf(record.copy(numbers, tensors), *memo[id(context)])
         return other
 
     def __getstate__(self) -> Any:
@@ -134,7 +137,7 @@ class Leaf:
         rule, frozen, shape, dtype, numbers, pending, tensors, context = held
         self._record = Record(rule, frozen, shape, dtype)
         self._record.numbers, self._record.pending, self._record.tensors = numbers, pending, tensors
-        self._context, self._pending = context, None
+        self._context, self._bindings, self._pending = context, Bindings(), None
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.shape)) or "0-dim"
@@ -151,9 +154,14 @@ def context_of(leaf: Leaf) -> Context:
     return leaf._context
 
 
-def adopt(leaf: Leaf, context: Context) -> None:
+def bindings_of(leaf: Leaf) -> Bindings:
+    """The models that views of its tree were used with, by the identity of the view's spec."""
+    return leaf._bindings
+
+
+def adopt(leaf: Leaf, context: Context, bindings: Bindings) -> None:
     """Make a leaf one of another tree."""
-    leaf._context = context
+    leaf._context, leaf._bindings = context, bindings
 
 
 KEEP: Any = object()

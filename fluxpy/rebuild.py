@@ -15,41 +15,53 @@ def rebuild(model: Any, values: Mapping[int, Tensor]) -> Any:
     Modules are new, with cloned buffers; everything else that is no parameter is shared. A compiled or data-parallel
     wrapper is left out of the copy.
     """
-    _, old = walk(model)
-    memo: dict[int, Any] = {id(old[i]): _like(value, old[i]) for i, value in values.items()}
-    modules: list[nn.Module] = []
-
-    def copy(x: Any) -> Any:
-        x = unwrap(x)
-        if id(x) in memo:
-            return memo[id(x)]
-        if isinstance(x, nn.Module):
-            new = memo[id(x)] = x.__new__(type(x))
-            modules.append(new)
-            hooks = {k: h.copy() for k, h in x.__dict__.items() if isinstance(h, dict | set) and k.startswith("_")}
-            new.__dict__.update(x.__dict__ | hooks)
-            new._buffers = {k: b if b is None else memo.setdefault(id(b), b.clone()) for k, b in x._buffers.items()}
-            new._parameters, new._modules = ({}, {})
-            for kept, held in ((new._parameters, x._parameters), (new._modules, x._modules)):
-                for key, value in held.items():
-                    kept[key] = copy(value)
-            return new
-        here = level(x)
-        return x if here is None else here.make(list(map(copy, here.children)))
-
-    def swap(x: Any) -> Any:
-        """Parameters and modules that stand a second time in plain attributes (as in nn.LSTM) follow."""
-        if isinstance(x, list | tuple) and type(x) in (list, tuple):
-            return type(x)(map(swap, x))
-        if type(x) is dict:
-            return {key: swap(value) for key, value in x.items()}
-        return memo.get(id(x), x) if isinstance(x, Tensor | nn.Module) else x
-
-    new = copy(model)
-    for module in modules:
-        registered = ("_parameters", "_buffers", "_modules")
-        module.__dict__.update({k: swap(v) for k, v in module.__dict__.items() if k not in registered})
+    old = walk(model)[1]
+    copies = _Copies({id(old[i]): _like(value, old[i]) for i, value in values.items()})
+    new = copies.of(model)
+    copies.finish()
     return new
+
+
+class _Copies:
+    """New for old, by the identity of the old. (Not functions that call themselves: what those hold dies by the garbage
+    collector alone.)"""
+
+    def __init__(self, known: dict[int, Any]) -> None:
+        self.known = known
+        self.modules: list[nn.Module] = []
+
+    def of(self, x: Any) -> Any:
+        x = unwrap(x)
+        if id(x) in self.known:
+            return self.known[id(x)]
+        if isinstance(x, nn.Module):
+            return self.of_module(x)
+        inside = level(x)
+        return x if inside is None else inside.make([self.of(child) for child in inside.children])
+
+    def of_module(self, x: nn.Module) -> nn.Module:
+        new = self.known[id(x)] = x.__new__(type(x))
+        self.modules.append(new)
+        hooks = {k: h.copy() for k, h in x.__dict__.items() if isinstance(h, dict | set) and k.startswith("_")}
+        new.__dict__.update(x.__dict__ | hooks)
+        buffers = {k: b if b is None else self.known.setdefault(id(b), b.clone()) for k, b in x._buffers.items()}
+        parameters, modules = ({k: self.of(v) for k, v in held.items()} for held in (x._parameters, x._modules))
+        new.__dict__.update(_buffers=buffers, _parameters=parameters, _modules=modules)
+        return new
+
+    def finish(self) -> None:
+        """Let parameters and modules that occur a second time in plain attributes (as in nn.LSTM) follow."""
+        registered = ("_parameters", "_buffers", "_modules")
+        for module in self.modules:
+            plain = {k: self.swapped(v) for k, v in module.__dict__.items() if k not in registered}
+            module.__dict__.update(plain)
+
+    def swapped(self, x: Any) -> Any:
+        if type(x) in (list, tuple):
+            return type(x)([self.swapped(value) for value in x])
+        if type(x) is dict:
+            return {key: self.swapped(value) for key, value in x.items()}
+        return self.known.get(id(x), x) if isinstance(x, Tensor | nn.Module) else x
 
 
 def _like(new: Tensor, old: Tensor) -> Tensor:

@@ -255,7 +255,7 @@ def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool 
 
 def is_packable(rule: Rule) -> bool:
     """Whether the engine may run a rule on many real tensors packed into one."""
-    return rule.elementwise or (rule.delegates and all(map(is_packable, rule.inner)))
+    return (rule.elementwise or rule.delegates) and all(map(is_packable, rule.inner))
 
 
 def map_inner(rule: Rule, f: Callable[[Rule], Rule]) -> Rule:

@@ -7,15 +7,14 @@ given. None of them needs the model.
 import copy
 import fnmatch
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .binding import Binding
+from .binding import Binding, Bindings
 from .context import Context
-from .leaf import Leaf, Numbers, Record, adopt, context_of, record_of
+from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, record_of
 from .rule import Rule, at, hyperparameters, no_hyperparameter, title_key
 from .rule import walk as walk_rules
 from .text import near
@@ -34,10 +33,13 @@ class State(Mirror):
     def _rebuilt(cls, spec: TreeSpec, values: list[Any]) -> "State":
         leaves = [value for value in values if isinstance(value, Leaf)]
         if leaves:
-            context = context_of(leaves[0]).fork()
+            context, bindings = context_of(leaves[0]).fork(), Bindings()
             for leaf in leaves:
-                adopt(leaf, context)
+                adopt(leaf, context, bindings)
         return cls(spec, values)
+
+    def __reduce__(self) -> Any:
+        return State._rebuilt, rooted(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "State":
         spec, leaves = rooted(self)
@@ -70,31 +72,27 @@ def tree_context(state: State | Leaf) -> Context:
     return context_of(leaves[0]) if leaves else Context()
 
 
-_MOST_BINDINGS = 16  # kept for one tree; views that were made for one use push each other out
+def tree_bindings(state: State | Leaf) -> Bindings:
+    """The models that views of the tree were used with, by the identity of the view's spec."""
+    if isinstance(state, Leaf):
+        return bindings_of(state)
+    leaves = values_of(state)
+    return bindings_of(leaves[0]) if leaves else Bindings()
 
 
 def bind(state: State | Leaf, model: Any) -> Binding:
     """The model's parameters as they fit the state; of the same model as last time, at next to no cost."""
-    spec, bindings = shape_of(state), tree_context(state).bindings
+    spec, bindings = shape_of(state), tree_bindings(state)
     alone = record_of(state) if isinstance(state, Leaf) else None
     key = id(alone or spec)
     binding = bindings.get(key)
     if binding is not None and binding.spec is spec and binding.matches(model):
         if alone is None or binding.records[0] is alone:
             return binding
-    if len(bindings) >= _MOST_BINDINGS:
-        bindings.clear()
-    context = weakref.ref(tree_context(state))
-    binding = bindings[key] = Binding(spec, model, lambda: _forget(context, key))
+    binding = bindings.add(key, spec, model)
     held = leaf_list(state)
     binding.records = [record_of(held[index]) for index in binding.indices]
     return binding
-
-
-def _forget(context: "weakref.ref[Context]", key: int) -> None:
-    held = context()
-    if held is not None:
-        held.bindings.pop(key, None)
 
 
 def setup(
@@ -133,13 +131,13 @@ def setup(
     names = names_by_number(spec)
     rules = _assign(rule, names) if params else {}
     kept = {} if keep is None else {path: leaf for path, leaf in paths_and_leaves(keep, "setup(..., keep=)")}
-    context = Context(compile)
+    context, bindings = Context(compile), Bindings()
     numbers: dict[int, Numbers] = {}
     leaves = []
     for index, x in enumerate(params):
         before = _kept(kept, names[index], x) if rules[index] is not None else None
         record = _new(rules[index], x) if before is None else _copy(before, x, numbers)
-        leaves.append(Leaf(record, context))
+        leaves.append(Leaf(record, context, bindings))
     _begin(leaves, params, names)
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
 

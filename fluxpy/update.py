@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .binding import Binding
+from .binding import Binding, Bindings
 from .context import Context, SkipUpdate
 from .engine.plan import Plan
 from .engine.reference import ReferenceUnit
@@ -87,21 +87,30 @@ def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
         grads = _apart_from_parameters(binding, grads)
         route = plan.find(grads) or plan.make(grads)
     route.enter()
+    units = list(route.units)
     try:
-        run_to_results(route.units, grads, context)
-    except FallBack as fallback:
-        plan.forget_begun()
-        if fallback.reason is not None:
-            context.reference_only.add(fallback.reason)
-        _reference_step(binding, context, grads)
-        return
+        units = _run(plan, units, grads, context)
     except BaseException:
         plan.forget_begun()
         raise
     plan.begun = []
     plan.sit_out()
-    for unit in route.units:
+    for unit in units:
         unit.commit()
+
+
+def _run(plan: Plan, units: list[Unit], grads: list[Any], context: Context) -> list[Unit]:
+    """Take units to their results; the leaves of a unit that cannot take its inputs go one by one."""
+    while True:
+        try:
+            run_to_results(units, grads, context)
+            return units
+        except FallBack as fallback:
+            context.structure += 1
+            if fallback.reason is not None:
+                context.reference_only.add(fallback.reason)
+            alone = [ReferenceUnit(*member, context) for member in fallback.unit.cohort.members]
+            units = [unit for unit in units if unit is not fallback.unit] + alone
 
 
 def _step_in_inference_mode(binding: Binding, context: Context, grads: list[Any]) -> None:
@@ -188,7 +197,8 @@ class _Pure:
 
 def _tree(state: Any, binding: Binding, records: list[Record], context: Context) -> Any:
     """A state in the shape of another, with these records for the leaves under it."""
-    leaves = [Leaf(record, context) for record in records]
+    bindings = Bindings()
+    leaves = [Leaf(record, context, bindings) for record in records]
     if isinstance(state, Leaf):
         return leaves[0]
     order = {index: i for i, index in enumerate(binding.indices)}

@@ -52,7 +52,7 @@ from fluxpy import (
 from fluxpy.engine import kernels, layout
 from fluxpy.engine.packed import EagerUnit
 from fluxpy.engine.reference import ReferenceUnit
-from fluxpy.state import tree_context
+from fluxpy.state import tree_bindings
 
 SHAPES = [(4, 3), (7,), (), (2, 1, 3), (0,), (1,), (5, 2)]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
@@ -171,7 +171,7 @@ WANTED |= dict.fromkeys(("AccumGrad", "clip all, gather, Adam", "gather, AdamW")
 def paths_of(state):
     """The engine's paths that the leaves took last."""
     found = set()
-    for binding in tree_context(state).bindings.values():
+    for binding in tree_bindings(state).values():
         for unit in binding.plan.route.units if binding.plan and binding.plan.route else ():
             if isinstance(unit, EagerUnit) and unit.stack:
                 found.add("Stack")
@@ -488,7 +488,7 @@ def test_one_leaf_or_many_views_leave_nothing_behind():
     state = setup(Adam(), model)
     for _ in range(40):
         update(state.weight, model.weight, torch.ones_like(model.weight))
-    assert state.weight.state.t == 40 and len(tree_context(state).bindings) < 20
+    assert state.weight.state.t == 40 and len(tree_bindings(state)) < 20
 
 
 @every_route
@@ -841,7 +841,7 @@ def test_a_master_copy_is_compiled_in_its_own_precision():
 SCRIPT = """
     import resource, optree, torch, fluxpy
     from fluxpy import *
-    from fluxpy.state import tree_context
+    from fluxpy.state import tree_bindings
     torch.set_num_threads(1)
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -858,7 +858,7 @@ SCRIPT = """
         before = peak()
         for _ in range(2):
             update(state, model, grads)
-        plans = [binding.plan for binding in tree_context(state).bindings.values()]
+        plans = [binding.plan for binding in tree_bindings(state).values()]
         units = {{type(unit).__name__.removesuffix("Unit") for plan in plans for unit in plan.route.units}}
         return (peak() - before) / sum(x.nbytes for x in model), units
     run(0)

@@ -129,7 +129,8 @@ def test_a_bad_number_in_a_pure_update_is_the_results_affair(rule, monkeypatch):
     run.step(2).equals(twin.step(2))
     with pytest.raises(FloatingPointError, match="'b' is not finite"):
         fluxpy.check_finite(state)
-    assert_alike(image(state, model), Run(rule).step(2).image())
+    for x, y in zip(trainables(model), trainables(Run(rule).step(2).model), strict=True):
+        assert torch.equal(x, y)
 
 
 @every_clipped

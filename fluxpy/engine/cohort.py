@@ -1,7 +1,7 @@
 """Cohort: leaves that step together, and how they are laid out in memory."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,9 @@ class Cohort:
     `momenta` has a row for each tensor of the state, and a column for each leaf.
     """
 
-    def __init__(self, members: Sequence[Member], context: Context) -> None:
+    def __init__(self, members: Sequence[Member], context: Context, static_key: Any) -> None:
         self.members, self.context = list(members), context
+        self.static_key = static_key  # what its leaves have in common but the numbers in their states
         self.records = [member.record for member in members]
         self.params = [member.x for member in members]
         self.places = [member.place for member in members]
@@ -46,7 +47,6 @@ class Cohort:
         self.numbers: Numbers = self.records[0].numbers.copy()
         columns = [record.tensors or [] for record in self.records]
         self.momenta = [list(row) for row in zip(*columns, strict=True)]
-        self.kind = ""  # how they are stepped
         self.odd: list[int] = []  # the gradients whose strides are not those of their parameters
         self._share()
 
@@ -97,6 +97,11 @@ class Cohort:
             for record in self.records:
                 record.pending = None
         return True
+
+    def steps_as(self, other: "Cohort") -> bool:
+        """Whether another cohort has the same numbers."""
+        mine, theirs = self.numbers, other.numbers
+        return mine.count == theirs.count and self.skeleton.parts == other.skeleton.parts
 
     def advance(self, skeleton: Skeleton, moved: bool) -> None:
         """Count a step, after which the states have the numbers of this skeleton."""

@@ -6,6 +6,7 @@ middle of a cohort, that is split. So models whose parts take turns soon find al
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from operator import attrgetter
 from typing import Any
 
@@ -36,7 +37,7 @@ class Route:
     """The units that one kind of update takes, and what must be as it was for that."""
 
     def __init__(self, plan: "Plan", cohorts: list[Cohort], alone: list[ReferenceUnit], grads: Sequence[Any]) -> None:
-        params = plan.binding.params
+        params = plan.params
         self.cohorts, self.units = cohorts, [*map(plan.unit_of, cohorts), *alone]
         self.present = [i for i, g in enumerate(grads) if g is not None]
         self.absent = [i for i, g in enumerate(grads) if g is None]
@@ -44,6 +45,7 @@ class Route:
         self.signature = Signature([*params, *(grads[i] for i in self.present)])
         self.params = params
         self.odd = [_odd(cohort, grads) for cohort in cohorts]
+        self.alike = _alike_but_for_numbers(cohorts)
         self.addresses = addresses(params)
         self.taken = frozenset(self.addresses)
 
@@ -59,10 +61,22 @@ class Route:
             return False
         return self.taken.isdisjoint(addresses(given))  # a gradient that is a parameter changes while it is read
 
+    def has_twins(self) -> bool:
+        """Whether two cohorts could be one by now. They must be, or what a step rounds would depend on the past."""
+        return any(a.steps_as(b) for a, b in self.alike)
+
     def enter(self) -> None:
         """Prepare the cohorts for gradients like those of this route."""
         for cohort, odd in zip(self.cohorts, self.odd, strict=True):
             cohort.odd = odd
+
+
+def _alike_but_for_numbers(cohorts: list[Cohort]) -> list[tuple[Cohort, Cohort]]:
+    """The pairs of cohorts that would go together if their states had the same numbers."""
+    same: dict[Any, list[Cohort]] = {}
+    for cohort in cohorts:
+        same.setdefault(cohort.static_key, []).append(cohort)
+    return [pair for found in same.values() for pair in combinations(found, 2)]
 
 
 def _odd(cohort: Cohort, grads: Sequence[Any]) -> list[int]:
@@ -75,8 +89,10 @@ class Plan:
     """The cohorts of a model's leaves, and the routes over them."""
 
     def __init__(self, binding: Binding, context: Context) -> None:
-        self.binding, self.context = binding, context
+        self.context = context
+        # Not the binding itself, which holds this plan.
         self.records: list[Record] = binding.records
+        self.params, self.paths = binding.params, binding.paths
         self.cohorts: list[Cohort] = []
         self.units: dict[int, Unit] = {}  # by the identity of the cohort
         self.routes: dict[Any, Route] = {}
@@ -91,7 +107,7 @@ class Plan:
         route, context = self.route, self.context
         if route is None or context.structure != self.structure or context.hyper != self.hyper:
             return None
-        return route if route.takes(grads) else None
+        return route if route.takes(grads) and not route.has_twins() else None
 
     def find(self, grads: Sequence[Any]) -> Route | None:
         """A known route for these gradients, after what changed since the last step was looked at."""
@@ -100,12 +116,14 @@ class Plan:
         if self.context.structure != self.structure:
             self._verify()
         self.route = route = self.routes.get(self._pattern(grads))
-        return route if route is not None and route.takes(grads) else None
+        if route is None or route.has_twins() or not route.takes(grads):
+            return None
+        return route
 
     def make(self, grads: Sequence[Any]) -> Route:
         """The route for these gradients, which were checked to fit the parameters."""
         self.route = None
-        here = addresses(self.binding.params)
+        here = addresses(self.params)
         if here != self.addresses:
             self._renew()
             self.addresses = here
@@ -115,9 +133,10 @@ class Plan:
         for present in (True, False):
             self._split({place for place in live if (grads[place] is not None) == present})
         assigned = {place for cohort in self.cohorts for place in cohort.places}
-        if live - assigned:
-            self._regroup(members, live, grads)
         cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
+        if live - assigned or any(a.steps_as(b) for a, b in _alike_but_for_numbers(cohorts)):
+            self._regroup(members, live, grads)
+            cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
         if len(self.routes) >= _MOST_ROUTES:
             self.routes.clear()
         self.route = self.routes[self._pattern(grads)] = Route(self, cohorts, alone, grads)
@@ -162,9 +181,13 @@ class Plan:
         """Take over what `adjust` did. Where the leaves of a cohort do not go together any more, it is dissolved."""
         self.hyper = self.context.hyper
         for cohort in list(self.cohorts):
-            unit = self.units[id(cohort)]
-            if not unit.adopt_rules():
+            if self.units[id(cohort)].adopt_rules():
+                kind, _, *rest = cohort.static_key
+                cohort.static_key = kind, _rule_key(kind, cohort.rule, self.context), *rest
+            else:
                 self._drop(cohort)
+        for route in self.routes.values():
+            route.alike = _alike_but_for_numbers(route.cohorts)
 
     def _verify(self) -> None:
         """Dissolve the cohorts that somebody took leaves from, or whose leaves have another state."""
@@ -173,7 +196,7 @@ class Plan:
             frozen = cohort.records[0].frozen
             if not cohort.holds() or not (frozen or cohort.take_pending()):
                 self._drop(cohort)
-        pairs = zip(self.records, self.binding.params, self.binding.paths, strict=True)
+        pairs = zip(self.records, self.params, self.paths, strict=True)
         self.waiting = [
             (record, (x, path))
             for record, x, path in pairs
@@ -192,7 +215,7 @@ class Plan:
         members, alone = [], []
         stacks: dict[Any, list[Member]] = {}
         for place, (record, x, path, dx) in enumerate(
-            zip(self.records, self.binding.params, self.binding.paths, grads, strict=True)
+            zip(self.records, self.params, self.paths, grads, strict=True)
         ):
             if record.frozen or record.rule is None or (dx is None and not record.rule.accumulates):
                 continue
@@ -250,17 +273,16 @@ class Plan:
             rule = keys.get((kind, id(record.rule)))
             if rule is None:
                 rule = keys[kind, id(record.rule)] = _rule_key(kind, record.rule, self.context)
-            present = grads[member.place] is not None
-            buckets.setdefault((kind, rule, present, *_tensor_key(kind, record, member.x)), []).append(member)
-        for (kind, *_), found in buckets.items():
-            self._add(found, kind)
+            static = kind, rule, grads[member.place] is not None, *_tensor_key(kind, record, member.x)
+            buckets.setdefault((static, *_numbers_key(record)), []).append(member)
+        for (static, *_), found in buckets.items():
+            self._add(found, static)
 
-    def _add(self, members: list[Member], kind: str) -> None:
-        cohort = Cohort(members, self.context)
+    def _add(self, members: list[Member], static: Any) -> None:
+        cohort, kind = Cohort(members, self.context, static), static[0]
         self.context.structure += 1
         makers = {"compiled": CompiledUnit, "fused": fused.fused_unit, "eager": EagerUnit, "stack": _stack}
         self.units[id(cohort)] = makers[kind](cohort)
-        cohort.kind = kind
         self.cohorts.append(cohort)
         self.structure = self.context.structure
 
@@ -277,15 +299,15 @@ class Plan:
             inside = [member for member in cohort.members if member.place in live]
             if inside and len(inside) < len(cohort.members):
                 self._drop(cohort)
-                self._add(inside, cohort.kind)
-                self._add([member for member in cohort.members if member.place not in live], cohort.kind)
+                self._add(inside, cohort.static_key)
+                self._add([member for member in cohort.members if member.place not in live], cohort.static_key)
 
     def _renew(self) -> None:
         """Lay all cohorts out anew, as the parameters are elsewhere."""
-        params = self.binding.params
+        params = self.params
         for cohort in list(self.cohorts):
             self._drop(cohort)
-            self._add([member._replace(x=params[member.place]) for member in cohort.members], cohort.kind)
+            self._add([member._replace(x=params[member.place]) for member in cohort.members], cohort.static_key)
 
 
 def _stack(cohort: Cohort) -> EagerUnit:
@@ -311,9 +333,14 @@ def _rule_key(kind: str | None, rule: Any, context: Context) -> Any:
 
 
 def _tensor_key(kind: str | None, record: Record, x: Tensor) -> Any:
-    """What leaves must have in common besides their rules: dtypes, the numbers in their states, their count."""
+    """What leaves must have in common besides their rules and numbers."""
     skeleton, shape = record.numbers.skeleton, x.shape if kind == "stack" else None
     assert skeleton is not None
-    numbers = tuple([(type(part), part) for part in skeleton.parts])
-    dtypes = tuple([t.dtype for t in record.tensors or ()])
-    return x.dtype, x.device, skeleton.spec, numbers, dtypes, record.numbers.count, shape
+    return x.dtype, x.device, skeleton.spec, tuple([t.dtype for t in record.tensors or ()]), shape
+
+
+def _numbers_key(record: Record) -> Any:
+    """The numbers that leaves must have in common."""
+    skeleton = record.numbers.skeleton
+    assert skeleton is not None
+    return record.numbers.count, tuple([(type(part), part) for part in skeleton.parts])

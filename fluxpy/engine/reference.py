@@ -65,9 +65,8 @@ class ReferenceUnit:
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(f"{self._who()} must return (state, change), but gave {result!r}")
         state, change = result
-        mask = self.context.flag.mask
         self.moved = change is not None
-        self.value = mask(self.x, self._new_value(change))
+        self.value = self._new_value(change)
         (olds, before), (news, self.skeleton) = partition(self.state), partition(state)
         self.olds = olds if before == self.skeleton and all(map(_alike, olds, news)) else []
         if any(t.device != self.x.device and t.ndim for t in news):
@@ -78,7 +77,7 @@ class ReferenceUnit:
         if self.olds:
             mine = set(map(memory, olds)) if inplace else set()  # a rule may let its buffers change places
             news = [t.clone() if memory(t) in mine and t is not old else t for old, t in zip(olds, news, strict=True)]
-            news = [mask(old, t).to(old.dtype) for old, t in zip(olds, news, strict=True)]
+            news = [t.to(old.dtype) for old, t in zip(olds, news, strict=True)]
         self.news = news
 
     def _new_value(self, change: Any) -> Tensor:
@@ -97,6 +96,10 @@ class ReferenceUnit:
 
     def settle(self, record: Record, inplace: bool) -> None:
         """Give a record the new state. In place, each tensor keeps its memory where its shape allows."""
+        if self.context.flag.bad is not None:  # since another leaf was worked out, perhaps
+            mask = self.context.flag.mask
+            self.value = mask(self.x, self.value)
+            self.news = [mask(old, t) for old, t in zip(self.olds, self.news, strict=True)] if self.olds else self.news
         if inplace and self.olds:
             self.news = [old if old is t else old.copy_(t) for old, t in zip(self.olds, self.news, strict=True)]
         count = self.record.numbers.count + self.moved

@@ -1,9 +1,9 @@
 """One update: units to their totals, then to their results, then written.
 
-A *unit* is what is stepped together: one leaf (`reference.py`), or many (`packed.py`, `fused.py`, `compiled.py`). It has
+A *unit* is what is stepped together: one leaf (`reference.py`), or a cohort (`packed.py`, `fused.py`, `compiled.py`).
 
-    prepare(grads)   a generator: yields a `Request` for each total over the tree that its rule needs, is sent the total,
-                     and works everything out that can fail
+    prepare(grads)   a generator: yields a `Request` for each total over the tree that its rule needs, is sent the
+                     total, and works everything out that can fail
     commit()         writes; cannot fail
 """
 
@@ -18,11 +18,12 @@ from ..rule import Reduce, rule_key
 
 
 class FallBack(Exception):
-    """Raised where a unit cannot take its inputs: the reference path retries the step, and names the leaf where that
-    fails too. `reason` is a key of rules that need not be tried again."""
+    """Raised where a unit cannot take its inputs: its leaves take this step on the reference path, which names the leaf
+    where that fails too. `reason` is a key of rules that need not be tried again."""
 
     def __init__(self, reason: Hashable = None) -> None:
         self.reason = reason
+        self.unit: Any = None  # which one it was
 
 
 class Request(NamedTuple):
@@ -48,23 +49,26 @@ class Unit(Protocol):
 def run_to_results(units: Sequence[Unit], grads: Sequence[Any], context: Context) -> None:
     """Take all units to their results. Where rules ask for totals, all units get there before any goes on, and each
     total is made of its parts in the order of the model, however the leaves are grouped."""
-    waiting: list[tuple[Prepare, Any]] = [(unit.prepare(grads), None) for unit in units]
+    waiting: list[tuple[Unit, Prepare, Any]] = [(unit, unit.prepare(grads), None) for unit in units]
     while waiting:
-        asked: dict[Any, list[tuple[Prepare, Request]]] = {}
-        for run, answer in waiting:
+        asked: dict[Any, list[tuple[Unit, Prepare, Request]]] = {}
+        for unit, run, answer in waiting:
             try:
                 request = run.send(answer)
             except StopIteration:
                 continue
-            asked.setdefault(rule_key(request.reduce.rule), []).append((run, request))
+            except FallBack as fallback:
+                fallback.unit = unit
+                raise
+            asked.setdefault(rule_key(request.reduce.rule), []).append((unit, run, request))
         waiting = []
         for same in asked.values():
-            total = _total([request for _, request in same], context)
-            waiting += [(run, total) for run, _ in same]
+            total = _total([request for _, _, request in same], context)
+            waiting += [(unit, run, total) for unit, run, _ in same]
 
 
 def _total(requests: list[Request], context: Context) -> Tensor:
-    reduce, parts, places, paths = requests[0]
+    reduce, parts, _, paths = requests[0]
     if len(requests) > 1:
         device = parts.device
         parts = torch.cat([request.parts.to(parts) for request in requests])

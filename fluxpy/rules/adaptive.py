@@ -29,8 +29,8 @@ class RMSProp(Rule):
 
     `centered` takes the square of the average gradient `m` from `v`: the variance [Graves 2013].
 
-    Numbers of `torch.optim.RMSprop` without its momentum, except that the variance is at least `v` times the precision
-    of the dtype: where it rounds to zero or below, torch gives steps without bound or NaN.
+    Numbers of `torch.optim.RMSprop` without its momentum, except that the variance is at least `v` times a few
+    roundings of the dtype: where it rounds to zero or below, torch gives steps without bound or NaN.
 
     >>> RMSProp(centered=True).init(torch.zeros(1))
     Spread(v=tensor([0.]), m=tensor([0.]))
@@ -55,8 +55,9 @@ class RMSProp(Rule):
         v = average_square(self.alpha, state.v, dx)
         if self.centered:
             state = Spread(v, average(self.alpha, state.m, dx))
-            # Of two averages as precise as their dtype the difference is no more precise: it may not round to zero.
-            v = torch.maximum(v - state.m * state.m, torch.finfo(v.dtype).eps * v)
+            # The difference of two averages is no more precise than they are: it may not round to zero or below.
+            least = 4 * torch.finfo(v.dtype).eps * v
+            v = torch.maximum(v - state.m * state.m, least)
         else:
             state = Square(v)
         return state, self.lr * dx / (root(v) + eps_for(x, self.eps))
