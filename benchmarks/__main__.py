@@ -23,14 +23,15 @@ import torch
 
 from .harness import Column, Figure, Meter, machine, require_idle, table, worked
 
-TABLES = ("update", "rules", "rates", "loop", "loader", "tree", "frozen", "memory", "peers")
+TABLES = ("update", "rules", "rates", "cliff", "loop", "loader", "tree", "frozen", "memory", "peers")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="fluxpy against torch.optim.")
     parser.add_argument("tables", nargs="*", metavar="table", help=f"some of {', '.join((*TABLES, 'scaling'))}")
-    parser.add_argument("--quick", action="store_true", help="under a minute: small, nothing compiled, fewer columns")
+    parser.add_argument("--quick", action="store_true", help="two minutes: small, nothing compiled, fewer columns")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose names contain this, in any case")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="measure scaling and draw it as a PNG there")
     parser.add_argument("--device", default="cpu", help="where the tensors live (cpu)")
     parser.add_argument("--worker", nargs=2, metavar=("COLUMN", "FILE"), help=argparse.SUPPRESS)
@@ -56,7 +57,8 @@ def measure(name: str, column: str, given: argparse.Namespace) -> Column:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
         command = [sys.executable, "-m", __package__ or "benchmarks", name, "--device", given.device]
-        command += ["--worker", column, str(file), *(["--quick"] if given.quick else [])]
+        command += ["--worker", column, str(file), "--only", given.only]
+        command += ["--quick"] if given.quick else []
         done = subprocess.run(command, env=os.environ | pools, stdout=sys.stderr)
         if done.returncode:
             raise SystemExit(f"the table {name!r} failed in its column {column!r}; see above")
@@ -66,8 +68,9 @@ def measure(name: str, column: str, given: argparse.Namespace) -> Column:
 def work(name: str, given: argparse.Namespace) -> None:
     (column, file), module = given.worker, module_of(name)
     torch.set_num_threads(module.COLUMNS[column][1])
-    found = module.measure(column, Meter(given.quick, given.device))
-    Path(file).write_text(json.dumps({row: asdict(f) for row, f in found.items()}))
+    meter = Meter(given.quick, given.device, given.only)
+    found = module.measure(column, meter)
+    Path(file).write_text(json.dumps({row: asdict(f) for row, f in found.items() if meter.wants(row)}))
 
 
 def main() -> None:
@@ -84,7 +87,8 @@ def main() -> None:
                 require_idle()
             with others(column):
                 columns[column] = measure(name, column, given)
-        print("\n" + table(module.TITLE, module.NOTE, columns), flush=True)
+        if any(columns.values()):
+            print("\n" + table(module.TITLE, module.NOTE, columns), flush=True)
         every += [f for column in columns.values() for f in column.values() if f.target is not None]
         if name == "scaling" and given.plot:
             module.draw(columns, given.plot, machine(given.device))

@@ -72,7 +72,7 @@ class Figure:
         )
         text = f"{value} {unit}".rstrip() + (f" ({low}–{high})" if low != high else "")
         return (
-            text if self.target is None else f"{text}, target {self.target:g}: {'met' if self.met else '**not met**'}"
+            text if self.target is None else f"{text}, target {self.target:.3g}: {'met' if self.met else '**not met**'}"
         )
 
 
@@ -91,21 +91,28 @@ def ratios(ours: list[float], base: list[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Meter:
-    """How long and where to measure."""
+    """How long, where and what to measure."""
 
     quick: bool = False
     device: str = "cpu"
+    only: str = ""
 
-    def compare(self, contenders: Mapping[str, Contender | None]) -> dict[str, list[float]]:
-        """Seconds per step of each contender in each round: A B C, A B C, ... None is left out."""
+    def wants(self, row: str) -> bool:
+        """Whether a row of that name was asked for."""
+        return self.only.lower() in row.lower()
+
+    def compare(self, contenders: Mapping[str, Contender | None], cycle: int = 1) -> dict[str, list[float]]:
+        """Seconds per step of each contender in each round: A B C, A B C, ... None is left out.
+
+        Where steps are not alike but repeat after `cycle` of them, each turn is made of whole cycles."""
         present = {name: c for name, c in contenders.items() if c is not None}
         least, limit = (0.005, 1.5) if self.quick else (0.03, 30.0)  # seconds of a turn, and of all
         times: dict[str, int] = {}
         round_takes = 1e-9
         for name, contender in present.items():
-            contender.run(2)  # warm-up: state is made, kernels are compiled
-            once = contender.run(1)
-            times[name] = max(1, min(1000, int(least / once)))
+            contender.run(2 * cycle)  # warm-up: state is made, kernels are compiled
+            once = contender.run(cycle)
+            times[name] = cycle * max(1, min(1000, int(least / once)) // cycle)
             round_takes += once * times[name]
         found: dict[str, list[float]] = {name: [] for name in present}
         for _ in range(max(3, min(5 if self.quick else 15, int(limit / round_takes)))):

@@ -84,7 +84,8 @@ def measure(column: str, meter: Meter) -> Column:
     context = multiprocessing.get_context("spawn")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)  # what is freed goes back at once, and does not count twice
     for row, (options, target) in ROWS.items():
-        if meter.quick and (options.get("clip") or options.get("compile") or "default" in row):
+        slow = options.get("clip") or options.get("compile") or "default" in row
+        if not meter.wants(row) or (meter.quick and slow):
             continue
         with ProcessPoolExecutor(1, context) as pool:
             value = pool.submit(rise, row, width, threads, meter.device).result()

@@ -1,4 +1,4 @@
-"""Every elementwise rule, and two chains, against the bytes that they must move."""
+"""Every elementwise rule, and some chains, against the bytes that they must move."""
 
 import optree
 import torch
@@ -11,12 +11,16 @@ from .sets import Problem
 
 TITLE = "Elementwise rules"
 NOTE = """One update on the gpt set, two threads: ratios to the bytes that must move (parameters, gradients and each
-array of state read once, parameters and state written once) at the speed of a copy measured in the same rounds."""
+array of state read once, parameters and state written once; where a global norm comes first, gradients are read for it
+too) at the speed of a copy measured in the same rounds."""
 COLUMNS = {"compiled": ("gpt", 2), "without compile": ("gpt", 2)}
 CHAINS = (
+    fluxpy.OptimiserChain(fluxpy.ClipGlobalNorm(), fluxpy.AdamW()),
     fluxpy.OptimiserChain(fluxpy.WeightDecay(), fluxpy.RMSProp()),
     fluxpy.OptimiserChain(fluxpy.SignDecay(), fluxpy.ClipGrad(), fluxpy.Lion()),
 )
+TARGET = 1.3  # of any rule, compiled
+TARGETS = {"AdamW": 1.0, "OptimiserChain(ClipGlobalNorm, AdamW)": 1.0}
 
 
 def elementwise() -> list[fluxpy.Rule]:
@@ -31,19 +35,26 @@ def bytes_of(rule: fluxpy.Rule) -> float:
     x = {"x": torch.ones(64)}
     state, x = fluxpy.update(fluxpy.setup(rule, x), x, {"x": torch.ones(64)})
     arrays = [t for t in optree.tree_leaves(state["x"].state, namespace="fluxpy") if torch.is_tensor(t) and t.ndim]
-    return 3 * 4 + 2 * sum(t.nbytes for t in arrays) / 64
+    members = rule.rules if isinstance(rule, fluxpy.OptimiserChain) else (rule,)
+    norms = sum(isinstance(member, fluxpy.ClipGlobalNorm) for member in members)
+    return 4 * (3 + norms) + 2 * sum(t.nbytes for t in arrays) / 64
+
+
+def title(rule: fluxpy.Rule) -> str:
+    members = rule.rules if isinstance(rule, fluxpy.OptimiserChain) else ()
+    return type(rule).__name__ + (f"({', '.join(type(m).__name__ for m in members)})" if members else "")
 
 
 def measure(column: str, meter: Meter) -> Column:
     problem = Problem("mlp" if meter.quick else "gpt", meter.device)
     compile = column == "compiled"
     found: Column = {}
-    for rule in [*elementwise()[:: 6 if meter.quick else 1], *CHAINS]:
+    for rule in [*elementwise()[:: 6 if meter.quick and not meter.only else 1], *CHAINS]:
+        if not meter.wants(title(rule)):
+            continue
         ours = sides.of_fluxpy(problem, rule, compile=compile, check=False)
         times = meter.compare({"copy": sides.copying(problem), "ours": ours})
         floor = [bytes_of(rule) / 8 * t for t in times["copy"]]
-        name = type(rule).__name__
-        if isinstance(rule, fluxpy.OptimiserChain):
-            name = f"{name}({', '.join(type(r).__name__ for r in rule.rules)})"
-        found[name] = figure(ratios(times["ours"], floor), target=1.3 if compile and not meter.quick else None)
+        target = TARGETS.get(title(rule), TARGET) if compile and not meter.quick else None
+        found[title(rule)] = figure(ratios(times["ours"], floor), target=target)
     return found

@@ -1,7 +1,7 @@
 """Binding: a model bound to the shape of a state, so that from step to step nobody walks the model again."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import is_, methodcaller
 from typing import Any
@@ -19,10 +19,12 @@ class Binding:
 
     ValueError with the place where the model has another shape. `matches` says at next to no cost whether a model is
     still this one, by looking whether each container still holds the same things. A module is not kept alive: when it
-    dies, `forget` is called.
+    dies, `forget` is called. `records` are what the whole tree holds for each number; here, for each parameter.
     """
 
-    def __init__(self, spec: TreeSpec, model: Any, forget: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, spec: TreeSpec, model: Any, records: Sequence[Any] = (), forget: Callable[[], None] | None = None
+    ) -> None:
         if spec.kind in ("slice", "selection"):
             raise ValueError(
                 "a slice or a selection of the state has no matching branch of a model; "
@@ -35,7 +37,7 @@ class Binding:
         self.params: list[Tensor] = [values[j] for j in self.walked.leaves]
         self.indices = list(spec.leaves)  # of each parameter's leaf among the values of the state
         self.paths = tuple(spec.leaves.values())
-        self.records: list[Any] = []  # what the state holds for each parameter
+        self.records = [records[index] for index in self.indices] if records else []
         self.plan: Any = None  # how the engine steps these parameters
         self.model: Callable[[], Any] = _reference(model, forget)
         dicts = [x for x in containers if isinstance(x, dict)]
@@ -64,7 +66,7 @@ class Bindings(dict[int, Binding]):
 
     MOST = 16
 
-    def add(self, key: int, spec: TreeSpec, model: Any) -> Binding:
+    def add(self, key: int, spec: TreeSpec, model: Any, records: Sequence[Any]) -> Binding:
         """Bind a model. When a module dies all are forgotten: parts of it, and tensors, may be among the others."""
         if len(self) >= self.MOST:
             self.clear()
@@ -75,7 +77,7 @@ class Bindings(dict[int, Binding]):
             if bindings is not None:
                 bindings.clear()
 
-        binding = self[key] = Binding(spec, model, forget)
+        binding = self[key] = Binding(spec, model, records, forget)
         return binding
 
 

@@ -89,10 +89,7 @@ def bind(state: State | Leaf, model: Any) -> Binding:
     if binding is not None and binding.spec is spec and binding.matches(model):
         if alone is None or binding.records[0] is alone:
             return binding
-    binding = bindings.add(key, spec, model)
-    held = leaf_list(state)
-    binding.records = [record_of(held[index]) for index in binding.indices]
-    return binding
+    return bindings.add(key, spec, model, [record_of(leaf) for leaf in leaf_list(state)])
 
 
 def setup(

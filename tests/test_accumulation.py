@@ -193,7 +193,7 @@ def test_a_skipped_update_is_none_for_a_frozen_leaf_either(inplace, layout):
             run.state, run.model = update(run.state, run.model, bad, inplace=inplace)
             assert_alike(run.image(), before)
         thaw(run.state), thaw(twin.state)
-        run.step(4).equals(twin.step(4))
+        run.step(4).equals(twin.step(4), room=1e-12)  # a pure update's result is laid out anew
         in_step(run)
 
 

@@ -5,10 +5,12 @@ adjacent in memory have one flat view together. A `Row` is one tensor of each of
 of their momenta); a *chunk* is what is worked on at once: neighbours in a row, or a part of one large tensor.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +52,42 @@ def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     """Where the tensors lie in memory."""
     return [*map(Tensor.data_ptr, tensors)]
+
+
+class Extents:
+    """The memory from the first to the last element of each of some tensors, neighbours merged."""
+
+    def __init__(self, tensors: Sequence[Tensor], starts: Sequence[int]) -> None:
+        spans: list[list[int]] = []
+        pairs = [(start, start + _extent(t)) for t, start in zip(tensors, starts, strict=True) if t.numel()]
+        for start, end in sorted(pairs):
+            if spans and start <= spans[-1][1]:
+                spans[-1][1] = max(end, spans[-1][1])
+            else:
+                spans.append([start, end])
+        self.starts, self.ends = [start for start, _ in spans], [end for _, end in spans]
+        self.as_arrays = np.array(self.starts), np.array([0, *self.ends])
+
+    def meets(self, pointers: list[int]) -> bool:
+        """Whether any of these points into the memory."""
+        if not self.starts:
+            return False
+        if len(pointers) > 32:
+            starts, ends = self.as_arrays
+            found = np.array(pointers)
+            return bool((found < ends[np.searchsorted(starts, found, side="right")]).any())
+        starts, ends = self.starts, self.ends
+        for pointer in pointers:
+            i = bisect_right(starts, pointer) - 1
+            if i >= 0 and pointer < ends[i]:
+                return True
+        return False
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from the first element to the last."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.element_size()
 
 
 def views_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -22,7 +22,7 @@ from . import fused
 from .cohort import Cohort, Member, fits_packed
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
-from .layout import addresses
+from .layout import Extents, addresses
 from .packed import EagerUnit
 from .reference import ReferenceUnit
 from .signature import Signature
@@ -47,7 +47,7 @@ class Route:
         self.odd = [_odd(cohort, grads) for cohort in cohorts]
         self.alike = _alike_but_for_numbers(cohorts)
         self.addresses = addresses(params)
-        self.taken = frozenset(self.addresses)
+        self.memory = Extents(params, self.addresses)
 
     def takes(self, grads: Sequence[Any]) -> bool:
         """Whether parameters and gradients are like those that this route was made for."""
@@ -59,7 +59,8 @@ class Route:
             return False
         if addresses(self.params) != self.addresses:
             return False
-        return self.taken.isdisjoint(addresses(given))  # a gradient that is a parameter changes while it is read
+        # A gradient in the memory of a parameter would change while it is read.
+        return not self.memory.meets(addresses(given))
 
     def has_twins(self) -> bool:
         """Whether two cohorts could be one by now. They must be, or what a step rounds would depend on the past."""
