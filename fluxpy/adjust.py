@@ -7,8 +7,7 @@ from torch import Tensor
 from . import schedules
 from .leaf import context_of, record_of, replace_leaf
 from .rule import Rule, field_of, hyperparameters, no_hyperparameter, replace, walk
-from .state import AnyState, State, each_leaf
-from .tree import values_of
+from .state import AnyState, each_leaf
 
 
 class scale:
@@ -139,7 +138,7 @@ def reset(state: AnyState) -> AnyState:
     An accumulation window goes on, in step with the leaves that are not reset; where all are, a new one begins.
     """
     found = each_leaf(state, "reset")
-    whole = isinstance(state, State) and len(found) == len(values_of(state))
+    whole = bool(found) and len(found) == context_of(found[0][1]).size
     for _, leaf in found:
         replace_leaf(leaf, state=None, count=0)
         if whole:

@@ -68,11 +68,11 @@ class Context:
 
     `structure` counts the changes of anything but hyperparameters (frozen flags, states, what steps together), and
     `hyper` those of hyperparameters: a plan is valid while both are what they were. `updates` counts the updates asked
-    for.
+    for. `size` is the number of leaves.
     """
 
-    def __init__(self, compile: bool = False) -> None:
-        self.compile = compile
+    def __init__(self, compile: bool = False, size: int = 1) -> None:
+        self.compile, self.size = compile, size
         self.structure = self.hyper = self.updates = 0
         self.flag = FiniteFlag()
         self.reference_only: set[Any] = set()  # rules that only the reference path can run
@@ -80,20 +80,20 @@ class Context:
         self.not_shared: set[Any] = set()  # rules whose kernel cannot take a number for each leaf
         self.traceable: dict[Any, bool] = {}  # rules that are arithmetic alone
 
-    def fork(self) -> "Context":
+    def fork(self, size: int | None = None) -> "Context":
         """A context for another tree, with the same options."""
-        other = Context(self.compile)
+        other = Context(self.compile, self.size if size is None else size)
         other.updates, other.flag = self.updates, self.flag.copy()
         other.reference_only, other.uncompiled = set(self.reference_only), set(self.uncompiled)
         other.not_shared = set(self.not_shared)
         return other
 
     def __reduce__(self) -> Any:
-        return _restored, (self.compile, self.updates, self.flag)
+        return _restored, (self.compile, self.size, self.updates, self.flag)
 
 
-def _restored(compile: bool, updates: int, flag: FiniteFlag) -> Context:
-    context = Context(compile)
+def _restored(compile: bool, size: int, updates: int, flag: FiniteFlag) -> Context:
+    context = Context(compile, size)
     context.updates, context.flag = updates, flag
     return context
 

@@ -274,7 +274,7 @@ def _unflatten(shape: _LeafShape, tensors: Any) -> Leaf:
     if len(tensors) > size and record.rule is not None:
         source = iter(tensors[size:])
         record.rule = _map_tensors(record.rule, lambda _: next(source))
-    leaf = Leaf(record, shape.context.fork())
+    leaf = Leaf(record, shape.context.fork(1))
     if not all(isinstance(t, Tensor) for t in tensors):
         leaf._pending = tuple(tensors), shape
     return leaf

@@ -33,7 +33,7 @@ class State(Mirror):
     def _rebuilt(cls, spec: TreeSpec, values: list[Any]) -> "State":
         leaves = [value for value in values if isinstance(value, Leaf)]
         if leaves:
-            context, bindings = context_of(leaves[0]).fork(), Bindings()
+            context, bindings = context_of(leaves[0]).fork(len(values)), Bindings()
             for leaf in leaves:
                 adopt(leaf, context, bindings)
         return cls(spec, values)
@@ -43,7 +43,7 @@ class State(Mirror):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "State":
         spec, leaves = rooted(self)
-        return State(spec, [copy.deepcopy(leaf, memo) for leaf in leaves])
+        return State._rebuilt(spec, [copy.deepcopy(leaf, memo) for leaf in leaves])
 
     def __repr__(self) -> str:
         from .show import show
@@ -128,7 +128,7 @@ def setup(
     names = names_by_number(spec)
     rules = _assign(rule, names) if params else {}
     kept = {} if keep is None else {path: leaf for path, leaf in paths_and_leaves(keep, "setup(..., keep=)")}
-    context, bindings = Context(compile), Bindings()
+    context, bindings = Context(compile, len(params)), Bindings()
     numbers: dict[int, Numbers] = {}
     leaves = []
     for index, x in enumerate(params):

@@ -157,7 +157,7 @@ def _pure(state: Any, binding: Binding, context: Context, model: Any, grads: Any
     found = in_order(binding, grads)
     _check(binding, found, inplace=False)
     with torch.set_grad_enabled(_has_history(binding, found)):
-        fork = context.fork()
+        fork = context.fork(len(binding.params))
         units = _reference_units(binding, fork, found)
         pure: list[Unit] = [_Pure(unit) for unit in units]
         try:

@@ -571,6 +571,9 @@ class Run:
         view = self.view()
         self.say(view.name)
         self.verb("reset", view)
+        if len(view.leaves) == len(self.leaves):  # nothing is left that a window could be in step with
+            for leaf in self.leaves:
+                leaf.window = 0
 
     # --- Copies and files ---
 
