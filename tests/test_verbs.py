@@ -204,10 +204,23 @@ def test_reset_empties_momenta_and_counts():
 
 def test_leaf_is_read_only_and_names_the_verb():
     leaf = setup(Adam(), torch.ones(1))
-    for name, verb in (("rule", "adjust"), ("frozen", "freeze"), ("state", "reset"), ("count", "thaw"), ("shape", "setup")):
+    for name, verb in (
+        ("rule", "adjust"),
+        ("frozen", "freeze"),
+        ("state", "reset"),
+        ("count", "thaw"),
+        ("shape", "setup"),
+    ):
         with pytest.raises(AttributeError, match=verb):
             setattr(leaf, name, None)
-    assert {name for name in dir(leaf) if not name.startswith("_")} == {"rule", "state", "frozen", "count", "shape", "dtype"}
+    assert {name for name in dir(leaf) if not name.startswith("_")} == {
+        "rule",
+        "state",
+        "frozen",
+        "count",
+        "shape",
+        "dtype",
+    }
 
 
 def test_rules_are_data_that_does_not_change():

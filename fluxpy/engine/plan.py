@@ -215,9 +215,7 @@ class Plan:
         """The leaves that step in cohorts, and the units of those that step alone."""
         members, alone = [], []
         stacks: dict[Any, list[Member]] = {}
-        for place, (record, x, path, dx) in enumerate(
-            zip(self.records, self.params, self.paths, grads, strict=True)
-        ):
+        for place, (record, x, path, dx) in enumerate(zip(self.records, self.params, self.paths, grads, strict=True)):
             if record.frozen or record.rule is None or (dx is None and not record.rule.accumulates):
                 continue
             self._begin(record, x, path)
