@@ -70,6 +70,16 @@ class Bindings(dict[int, Binding]):
         """Bind a model. When a module dies all are forgotten: parts of it, and tensors, may be among the others."""
         if len(self) >= self.MOST:
             self.clear()
+        binding = self[key] = Binding(spec, model, records, self._forgetting())
+        return binding
+
+    def renew(self, spec: TreeSpec, model: Any, plan: Any) -> None:
+        """Bind a copy of another binding's model, with a copy of its plan."""
+        key = id(plan.records[0]) if spec.kind == "leaf" else id(spec)
+        other = self[key] = Binding(spec, model, (), self._forgetting())
+        other.records, other.plan = plan.records, plan
+
+    def _forgetting(self) -> Callable[[], None]:
         kept = weakref.ref(self)  # a binding that held its holder would die by the garbage collector alone
 
         def forget() -> None:
@@ -77,8 +87,7 @@ class Bindings(dict[int, Binding]):
             if bindings is not None:
                 bindings.clear()
 
-        binding = self[key] = Binding(spec, model, records, forget)
-        return binding
+        return forget
 
 
 def _reference(model: Any, forget: Callable[[], None] | None) -> Callable[[], Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .engine.layout import views_like
 from .pytree import unwritable
-from .rebuild import rebuild
+from .rebuild import like_parameter, rebuild
 from .tree import walk
 
 
@@ -49,7 +49,8 @@ def destructure(model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             for part, x in zip(flat.split(sizes), values, strict=True)
         ]
         # Parts of a vector without a history would share its memory with the new model.
-        return rebuild(model, {i: p if p.requires_grad else p.clone() for i, p in enumerate(parts)})
+        parts = [p if p.requires_grad else p.clone() for p in parts]
+        return rebuild(model, values, [like_parameter(p, x) for p, x in zip(parts, values, strict=True)])
 
     return flat, back
 

@@ -1,25 +1,23 @@
 """A structural copy of a model, with other tensors in place of its parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from .pytree import is_wrapped, level, unwrap
-from .tree import walk
 
 
-def rebuild(model: Any, values: Mapping[int, Tensor]) -> Any:
-    """A structural copy of a model with other parameters (by the number `walk` gives them).
+def rebuild(model: Any, old: Sequence[Tensor], new: Sequence[Any]) -> Any:
+    """A structural copy of a model with other parameters, `new` for `old`.
 
     Modules are new, with cloned buffers; everything else that is no parameter is shared. A compiled or data-parallel
     wrapper is left out of the copy.
     """
-    old = walk(model)[1]
-    copies = _Copies({id(old[i]): _like(value, old[i]) for i, value in values.items()})
-    new = copies.of(model)
+    copies = _Copies({id(x): value for x, value in zip(old, new, strict=True)})
+    copy = copies.of(model)
     copies.finish()
-    return new
+    return copy
 
 
 class _Copies:
@@ -31,22 +29,20 @@ class _Copies:
         self.modules: list[nn.Module] = []
 
     def of(self, x: Any) -> Any:
+        """One Python frame a level: models may be deep."""
         x = unwrap(x)
         if id(x) in self.known:
             return self.known[id(x)]
-        if isinstance(x, nn.Module):
-            return self.of_module(x)
-        inside = level(x)
-        return x if inside is None else inside.make([self.of(child) for child in inside.children])
-
-    def of_module(self, x: nn.Module) -> nn.Module:
+        if not isinstance(x, nn.Module):
+            inside = level(x)
+            return x if inside is None else inside.make(list(map(self.of, inside.children)))
         new = self.known[id(x)] = x.__new__(type(x))
         self.modules.append(new)
         hooks = {k: h.copy() for k, h in x.__dict__.items() if isinstance(h, dict | set) and k.startswith("_")}
         new.__dict__.update(x.__dict__ | hooks)
-        buffers = {k: b if b is None else self.known.setdefault(id(b), b.clone()) for k, b in x._buffers.items()}
-        parameters, modules = ({k: self.of(v) for k, v in held.items()} for held in (x._parameters, x._modules))
-        new.__dict__.update(_buffers=buffers, _parameters=parameters, _modules=modules)
+        new._buffers = {k: b if b is None else self.known.setdefault(id(b), b.clone()) for k, b in x._buffers.items()}
+        new._parameters = dict(zip(x._parameters, map(self.of, x._parameters.values()), strict=True))
+        new._modules = dict(zip(x._modules, map(self.of, x._modules.values()), strict=True))
         return new
 
     def finish(self) -> None:
@@ -64,7 +60,7 @@ class _Copies:
         return self.known.get(id(x), x) if isinstance(x, Tensor | nn.Module) else x
 
 
-def _like(new: Tensor, old: Tensor) -> Tensor:
+def like_parameter(new: Tensor, old: Tensor) -> Tensor:
     """`new` as a parameter in place of `old`; a tensor with a history stays as it is, to be differentiated through."""
     if new.requires_grad or is_wrapped(new):
         return new

@@ -130,12 +130,15 @@ def setup(
     kept = {} if keep is None else {path: leaf for path, leaf in paths_and_leaves(keep, "setup(..., keep=)")}
     context, bindings = Context(compile, len(params)), Bindings()
     numbers: dict[int, Numbers] = {}
-    leaves = []
+    leaves: list[Leaf] = []
+    new: list[int] = []
     for index, x in enumerate(params):
         before = _kept(kept, names[index], x) if rules[index] is not None else None
         record = _new(rules[index], x) if before is None else _copy(before, x, numbers)
         leaves.append(Leaf(record, context, bindings))
-    _begin(leaves, params, names)
+        if before is None:
+            new.append(index)
+    _begin(leaves, new, params, names)
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
 
 
@@ -169,21 +172,22 @@ def _copy(before: Record, x: Tensor, numbers: dict[int, Numbers]) -> Record:
     return record
 
 
-def _begin(leaves: list[Leaf], params: list[Tensor], names: dict[int, list[str]]) -> None:
-    """Make the states of leaves that train. Where others are in the middle of an accumulation window, the new are too."""
+def _begin(leaves: list[Leaf], new: list[int], params: list[Tensor], names: dict[int, list[str]]) -> None:
+    """Make the states of new leaves that train, in the same place of an accumulation window as those that are kept."""
     records = [record_of(leaf) for leaf in leaves]
     windows = {
         title_key(r.rule): r.pending or r.numbers.skeleton
         for r in records
         if r.rule is not None and r.rule.accumulates and (r.pending or r.numbers.skeleton) is not None
     }
-    for index, (record, x) in enumerate(zip(records, params, strict=True)):
-        if record.rule is None or record.tensors is not None:
+    for index in new:
+        record = records[index]
+        if record.rule is None:
             continue
-        if record.rule.accumulates and record.pending is None:
+        if record.rule.accumulates:
             record.pending = windows.get(title_key(record.rule))
         if not record.frozen:
-            record.begin(x, names[index][0])
+            record.begin(params[index], names[index][0])
 
 
 def _assign(rule: Any, names: dict[int, list[str]]) -> dict[int, Rule | None]:

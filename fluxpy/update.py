@@ -12,15 +12,15 @@ from torch import Tensor
 
 from .binding import Binding, Bindings
 from .context import Context, SkipUpdate
-from .engine.plan import Plan
+from .engine.plan import Plan, Route
 from .engine.reference import ReferenceUnit
 from .engine.step import FallBack, Unit, run_to_results
 from .grads import in_order
 from .leaf import Leaf, Record, miss_update
 from .pytree import is_transforming, is_wrapped, memory, unwritable
-from .rebuild import rebuild
+from .rebuild import like_parameter, rebuild
 from .rule import Rule, tensors_of
-from .state import AnyState, State, bind, tree_context
+from .state import AnyState, State, bind, shape_of, tree_context
 from .text import form
 
 Model = TypeVar("Model")
@@ -78,18 +78,9 @@ def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
 
 
 def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
-    plan = binding.plan
-    if plan is None:
-        plan = binding.plan = Plan(binding, context)
-    route = plan.current(grads) or plan.find(grads)
-    if route is None:
-        _check(binding, grads, inplace=True)
-        grads = _apart_from_parameters(binding, grads)
-        route = plan.find(grads) or plan.make(grads)
-    route.enter()
-    units = list(route.units)
+    plan, route, grads = _route_for(binding, context, grads, inplace=True)
     try:
-        units = _run(plan, units, grads, context)
+        units = _run(plan, route.units, grads, context)
     except BaseException:
         plan.forget_begun()
         raise
@@ -99,7 +90,23 @@ def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
         unit.commit()
 
 
-def _run(plan: Plan, units: list[Unit], grads: list[Any], context: Context) -> list[Unit]:
+def _route_for(
+    binding: Binding, context: Context, grads: list[Any], inplace: bool
+) -> tuple[Plan, Route, list[Any]]:
+    """The plan for a model, its route for these gradients, and the gradients, copied where they are parameters."""
+    plan = binding.plan
+    if plan is None:
+        plan = binding.plan = Plan(binding, context)
+    route = plan.current(grads) or plan.find(grads)
+    if route is None:
+        _check(binding, grads, inplace)
+        grads = _apart_from_parameters(binding, grads)
+        route = plan.find(grads) or plan.make(grads)
+    route.enter()
+    return plan, route, grads
+
+
+def _run(plan: Plan, units: Sequence[Unit], grads: list[Any], context: Context) -> Sequence[Unit]:
     """Take units to their results; the leaves of a unit that cannot take its inputs go one by one."""
     while True:
         try:
@@ -110,7 +117,7 @@ def _run(plan: Plan, units: list[Unit], grads: list[Any], context: Context) -> l
             if fallback.reason is not None:
                 context.reference_only.add(fallback.reason)
             alone = [ReferenceUnit(*member, context) for member in fallback.unit.cohort.members]
-            units = [unit for unit in units if unit is not fallback.unit] + alone
+            units = [*(unit for unit in units if unit is not fallback.unit), *alone]
 
 
 def _step_in_inference_mode(binding: Binding, context: Context, grads: list[Any]) -> None:
@@ -155,8 +162,46 @@ def _sit_out(binding: Binding, records: Sequence[Record]) -> None:
 def _pure(state: Any, binding: Binding, context: Context, model: Any, grads: Any) -> tuple[Any, Any]:
     """The outcome as a new state and a new model, which share no tensor with the old."""
     found = in_order(binding, grads)
+    kept_as_it_is = all(_has_begun(record) for record in binding.records)
+    if not kept_as_it_is or is_transforming() or torch.is_inference_mode_enabled() or _has_history(binding, found):
+        return _pure_by_reference(state, binding, context, model, found)
+    with torch.no_grad():
+        return _pure_by_copy(state, binding, context, model, found)
+
+
+def _has_begun(record: Record) -> bool:
+    """Whether a plan can step a leaf without making a state for it."""
+    return record.frozen or record.rule is None or (record.tensors is not None and record.pending is None)
+
+
+def _pure_by_copy(
+    state: Any, binding: Binding, context: Context, model: Any, grads: list[Any]
+) -> tuple[Any, Any]:
+    """Copy parameters and states, and step the copies in place, by a copy of the plan."""
+    plan, route, grads = _route_for(binding, context, grads, inplace=False)
+    params = [like_parameter(x.detach().clone(), x) for x in binding.params]
+    fork = context.fork(len(params))
+    plan, units = plan.fork(route, params, fork)
+    try:
+        units = _run(plan, units, grads, fork)
+        plan.sit_out()
+        for unit in units:
+            unit.commit()
+    except SkipUpdate:
+        pass
+    fork.updates += 1
+    model = rebuild(model, binding.params, params)
+    state, bindings = _tree(state, binding, plan.records, fork)
+    bindings.renew(shape_of(state), model, plan)
+    return state, model
+
+
+def _pure_by_reference(
+    state: Any, binding: Binding, context: Context, model: Any, found: list[Any]
+) -> tuple[Any, Any]:
+    """Each rule's `apply`, leaf by leaf: one can differentiate through it."""
     _check(binding, found, inplace=False)
-    with torch.set_grad_enabled(_has_history(binding, found)):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and _has_history(binding, found)):
         fork = context.fork(len(binding.params))
         units = _reference_units(binding, fork, found)
         pure: list[Unit] = [_Pure(unit) for unit in units]
@@ -169,9 +214,9 @@ def _pure(state: Any, binding: Binding, context: Context, model: Any, grads: Any
         stepped = {unit.place: unit for unit in units}
         records, new = [], []
         for place, (record, x) in enumerate(zip(binding.records, binding.params, strict=True)):
-            tensors = (
-                record.tensors if place in stepped or record.tensors is None else [t.clone() for t in record.tensors]
-            )
+            tensors = record.tensors
+            if place not in stepped and tensors is not None:
+                tensors = [t.clone() for t in tensors]
             fresh = record.copy(record.numbers.copy(), tensors)
             if place in stepped:
                 stepped[place].settle(fresh, inplace=False)
@@ -179,7 +224,8 @@ def _pure(state: Any, binding: Binding, context: Context, model: Any, grads: Any
             new.append(stepped[place].value if place in stepped else x.clone())
         if not skipped:
             _sit_out(binding, records)
-        return _tree(state, binding, records, fork), rebuild(model, dict(enumerate(new)))
+        new = [like_parameter(value, x) for value, x in zip(new, binding.params, strict=True)]
+        return _tree(state, binding, records, fork)[0], rebuild(model, binding.params, new)
 
 
 class _Pure:
@@ -195,14 +241,14 @@ class _Pure:
         raise AssertionError("the results of a pure update are not written")
 
 
-def _tree(state: Any, binding: Binding, records: list[Record], context: Context) -> Any:
-    """A state in the shape of another, with these records for the leaves under it."""
+def _tree(state: Any, binding: Binding, records: list[Record], context: Context) -> tuple[Any, Bindings]:
+    """A state in the shape of another, with these records for the leaves under it, and its bindings."""
     bindings = Bindings()
     leaves = [Leaf(record, context, bindings) for record in records]
     if isinstance(state, Leaf):
-        return leaves[0]
+        return leaves[0], bindings
     order = {index: i for i, index in enumerate(binding.indices)}
-    return State(binding.spec.renumbered(order), leaves)
+    return State(binding.spec.renumbered(order), leaves), bindings
 
 
 def _has_history(binding: Binding, grads: Sequence[Any]) -> bool:

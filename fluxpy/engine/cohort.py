@@ -10,7 +10,7 @@ from ..context import Context
 from ..leaf import Numbers, Record
 from ..pytree import Skeleton
 from ..rule import Rule
-from .layout import chunks_of, is_dense, pack
+from .layout import adjacent, chunks_of, is_dense, pack, views_like
 
 
 class Member(NamedTuple):
@@ -97,6 +97,20 @@ class Cohort:
             for record in self.records:
                 record.pending = None
         return True
+
+    def copies(self) -> list[Record]:
+        """Copies of the records, with tensors of their own, laid out alike."""
+        rows = []
+        for row in self.momenta:
+            copied: list[Tensor] = []
+            for low, high, _, _ in chunks_of(self.sizes, split=False):
+                flat = adjacent(row[low:high])
+                part = row[low:high]
+                copied += [t.clone() for t in part] if flat is None else views_like(flat.clone(), part)
+            rows.append(copied)
+        columns = zip(*rows, strict=True) if rows else [() for _ in self.records]
+        pairs = zip(self.records, columns, strict=True)
+        return [record.copy(self.numbers, list(tensors)) for record, tensors in pairs]
 
     def steps_as(self, other: "Cohort") -> bool:
         """Whether another cohort has the same numbers."""

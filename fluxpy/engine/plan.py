@@ -144,6 +144,33 @@ class Plan:
         self.structure = self.context.structure
         return self.route
 
+    def fork(self, route: Route, params: list[Tensor], context: Context) -> tuple["Plan", list[Unit]]:
+        """The plan for copies of the parameters, with copies of all states; and the units of the same route over it."""
+        other = Plan.__new__(Plan)
+        other.context, other.params, other.paths = context, params, self.paths
+        assigned: dict[int, Record] = {}
+        other.cohorts, other.units = [], {}
+        for cohort in self.cohorts:
+            copies = cohort.copies()
+            assigned.update(zip(cohort.places, copies, strict=True))
+            pairs = zip(cohort.members, copies, strict=True)
+            members = [Member(copy, params[m.place], m.place, m.path) for m, copy in pairs]
+            other.add(members, cohort.static_key)
+        other.records = [assigned.get(i) or _copy(record) for i, record in enumerate(self.records)]
+        other.routes, other.route, other.begun = {}, None, []
+        other.hyper, other.structure, other.addresses = context.hyper, context.structure, addresses(params)
+        other.waiting = other.find_waiting()
+        where = {cohort.places[0]: cohort for cohort in other.cohorts}
+        cohorts = [where[cohort.places[0]] for cohort in route.cohorts]
+        alone = [
+            ReferenceUnit(other.records[unit.place], params[unit.place], unit.place, unit.path, context)
+            for unit in route.units
+            if isinstance(unit, ReferenceUnit)
+        ]
+        for cohort, odd in zip(cohorts, route.odd, strict=True):
+            cohort.odd = odd
+        return other, [*(other.units[id(cohort)] for cohort in cohorts), *alone]
+
     def unit_of(self, cohort: Cohort) -> Unit:
         return self.units[id(cohort)]
 
@@ -197,8 +224,12 @@ class Plan:
             frozen = cohort.records[0].frozen
             if not cohort.holds() or not (frozen or cohort.take_pending()):
                 self._drop(cohort)
+        self.waiting = self.find_waiting()
+
+    def find_waiting(self) -> list[tuple[Record, tuple[Tensor, str]]]:
+        """The frozen leaves of rules that accumulate."""
         pairs = zip(self.records, self.params, self.paths, strict=True)
-        self.waiting = [
+        return [
             (record, (x, path))
             for record, x, path in pairs
             if record.frozen and record.rule is not None and record.rule.accumulates
@@ -275,9 +306,9 @@ class Plan:
             static = kind, rule, grads[member.place] is not None, *_tensor_key(kind, record, member.x)
             buckets.setdefault((static, *_numbers_key(record)), []).append(member)
         for (static, *_), found in buckets.items():
-            self._add(found, static)
+            self.add(found, static)
 
-    def _add(self, members: list[Member], static: Any) -> None:
+    def add(self, members: list[Member], static: Any) -> None:
         cohort, kind = Cohort(members, self.context, static), static[0]
         self.context.structure += 1
         makers = {"compiled": CompiledUnit, "fused": fused.fused_unit, "eager": EagerUnit, "stack": _stack}
@@ -298,15 +329,20 @@ class Plan:
             inside = [member for member in cohort.members if member.place in live]
             if inside and len(inside) < len(cohort.members):
                 self._drop(cohort)
-                self._add(inside, cohort.static_key)
-                self._add([member for member in cohort.members if member.place not in live], cohort.static_key)
+                self.add(inside, cohort.static_key)
+                self.add([member for member in cohort.members if member.place not in live], cohort.static_key)
 
     def _renew(self) -> None:
         """Lay all cohorts out anew, as the parameters are elsewhere."""
         params = self.params
         for cohort in list(self.cohorts):
             self._drop(cohort)
-            self._add([member._replace(x=params[member.place]) for member in cohort.members], cohort.static_key)
+            self.add([member._replace(x=params[member.place]) for member in cohort.members], cohort.static_key)
+
+
+def _copy(record: Record) -> Record:
+    tensors = None if record.tensors is None else [t.clone() for t in record.tensors]
+    return record.copy(record.numbers.copy(), tensors)
 
 
 def _stack(cohort: Cohort) -> EagerUnit:
