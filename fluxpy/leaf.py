@@ -34,8 +34,8 @@ class Numbers:
 class Record:
     """The contents of a leaf. `tensors` are those of the rule's state, None where there is no state yet.
 
-    `pending` are the numbers that the state goes on with when the leaf is stepped again, of an accumulating rule that
-    missed updates: its leaf was frozen, or had no state.
+    `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
+    accumulating rule, which missed updates meanwhile.
     """
 
     __slots__ = ("dtype", "frozen", "numbers", "pending", "rule", "shape", "tensors")
@@ -54,10 +54,8 @@ class Record:
         return self.numbers.skeleton.combine(self.tensors)
 
     def begin(self, x: Tensor, path: str) -> None:
-        """Make a state for the parameter `x`, or take over the pending numbers of the present one."""
-        skeleton = self.pending
-        if self.tensors is None:
-            self.tensors, skeleton = partition(self.fresh_state(x, path))
+        """Make a state for the parameter `x`."""
+        self.tensors, skeleton = partition(self.fresh_state(x, path))
         self.numbers, self.pending = Numbers(self.numbers.count, skeleton), None
 
     def fresh_state(self, x: Tensor, path: str) -> Any:
@@ -186,6 +184,8 @@ def replace_leaf(
         record.frozen = frozen
     if pending is not KEEP:
         record.pending = pending
+    if frozen is False and record.pending is not None and record.tensors is not None:
+        record.numbers, record.pending = Numbers(record.numbers.count, record.pending), None
     if state is KEEP and count is KEEP:
         return
     numbers = record.numbers.copy()

@@ -171,7 +171,7 @@ def _pure(state: Any, binding: Binding, context: Context, model: Any, grads: Any
 
 def _has_begun(record: Record) -> bool:
     """Whether a plan can step a leaf without making a state for it."""
-    return record.frozen or record.rule is None or (record.tensors is not None and record.pending is None)
+    return record.frozen or record.rule is None or record.tensors is not None
 
 
 def _pure_by_copy(

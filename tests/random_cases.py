@@ -219,7 +219,7 @@ class Masked(Rule):
 
 NUMBERS: dict[str, Callable[[Chance], Any]] = {
     "lr": lambda c: c.log(-3, -0.5),
-    "momentum": lambda c: c.uniform(0, 0.95),
+    "momentum": lambda c: 0.0 if c.happens(0.1) else c.uniform(0, 0.95),
     "betas": lambda c: (c.uniform(0.5, 0.95), c.uniform(0.9, 0.999)),
     "eps": lambda c: c.log(-8, -3),
     "weight_decay": lambda c: c.log(-3, -0.5),
@@ -259,6 +259,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "Tail": ("lr", "decay"),
     "Unit": ("lr", "momentum"),
 }
+USUAL = ["Descent", "Momentum", "Nesterov", "Adam", "AdamW", "AMSGrad", "AdaGrad"]
 OTHERS: dict[str, tuple[str, ...]] = {
     "WeightDecay": ("weight_decay",),
     "SignDecay": ("sign_decay",),
@@ -310,18 +311,22 @@ def random_member(chance: Chance, name: str, policy: str, masks: bool = False) -
 
 
 def random_chain(chance: Chance, policy: str, masks: bool) -> list[Member]:
-    """Mostly what people write (bounds and penalties before one step), and now and then anything in any order."""
+    """What people write (bounds and penalties before one step), and as often anything in any order."""
+    if chance.happens(0.4):
+        names = [chance.choice([*OTHERS]) for _ in range(chance.randint(0, 2))] + [chance.choice(USUAL)]
+        return [random_member(chance, name, policy) for name in names]
     names = [chance.choice([*OTHERS]) for _ in range(chance.choice([0, 0, 1, 1, 2, 3]))]
     names += chance.choices([*STEPS], k=chance.choices([0, 1, 2], [1, 8, 2])[0])
     names += [chance.choice([*OTHERS])] if chance.happens(0.1) else []
     if chance.happens(0.2):
         chance.shuffle(names)
     chain = [random_member(chance, name, policy, masks) for name in names]
-    clips = [m for m in chain if m.name == "ClipGlobalNorm"]
-    if len(clips) > 1 and chance.happens(0.5):  # equal ones, of which each has its own norm
-        clips[1].values = dict(clips[0].values)
-    if chance.happens(0.25):
+    if chance.happens(0.4):
         chain.insert(chance.randint(0, len(chain)), Member("AccumGrad", {"n": NUMBERS["n"](chance)}))
+    if chance.happens(0.1):  # two equal bounds over the tree, of which each has its own norm
+        twin = random_member(chance, "ClipGlobalNorm", policy)
+        for _ in range(2):
+            chain.insert(chance.randint(0, len(chain)), Member(twin.name, dict(twin.values)))
     return chain
 
 

@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,15 @@ class Run:
     def __init__(self, seed: int, way: str | None, folder: Path) -> None:
         self.chance = chance = cases.Chance(seed)
         self.way, self.folder, self.log = way or chance.choice(WAYS), folder, [f"seed {seed}"]
-        self.policy = chance.choice(["raise", "raise", "skip", "ignore"])
+        self.policy = chance.choice(["raise", "raise", "skip", "skip", "ignore"])
+        self.orderly = chance.happens(0.5)  # all leaves are stepped alike, but for those that are frozen
         mixed, masks = chance.happens(0.2), chance.happens(0.2)
         self.model = cases.random_model(chance, complex_too=not mixed and not masks)
         self.spec = self.random_rules(mixed, masks)
         self.leaves = self.reference_leaves()
         self.first = copy.deepcopy(self.leaves)
         self.updates = 0
-        self.parked: list[tuple[str, Any, Any, Any]] = []  # what was left behind and must not change any more
+        self.parked: list[tuple[str, Callable[[], Any], Any]] = []  # what was left behind and must not change any more
         if self.way.startswith("flat"):
             self.flatten()
         self.state = self.set_up()
@@ -202,11 +204,11 @@ class Run:
         return [name for name in names if names.count(name) == 1 and name != "nonfinite"]
 
     def check_parked(self) -> None:
-        for what, state, model, before in self.parked:
-            assert image(state, model) == before, f"{what} has changed since"
+        for what, look, before in self.parked:
+            assert look() == before, f"{what} has changed since"
 
-    def park(self, what: str, state: Any, model: Any = ()) -> None:
-        self.parked.append((what, state, model, image(state, model)))
+    def park(self, what: str, look: Callable[[], Any]) -> None:
+        self.parked.append((what, look, look()))
 
     # --- Parts of the state ---
 
@@ -250,13 +252,13 @@ class Run:
 
     def update(self) -> None:
         """Of the whole or a branch, in place or not, with gradients in any form, some of them missing or not finite."""
-        scope = self.branch() if self.chance.happens(0.15) and not self.bare else None
+        scope = None if self.bare or self.orderly or self.chance.happens(0.8) else self.branch()
         path, inside = (scope.name, scope.leaves) if scope else ("", self.leaves)
         # Mostly gradients as a backward pass gives them, so that what is kept between updates has a chance to be used.
-        missing = 0.3 if self.chance.happens(0.3) else 0.0
+        missing = 0.3 if not self.orderly and self.chance.happens(0.5) else 0.0
         odd = 0.3 if self.chance.happens(0.3) else 0.0
         grads = {id(leaf): None if self.chance.happens(missing) else self.random_gradient(leaf, odd) for leaf in inside}
-        if self.chance.happens(0.1):
+        if self.chance.happens(0.15):
             self.spoil(inside, grads)
         if self.bare and None in grads.values():
             return
@@ -424,11 +426,11 @@ class Run:
         assert image(self.state, self.model) == before
         if path or (self.way != "pure" and self.chance.happens(0.5)):
             self.compare_branch(path, new_state, new_model, inside)
-            self.park("the result of a pure update", new_state, new_model)
+            self.park("the result of a pure update", partial(image, new_state, new_model))
             for leaf, old in zip(inside, kept, strict=True):
                 vars(leaf).update(vars(old))
             return
-        self.park("what a pure update was made of", self.state, self.model)
+        self.park("what a pure update was made of", partial(image, self.state, self.model))
         self.state, self.model = new_state, new_model
 
     def compare_branch(self, path: str, state: Any, model: Any, inside: list[Leaf]) -> None:
@@ -582,7 +584,7 @@ class Run:
         how = self.chance.choice([copy.deepcopy, _pickled, _mapped])
         self.say(how.__name__)
         new = how(self.state)
-        self.park("what was copied", self.state)
+        self.park("what was copied", partial(image, self.state))
         self.state = new
 
     def other_rules(self) -> Any:
@@ -602,7 +604,8 @@ class Run:
         self.say("keep" if keep else "load")
         fresh = fluxpy.setup(spec, self.model, compile=self.way == "compiled")
         fluxpy.load_state_dict(fresh, saved, hyperparameters="keep" if keep else "load")
-        self.park("what was saved", self.state)
+        self.park("what was saved", partial(image, self.state))
+        self.park("what was loaded", partial(_tensors, saved))
         self.state = fresh
         if keep:
             for leaf, first in zip(self.leaves, self.first, strict=True):
@@ -619,7 +622,7 @@ class Run:
                 x.add_(1)
         state = fluxpy.setup(self.other_rules(), model, compile=self.way == "compiled")
         assert fluxpy.load(path, model=model, state=state) == {"turn": self.updates}
-        self.park("what was saved", self.state, self.model)
+        self.park("what was saved", partial(image, self.state, self.model))
         self.model, self.state = model, state
 
     def set_up_again(self) -> None:
@@ -634,7 +637,7 @@ class Run:
         self.say("keeping", sorted(wanted))
         keep = fluxpy.select(self.state, lambda path, _: path in wanted) if new else self.state
         state = self.set_up(keep=keep)
-        self.park("what was kept", self.state)
+        self.park("what was kept", partial(image, self.state))
         self.state = state
         for leaf in new:
             first = self.first_of(leaf)
@@ -702,7 +705,7 @@ class Run:
 OPERATIONS = {
     "update": 20,
     "update_by_parameter": 0.5,
-    "adjust": 6,
+    "adjust": 8,
     "freeze": 3,
     "thaw": 4,
     "reset": 2,
@@ -729,6 +732,10 @@ def _loss(model: Any, given: dict[int, Any]) -> Tensor:
 
 def _differ(members: list[reference.Member], name: str) -> bool:
     return any(member.values[name] != members[0].values[name] for member in members)
+
+
+def _tensors(tree: Any) -> list[bytes]:
+    return [to_bytes(t) for t in optree.tree_leaves(tree) if isinstance(t, Tensor)]
 
 
 def _floats(value: Any) -> list[float]:

@@ -86,18 +86,6 @@ class Cohort:
                 return False
         return True
 
-    def take_pending(self) -> bool:
-        """Go on with the numbers that are pending after an accumulation window went on without these leaves; False
-        where they are not the same for all."""
-        pending = self.records[0].pending
-        if any(record.pending is not pending for record in self.records):
-            return False
-        if pending is not None:
-            self.numbers.skeleton = pending
-            for record in self.records:
-                record.pending = None
-        return True
-
     def copies(self) -> list[Record]:
         """Copies of the records, with tensors of their own, laid out alike."""
         rows = []

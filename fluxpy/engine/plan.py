@@ -188,8 +188,8 @@ class Plan:
 
     def forget_begun(self) -> None:
         """The update failed: leaves that had no momenta have none again."""
-        for record, tensors, numbers, pending in self.begun:
-            record.tensors, record.numbers, record.pending = tensors, numbers, pending
+        for record, numbers, pending in self.begun:
+            record.tensors, record.numbers, record.pending = None, numbers, pending
         if self.begun:
             self.begun = []
             self._dissolve()
@@ -221,8 +221,7 @@ class Plan:
         """Dissolve the cohorts that somebody took leaves from, or whose leaves have another state."""
         self.structure = self.context.structure
         for cohort in list(self.cohorts):
-            frozen = cohort.records[0].frozen
-            if not cohort.holds() or not (frozen or cohort.take_pending()):
+            if not cohort.holds():
                 self._drop(cohort)
         self.waiting = self.find_waiting()
 
@@ -263,9 +262,9 @@ class Plan:
         return members, [ReferenceUnit(*member, self.context) for member in sorted(alone, key=_place)]
 
     def _begin(self, record: Record, x: Tensor, path: str) -> None:
-        if record.tensors is not None and record.pending is None:
+        if record.tensors is not None:
             return
-        self.begun.append((record, record.tensors, record.numbers, record.pending))
+        self.begun.append((record, record.numbers, record.pending))
         try:
             record.begin(x, path)
         except BaseException:

@@ -56,9 +56,7 @@ class ReferenceUnit:
 
     def _state(self) -> Any:
         record = self.record
-        if record.tensors is None:
-            return record.fresh_state(self.x, self.path)
-        return record.state if record.pending is None else record.pending.combine(record.tensors)
+        return record.fresh_state(self.x, self.path) if record.tensors is None else record.state
 
     def _work_out(self, result: Any, inplace: bool) -> None:
         """What is to be written, so that writing it cannot fail."""
