@@ -64,6 +64,9 @@ class Skeleton:
     def __init__(self, spec: Any, parts: list[Any]) -> None:
         self.spec, self.parts = spec, parts
 
+    def __repr__(self) -> str:
+        return f"Skeleton({self.parts!r})"
+
     def combine(self, tensors: Iterable[Any]) -> Any:
         """The pytree again, with other tensors."""
         source = iter(tensors)

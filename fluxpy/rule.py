@@ -26,14 +26,12 @@ from .text import unknown
 class Reduce(NamedTuple):
     """What a `ReducingRule` asks for between two of its lines: the total of `value`, a tensor of the parameter's shape.
 
-    With `over="array"` the answer is `rule.part(value)` of this array, with `over="tree"` `rule.combine` of the parts
-    of all arrays whose rules ask the same in this update. `nonfinite` says what happens where that is not finite:
-    "raise", "skip" (the whole update: nothing changes) or "ignore".
+    `nonfinite` says what happens where that is not finite: "raise", "skip" (the whole update: nothing changes) or
+    "ignore".
     """
 
     rule: "ReducingRule"
     value: Tensor
-    over: Literal["array", "tree"] = "tree"
     nonfinite: str = "ignore"
 
 
@@ -151,7 +149,9 @@ class ReducingRule(Rule):
     """A rule that asks for a total between two of its lines. It writes `steps` instead of `apply`.
 
     `steps` is a generator: `total = yield Reduce(self, value)`, then `return state, change`. `part` is what one array
-    gives to the total, `combine` makes the total of all parts.
+    gives to the total. With `over = "array"` that is the answer; with `over = "tree"`, the default, the answer is
+    `combine` of the parts of all arrays whose rules ask the same in this update: equal rules at the same place among
+    those of their chains that ask for a total over the tree.
 
     >>> class UnitNorm(ReducingRule):
     ...     elementwise = True
@@ -166,6 +166,7 @@ class ReducingRule(Rule):
     tensor([0.6000, 0.8000])
     """
 
+    over: ClassVar[Literal["array", "tree"]] = "tree"
     # True for a rule that can go on with a total as a number, where the host may read it: cheaper than a tensor.
     takes_numbers: ClassVar[bool] = False
 
@@ -195,7 +196,12 @@ class ReducingRule(Rule):
 
 def total_of(reduce: Reduce, parts: Tensor) -> Tensor:
     """The answer to a `Reduce` from the parts of all arrays."""
-    return parts[0] if reduce.over == "array" else reduce.rule.combine(parts)
+    return parts[0] if reduce.rule.over == "array" else reduce.rule.combine(parts)
+
+
+def tree_reducing(rule: Rule) -> list["ReducingRule"]:
+    """The rules inside one that ask for a total over the tree, in the order of its steps."""
+    return [inner for inner in walk(rule) if isinstance(inner, ReducingRule) and inner.over == "tree"]
 
 
 def run_alone(

@@ -317,11 +317,13 @@ class Summed(ReducingRule):
 class Each(ReducingRule):
     """Each array by itself."""
 
+    over = "array"
+
     def part(self, value):
         return value.abs().max()
 
     def steps(self, state, x, dx):
-        largest = yield Reduce(self, dx, over="array")
+        largest = yield Reduce(self, dx)
         return state, dx / (1 + largest)
 
 
@@ -389,16 +391,17 @@ def test_a_users_reducing_rule_is_right(own, formula, behind, layout):
 
 
 @pytest.mark.parametrize("nonfinite", ["raise", "skip", "ignore"])
-@pytest.mark.parametrize("over", ["tree", "array"])
-def test_what_a_users_reducing_rule_does_with_a_total_that_is_not_finite(nonfinite, over):
+@pytest.mark.parametrize("where", ["tree", "array"])
+def test_what_a_users_reducing_rule_does_with_a_total_that_is_not_finite(nonfinite, where):
     class Judge(ReducingRule):
         elementwise = True
+        over = where
 
         def part(self, value):
             return value.square().sum()
 
         def steps(self, state, x, dx):
-            total = yield Reduce(self, dx, over=over, nonfinite=nonfinite)
+            total = yield Reduce(self, dx, nonfinite)
             return state, dx / (1 + total)
 
     run = Run(OptimiserChain(Judge(), Adam(0.1))).step(2)

@@ -90,7 +90,7 @@ class CompiledUnit:
         first = self.chunks.all[0]
         if not self.programs:
             self.totals = self._count_totals(first)
-        yield from self.chunks.run(self._start, self.totals)
+        yield from self.chunks.run(self._start, self.now, self.totals)
         self.programs = {single: self._program(chunk) for single, chunk in self._kinds().items()}
 
     def _start(self, chunk: Chunk, dx: Any) -> Steps:

@@ -336,7 +336,7 @@ class FusedUnit(_Fused):
         self.front = None if self.parts.front is None else Parts.of(rule_now(self.cohort)).front
         self.chunks.load([grads[place] for place in self.cohort.places])
         if self.front is not None:
-            yield from self.chunks.run(self._start)
+            yield from self.chunks.run(self._start, self.front)
             first = self.chunks.all[0]
             if not result_fits(first, first.momenta[self.front_rows], self.front_skeleton):
                 raise FallBack(title_key(self.cohort.rule))

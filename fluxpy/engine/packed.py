@@ -15,7 +15,7 @@ from ..pytree import Skeleton, memory, partition
 from ..rule import Assign, Reduce, Rule, Steps, at, is_packable, map_inner, rule_key, run_alone, title_key
 from .cohort import Cohort
 from .layout import Row, Scratch, adjacent, chunks_of, copy_all, flat_view, views_like
-from .step import FallBack, Prepare, Request
+from .step import FallBack, Prepare, Request, place_of
 from .tape import is_traceable
 
 Start = Callable[["Chunk", Any], Steps]
@@ -94,15 +94,16 @@ class Chunks:
         for chunk in self.all:
             chunk.clear()
 
-    def run(self, start: Start, totals: int | None = None) -> Prepare:
+    def run(self, start: Start, rule: Rule, totals: int | None = None) -> Prepare:
         """Take the first chunk to its result, with all totals that the rule needs on the way; the others can follow.
-        With `totals`, only so far that so many totals are known."""
-        first, count = self.all[0], 0
+        With `totals`, only so far that so many totals are known. `rule` is the one that is run."""
+        first, count, order = self.all[0], 0, -1
         while count != totals and isinstance(reduce := self.advance(first, start), Reduce):
             count += 1
             parts = self._parts(reduce, start)
-            if reduce.over == "tree":
-                total = yield Request(reduce, parts, self.cohort.places, self.cohort.paths)
+            if reduce.rule.over == "tree":
+                order = place_of(reduce, rule, order)
+                total = yield Request(order, reduce, parts, self.cohort.places, self.cohort.paths)
                 answer = self._answer(total, reduce)
                 for chunk in self.all:
                     chunk.answers.append(answer)
@@ -214,7 +215,7 @@ class EagerUnit:
         if self.stack:
             self.rule = batched(self.rule)
         self.chunks.load([grads[place] for place in self.cohort.places])
-        yield from self.chunks.run(self._start)
+        yield from self.chunks.run(self._start, self.rule)
         first = self.chunks.all[0]
         self._check(first)
         if not self.trusted:  # one of the other chunks may fail where the first did not

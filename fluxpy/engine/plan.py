@@ -200,10 +200,9 @@ class Plan:
 
     # --- What changed -------------------------------------------------------------------------------------------------
 
-    def _pattern(self, grads: Sequence[Any]) -> tuple[bool, ...]:
-        """Which leaves step, and of those that do not, which have a gradient all the same."""
-        pairs = zip(self.records, grads, strict=True)
-        return tuple([None if g is None else not record.frozen for record, g in pairs])  # pyright: ignore
+    def _pattern(self, grads: Sequence[Any]) -> tuple[tuple[bool, bool], ...]:
+        """Which leaves have a gradient, and which are frozen."""
+        return tuple([(g is None, record.frozen) for record, g in zip(self.records, grads, strict=True)])
 
     def _adopt_rules(self) -> None:
         """Take over what `adjust` did. Where the leaves of a cohort do not go together any more, it is dissolved."""
@@ -313,6 +312,7 @@ class Plan:
         makers = {"compiled": CompiledUnit, "fused": fused.fused_unit, "eager": EagerUnit, "stack": _stack}
         self.units[id(cohort)] = makers[kind](cohort)
         self.cohorts.append(cohort)
+        self.routes.clear()  # in which these leaves may go another way
         self.structure = self.context.structure
 
     def _leave_out(self, places: set[int]) -> None:

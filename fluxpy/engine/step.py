@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..context import Context, require_finite
-from ..rule import Reduce, rule_key
+from ..rule import Reduce, Rule, rule_key, tree_reducing
 
 
 class FallBack(Exception):
@@ -27,8 +27,10 @@ class FallBack(Exception):
 
 
 class Request(NamedTuple):
-    """A total that a unit needs: what each of its leaves gives, stacked, and which leaves these are."""
+    """A total that a unit needs: what each of its leaves gives, stacked, and which leaves these are. `order` is the place
+    of the asking rule among those of its chain that ask for totals over the tree."""
 
+    order: int
     reduce: Reduce
     parts: Tensor
     places: Sequence[int]  # of the leaves among the parameters of the model
@@ -46,29 +48,48 @@ class Unit(Protocol):
     def commit(self) -> None: ...
 
 
+def place_of(reduce: Reduce, rule: Rule, last: int) -> int:
+    """The place of an asking rule in a chain, after the `last` one that asked: a leaf without a gradient may have passed
+    some by."""
+    for place, inner in enumerate(tree_reducing(rule)):
+        if inner is reduce.rule and place > last:
+            return place
+    return last + 1  # a rule that asks more than once, or by one that it makes on the way
+
+
 def run_to_results(units: Sequence[Unit], grads: Sequence[Any], context: Context) -> None:
     """Take all units to their results. Where rules ask for totals, all units get there before any goes on, and each
     total is made of its parts in the order of the model, however the leaves are grouped."""
-    waiting: list[tuple[Unit, Prepare, Any]] = [(unit, unit.prepare(grads), None) for unit in units]
-    while waiting:
-        asked: dict[Any, list[tuple[Unit, Prepare, Request]]] = {}
-        for unit, run, answer in waiting:
-            try:
-                request = run.send(answer)
-            except StopIteration:
-                continue
-            except FallBack as fallback:
-                fallback.unit = unit
-                raise
-            asked.setdefault(rule_key(request.reduce.rule), []).append((unit, run, request))
-        waiting = []
-        for same in asked.values():
-            total = _total([request for _, _, request in same], context)
-            waiting += [(unit, run, total) for unit, run, _ in same]
+    runs = [(unit, unit.prepare(grads)) for unit in units]
+    asking = [(run, request) for run in runs if (request := _advance(run, None)) is not None]
+    while asking:
+        order = min(request.order for _, request in asking)
+        same: dict[Any, list[tuple[tuple[Unit, Prepare], Request]]] = {}
+        for run, request in asking:
+            if request.order == order:
+                same.setdefault(rule_key(request.reduce.rule), []).append((run, request))
+        asking = [(run, request) for run, request in asking if request.order != order]
+        answers = []
+        for found in same.values():
+            total = _total([request for _, request in found], context)
+            answers += [(run, total) for run, _ in found]
+        asking += [(run, request) for run, total in answers if (request := _advance(run, total)) is not None]
+
+
+def _advance(run: tuple[Unit, Prepare], answer: Any) -> Request | None:
+    """Run a unit up to its next request; None where it is done."""
+    unit, prepare = run
+    try:
+        return prepare.send(answer)
+    except StopIteration:
+        return None
+    except FallBack as fallback:
+        fallback.unit = unit
+        raise
 
 
 def _total(requests: list[Request], context: Context) -> Tensor:
-    reduce, parts, _, paths = requests[0]
+    _, reduce, parts, _, paths = requests[0]
     if len(requests) > 1:
         device = parts.device
         parts = torch.cat([request.parts.to(parts) for request in requests])

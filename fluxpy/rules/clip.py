@@ -44,6 +44,7 @@ class ClipNorm(ReducingRule):
     nonfinite: Hyper = hyper(default="raise", allowed=("raise", "skip", "ignore"))
     elementwise = True
     takes_numbers = True
+    over = "array"
 
     def part(self, value: Tensor) -> Tensor:
         return norm_of(value, self.norm_type)
@@ -52,7 +53,7 @@ class ClipNorm(ReducingRule):
         return norms_of(values, self.norm_type)
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
-        norm = yield Reduce(self, dx, over="array", nonfinite=self.nonfinite)
+        norm = yield Reduce(self, dx, self.nonfinite)
         return state, shrink(dx, norm, self.max_norm)
 
 
@@ -65,13 +66,10 @@ class ClipGlobalNorm(ClipNorm):
     """
 
     max_norm: Hyper = hyper(default=1.0, allowed="(0, inf]")
+    over = "tree"
 
     def combine(self, parts: Tensor) -> Tensor:
         return parts[0] if len(parts) == 1 else norm_of(parts, self.norm_type)
-
-    def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
-        norm = yield Reduce(self, dx, over="tree", nonfinite=self.nonfinite)
-        return state, shrink(dx, norm, self.max_norm)
 
 
 def norm_of(x: Tensor, p: Hyper) -> Tensor:
