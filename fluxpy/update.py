@@ -96,7 +96,7 @@ def _route_for(
     """The plan for a model, its route for these gradients, and the gradients, copied where they are parameters."""
     plan = binding.plan
     if plan is None:
-        plan = binding.plan = Plan(binding, context)
+        plan = binding.plan = Plan(binding.records, binding.params, binding.paths, context)
     route = plan.current(grads) or plan.find(grads)
     if route is None:
         _check(binding, grads, inplace)

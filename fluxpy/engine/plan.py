@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..binding import Binding
 from ..context import Context
 from ..leaf import Record, miss_update
 from ..pytree import Skeleton, is_wrapped
@@ -89,11 +88,8 @@ def _odd(cohort: Cohort, grads: Sequence[Any]) -> list[int]:
 class Plan:
     """The cohorts of a model's leaves, and the routes over them."""
 
-    def __init__(self, binding: Binding, context: Context) -> None:
-        self.context = context
-        # Not the binding itself, which holds this plan.
-        self.records: list[Record] = binding.records
-        self.params, self.paths = binding.params, binding.paths
+    def __init__(self, records: list[Record], params: list[Tensor], paths: Sequence[str], context: Context) -> None:
+        self.records, self.params, self.paths, self.context = records, params, paths, context
         self.cohorts: list[Cohort] = []
         self.units: dict[int, Unit] = {}  # by the identity of the cohort
         self.routes: dict[Any, Route] = {}
@@ -146,10 +142,8 @@ class Plan:
 
     def fork(self, route: Route, params: list[Tensor], context: Context) -> tuple["Plan", list[Unit]]:
         """The plan for copies of the parameters, with copies of all states; and the units of the same route over it."""
-        other = Plan.__new__(Plan)
-        other.context, other.params, other.paths = context, params, self.paths
+        other = Plan([], params, self.paths, context)
         assigned: dict[int, Record] = {}
-        other.cohorts, other.units = [], {}
         for cohort in self.cohorts:
             copies = cohort.copies()
             assigned.update(zip(cohort.places, copies, strict=True))
@@ -157,7 +151,6 @@ class Plan:
             members = [Member(copy, params[m.place], m.place, m.path) for m, copy in pairs]
             other.add(members, cohort.static_key)
         other.records = [assigned.get(i) or _copy(record) for i, record in enumerate(self.records)]
-        other.routes, other.route, other.begun = {}, None, []
         other.hyper, other.structure, other.addresses = context.hyper, context.structure, addresses(params)
         other.waiting = other.find_waiting()
         where = {cohort.places[0]: cohort for cohort in other.cohorts}
