@@ -1,9 +1,9 @@
 """What tests of behaviour share: chains of every kind, a run that may have a twin, and a CPU that is like a device."""
 
-import itertools
+import dataclasses
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import optree
@@ -172,20 +172,21 @@ def assert_alike(one: dict[str, Any], other: dict[str, Any], room: float = 0.0) 
             assert a.dtype == b.dtype and torch.equal(a, b), (key, a, b)
 
 
+def patch_everywhere(monkeypatch: pytest.MonkeyPatch, name: str, new: Any) -> None:
+    """Replace what fluxpy's modules know under a name, wherever that stands."""
+    for module in [m for path, m in sys.modules.items() if path.startswith("fluxpy")]:
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, new)
+
+
 def like_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on no number is read at once on the CPU either: a flag goes up instead of an error."""
-    for module in [m for name, m in sys.modules.items() if name.startswith("fluxpy")]:
-        if hasattr(module, "reads_at_once"):
-            monkeypatch.setattr(module, "reads_at_once", lambda x: False)
+    patch_everywhere(monkeypatch, "reads_at_once", lambda x: False)
 
 
 def storages(tensors: Any) -> set[int]:
     """The memory under tensors, those that have any."""
     return {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
-
-
-def pairs(names: Any) -> Iterator[tuple[Any, Any]]:
-    return itertools.permutations(names, 2)
 
 
 def by_hand(
@@ -203,3 +204,26 @@ def by_hand(
                 x = change.value if hasattr(change, "value") else x - change
                 count += 1
     return x, state, count
+
+
+def values_of(model: Any) -> dict[str, Tensor]:
+    """The parameters by path, copied."""
+    return {path: x.detach().clone() for path, x in fluxpy.trainables(model, path=True)}
+
+
+def transposed(t: Tensor) -> Tensor:
+    """A matrix with the same numbers in other strides."""
+    return t.t().contiguous().t() if t.ndim == 2 else t
+
+
+def assert_close(model: Any, other: Any, room: float = 1e-12) -> None:
+    """Two models have the same parameters."""
+    for (path, x), y in zip(fluxpy.trainables(model, path=True), fluxpy.trainables(other), strict=True):
+        torch.testing.assert_close(x, y, rtol=room, atol=room, msg=path)
+
+
+def inside(rule: Any) -> list[Rule]:
+    """The innermost rules in a rule."""
+    held = [getattr(rule, f.name) for f in dataclasses.fields(rule)]
+    rules = [r for v in held for r in (v if isinstance(v, tuple) else (v,)) if isinstance(r, Rule)]
+    return [r for inner in rules for r in inside(inner)] if rules else [rule]

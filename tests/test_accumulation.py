@@ -73,7 +73,7 @@ def test_a_window_is_the_mean_of_its_gradients(chain, layout):
 @pytest.mark.parametrize("held, n", [(2, 2), (3, 2), (1, 2), (2, 3), (3, 1)])
 def test_a_new_n_and_a_frozen_leaf(chain, layout, held, n):
     """`n` is lowered to what is held, or below it, while a leaf is frozen; it thaws at any time after."""
-    for later in range(6):
+    for later in range(5):
         run = Run(chain(4), layout).step(held)
         freeze(run.state.b)
         adjust(run.state, n=n)
@@ -88,7 +88,7 @@ def test_a_new_n_and_a_frozen_leaf(chain, layout, held, n):
 @pytest.mark.parametrize("first, second", [(4, 2), (2, 4), (3, 2), (2, 3), (5, 1)])
 def test_a_leaf_without_momenta_that_missed_updates_of_another_n(chain, layout, first, second):
     """Frozen before it ever trained, or reset while it is frozen."""
-    for missed, later, kind in itertools.product(range(5), (0, 1, 3), ("at setup", "at once", "reset")):
+    for missed, later, kind in itertools.product((0, 1, 2, 4), (0, 1), ("at setup", "at once", "reset")):
         run = Run(chain(first), layout, SHAPES)
         if kind == "at setup":
             run.model["b"].requires_grad_(False)
@@ -127,6 +127,7 @@ def test_the_whole_that_is_reset_in_the_middle_of_a_window(chain, layout, n):
 
 @every_way
 @pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of leaves whose shape changed
 def test_a_new_part_in_the_middle_of_a_window(chain, layout, n):
     """`setup(..., keep=)` with a new head: it joins the window of what is kept."""
     for start in range(n + 1):
@@ -149,7 +150,7 @@ def test_all_that_is_kept_goes_on_in_its_window(chain, layout):
 @pytest.mark.parametrize("copied", ["loaded", "deepcopy", "pickle", "pure", "tree_map"])
 def test_a_copy_in_the_middle_of_a_window_goes_on_in_it(chain, copied):
     """With leaves that are frozen, and thaw later."""
-    for start, frozen in itertools.product(range(4), range(3)):
+    for start, frozen in itertools.product(range(3), (0, 2)):
         run = Run(chain(3)).step(start)
         freeze(run.state.b)
         run.step(frozen)
@@ -193,7 +194,7 @@ def test_a_skipped_update_is_none_for_a_frozen_leaf_either(inplace, layout):
             run.state, run.model = update(run.state, run.model, bad, inplace=inplace)
             assert_alike(run.image(), before)
         thaw(run.state), thaw(twin.state)
-        run.step(4).equals(twin.step(4), room=1e-12)  # a pure update's result is laid out anew
+        run.step(4).equals(twin.step(4), room=1e-12)  # a pure result is laid out otherwise
         in_step(run)
 
 

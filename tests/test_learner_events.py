@@ -5,6 +5,7 @@ import itertools
 import pickle
 
 import pytest
+from helpers import patch_everywhere
 from test_learner import CANCELS, Learner, batches, flow, net
 from torch.nn import functional as F
 
@@ -73,37 +74,44 @@ def test_of_several_reasons_to_stop_the_first_is_told():
 
 
 class Reads:
-    """Looks at the state in every way that a user has."""
+    """Looks at the state in every way that a user has, and halves the rate in the middle."""
 
     def __init__(self):
         self.texts = []
 
     def __call__(self, learner, event):
         state = learner.state
-        path, leaf = next(leaves(state))
-        self.texts += [repr(leaf.rule), str(leaf.rule), repr(leaf), repr(state), str(fluxpy.summary(state))]
-        self.texts += [f"{leaf.rule.lr!r}", repr(copy.deepcopy(state)), repr(pickle.loads(pickle.dumps(state)))]
+        for _, leaf in leaves(state):
+            self.texts += [repr(leaf.rule), repr(leaf), repr(leaf.rule.lr)]
+            assert value(leaf, "lr") >= 0
+        self.texts += [repr(state), str(fluxpy.summary(state))]
+        self.texts += [repr(copy.deepcopy(state)), repr(pickle.loads(pickle.dumps(state)))]
         fluxpy.state_dict(state)
-        assert value(leaf, "lr") >= 0 and path
+        if event == "validation_end":
+            fluxpy.adjust(state[0], fluxpy.scale(0.5))
+
+
+RISE_AND_FALL = segments([Segment("linear", end=1.0, steps=2), Segment("cosine", end=0.0)])
+SCHEDULES = {
+    "lr": {"lr": linear(0.1, 0.02, 8)},
+    "scale": {"scale": lambda count: 1 / (1 + count)},
+    "segments": {"scale": RISE_AND_FALL},
+}
 
 
 @pytest.mark.parametrize("rule", [Adam(0.1), OptimiserChain(ClipNorm(1.0), Adam(0.1))])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: LearningRateScheduler(lr=linear(0.1, 0.02, 8)),
-        lambda: LearningRateScheduler(scale=lambda count: 1 / (1 + count)),
-        lambda: LearningRateScheduler(
-            scale=segments([Segment("linear", end=1.0, steps=2), Segment("cosine", end=0.0)])
-        ),
-    ],
-    ids=["lr", "scale", "segments"],
-)
-def test_a_scheduled_rate_can_be_looked_at_at_any_time(rule, make):
-    """`repr`, `print`, `summary` and copies, at every event of a fit, and after it."""
-    reads = Reads()
-    learner = Learner(net(), F.cross_entropy, rule, callbacks=[reads, make(), reads])
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_a_scheduled_rate_can_be_looked_at_at_any_time(rule, schedule, monkeypatch):
+    """Also what the scheduler gives to `adjust`, as a debugger or a traceback shows it."""
+    reads, adjust = Reads(), fluxpy.adjust
+
+    def seen(state, *args, **values):
+        reads.texts += [repr(args), repr(values)]
+        return adjust(state, *args, **values)
+
+    patch_everywhere(monkeypatch, "adjust", seen)
+    learner = Learner(net(), F.cross_entropy, rule, callbacks=[reads, LearningRateScheduler(**schedule), reads])
     learner.fit(batches(), batches(), epochs=2)
     reads(learner, "after")
     assert all(isinstance(text, str) and text for text in reads.texts)
-    assert repr(learner.state[0].weight.rule) == repr(rule)
+    assert repr(learner.state[3].weight.rule) == repr(rule)
