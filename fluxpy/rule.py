@@ -174,8 +174,9 @@ class ReducingRule(Rule):
         """What one array gives to the total, 0-dim. Default: the sum of its elements."""
         return value.sum()
 
-    def parts(self, values: Sequence[Tensor]) -> Tensor:
-        """`part` of each of many arrays, stacked. Where there is a faster way to the same numbers, override it."""
+    def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
+        """`part` of each of many arrays, stacked; they come in a list, or stacked. Where there is a faster way to the
+        same numbers, override it."""
         return torch.stack([self.part(value) for value in values])
 
     def combine(self, parts: Tensor) -> Tensor:

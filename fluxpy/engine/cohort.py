@@ -47,6 +47,7 @@ class Cohort:
         self.numbers: Numbers = self.records[0].numbers.copy()
         columns = [record.tensors or [] for record in self.records]
         self.momenta = [list(row) for row in zip(*columns, strict=True)]
+        self.ascending = sorted(self.places) == self.places
         self.odd: list[int] = []  # the gradients whose strides are not those of their parameters
         self._share()
 
@@ -109,6 +110,14 @@ class Cohort:
         """Count a step, after which the states have the numbers of this skeleton."""
         self.numbers.skeleton = skeleton
         self.numbers.count += moved
+
+
+def in_order(members: Sequence[Member]) -> list[Member]:
+    """Members in the order of the model where their parameters are adjacent; else those of one shape together."""
+    ordered = sorted(members, key=lambda member: member.place)
+    if len(ordered) > 1 and adjacent([member.x for member in ordered[:2]]) is None:
+        ordered.sort(key=lambda member: (member.x.numel(), member.x.shape))
+    return ordered
 
 
 def fits_packed(x: Tensor, tensors: Sequence[Tensor]) -> bool:

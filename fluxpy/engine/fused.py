@@ -31,7 +31,7 @@ from .packed import (
     write_state,
 )
 from .step import FallBack, Prepare
-from .tape import is_traceable
+from .tape import inputs_used, is_traceable
 
 Run = Callable[[list[Tensor], dict[str, Any]], Any]
 Lists = list[list[Tensor]]
@@ -312,6 +312,22 @@ class FusedUnit(_Fused):
         size = 0 if self.parts.front is None else len(self.parts.front)
         self.front_skeleton = partition(inner[:size] if size else ())[1]
         self.now: dict[int, dict[str, Any]] = {}
+        self.front_reads_x = self._front_reads_x()
+
+    def adopt_rules(self) -> bool:
+        if not super().adopt_rules():
+            return False
+        self.front_reads_x = self._front_reads_x()
+        return True
+
+    def _front_reads_x(self) -> bool:
+        """Whether the rules before the last read the parameter, which is else not gathered for them. Known of rules
+        without schedules and counts, whose arithmetic is the same at each step."""
+        front = self.parts.front
+        if front is None or self.parts.master is not None or front.scheduled or self.front_skeleton.parts:
+            return True
+        used = inputs_used(front, self.front_skeleton, [self.cohort.reals[0]] * 2)
+        return used is None or 0 in used
 
     def bind(self) -> None:
         self.chunk_calls = [self._calls_for(chunk) for chunk in self.chunks.all]
@@ -342,7 +358,7 @@ class FusedUnit(_Fused):
                 raise FallBack(title_key(self.cohort.rule))
 
     def _start(self, chunk: Chunk, dx: Any) -> Steps:
-        x, master = chunk.x.read(), self.parts.master
+        x, master = chunk.x.read() if self.front_reads_x else chunk.x.buffer, self.parts.master
         if master is not None:
             x = master.master_for(chunk.momenta[0].read(), x)
             dx = None if dx is None else dx.to(master.dtype)
@@ -404,10 +420,11 @@ class FusedUnit(_Fused):
 
     def _cut(self, chunk: Chunk, dx: Tensor) -> list[Tensor]:
         """A chunk's gradient, in the shapes of its leaves."""
-        target = self._rows(chunk)[0]
-        if dx.data_ptr() == chunk.dx.data_ptr() and dx.dtype == chunk.dx.dtype:
-            return chunk.dx_views
-        return views_like(dx, target.tensors)
+        if dx.dtype != chunk.dx.dtype:
+            return views_like(dx, self._rows(chunk)[0].tensors)
+        if dx.data_ptr() != chunk.dx.data_ptr():
+            chunk.dx.copy_(dx)  # cheaper than new views
+        return chunk.dx_views
 
 
 def is_adjacent(params: Sequence[Tensor]) -> bool:

@@ -67,11 +67,18 @@ class Extents:
                 spans.append([start, end])
         self.starts, self.ends = [start for start, _ in spans], [end for _, end in spans]
         self.as_arrays = np.array(self.starts), np.array([0, *self.ends])
+        self.apart: list[int] = []  # what pointed nowhere into it last
 
     def meets(self, pointers: list[int]) -> bool:
         """Whether any of these points into the memory."""
-        if not self.starts:
+        if not self.starts or pointers == self.apart:
             return False
+        if not self._meets(pointers):
+            self.apart = pointers
+            return False
+        return True
+
+    def _meets(self, pointers: list[int]) -> bool:
         if len(pointers) > 32:
             starts, ends = self.as_arrays
             found = np.array(pointers)

@@ -40,6 +40,7 @@ class Chunk:
             self.dx_views = views_like(self.dx, reals)
         self.written = {memory(row.buffer) for row in (self.x, *self.momenta)}
         self.sizes: Tensor | None = None
+        self.runs = _runs(cohort, low, high)
         self.answers: list[Any] = []
         self.running: Steps | None = None
         self.result: Any = None
@@ -56,9 +57,32 @@ class Chunk:
         copy_all(self.dx_views, mine)
         return self.dx
 
+    def leaves(self, value: Tensor, cohort: Cohort) -> list[Any]:
+        """A flat value in the shapes of its leaves: those of one shape, where they are few, as a stack."""
+        if self.runs is not None:
+            parts = value.split([(high - low) * cohort.sizes[low] for low, high in self.runs])
+            pairs = zip(parts, self.runs, strict=True)
+            return [part.view(high - low, *cohort.reals[low].shape) for part, (low, high) in pairs]
+        params = cohort.params[self.low : self.high]
+        parts = value.split(cohort.sizes[self.low : self.high])
+        return [[_like(part, x) for part, x in zip(parts, params, strict=True)]]
+
     def clear(self) -> None:
         """Forget one step's work."""
         self.answers, self.running, self.result = [], None, None
+
+
+def _runs(cohort: Cohort, low: int, high: int) -> list[tuple[int, int]] | None:
+    """The neighbours of one shape, where each such run is of many contiguous real leaves; else None."""
+    if cohort.params[low].is_complex() or not all(x.is_contiguous() for x in cohort.reals[low:high]):
+        return None
+    runs: list[tuple[int, int]] = []
+    for i in range(low, high):
+        if runs and cohort.reals[i].shape == cohort.reals[runs[-1][0]].shape:
+            runs[-1] = runs[-1][0], i + 1
+        else:
+            runs.append((i, i + 1))
+    return runs if 4 * len(runs) <= high - low else None
 
 
 class Chunks:
@@ -103,7 +127,7 @@ class Chunks:
             parts = self._parts(reduce, start)
             if reduce.rule.over == "tree":
                 order = place_of(reduce, rule, order)
-                total = yield Request(order, reduce, parts, self.cohort.places, self.cohort.paths)
+                total = yield Request(order, reduce, parts, self.cohort.places, self.cohort.paths, self.cohort.ascending)
                 answer = self._answer(total, reduce)
                 for chunk in self.all:
                     chunk.answers.append(answer)
@@ -137,7 +161,8 @@ class Chunks:
         """What each leaf gives to a total. Worked out leaf by leaf, so that it does not depend on the grouping."""
         first = self.all[0]
         if not self.missing and _is_gradient(reduce.value, first, self.grads):
-            return reduce.rule.parts(self.given)
+            if not self.one or first.runs is None:
+                return reduce.rule.parts(self.given)
         found, whole = [], reduce.value
         for chunk in self.all:
             asked = reduce if chunk is first else self.advance(chunk, start)
@@ -151,9 +176,7 @@ class Chunks:
                 if chunk.start + chunk.size < size:
                     continue
                 value = whole
-            params = self.cohort.params[chunk.low : chunk.high]
-            values = value.split(self.cohort.sizes[chunk.low : chunk.high])
-            found.append(reduce.rule.parts([_like(v, x) for v, x in zip(values, params, strict=True)]))
+            found += [reduce.rule.parts(leaves) for leaves in chunk.leaves(value, self.cohort)]
         return torch.cat(found) if len(found) > 1 else found[0]
 
     def _spread(self, chunk: Chunk, parts: Tensor, reduce: Reduce) -> Any:
@@ -163,6 +186,11 @@ class Chunks:
             return self._answer(mine[0], reduce)
         if self.stack:
             return mine.view(-1, *[1] * (len(chunk.shape) - 1))
+        if chunk.runs is not None:
+            sizes = self.cohort.sizes
+            return torch.cat(
+                [parts[low:high].view(-1, 1).expand(-1, sizes[low]).reshape(-1) for low, high in chunk.runs]
+            )
         if chunk.sizes is None:
             chunk.sizes = torch.tensor(self.cohort.sizes[chunk.low : chunk.high], device=mine.device)
         return torch.repeat_interleave(mine, chunk.sizes, output_size=chunk.size)

@@ -18,7 +18,7 @@ from ..leaf import Record, miss_update
 from ..pytree import Skeleton, is_wrapped
 from ..rule import ReducingRule, Rule, is_packable, rule_key, title_key, walk
 from . import fused
-from .cohort import Cohort, Member, fits_packed
+from .cohort import Cohort, Member, fits_packed, in_order
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
 from .layout import Extents, addresses
@@ -297,7 +297,7 @@ class Plan:
             static = kind, rule, grads[member.place] is not None, *_tensor_key(kind, record, member.x)
             buckets.setdefault((static, *_numbers_key(record)), []).append(member)
         for (static, *_), found in buckets.items():
-            self.add(found, static)
+            self.add(in_order(found), static)
 
     def add(self, members: list[Member], static: Any) -> None:
         cohort, kind = Cohort(members, self.context, static), static[0]
@@ -321,15 +321,17 @@ class Plan:
             inside = [member for member in cohort.members if member.place in live]
             if inside and len(inside) < len(cohort.members):
                 self._drop(cohort)
-                self.add(inside, cohort.static_key)
-                self.add([member for member in cohort.members if member.place not in live], cohort.static_key)
+                self.add(in_order(inside), cohort.static_key)
+                rest = [member for member in cohort.members if member.place not in live]
+                self.add(in_order(rest), cohort.static_key)
 
     def _renew(self) -> None:
         """Lay all cohorts out anew, as the parameters are elsewhere."""
         params = self.params
         for cohort in list(self.cohorts):
             self._drop(cohort)
-            self.add([member._replace(x=params[member.place]) for member in cohort.members], cohort.static_key)
+            moved = [member._replace(x=params[member.place]) for member in cohort.members]
+            self.add(in_order(moved), cohort.static_key)
 
 
 def _copy(record: Record) -> Record:

@@ -28,13 +28,15 @@ class FallBack(Exception):
 
 class Request(NamedTuple):
     """A total that a unit needs: what each of its leaves gives, stacked, and which leaves these are. `order` is the place
-    of the asking rule among those of its chain that ask for totals over the tree."""
+    of the asking rule among those of its chain that ask for totals over the tree. `ascending` says whether the places
+    are."""
 
     order: int
     reduce: Reduce
     parts: Tensor
     places: Sequence[int]  # of the leaves among the parameters of the model
     paths: Sequence[str]
+    ascending: bool = True
 
 
 Prepare: TypeAlias = Generator[Request, Any, None]
@@ -89,14 +91,13 @@ def _advance(run: tuple[Unit, Prepare], answer: Any) -> Request | None:
 
 
 def _total(requests: list[Request], context: Context) -> Tensor:
-    _, reduce, parts, _, paths = requests[0]
-    if len(requests) > 1:
-        device = parts.device
+    _, reduce, parts, places, paths, ascending = requests[0]
+    if len(requests) > 1 or not ascending:
         parts = torch.cat([request.parts.to(parts) for request in requests])
-        flat_places = [place for request in requests for place in request.places]
-        order = sorted(range(len(flat_places)), key=flat_places.__getitem__)
+        places = [place for request in requests for place in request.places]
+        order = sorted(range(len(places)), key=places.__getitem__)
         names = [path for request in requests for path in request.paths]
-        parts, paths = parts[torch.tensor(order, device=device)], [names[i] for i in order]
+        parts, paths = parts[torch.tensor(order, device=parts.device)], [names[i] for i in order]
     total = reduce.rule.combine(parts)
     require_finite(total, reduce, context, lambda: (list(paths), parts))
     return total

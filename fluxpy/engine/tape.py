@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rule import at, rule_key
+from ..pytree import Skeleton, entries_of
+from ..rule import Rule, at, rule_key
 
 # Operators that take a 0-dim tensor where they take a number; elsewhere a number is a part of the program. A power is
 # not among them: where its exponent is known it is far faster.
@@ -89,18 +90,29 @@ def is_traceable(cohort: Any) -> bool:
     known = cohort.context.traceable
     key = rule_key(cohort.rule, loose=True), cohort.reals[0].dtype
     if key not in known:
-        try:
-            rule = at(cohort.rule, cohort.numbers.count)
-            tensors = [cohort.reals[0], cohort.reals[0], *(row[0] for row in cohort.momenta)]
-            x, dx, *momenta = Tape([t.reshape(-1) for t in tensors]).inputs
-            steps, answer = rule.steps(cohort.skeleton.combine(momenta), x, dx), None  # pyright: ignore
-            while True:
-                answer = steps.send(answer).value
-        except StopIteration:
-            known[key] = True
-        except Exception:
-            known[key] = False
+        tensors = [cohort.reals[0], cohort.reals[0], *(row[0] for row in cohort.momenta)]
+        known[key] = inputs_used(at(cohort.rule, cohort.numbers.count), cohort.skeleton, tensors) is not None
     return known[key]
+
+
+def inputs_used(rule: Rule, skeleton: Skeleton, tensors: Sequence[Tensor]) -> set[int] | None:
+    """Which of its inputs (parameter, gradient, the tensors of its state) a rule reads; None of one that is not
+    arithmetic alone."""
+    tape = Tape([t.reshape(-1) for t in tensors])
+    x, dx, *momenta = tape.inputs
+    used: set[int] = set()
+    try:
+        steps, answer = rule.steps(skeleton.combine(momenta), x, dx), None  # pyright: ignore[reportArgumentType]
+        while True:
+            answer = steps.send(answer).value
+            used.add(answer.index)  # pyright: ignore[reportAttributeAccessIssue]
+    except StopIteration as done:
+        used.update(v.index for _, v in entries_of(done.value) if isinstance(v, Traced))
+    except Exception:
+        return None
+    for line in tape.lines:
+        used.update(place.at for place in _places((line.args, line.options)) if place.kind == "result")
+    return used
 
 
 def _writes(line: Line) -> bool:

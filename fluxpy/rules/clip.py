@@ -49,7 +49,7 @@ class ClipNorm(ReducingRule):
     def part(self, value: Tensor) -> Tensor:
         return norm_of(value, self.norm_type)
 
-    def parts(self, values: Sequence[Tensor]) -> Tensor:
+    def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
         return norms_of(values, self.norm_type)
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
@@ -79,8 +79,11 @@ def norm_of(x: Tensor, p: Hyper) -> Tensor:
     return torch.linalg.vector_norm(x, p, dtype=dtype) if x.numel() else x.new_zeros((), dtype=dtype)
 
 
-def norms_of(values: Sequence[Tensor], p: Hyper) -> Tensor:
+def norms_of(values: Sequence[Tensor] | Tensor, p: Hyper) -> Tensor:
     """`norm_of` each, stacked: by one call of PyTorch's where it takes them, which gives the same numbers."""
+    if isinstance(values, Tensor):
+        flat = (values.abs() if values.is_complex() else values).flatten(1)
+        return torch.linalg.vector_norm(flat, p, dim=1, dtype=_wide(flat))
     alike = len({(x.dtype, x.device) for x in values}) == 1
     usual = not isinstance(p, Tensor) and not values[0].is_complex() and all(x.numel() for x in values)
     if len(values) > 1 and alike and usual:
