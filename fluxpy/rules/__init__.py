@@ -1,7 +1,4 @@
-"""The rules: each an algorithm written once, on one tensor; and what one needs to write one's own.
-
-Adding a rule to `__all__` makes it `fluxpy.<name>` too, and puts it on the API page.
-"""
+"""The rules: each an algorithm written once, on one tensor; and what one needs to write one's own."""
 
 # For rule writers: public here, and not in `fluxpy` itself.
 from ..fields import hyper as hyper
@@ -18,6 +15,7 @@ from .descent import Descent, Momentum, Nesterov
 from .sign import Lion, Rprop
 from .wrap import AccumGrad, MixedPrecision, OptimiserChain
 
+# These are names of `fluxpy` too, and on the API page.
 __all__ = [
     "AMSGrad",
     "AccumGrad",
