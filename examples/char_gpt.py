@@ -55,7 +55,7 @@ class GPT(nn.Module):
 
 
 def windows(text: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """Pieces of the text side by side, each with the same piece one character later, which is to be foretold."""
+    """Consecutive windows of the text, and for each its targets: the same window, one character later."""
     count = (len(text) - offset - 1) // CONTEXT
     piece = text[offset : offset + count * CONTEXT + 1]
     return piece[:-1].view(count, CONTEXT), piece[1:].view(count, CONTEXT)
@@ -88,7 +88,7 @@ def main(epochs: int = 5, limit: int | None = None, out: str | None = None, seed
     train, test = data[: len(data) * 9 // 10], data[len(data) * 9 // 10 :]
 
     def train_data(epoch: int) -> fluxpy.DataLoader:
-        """A fresh loader for each epoch, whose windows begin elsewhere."""
+        """A new loader for each epoch, with windows at another offset."""
         return fluxpy.DataLoader(windows(train, offset=epoch * 17 % CONTEXT), batch_size=32, shuffle=True)
 
     test_data = fluxpy.DataLoader(windows(test), batch_size=64)

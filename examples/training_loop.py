@@ -1,4 +1,4 @@
-"""The training loop that people write: accuracy, a bad batch, an early stop, a new rate on the way.
+"""A typical training loop: accuracy, a bad batch, an early stop, a change of the rate.
 
     python examples/training_loop.py
 
@@ -37,7 +37,7 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def loss_and_logits(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The first of a tuple is the loss; the rest comes back beside it."""
+    """The first element of the tuple is the loss; the whole tuple is returned."""
     logits = model(x)
     return cross_entropy(logits, y), logits
 
@@ -59,7 +59,7 @@ def by_hand(model: nn.Module, epochs: list[list[Batch]], test: Batch, goal: floa
                 warnings.warn(f"epoch {epoch}: the loss of batch {i} is {value.item()}; skipped", stacklevel=2)
                 continue
             fluxpy.update(state, model, grads)
-            # Outside of the loss nothing is recorded for the gradient: value and logits are detached.
+            # The value and the logits are detached.
             losses.append(value.item())
             right.append(accuracy(logits, y))
         with torch.no_grad():
@@ -97,7 +97,7 @@ def main(epochs: int = 30, goal: float = 0.97) -> None:
     torch.set_num_threads(1)
     train, test = make_data(1024), make_data(512)
     loader = fluxpy.DataLoader(train, batch_size=64, shuffle=True)
-    # Both loops are to see the same batches, so they are drawn here; else: `for x, y in loader` in each epoch.
+    # Drawn in advance, so that both loops see the same batches; usually: `for x, y in loader` in each epoch.
     drawn = [list(loader) for _ in range(epochs)]
     drawn[1][3][0][0, 0] = math.nan
 
@@ -105,7 +105,7 @@ def main(epochs: int = 30, goal: float = 0.97) -> None:
     assert losses == by_train(make_model(), drawn, test, goal)
     print(f"train gives the same {len(losses)} losses")
 
-    try:  # train itself stops at a bad batch, with the model as it was before it
+    try:  # train itself stops at a bad batch and leaves the model as it was before that batch
         model = make_model()
         fluxpy.train(loss, model, drawn[1], fluxpy.setup(fluxpy.Adam(), model))
     except FloatingPointError as error:
@@ -121,6 +121,6 @@ def main(epochs: int = 30, goal: float = 0.97) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The training loop that people write.")
+    parser = argparse.ArgumentParser(description="A typical training loop.")
     parser.add_argument("--short", action="store_true", help="a few epochs, for a quick check")
     main(*(6, 0.95) if parser.parse_args().short else (30, 0.97))

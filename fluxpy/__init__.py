@@ -8,82 +8,33 @@ In short:
     fluxpy.adjust(state.encoder, 3e-4)
 """
 
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+import typing as _typing
 
+from . import rules as rules
 from . import schedules
 from .adjust import adjust, freeze, reset, scale, thaw
 from .data import DataLoader
 from .gradient import Gradients, gradient, withgradient
 from .leaf import Leaf
 from .parameters import destructure, flatten_parameters, trainables
-from .rules import (
-    AccumGrad,
-    AdaBelief,
-    AdaDelta,
-    AdaGrad,
-    Adam,
-    AdaMax,
-    AdamW,
-    AMSGrad,
-    ClipGlobalNorm,
-    ClipGrad,
-    ClipNorm,
-    Descent,
-    Lion,
-    MixedPrecision,
-    Momentum,
-    NAdam,
-    Nesterov,
-    OAdam,
-    OptimiserChain,
-    RAdam,
-    RMSProp,
-    Rprop,
-    Rule,
-    SignDecay,
-    WeightDecay,
-)
+from .rules import *  # noqa: F403
 from .saving import load, load_state_dict, save, state_dict
 from .show import summary
 from .state import State, leaves, select, setup, value
 from .train import train, trainstep
 from .update import check_finite, update
 
-if _TYPE_CHECKING:
-    from . import learner, testing
+if _typing.TYPE_CHECKING:
+    from . import learner as learner
+    from . import testing as testing
     from .learner import Learner
 
 __all__ = [
-    "AMSGrad",
-    "AccumGrad",
-    "AdaBelief",
-    "AdaDelta",
-    "AdaGrad",
-    "AdaMax",
-    "Adam",
-    "AdamW",
-    "ClipGlobalNorm",
-    "ClipGrad",
-    "ClipNorm",
     "DataLoader",
-    "Descent",
     "Gradients",
     "Leaf",
     "Learner",
-    "Lion",
-    "MixedPrecision",
-    "Momentum",
-    "NAdam",
-    "Nesterov",
-    "OAdam",
-    "OptimiserChain",
-    "RAdam",
-    "RMSProp",
-    "Rprop",
-    "Rule",
-    "SignDecay",
     "State",
-    "WeightDecay",
     "adjust",
     "check_finite",
     "destructure",
@@ -109,6 +60,7 @@ __all__ = [
     "value",
     "withgradient",
 ]
+__all__ += rules.__all__
 
 _LATER = {"learner": "learner", "testing": "testing", "Learner": "learner"}  # imported when first used: name -> module
 
@@ -117,10 +69,10 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__", "learner", "rules", "testing"]
 
 
-if not _TYPE_CHECKING:  # else a type checker would take any name
+if not _typing.TYPE_CHECKING:  # else a type checker would take any name
 
     def __getattr__(name: str) -> object:
-        import importlib
+        import importlib.metadata
 
         if name in _LATER:
             module = importlib.import_module(f".{_LATER[name]}", __name__)

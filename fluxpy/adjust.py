@@ -104,8 +104,8 @@ def freeze(state: AnyState) -> AnyState:
     """Freeze the leaves under this view: until they thaw, neither parameter nor momenta nor counts move, bit for bit.
 
     With `withgradient(..., state=state)`, as in `train`, frozen leaves cost no gradient and keep no activations.
-    Buffers are the module's own: `train` puts into training mode only what is not wholly frozen, so a frozen encoder
-    that you set to `eval()` keeps its BatchNorm statistics and its Dropout off.
+    Buffers and modes are the module's own. `train` and the Learner put a wholly frozen module into evaluation mode,
+    which keeps its BatchNorm statistics and turns its Dropout off; in a loop of your own, call its `eval()`.
     """
     for _, leaf in each_leaf(state, "freeze"):
         replace_leaf(leaf, frozen=True)

@@ -33,8 +33,8 @@ def train(
 
     `loss(model, *batch)` where the batch is a tuple or list, else `loss(model, batch)`, as `withgradient` takes it.
     Batches are moved to the model's device. `progress` shows a bar with the running loss; by default where a person is
-    watching. What is not wholly frozen is put into training mode. For epochs, call it again; for callbacks and metrics
-    write the loop with `trainstep`, or take the `Learner`.
+    watching. Modules are put into training mode, wholly frozen ones into evaluation mode. For epochs, call it again;
+    for callbacks and metrics write the loop with `trainstep`, or take the `Learner`.
 
     Raises FloatingPointError with the item's index for a loss that is not finite, before that item updated anything,
     and ValueError for data without a batch.

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 import fluxpy
+from fluxpy import Rule
 
 ROOT = Path(fluxpy.__file__).parent
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
@@ -74,7 +75,18 @@ def test_import_is_light() -> None:
 
 def test_public_names() -> None:
     names = fluxpy.__all__
-    assert names == sorted(set(names))
+    assert len(names) == len(set(names))
     assert not [name for name in names if not hasattr(fluxpy, name)]
     public = {name for name, value in vars(fluxpy).items() if name[0] != "_" and not isinstance(value, ModuleType)}
     assert public <= set(names)
+
+
+def test_each_public_name_is_listed_once_and_in_order() -> None:
+    exported = fluxpy.rules.__all__
+    assert exported == sorted(exported)
+    own = [name for name in fluxpy.__all__ if name not in exported]
+    assert own == sorted(own)
+    rules = {name for name, value in vars(fluxpy).items() if isinstance(value, type) and issubclass(value, Rule)}
+    assert rules == set(exported)
+    source = (ROOT / "__init__.py").read_text()
+    assert not [name for name in rules if f'"{name}"' in source], "a rule is exported in fluxpy/rules/__init__.py alone"

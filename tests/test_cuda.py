@@ -6,7 +6,7 @@ from rule_table import ROWS
 from torch import nn
 
 import fluxpy
-from fluxpy import ClipGlobalNorm, ClipNorm, OptimiserChain, check, setup, trainables, trainstep, update
+from fluxpy import ClipGlobalNorm, ClipNorm, OptimiserChain, check_finite, setup, trainables, trainstep, update
 
 pytestmark = pytest.mark.cuda
 SHAPES = [(4, 3), (7,), (), (0,)]
@@ -28,7 +28,7 @@ def test_every_rule_gives_the_cpus_numbers_without_reading_the_device(name):
             update(states[1], there, on_device)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    check(states[1])
+    check_finite(states[1])
     for x, y in zip(here, there, strict=True):
         torch.testing.assert_close(x, y.cpu(), rtol=1e-9, atol=1e-12)
 
@@ -48,7 +48,7 @@ def test_a_bad_number_holds_updates_back_until_it_is_read(clip):
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for a, b in zip(kept, trainables(model), strict=True))
     with pytest.raises(FloatingPointError, match="the loss is not finite, in update 1"):
-        check(state)
+        check_finite(state)
     trainstep(lambda m, x: m(x).square().mean(), model, x, state)
     assert not torch.equal(kept[0], model.weight)
 

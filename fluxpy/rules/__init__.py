@@ -1,7 +1,12 @@
 """The rules: each an algorithm written once, on one tensor; and what one needs to write one's own."""
 
-from ..fields import hyper
-from ..rule import Assign, Reduce, ReducingRule, Rule, Steps
+# For rule writers: public here, and not in `fluxpy` itself.
+from ..fields import hyper as hyper
+from ..rule import Assign as Assign
+from ..rule import Reduce as Reduce
+from ..rule import ReducingRule as ReducingRule
+from ..rule import Rule
+from ..rule import Steps as Steps
 from .adam import AdaBelief, Adam, AdaMax, AdamW, AMSGrad, NAdam, OAdam, RAdam
 from .adaptive import AdaDelta, AdaGrad, RMSProp
 from .clip import ClipGlobalNorm, ClipGrad, ClipNorm
@@ -10,6 +15,7 @@ from .descent import Descent, Momentum, Nesterov
 from .sign import Lion, Rprop
 from .wrap import AccumGrad, MixedPrecision, OptimiserChain
 
+# These are names of `fluxpy` too, and on the API page.
 __all__ = [
     "AMSGrad",
     "AccumGrad",
@@ -19,7 +25,6 @@ __all__ = [
     "AdaMax",
     "Adam",
     "AdamW",
-    "Assign",
     "ClipGlobalNorm",
     "ClipGrad",
     "ClipNorm",
@@ -33,12 +38,8 @@ __all__ = [
     "OptimiserChain",
     "RAdam",
     "RMSProp",
-    "Reduce",
-    "ReducingRule",
     "Rprop",
     "Rule",
     "SignDecay",
-    "Steps",
     "WeightDecay",
-    "hyper",
 ]

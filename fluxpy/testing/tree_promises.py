@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ..adjust import adjust, freeze
-from ..rule import ReducingRule, Rule, field_of, hyperparameters, walk
+from ..rule import ReducingRule, Rule, field_of, hyperparameters, title_key, walk
 from ..saving import load_state_dict, state_dict
 from ..saving.format import dtype_name
-from ..state import leaves, setup, value
+from ..state import leaves, setup, tree_context, value
 from ..update import update
 from .compare import contents, require, require_close
 from .snapshots import require_equal, snapshot
@@ -27,7 +27,8 @@ def is_elementwise(trial: Trial) -> None:
     apart: Any = {name: random_tensors(seed=seed)["matrix"] for name, seed in (("a", 0), ("b", 100))}
     joined = _side_by_side(apart)
     first = joined.clone()
-    state_apart, state_joined = setup(trial.rule, apart), setup(trial.rule, joined)
+    state_apart = leaf_by_leaf(setup(trial.rule, apart), trial.rule)
+    state_joined = leaf_by_leaf(setup(trial.rule, joined), trial.rule)
     for i in range(1, UPDATES + 1):
         grads = {"a": random_tensors(seed=i)["matrix"], "b": random_tensors(seed=100 + i)["matrix"]}
         state_apart, apart = update(state_apart, apart, grads, inplace=False)
@@ -35,6 +36,12 @@ def is_elementwise(trial: Trial) -> None:
         moved = _side_by_side(apart) - first
         error = (joined - first - moved).abs()
         require(bool((error <= 1e-9 * moved.abs() + 1e-12).all()), f"update {i - 1} differs")
+
+
+def leaf_by_leaf(state: Any, rule: Rule) -> Any:
+    """The state, whose updates run `apply` on each leaf: packed, leaves that are apart would be one tensor too."""
+    tree_context(state).reference_only.add(title_key(rule))
+    return state
 
 
 def _reduces_each_array(rule: Rule) -> bool:
@@ -51,10 +58,12 @@ def gives_the_same_in_place(trial: Trial) -> None:
         state, model = _begin(trial.rule, dtype, updates=0)
         for i in range(UPDATES):
             grads, before = random_tensors(dtype, i + 1), snapshot(model, state)
-            other = update(state, model, grads, inplace=False)
+            pure = update(state, model, grads, inplace=False)
+            single = update(leaf_by_leaf(copy.deepcopy(state), trial.rule), model, grads, inplace=False)
             require_equal(before, snapshot(model, state), f"on {dtype_name(dtype)}, what was given changed")
             update(state, model, grads)
-            require_close((state, model), other, f"on {dtype_name(dtype)}, after update {i}")
+            for other in (pure, single):
+                require_close((state, model), other, f"on {dtype_name(dtype)}, after update {i}")
 
 
 # --- Leaves that are not stepped, or once -------------------------------------------------------------------------
