@@ -63,16 +63,17 @@ def adjust(state: AnyState, lr: Any = None, /, **changes: Any) -> AnyState:
         raise TypeError("adjust needs a hyperparameter to change, as adjust(state, 0.01) or adjust(state, eps=1e-6)")
     found = each_leaf(state, "adjust")
     records = [record_of(leaf) for _, leaf in found]
+    rules = [record.rule for record in records]
     new, problems = {}, {}
-    for key, rule in {id(record.rule): record.rule for record in records}.items():
+    for key, rule in dict(zip(map(id, rules), rules, strict=True)).items():
         try:
             new[key] = None if rule is None else _adjusted(rule, changes)
         except ValueError as error:
             problems.setdefault(str(error), []).extend(path for path, leaf in found if leaf.rule is rule)
     if problems:
         raise ValueError("; ".join(f"{message} ({_at(paths)})" for message, paths in problems.items()))
-    for record in records:
-        record.rule = new[id(record.rule)]
+    for record, rule in zip(records, rules, strict=True):
+        record.rule = new[id(rule)]
     if found:
         context_of(found[0][1]).hyper += 1
     return state

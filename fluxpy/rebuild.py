@@ -1,5 +1,6 @@
 """A structural copy of a model, with other tensors in place of its parameters."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ def rebuild(model: Any, old: Sequence[Tensor], new: Sequence[Any]) -> Any:
     return copy
 
 
+_HOOKS = (dict, OrderedDict, set)
+_SIMPLE = (bool, int, float, str, type(None))  # what can hold neither parameters nor modules
+
+
 class _Copies:
     """New for old, by the identity of the old. (Not functions that call themselves: what those hold dies by the garbage
     collector alone.)"""
@@ -38,19 +43,25 @@ class _Copies:
             return x if inside is None else inside.make(list(map(self.of, inside.children)))
         new = self.known[id(x)] = x.__new__(type(x))
         self.modules.append(new)
-        hooks = {k: h.copy() for k, h in x.__dict__.items() if isinstance(h, dict | set) and k.startswith("_")}
-        new.__dict__.update(x.__dict__ | hooks)
-        new._buffers = {k: b if b is None else self.known.setdefault(id(b), b.clone()) for k, b in x._buffers.items()}
-        new._parameters = dict(zip(x._parameters, map(self.of, x._parameters.values()), strict=True))
-        new._modules = dict(zip(x._modules, map(self.of, x._modules.values()), strict=True))
+        held = new.__dict__
+        held.update(x.__dict__)
+        for key, hooks in x.__dict__.items():
+            if type(hooks) in _HOOKS and key[0] == "_":
+                held[key] = hooks.copy() if hooks else type(hooks)()
+        for key, b in x._buffers.items():
+            held["_buffers"][key] = b if b is None else self.known.setdefault(id(b), b.clone())
+        held["_parameters"] = dict(zip(x._parameters, map(self.of, x._parameters.values()), strict=True))
+        held["_modules"] = dict(zip(x._modules, map(self.of, x._modules.values()), strict=True))
         return new
 
     def finish(self) -> None:
         """Let parameters and modules that occur a second time in plain attributes (as in nn.LSTM) follow."""
         registered = ("_parameters", "_buffers", "_modules")
         for module in self.modules:
-            plain = {k: self.swapped(v) for k, v in module.__dict__.items() if k not in registered}
-            module.__dict__.update(plain)
+            for key, value in module.__dict__.items():
+                if type(value) in _SIMPLE or not value or key in registered:
+                    continue
+                module.__dict__[key] = self.swapped(value)  # no key is new
 
     def swapped(self, x: Any) -> Any:
         if type(x) in (list, tuple):

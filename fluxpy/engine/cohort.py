@@ -1,6 +1,7 @@
 """Cohort: leaves that step together, and how they are laid out in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,13 @@ class Cohort:
         self.numbers: Numbers = self.records[0].numbers.copy()
         columns = [record.tensors or [] for record in self.records]
         self.momenta = [list(row) for row in zip(*columns, strict=True)]
-        self.ascending = sorted(self.places) == self.places
+        order = sorted(range(len(self.places)), key=self.places.__getitem__)
+        # Indices that bring a value for each leaf into the order of the model; None where they are in it.
+        self.model_order: Tensor | None = None
+        self.model_places, self.model_paths = self.places, self.paths
+        if order != list(range(len(order))):
+            self.model_order = torch.tensor(order, device=self.params[0].device)
+            self.model_places, self.model_paths = sorted(self.places), [self.paths[i] for i in order]
         self.odd: list[int] = []  # the gradients whose strides are not those of their parameters
         self._share()
 
@@ -57,6 +64,11 @@ class Cohort:
         rule = self.records[0].rule
         assert rule is not None
         return rule
+
+    def rules(self) -> list[Rule | None]:
+        """The rules of the leaves, each object once."""
+        rules = list(map(attrgetter("rule"), self.records))
+        return list(dict(zip(map(id, rules), rules, strict=True)).values())
 
     @property
     def skeleton(self) -> Skeleton:
@@ -69,11 +81,11 @@ class Cohort:
             record.numbers = self.numbers
         self.tensors = [record.tensors for record in self.records]
 
-    def pack_momenta(self) -> None:
+    def pack_momenta(self, breaks: Collection[int] = ()) -> None:
         """Lay the momenta of small neighbours side by side."""
         if not self.momenta:
             return
-        for low, high, _, _ in chunks_of(self.sizes, split=False):
+        for low, high, _, _ in chunks_of(self.sizes, False, breaks):
             for row in self.momenta:
                 row[low:high] = pack(row[low:high])
         for record, *tensors in zip(self.records, *self.momenta, strict=True):
@@ -93,8 +105,8 @@ class Cohort:
         for row in self.momenta:
             copied: list[Tensor] = []
             for low, high, _, _ in chunks_of(self.sizes, split=False):
-                flat = adjacent(row[low:high])
                 part = row[low:high]
+                flat = adjacent(part)
                 copied += [t.clone() for t in part] if flat is None else views_like(flat.clone(), part)
             rows.append(copied)
         columns = zip(*rows, strict=True) if rows else [() for _ in self.records]

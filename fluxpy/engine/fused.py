@@ -196,7 +196,7 @@ class _Fused(ABC):
 
     def adopt_rules(self) -> bool:
         """Take over other hyperparameters; False where the leaves do not go together any more."""
-        rules = [rule for rule in {id(r.rule): r.rule for r in self.cohort.records}.values() if rule is not None]
+        rules = [rule for rule in self.cohort.rules() if rule is not None]
         first = self.cohort.members[0]
         if len({bucket_key(rule) for rule in rules}) > 1 or any(rule.traced for rule in rules):
             return False
@@ -246,16 +246,16 @@ class _Fused(ABC):
 
 def _groups(cohort: Cohort) -> list[int]:
     """For each leaf, the first leaf whose rule is equal to its own."""
-    by_identity: dict[int, int] = {}
-    by_key: dict[Any, int] = {}
-    found = []
-    for i, record in enumerate(cohort.records):
-        group = by_identity.get(id(record.rule))
-        if group is None:
-            assert record.rule is not None
-            group = by_identity[id(record.rule)] = by_key.setdefault(rule_key(record.rule), i)
-        found.append(group)
-    return found
+    rules = [record.rule for record in cohort.records]
+    ids = list(map(id, rules))
+    first: dict[Any, int] = {}
+    group: dict[int, int] = {}
+    for key in dict.fromkeys(ids):
+        i = ids.index(key)
+        rule = rules[i]
+        assert rule is not None
+        group[key] = first.setdefault(rule_key(rule), i)
+    return list(map(group.__getitem__, ids))
 
 
 def _last_state(cohort: Cohort) -> Any:
@@ -312,22 +312,23 @@ class FusedUnit(_Fused):
         size = 0 if self.parts.front is None else len(self.parts.front)
         self.front_skeleton = partition(inner[:size] if size else ())[1]
         self.now: dict[int, dict[str, Any]] = {}
-        self.front_reads_x = self._front_reads_x()
+        self._look_at_front()
 
     def adopt_rules(self) -> bool:
         if not super().adopt_rules():
             return False
-        self.front_reads_x = self._front_reads_x()
+        self._look_at_front()
         return True
 
-    def _front_reads_x(self) -> bool:
-        """Whether the rules before the last read the parameter, which is else not gathered for them. Known of rules
-        without schedules and counts, whose arithmetic is the same at each step."""
+    def _look_at_front(self) -> None:
+        """Find out whether the rules before the last do the same at each step, having neither schedules nor counts; and
+        whether they read the parameter, which is else not gathered for them."""
         front = self.parts.front
-        if front is None or self.parts.master is not None or front.scheduled or self.front_skeleton.parts:
-            return True
-        used = inputs_used(front, self.front_skeleton, [self.cohort.reals[0]] * 2)
-        return used is None or 0 in used
+        self.front_is_constant = front is not None and not front.scheduled and not self.front_skeleton.parts
+        self.known_to_fit, self.front_reads_x = False, True
+        if front is not None and self.front_is_constant and self.parts.master is None:
+            used = inputs_used(front, self.front_skeleton, [self.cohort.reals[0]] * 2)
+            self.front_reads_x = used is None or 0 in used
 
     def bind(self) -> None:
         self.chunk_calls = [self._calls_for(chunk) for chunk in self.chunks.all]
@@ -349,13 +350,16 @@ class FusedUnit(_Fused):
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.now = self.options()
-        self.front = None if self.parts.front is None else Parts.of(rule_now(self.cohort)).front
+        self.front = self.parts.front
+        if self.front is not None and self.cohort.rule.scheduled:
+            self.front = Parts.of(rule_now(self.cohort)).front
         self.chunks.load([grads[place] for place in self.cohort.places])
         if self.front is not None:
             yield from self.chunks.run(self._start, self.front)
             first = self.chunks.all[0]
-            if not result_fits(first, first.momenta[self.front_rows], self.front_skeleton):
+            if not self.known_to_fit and not result_fits(first, first.momenta[self.front_rows], self.front_skeleton):
                 raise FallBack(title_key(self.cohort.rule))
+            self.known_to_fit = self.front_is_constant
 
     def _start(self, chunk: Chunk, dx: Any) -> Steps:
         x, master = chunk.x.read() if self.front_reads_x else chunk.x.buffer, self.parts.master
@@ -363,8 +367,8 @@ class FusedUnit(_Fused):
             x = master.master_for(chunk.momenta[0].read(), x)
             dx = None if dx is None else dx.to(master.dtype)
         assert self.front is not None
-        state = self._front_numbers().combine(row.read() for row in chunk.momenta[self.front_rows])
-        return self.front.steps(state, x, dx)
+        rows = (row.read().view(chunk.shape) for row in chunk.momenta[self.front_rows])
+        return self.front.steps(self._front_numbers().combine(rows), x.view(chunk.shape), dx)
 
     def _front_numbers(self) -> Skeleton:
         """The state of the rules before the last, without its tensors."""
@@ -400,7 +404,7 @@ class FusedUnit(_Fused):
         rows = chunk.momenta[self.front_rows]
         if rows:
             write_state(rows, apart_from_written(chunk, rows, tensors), self.context.flag.mask)
-        return skeleton, dx
+        return skeleton, None if dx is None else dx.reshape(-1)
 
     def _run_kernel(
         self, chunk: Chunk, dx: Tensor, long: bool, calls: list[Call], options: dict[int, dict[str, Any]]

@@ -6,7 +6,7 @@ of their momenta); a *chunk* is what is worked on at once: neighbours in a row, 
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -93,6 +93,8 @@ class Extents:
 
 def _extent(t: Tensor) -> int:
     """Bytes from the first element to the last."""
+    if t.is_contiguous():
+        return t.nbytes
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return (last + 1) * t.element_size()
 
@@ -113,12 +115,12 @@ def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
     return views_like(torch.cat([flat_view(t) for t in tensors]), tensors)
 
 
-def chunks_of(sizes: Sequence[int], split: bool) -> Iterator[tuple[int, int, int, int]]:
+def chunks_of(sizes: Sequence[int], split: bool, breaks: Collection[int] = ()) -> Iterator[tuple[int, int, int, int]]:
     """`(low, high, start, size)` of each chunk: small neighbours together, a large tensor alone, and with `split` in
-    parts. A size of -1 is the whole."""
+    parts. A size of -1 is the whole. A chunk ends before each of `breaks`."""
     low = taken = 0
     for i, size in enumerate(sizes):
-        if i > low and taken + size > SIZE:
+        if i > low and (taken + size > SIZE or i in breaks):
             yield low, i, 0, -1
             low, taken = i, 0
         taken += size

@@ -12,10 +12,23 @@ from torch import Tensor
 
 from ..context import reads_at_once, require_all_finite
 from ..pytree import Skeleton, memory, partition
-from ..rule import Assign, Reduce, Rule, Steps, at, is_packable, map_inner, rule_key, run_alone, title_key
+from ..rule import (
+    Assign,
+    Reduce,
+    ReducingRule,
+    Rule,
+    Steps,
+    at,
+    is_packable,
+    map_inner,
+    rule_key,
+    run_alone,
+    title_key,
+    walk,
+)
 from .cohort import Cohort
 from .layout import Row, Scratch, adjacent, chunks_of, copy_all, flat_view, views_like
-from .step import FallBack, Prepare, Request, place_of
+from .step import FallBack, Prepare, Request
 from .tape import is_traceable
 
 Start = Callable[["Chunk", Any], Steps]
@@ -72,6 +85,10 @@ class Chunk:
         self.answers, self.running, self.result = [], None, None
 
 
+def _reduces_arrays(rule: Rule) -> bool:
+    return any(isinstance(inner, ReducingRule) and inner.over == "array" for inner in walk(rule))
+
+
 def _runs(cohort: Cohort, low: int, high: int) -> list[tuple[int, int]] | None:
     """The neighbours of one shape, where each such run is of many contiguous real leaves; else None."""
     if cohort.params[low].is_complex() or not all(x.is_contiguous() for x in cohort.reals[low:high]):
@@ -89,11 +106,15 @@ class Chunks:
     """The chunks of a cohort, and one step's way through them."""
 
     def __init__(self, cohort: Cohort, *, split: bool, stack: bool = False, numbers: bool = True) -> None:
-        self.cohort, self.stack, self.numbers = cohort, stack, numbers
-        cohort.pack_momenta()
+        self.cohort, self.numbers = cohort, numbers
+        # Where each array has a total of its own, leaves of one shape go as a stack: there the total is broadcast.
+        runs = _runs(cohort, 0, len(cohort.sizes)) if _reduces_arrays(cohort.rule) else None
+        breaks = {low for low, _ in runs} if runs is not None and not stack else ()
+        cohort.pack_momenta(breaks)
         scratch = Scratch()
-        where = list(chunks_of(cohort.sizes, split))
-        self.all = [Chunk(cohort, scratch, *place, stack) for place in where]
+        where = list(chunks_of(cohort.sizes, split, breaks))
+        self.stack = stack or bool(breaks)
+        self.all = [Chunk(cohort, scratch, *place, self.stack and place[3] < 0) for place in where]
         self.one = len(self.all) == 1
         self.grads: Sequence[Tensor] = ()  # of real tensors with the strides of the parameters
         self.given: Sequence[Tensor] = ()
@@ -121,13 +142,15 @@ class Chunks:
     def run(self, start: Start, rule: Rule, totals: int | None = None) -> Prepare:
         """Take the first chunk to its result, with all totals that the rule needs on the way; the others can follow.
         With `totals`, only so far that so many totals are known. `rule` is the one that is run."""
-        first, count, order = self.all[0], 0, -1
+        first, count = self.all[0], 0
         while count != totals and isinstance(reduce := self.advance(first, start), Reduce):
             count += 1
             parts = self._parts(reduce, start)
             if reduce.rule.over == "tree":
-                order = place_of(reduce, rule, order)
-                total = yield Request(order, reduce, parts, self.cohort.places, self.cohort.paths, self.cohort.ascending)
+                cohort = self.cohort
+                if cohort.model_order is not None:
+                    parts = parts[cohort.model_order]
+                total = yield Request(rule, reduce, parts, cohort.model_places, cohort.model_paths)
                 answer = self._answer(total, reduce)
                 for chunk in self.all:
                     chunk.answers.append(answer)
@@ -160,9 +183,9 @@ class Chunks:
     def _parts(self, reduce: Reduce, start: Start) -> Tensor:
         """What each leaf gives to a total. Worked out leaf by leaf, so that it does not depend on the grouping."""
         first = self.all[0]
-        if not self.missing and _is_gradient(reduce.value, first, self.grads):
-            if not self.one or first.runs is None:
-                return reduce.rule.parts(self.given)
+        stacked = all(chunk.runs is not None for chunk in self.all)
+        if not (stacked or self.missing) and _is_gradient(reduce.value, first, self.grads):
+            return reduce.rule.parts(self.given)
         found, whole = [], reduce.value
         for chunk in self.all:
             asked = reduce if chunk is first else self.advance(chunk, start)
@@ -235,8 +258,8 @@ class EagerUnit:
 
     def adopt_rules(self) -> bool:
         """Take over other hyperparameters; False where the leaves do not go together any more."""
-        rules = {id(record.rule): record.rule for record in self.cohort.records}.values()
-        return len({rule_key(rule) for rule in rules if rule is not None}) == 1 and not self.cohort.rule.traced
+        rules = [rule for rule in self.cohort.rules() if rule is not None]
+        return len(set(map(rule_key, rules))) == 1 and not self.cohort.rule.traced
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.rule = rule_now(self.cohort)

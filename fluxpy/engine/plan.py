@@ -5,6 +5,7 @@ a gradient and are not frozen. A new pattern is another route over the same coho
 middle of a cohort, that is split. So models whose parts take turns soon find all their routes made.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 from operator import attrgetter
@@ -47,6 +48,15 @@ class Route:
         self.alike = _alike_but_for_numbers(cohorts)
         self.addresses = addresses(params)
         self.memory = Extents(params, self.addresses)
+
+    def fork(self, plan: "Plan", cohorts: list[Cohort], alone: list[ReferenceUnit]) -> "Route":
+        """The same route over the copies in another plan."""
+        other = copy.copy(self)
+        other.cohorts, other.units = cohorts, [*map(plan.unit_of, cohorts), *alone]
+        other.params, other.addresses = plan.params, plan.addresses
+        other.memory = Extents(plan.params, plan.addresses)
+        other.alike = _alike_but_for_numbers(cohorts)
+        return other
 
     def takes(self, grads: Sequence[Any]) -> bool:
         """Whether parameters and gradients are like those that this route was made for."""
@@ -140,7 +150,7 @@ class Plan:
         self.structure = self.context.structure
         return self.route
 
-    def fork(self, route: Route, params: list[Tensor], context: Context) -> tuple["Plan", list[Unit]]:
+    def fork(self, route: Route, params: list[Tensor], context: Context) -> tuple["Plan", Sequence[Unit]]:
         """The plan for copies of the parameters, with copies of all states; and the units of the same route over it."""
         other = Plan([], params, self.paths, context)
         assigned: dict[int, Record] = {}
@@ -160,9 +170,12 @@ class Plan:
             for unit in route.units
             if isinstance(unit, ReferenceUnit)
         ]
-        for cohort, odd in zip(cohorts, route.odd, strict=True):
-            cohort.odd = odd
-        return other, [*(other.units[id(cohort)] for cohort in cohorts), *alone]
+        other.route = route.fork(other, cohorts, alone)
+        pattern = next((key for key, known in self.routes.items() if known is route), None)
+        if pattern is not None:
+            other.routes[pattern] = other.route
+        other.route.enter()
+        return other, other.route.units
 
     def unit_of(self, cohort: Cohort) -> Unit:
         return self.units[id(cohort)]

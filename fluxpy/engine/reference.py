@@ -14,7 +14,7 @@ from ..context import Context, require_finite
 from ..leaf import Numbers, Record
 from ..pytree import apart, memory, partition
 from ..rule import Assign, Rule, at
-from .step import Prepare, Request, place_of
+from .step import Prepare, Request
 
 
 class ReferenceUnit:
@@ -28,7 +28,7 @@ class ReferenceUnit:
         self.dx = grads[self.place]
         self.rule = self._rule_now()
         self.state = self._state()
-        steps, answer, order = self.rule.steps(self.state, self.x, self.dx), None, -1
+        steps, answer = self.rule.steps(self.state, self.x, self.dx), None
         while True:
             try:
                 reduce = steps.send(answer)
@@ -40,8 +40,7 @@ class ReferenceUnit:
                 error.add_note(f"in the rule {self.rule!r} of the parameter {self.path!r}")
                 raise
             if reduce.rule.over == "tree":
-                order = place_of(reduce, self.rule, order)
-                answer = yield Request(order, reduce, parts, (self.place,), (self.path,))
+                answer = yield Request(self.rule, reduce, parts, (self.place,), (self.path,))
             else:
                 answer = parts[0]
                 require_finite(answer, reduce, self.context, partial(_share, self.path, parts))

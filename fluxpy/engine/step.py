@@ -27,16 +27,14 @@ class FallBack(Exception):
 
 
 class Request(NamedTuple):
-    """A total that a unit needs: what each of its leaves gives, stacked, and which leaves these are. `order` is the place
-    of the asking rule among those of its chain that ask for totals over the tree. `ascending` says whether the places
-    are."""
+    """A total that a unit needs: what each of its leaves gives, stacked, and which leaves these are, in the order of the
+    model. `rule` is the whole rule, of which one inside asks."""
 
-    order: int
+    rule: Rule
     reduce: Reduce
     parts: Tensor
     places: Sequence[int]  # of the leaves among the parameters of the model
     paths: Sequence[str]
-    ascending: bool = True
 
 
 Prepare: TypeAlias = Generator[Request, Any, None]
@@ -63,19 +61,32 @@ def run_to_results(units: Sequence[Unit], grads: Sequence[Any], context: Context
     """Take all units to their results. Where rules ask for totals, all units get there before any goes on, and each
     total is made of its parts in the order of the model, however the leaves are grouped."""
     runs = [(unit, unit.prepare(grads)) for unit in units]
-    asking = [(run, request) for run in runs if (request := _advance(run, None)) is not None]
+    if len(runs) == 1:
+        request = _advance(runs[0], None)
+        while request is not None:
+            request = _advance(runs[0], _total([request], context))
+        return
+    places = dict.fromkeys(range(len(runs)), -1)  # of the rule that asked last, for each unit
+    asking: dict[int, Request] = {}
+
+    def advance(i: int, answer: Any) -> None:
+        request = _advance(runs[i], answer)
+        if request is not None:
+            asking[i] = request
+            places[i] = place_of(request.reduce, request.rule, places[i])
+
+    for i in range(len(runs)):
+        advance(i, None)
     while asking:
-        order = min(request.order for _, request in asking)
-        same: dict[Any, list[tuple[tuple[Unit, Prepare], Request]]] = {}
-        for run, request in asking:
-            if request.order == order:
-                same.setdefault(rule_key(request.reduce.rule), []).append((run, request))
-        asking = [(run, request) for run, request in asking if request.order != order]
-        answers = []
-        for found in same.values():
-            total = _total([request for _, request in found], context)
-            answers += [(run, total) for run, _ in found]
-        asking += [(run, request) for run, total in answers if (request := _advance(run, total)) is not None]
+        first = min(places[i] for i in asking)
+        same: dict[Any, list[int]] = {}
+        for i, request in asking.items():
+            if places[i] == first:
+                same.setdefault(rule_key(request.reduce.rule), []).append(i)
+        totals = [(found, _total([asking.pop(i) for i in found], context)) for found in same.values()]
+        for found, total in totals:
+            for i in found:
+                advance(i, total)
 
 
 def _advance(run: tuple[Unit, Prepare], answer: Any) -> Request | None:
@@ -91,8 +102,8 @@ def _advance(run: tuple[Unit, Prepare], answer: Any) -> Request | None:
 
 
 def _total(requests: list[Request], context: Context) -> Tensor:
-    _, reduce, parts, places, paths, ascending = requests[0]
-    if len(requests) > 1 or not ascending:
+    _, reduce, parts, places, paths = requests[0]
+    if len(requests) > 1:
         parts = torch.cat([request.parts.to(parts) for request in requests])
         places = [place for request in requests for place in request.places]
         order = sorted(range(len(places)), key=places.__getitem__)
