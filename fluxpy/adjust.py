@@ -7,7 +7,7 @@ from torch import Tensor
 from . import schedules
 from .leaf import context_of, record_of, replace_leaf
 from .rule import Rule, field_of, hyperparameters, no_hyperparameter, replace, walk
-from .state import AnyState, each_leaf
+from .state import AnyState, each_leaf, leaves_of
 
 
 class scale:
@@ -61,21 +61,22 @@ def adjust(state: AnyState, lr: Any = None, /, **changes: Any) -> AnyState:
             raise TypeError(f"adjust got the class {new.__name__} for {name!r}; write {new.__name__}(...)")
     if not changes:
         raise TypeError("adjust needs a hyperparameter to change, as adjust(state, 0.01) or adjust(state, eps=1e-6)")
-    found = each_leaf(state, "adjust")
-    records = [record_of(leaf) for _, leaf in found]
+    found = leaves_of(state, "adjust")
+    records = list(map(record_of, found))
     rules = [record.rule for record in records]
     new, problems = {}, {}
     for key, rule in dict(zip(map(id, rules), rules, strict=True)).items():
         try:
             new[key] = None if rule is None else _adjusted(rule, changes)
         except ValueError as error:
-            problems.setdefault(str(error), []).extend(path for path, leaf in found if leaf.rule is rule)
+            wrong = [path for path, leaf in each_leaf(state, "adjust") if leaf.rule is rule]
+            problems.setdefault(str(error), []).extend(wrong)
     if problems:
         raise ValueError("; ".join(f"{message} ({_at(paths)})" for message, paths in problems.items()))
     for record, rule in zip(records, rules, strict=True):
         record.rule = new[id(rule)]
     if found:
-        context_of(found[0][1]).hyper += 1
+        context_of(found[0]).hyper += 1
     return state
 
 

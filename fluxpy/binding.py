@@ -41,8 +41,7 @@ class Binding:
         self.plan: Any = None  # how the engine steps these parameters
         self.model: Callable[[], Any] = _reference(model, forget)
         dicts = [x for x in containers if isinstance(x, dict)]
-        self.dicts, self.sizes = dicts, [*map(len, dicts)]
-        self.filled = [x for x in dicts if x]
+        self.filled, self.empty = [x for x in dicts if x], [x for x in dicts if not x]
         self.lists = [x for x in containers if type(x) in (list, tuple)]
         # Else some container cannot be looked into, and a model never matches.
         self.transparent = len(dicts) + len(self.lists) == len(containers)
@@ -55,7 +54,7 @@ class Binding:
     def matches(self, model: Any) -> bool:
         if model is not self.model() or not self.transparent:
             return False
-        if [*map(len, self.dicts)] != self.sizes:
+        if any(self.empty):
             return False
         keys, held = self._look()
         return len(held) == len(self.held) and all(map(is_, held, self.held)) and keys == self.keys

@@ -245,6 +245,14 @@ def leaves(state: State | Leaf) -> Iterator[tuple[str, Leaf]]:
     return iter(each_leaf(state, "leaves"))
 
 
+def leaves_of(state: Any, verb: str) -> list[Leaf]:
+    """The leaves under a view, a tied one once. TypeError names the verb."""
+    if not isinstance(state, State):
+        return [leaf for _, leaf in paths_and_leaves(state, verb)]
+    values = values_of(state)
+    return [values[index] for index in spec_of(state).leaves]
+
+
 def each_leaf(state: Any, verb: str) -> list[tuple[str, Leaf]]:
     """What `leaves` gives, for a verb to name in its errors."""
     if not isinstance(state, State):

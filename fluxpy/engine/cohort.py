@@ -10,7 +10,7 @@ from torch import Tensor
 from ..context import Context
 from ..leaf import Numbers, Record
 from ..pytree import Skeleton
-from ..rule import Rule
+from ..rule import ReducingRule, Rule, walk
 from .layout import adjacent, chunks_of, is_dense, pack, views_like
 
 
@@ -125,10 +125,13 @@ class Cohort:
 
 
 def in_order(members: Sequence[Member]) -> list[Member]:
-    """Members in the order of the model where their parameters are adjacent; else those of one shape together."""
+    """Members in the order of the model; of rules that ask for totals, where the parameters are not adjacent, those of
+    one shape together: many totals of one shape are one operation."""
     ordered = sorted(members, key=lambda member: member.place)
-    if len(ordered) > 1 and adjacent([member.x for member in ordered[:2]]) is None:
-        ordered.sort(key=lambda member: (member.x.numel(), member.x.shape))
+    rule = ordered[0].record.rule
+    reduces = rule is not None and any(isinstance(inner, ReducingRule) for inner in walk(rule))
+    if reduces and len(ordered) > 1 and adjacent([real_view(member.x) for member in ordered[:2]]) is None:
+        ordered.sort(key=lambda member: (member.x.numel(), member.x.shape, member.x.stride()))
     return ordered
 
 

@@ -61,20 +61,23 @@ class CompiledUnit:
         """The wrapper that keeps a master copy, if there is one: the kernel steps that copy."""
         return self.cohort.rule if self.cohort.rule.keeps_master else None
 
-    def adopt_rules(self) -> bool:
+    laid_out = True
+
+    def adopt_rules(self) -> Any:
         """Find the numbers in which the leaves' rules differ, by their place, with the value of each leaf."""
         cohort = self.cohort
-        rules = {id(r.rule): r.rule for r in cohort.records}
+        rules = {id(rule): rule for rule in cohort.rules()}
         if any(rule is None or rule.traced for rule in rules.values()):
-            return False
-        if len({bucket_key(rule, self.context) for rule in rules.values() if rule is not None}) > 1:
-            return False
+            return None
+        keys = {bucket_key(rule, self.context) for rule in rules.values() if rule is not None}
+        if len(keys) > 1:
+            return None
         if rule_key(cohort.rule, loose=True) != getattr(self, "key", rule_key(cohort.rule, loose=True)):
             self.programs = {}
         self.key = rule_key(cohort.rule, loose=True)
         self.differing = {}
         if len(rules) == 1:
-            return True
+            return keys.pop()
         known = {key: numbers_of(rule) for key, rule in rules.items() if rule is not None}
         rows = [known[id(record.rule)] for record in cohort.records]
         device, wide = cohort.reals[0].device, wide_dtype([cohort.reals[0], *(row[0] for row in cohort.momenta)])
@@ -82,7 +85,7 @@ class CompiledUnit:
             if len(set(column)) > 1:
                 self.differing[place] = torch.tensor(column, dtype=wide, device=device)
         self.sizes = torch.tensor(cohort.sizes, device=device)
-        return True
+        return keys.pop()
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.now = rule_now(self.cohort)

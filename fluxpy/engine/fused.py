@@ -194,19 +194,20 @@ class _Fused(ABC):
         self.known = hyper, found
         return found
 
-    def adopt_rules(self) -> bool:
-        """Take over other hyperparameters; False where the leaves do not go together any more."""
+    def adopt_rules(self) -> Any:
+        """Take over other hyperparameters: what the rules have in common, None where they do not go together any more."""
         rules = [rule for rule in self.cohort.rules() if rule is not None]
         first = self.cohort.members[0]
-        if len({bucket_key(rule) for rule in rules}) > 1 or any(rule.traced for rule in rules):
-            return False
+        found = {bucket_key(rule) for rule in rules}
+        if len(found) > 1 or any(rule.traced for rule in rules):
+            return None
         if not all(takes(rule, first.x, first.record.tensors or ()) for rule in rules):
-            return False
+            return None
         self.parts, keys = Parts.of(self.cohort.rule), _groups(self.cohort)
         if keys != self.keys:
             self.keys = keys
             self.bind()
-        return True
+        return found.pop()
 
     @abstractmethod
     def bind(self) -> None:
@@ -246,6 +247,8 @@ class _Fused(ABC):
 
 def _groups(cohort: Cohort) -> list[int]:
     """For each leaf, the first leaf whose rule is equal to its own."""
+    if len(cohort.rules()) == 1:
+        return [0] * len(cohort.records)
     rules = [record.rule for record in cohort.records]
     ids = list(map(id, rules))
     first: dict[Any, int] = {}
@@ -274,6 +277,7 @@ class FusedListUnit(_Fused):
         super().__init__(cohort, len(cohort.momenta))
         self.grads: Sequence[Tensor] = ()
         self.now: dict[int, dict[str, Any]] = {}
+        self.everything = list(range(len(cohort.places)))
         self.bind()
 
     def bind(self) -> None:
@@ -282,7 +286,7 @@ class FusedListUnit(_Fused):
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.now = self.options()
         places = self.cohort.places
-        self.grads = [grads[place] for place in places]
+        self.grads = grads if len(grads) == len(places) and places == self.everything else [grads[place] for place in places]
         if self.cohort.odd:  # a kernel would read other strides as if they were the parameter's
             self.grads = like_parameters(self.grads, self.cohort)
         return
@@ -300,6 +304,8 @@ class FusedListUnit(_Fused):
 class FusedUnit(_Fused):
     """A cohort in chunks: what is before the last rule by its own `steps`, then the kernel on the chunk."""
 
+    laid_out = True
+
     def __init__(self, cohort: Cohort) -> None:
         last = len(tensors_in(_last_state(cohort)))
         self.chunks = Chunks(cohort, split=True)
@@ -314,17 +320,18 @@ class FusedUnit(_Fused):
         self.now: dict[int, dict[str, Any]] = {}
         self._look_at_front()
 
-    def adopt_rules(self) -> bool:
-        if not super().adopt_rules():
-            return False
-        self._look_at_front()
-        return True
+    def adopt_rules(self) -> Any:
+        key = super().adopt_rules()
+        if key is not None:
+            self._look_at_front()
+        return key
 
     def _look_at_front(self) -> None:
         """Find out whether the rules before the last do the same at each step, having neither schedules nor counts; and
         whether they read the parameter, which is else not gathered for them."""
         front = self.parts.front
         self.front_is_constant = front is not None and not front.scheduled and not self.front_skeleton.parts
+        self.front_state = self.front_skeleton.bare()
         self.known_to_fit, self.front_reads_x = False, True
         if front is not None and self.front_is_constant and self.parts.master is None:
             used = inputs_used(front, self.front_skeleton, [self.cohort.reals[0]] * 2)
@@ -367,6 +374,8 @@ class FusedUnit(_Fused):
             x = master.master_for(chunk.momenta[0].read(), x)
             dx = None if dx is None else dx.to(master.dtype)
         assert self.front is not None
+        if self.front_is_constant and not chunk.stacked:
+            return self.front.steps(self.front_state, x, dx)
         rows = (row.read().view(chunk.shape) for row in chunk.momenta[self.front_rows])
         return self.front.steps(self._front_numbers().combine(rows), x.view(chunk.shape), dx)
 
@@ -400,6 +409,8 @@ class FusedUnit(_Fused):
         if chunk.result is None:
             chunk.result = self.chunks.advance(chunk, self._start)
         state, dx = chunk.result
+        if self.front_is_constant:
+            return None, None if dx is None else dx.reshape(-1)
         tensors, skeleton = partition(state)
         rows = chunk.momenta[self.front_rows]
         if rows:

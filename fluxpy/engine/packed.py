@@ -43,7 +43,7 @@ class Chunk:
         self.low, self.high, self.start = low, high, start
         reals = cohort.reals[low:high]
         self.size = size if size >= 0 else sum(cohort.sizes[low:high])
-        self.shape = (high - low, *reals[0].shape) if stack else (self.size,)
+        self.stacked, self.shape = stack, (high - low, *reals[0].shape) if stack else (self.size,)
         self.x = Row(reals, scratch, "x", start, size)
         self.momenta = [Row(row[low:high], scratch, i, start, size) for i, row in enumerate(cohort.momenta)]
         self.gathers = high - low > 1
@@ -74,8 +74,11 @@ class Chunk:
         """A flat value in the shapes of its leaves: those of one shape, where they are few, as a stack."""
         if self.runs is not None:
             parts = value.split([(high - low) * cohort.sizes[low] for low, high in self.runs])
-            pairs = zip(parts, self.runs, strict=True)
-            return [part.view(high - low, *cohort.reals[low].shape) for part, (low, high) in pairs]
+            stacks = []
+            for part, (low, high) in zip(parts, self.runs, strict=True):
+                x = cohort.reals[low]
+                stacks.append(part.as_strided((high - low, *x.shape), (x.numel(), *x.stride()), part.storage_offset()))
+            return stacks
         params = cohort.params[self.low : self.high]
         parts = value.split(cohort.sizes[self.low : self.high])
         return [[_like(part, x) for part, x in zip(parts, params, strict=True)]]
@@ -90,15 +93,18 @@ def _reduces_arrays(rule: Rule) -> bool:
 
 
 def _runs(cohort: Cohort, low: int, high: int) -> list[tuple[int, int]] | None:
-    """The neighbours of one shape, where each such run is of many contiguous real leaves; else None."""
-    if cohort.params[low].is_complex() or not all(x.is_contiguous() for x in cohort.reals[low:high]):
+    """The neighbours of one shape and layout, where such runs are long; else None."""
+    if cohort.params[low].is_complex():
         return None
     runs: list[tuple[int, int]] = []
+    last: Any = None
     for i in range(low, high):
-        if runs and cohort.reals[i].shape == cohort.reals[runs[-1][0]].shape:
+        form = cohort.reals[i].shape, cohort.reals[i].stride()
+        if form == last:
             runs[-1] = runs[-1][0], i + 1
         else:
             runs.append((i, i + 1))
+            last = form
     return runs if 4 * len(runs) <= high - low else None
 
 
@@ -108,7 +114,8 @@ class Chunks:
     def __init__(self, cohort: Cohort, *, split: bool, stack: bool = False, numbers: bool = True) -> None:
         self.cohort, self.numbers = cohort, numbers
         # Where each array has a total of its own, leaves of one shape go as a stack: there the total is broadcast.
-        runs = _runs(cohort, 0, len(cohort.sizes)) if _reduces_arrays(cohort.rule) else None
+        contiguous = all(x.is_contiguous() for x in cohort.reals)
+        runs = _runs(cohort, 0, len(cohort.sizes)) if contiguous and _reduces_arrays(cohort.rule) else None
         breaks = {low for low, _ in runs} if runs is not None and not stack else ()
         cohort.pack_momenta(breaks)
         scratch = Scratch()
@@ -256,10 +263,12 @@ class EagerUnit:
         self.chunks = Chunks(cohort, split=not stack, stack=stack)
         self.trusted = self.chunks.one or (not stack and is_traceable(cohort))
 
-    def adopt_rules(self) -> bool:
-        """Take over other hyperparameters; False where the leaves do not go together any more."""
-        rules = [rule for rule in self.cohort.rules() if rule is not None]
-        return len(set(map(rule_key, rules))) == 1 and not self.cohort.rule.traced
+    laid_out = True
+
+    def adopt_rules(self) -> Any:
+        """Take over other hyperparameters: what the rules have in common, None where they do not go together any more."""
+        keys = {rule_key(rule) for rule in self.cohort.rules() if rule is not None}
+        return keys.pop() if len(keys) == 1 and not self.cohort.rule.traced else None
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.rule = rule_now(self.cohort)

@@ -48,6 +48,7 @@ class Route:
         self.alike = _alike_but_for_numbers(cohorts)
         self.addresses = addresses(params)
         self.memory = Extents(params, self.addresses)
+        self.laid_out = any(getattr(unit, "laid_out", False) for unit in self.units)  # by where the parameters are
 
     def fork(self, plan: "Plan", cohorts: list[Cohort], alone: list[ReferenceUnit]) -> "Route":
         """The same route over the copies in another plan."""
@@ -66,7 +67,7 @@ class Route:
         given = grads if self.everyone else [grads[i] for i in self.present]
         if not self.signature.matches([*self.params, *given]):
             return False
-        if addresses(self.params) != self.addresses:
+        if self.laid_out and addresses(self.params) != self.addresses:
             return False
         # A gradient in the memory of a parameter would change while it is read.
         return not self.memory.meets(addresses(given))
@@ -120,6 +121,9 @@ class Plan:
         """A known route for these gradients, after what changed since the last step was looked at."""
         if self.context.hyper != self.hyper:
             self._adopt_rules()
+            route = self.current(grads)
+            if route is not None:
+                return route
         if self.context.structure != self.structure:
             self._verify()
         self.route = route = self.routes.get(self._pattern(grads))
@@ -214,11 +218,12 @@ class Plan:
         """Take over what `adjust` did. Where the leaves of a cohort do not go together any more, it is dissolved."""
         self.hyper = self.context.hyper
         for cohort in list(self.cohorts):
-            if self.units[id(cohort)].adopt_rules():
-                kind, _, *rest = cohort.static_key
-                cohort.static_key = kind, _rule_key(kind, cohort.rule, self.context), *rest
-            else:
+            key = self.units[id(cohort)].adopt_rules()
+            if key is None:
                 self._drop(cohort)
+            else:
+                kind, _, *rest = cohort.static_key
+                cohort.static_key = kind, key, *rest
         for route in self.routes.values():
             route.alike = _alike_but_for_numbers(route.cohorts)
 
@@ -243,6 +248,7 @@ class Plan:
         self.cohorts.remove(cohort)
         self.units.pop(id(cohort))
         self.routes.clear()
+        self.route = None
 
     # --- Grouping -----------------------------------------------------------------------------------------------------
 

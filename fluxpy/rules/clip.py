@@ -1,5 +1,6 @@
 """Rules that bound the gradient: each element, each array, or the whole update."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import KW_ONLY
 from typing import Any
@@ -82,12 +83,12 @@ def norm_of(x: Tensor, p: Hyper) -> Tensor:
 def norms_of(values: Sequence[Tensor] | Tensor, p: Hyper) -> Tensor:
     """`norm_of` each, stacked: by one call of PyTorch's where it takes them, which gives the same numbers."""
     if isinstance(values, Tensor):
-        flat = (values.abs() if values.is_complex() else values).flatten(1)
-        return torch.linalg.vector_norm(flat, p, dim=1, dtype=_wide(flat))
-    alike = len({(x.dtype, x.device) for x in values}) == 1
-    usual = not isinstance(p, Tensor) and not values[0].is_complex() and all(x.numel() for x in values)
-    if len(values) > 1 and alike and usual:
-        return torch.stack(torch._foreach_norm(list(values), p, dtype=_wide(values[0])))
+        real = values.abs() if values.is_complex() else values
+        dims = list(range(1, real.ndim))
+        return torch.linalg.vector_norm(real, p, dim=dims, dtype=_wide(real)) if dims else norms_of(list(values), p)
+    if len(values) > 1 and not values[0].is_complex() and not isinstance(p, Tensor):
+        with contextlib.suppress(RuntimeError):  # empty arrays, or several dtypes or devices
+            return torch.stack(torch._foreach_norm(values, p, _wide(values[0])))  # pyright: ignore
     return torch.stack([norm_of(x, p) for x in values])
 
 
