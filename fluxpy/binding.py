@@ -1,5 +1,6 @@
 """Binding: a model bound to the shape of a state, so that from step to step nobody walks the model again."""
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -51,6 +52,23 @@ class Binding:
         inside = chain.from_iterable(map(_VALUES, self.filled))
         return [*chain.from_iterable(self.filled)], [*inside, *chain.from_iterable(self.lists)]
 
+    def fork(
+        self, spec: TreeSpec, model: Any, containers: dict[int, Any], plan: Any, forget: Callable[[], None]
+    ) -> "Binding":
+        """The binding of a copy of the model."""
+        if any(id(x) not in containers for x in (*self.filled, *self.empty, *self.lists)):
+            other = Binding(spec, model, (), forget)  # a wrapper was left out of the copy
+        else:
+            other = copy.copy(self)
+            other.spec, other.model = spec, _reference(model, forget)
+            other.indices, other.paths = list(spec.leaves), tuple(spec.leaves.values())
+            other.filled, other.empty, other.lists = (
+                [containers[id(x)] for x in held] for held in (self.filled, self.empty, self.lists)
+            )
+            other.held = other._look()[1]
+        other.params, other.records, other.plan = plan.params, plan.records, plan
+        return other
+
     def matches(self, model: Any) -> bool:
         if model is not self.model() or not self.transparent:
             return False
@@ -72,11 +90,10 @@ class Bindings(dict[int, Binding]):
         binding = self[key] = Binding(spec, model, records, self._forgetting())
         return binding
 
-    def renew(self, spec: TreeSpec, model: Any, plan: Any) -> None:
-        """Bind a copy of another binding's model, with a copy of its plan."""
+    def renew(self, binding: Binding, spec: TreeSpec, model: Any, containers: dict[int, Any], plan: Any) -> None:
+        """Bind a copy of another binding's model, with a copy of its plan. `containers` are new ones for the old."""
         key = id(plan.records[0]) if spec.kind == "leaf" else id(spec)
-        other = self[key] = Binding(spec, model, (), self._forgetting())
-        other.records, other.plan = plan.records, plan
+        self[key] = binding.fork(spec, model, containers, plan, self._forgetting())
 
     def _forgetting(self) -> Callable[[], None]:
         kept = weakref.ref(self)  # a binding that held its holder would die by the garbage collector alone

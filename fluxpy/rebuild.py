@@ -9,29 +9,28 @@ from torch import Tensor, nn
 from .pytree import is_wrapped, level, unwrap
 
 
-def rebuild(model: Any, old: Sequence[Tensor], new: Sequence[Any]) -> Any:
-    """A structural copy of a model with other parameters, `new` for `old`.
-
-    Modules are new, with cloned buffers; everything else that is no parameter is shared. A compiled or data-parallel
-    wrapper is left out of the copy.
-    """
-    copies = _Copies({id(x): value for x, value in zip(old, new, strict=True)})
-    copy = copies.of(model)
-    copies.finish()
-    return copy
-
-
 _HOOKS = (dict, OrderedDict, set)
 _SIMPLE = (bool, int, float, str, type(None))  # what can hold neither parameters nor modules
 
 
-class _Copies:
-    """New for old, by the identity of the old. (Not functions that call themselves: what those hold dies by the garbage
-    collector alone.)"""
+def rebuild(model: Any, old: Sequence[Tensor], new: Sequence[Any]) -> Any:
+    """A structural copy of a model with other parameters, `new` for `old`. See `Copies`."""
+    return Copies(model, old, new).model
 
-    def __init__(self, known: dict[int, Any]) -> None:
-        self.known = known
+
+class Copies:
+    """A structural copy of a model with other parameters, `new` for `old`. (Not functions that call themselves: what
+    those hold dies by the garbage collector alone.)
+
+    Modules are new, with cloned buffers; everything else that is no parameter is shared. A compiled or data-parallel
+    wrapper is left out of the copy.
+    """
+    def __init__(self, model: Any, old: Sequence[Tensor], new: Sequence[Any]) -> None:
+        self.known: dict[int, Any] = {id(x): value for x, value in zip(old, new, strict=True)}
+        self.containers: dict[int, Any] = {}  # new for old, by the identity of the old
         self.modules: list[nn.Module] = []
+        self.model = self.of(model)
+        self.finish()
 
     def of(self, x: Any) -> Any:
         """One Python frame a level: models may be deep."""
@@ -40,7 +39,10 @@ class _Copies:
             return self.known[id(x)]
         if not isinstance(x, nn.Module):
             inside = level(x)
-            return x if inside is None else inside.make(list(map(self.of, inside.children)))
+            if inside is None:
+                return x
+            other = self.containers[id(x)] = inside.make(list(map(self.of, inside.children)))
+            return other
         new = self.known[id(x)] = x.__new__(type(x))
         self.modules.append(new)
         held = new.__dict__
@@ -50,8 +52,8 @@ class _Copies:
                 held[key] = hooks.copy() if hooks else type(hooks)()
         for key, b in x._buffers.items():
             held["_buffers"][key] = b if b is None else self.known.setdefault(id(b), b.clone())
-        held["_parameters"] = dict(zip(x._parameters, map(self.of, x._parameters.values()), strict=True))
-        held["_modules"] = dict(zip(x._modules, map(self.of, x._modules.values()), strict=True))
+        held["_parameters"] = self.containers[id(x._parameters)] = dict(zip(x._parameters, map(self.of, x._parameters.values()), strict=True))
+        held["_modules"] = self.containers[id(x._modules)] = dict(zip(x._modules, map(self.of, x._modules.values()), strict=True))
         return new
 
     def finish(self) -> None:

@@ -18,7 +18,7 @@ from .engine.step import FallBack, Unit, run_to_results
 from .grads import in_order
 from .leaf import Leaf, Record, miss_update
 from .pytree import is_transforming, is_wrapped, memory, unwritable
-from .rebuild import like_parameter, rebuild
+from .rebuild import Copies, like_parameter, rebuild
 from .rule import Rule, tensors_of
 from .state import AnyState, State, bind, shape_of, tree_context
 from .text import form
@@ -190,10 +190,10 @@ def _pure_by_copy(
     except SkipUpdate:
         pass
     fork.updates += 1
-    model = rebuild(model, binding.params, params)
+    copies = Copies(model, binding.params, params)
     state, bindings = _tree(state, binding, plan.records, fork)
-    bindings.renew(shape_of(state), model, plan)
-    return state, model
+    bindings.renew(binding, shape_of(state), copies.model, copies.containers, plan)
+    return state, copies.model
 
 
 def _pure_by_reference(

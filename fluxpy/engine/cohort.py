@@ -1,6 +1,7 @@
 """Cohort: leaves that step together, and how they are laid out in memory."""
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -43,8 +44,7 @@ class Cohort:
         self.params = [member.x for member in members]
         self.places = [member.place for member in members]
         self.paths = [member.path for member in members]
-        self.reals = [real_view(x) for x in self.params]
-        self.sizes = [x.numel() for x in self.reals]
+        self.sizes = [x.numel() * (2 if x.is_complex() else 1) for x in self.params]
         self.numbers: Numbers = self.records[0].numbers.copy()
         columns = [record.tensors or [] for record in self.records]
         self.momenta = [list(row) for row in zip(*columns, strict=True)]
@@ -57,6 +57,11 @@ class Cohort:
             self.model_places, self.model_paths = sorted(self.places), [self.paths[i] for i in order]
         self.odd: list[int] = []  # the gradients whose strides are not those of their parameters
         self._share()
+
+    @cached_property
+    def reals(self) -> list[Tensor]:
+        """The parameters without history, complex ones as real."""
+        return [real_view(x) for x in self.params]
 
     @property
     def rule(self) -> Rule:

@@ -169,7 +169,7 @@ class _Fused(ABC):
         self.parts = Parts.of(cohort.rule)
         self.kernel = KERNELS[type(self.parts.last)]
         self.momenta = cohort.momenta[len(cohort.momenta) - last_tensors :]
-        self.x = cohort.reals[0] if self.parts.master is None else cohort.momenta[0][0]
+        self.x = cohort.params[0] if self.parts.master is None else cohort.momenta[0][0]
         self.clock = torch.zeros((), dtype=torch.float32, device=self.x.device)
         self.keys = _groups(cohort)
         self.known: tuple[int, dict[int, dict[str, Any]]] | None = None
@@ -444,7 +444,7 @@ class FusedUnit(_Fused):
 
 def is_adjacent(params: Sequence[Tensor]) -> bool:
     """Whether parameters look as if they were laid out flat."""
-    return len(params) > 1 and adjacent(list(params[:2])) is not None
+    return len(params) > 1 and adjacent([x.detach() for x in params[:2]]) is not None
 
 
 def fused_unit(cohort: Cohort) -> FusedUnit | FusedListUnit | EagerUnit:
@@ -453,6 +453,6 @@ def fused_unit(cohort: Cohort) -> FusedUnit | FusedListUnit | EagerUnit:
     if parts.front is not None and not is_traceable(cohort):
         return EagerUnit(cohort)  # which can tell of each chunk before it writes any
     plain = parts.front is None and parts.master is None
-    if plain and not is_adjacent(cohort.reals) and not cohort.params[0].is_complex():
+    if plain and not cohort.params[0].is_complex() and not is_adjacent(cohort.params):
         return FusedListUnit(cohort)
     return FusedUnit(cohort)
