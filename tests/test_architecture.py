@@ -90,3 +90,19 @@ def test_each_public_name_is_listed_once_and_in_order() -> None:
     assert rules == set(exported)
     source = (ROOT / "__init__.py").read_text()
     assert not [name for name in rules if f'"{name}"' in source], "a rule is exported in fluxpy/rules/__init__.py alone"
+
+
+def test_dir_shows_the_public_names_and_no_inner_modules() -> None:
+    shown = {*fluxpy.__all__, "__version__", "learner", "rules", "testing"}
+    assert set(dir(fluxpy)) == shown
+    modules = {name for name in shown if isinstance(getattr(fluxpy, name), ModuleType)}
+    assert modules == {"learner", "rules", "schedules", "testing"}
+
+
+def test_a_misspelt_name_is_answered_by_the_right_one() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import fluxpy; fluxpy.setupp"], capture_output=True, text=True, cwd=ROOT.parent
+    )
+    assert "module 'fluxpy' has no attribute 'setupp'. Did you mean: 'setup'?" in done.stderr
+    with pytest.raises(ImportError, match="setupp"):
+        exec("from fluxpy import setupp")
