@@ -14,6 +14,7 @@ from .state import State, bind
 from .tree import Mirror, TreeSpec, spec_of, values_of, walk
 
 Model = TypeVar("Model")
+TensorModel = TypeVar("TensorModel", bound=Tensor)
 # What a loss returns: the loss, or a tuple that begins with it.
 Value = TypeVar("Value", bound=Tensor | tuple[Any, ...])
 LossFunction: TypeAlias = Callable[Concatenate[Model, ...], Value]
@@ -37,8 +38,8 @@ def _by_path(grads: Gradients) -> Iterator[tuple[str, Tensor | None]]:
 
 @overload
 def gradient(
-    f: LossFunction[Tensor, Value],
-    model: Tensor,
+    f: LossFunction[TensorModel, Value],
+    model: TensorModel,
     *args: Any,
     state: State | Leaf | None = None,
     create_graph: bool = False,
@@ -64,8 +65,8 @@ def gradient(
 
 @overload
 def withgradient(
-    f: LossFunction[Tensor, Value],
-    model: Tensor,
+    f: LossFunction[TensorModel, Value],
+    model: TensorModel,
     *args: Any,
     state: State | Leaf | None = None,
     create_graph: bool = False,
