@@ -160,4 +160,4 @@ def main() -> None:
     verbs(state, state.head.bias, state.head)
     saved(state, model)
     parameters(model)
-    untyped(model, state, x)
+    untyped(model, fluxpy.thaw(state), x)
