@@ -44,7 +44,7 @@ class Tape:
         self.numbers: list[float] = []
         self.given = inputs
         self.examples: list[Tensor | None] = [None] * len(inputs)
-        self.inputs = [Traced(self, i) for i in range(len(inputs))]
+        self.inputs: list[Any] = [Traced(self, i) for i in range(len(inputs))]  # to a rule they are tensors
 
     def record(self, call: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]) -> "Traced":
         free = getattr(call, "__name__", "").strip("_") in _TAKES_TENSORS
