@@ -96,7 +96,8 @@ class DataLoader(Generic[Batch]):
         if isinstance(self._like, Mapping):
             return dict(zip(self._tensors, tensors, strict=True))
         if isinstance(self._like, tuple):
-            return self._like._make(tensors) if hasattr(self._like, "_make") else tuple(tensors)  # pyright: ignore
+            make: Any = getattr(self._like, "_make", tuple)  # a namedtuple stays one
+            return make(tensors)
         return tensors[0] if self._like is None else list(tensors)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..fields import Hyper, hyper
 from ..rule import Reduce, ReducingRule, Rule, Steps
 
+_foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
+
 
 class ClipGrad(Rule):
     """Each element of the gradient, clamped to `[-clip_value, clip_value]` (`torch.nn.utils.clip_grad_value_`).
@@ -87,7 +89,7 @@ def norms_of(values: Sequence[Tensor] | Tensor, p: Hyper) -> Tensor:
     alike = len({(x.dtype, x.device) for x in values}) == 1
     usual = not isinstance(p, Tensor) and not values[0].is_complex() and all(x.numel() for x in values)
     if len(values) > 1 and alike and usual:
-        return torch.stack(torch._foreach_norm(list(values), p, dtype=_wide(values[0])))
+        return torch.stack(_foreach_norm(list(values), p, dtype=_wide(values[0])))
     return torch.stack([norm_of(x, p) for x in values])
 
 

@@ -84,12 +84,13 @@ class SignDescent(fluxpy.Rule):
 
 class UnitNorm(ReducingRule):
     elementwise = True
+    over = "tree"
 
     def part(self, value: Tensor) -> Tensor:
         return value.square().sum()
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
-        total = yield Reduce(self, dx, over="tree", nonfinite="skip")
+        total = yield Reduce(self, dx, nonfinite="skip")
         return state, Assign(x - dx / total**0.5)
 
 
