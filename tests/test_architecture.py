@@ -39,12 +39,12 @@ def ours(file: str) -> set[str]:
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("rules/")])
 def test_rules_know_one_tensor_and_no_tree(file: str) -> None:
-    assert {name for name in ours(file) if not name.startswith("fluxpy.rules.")} <= {"fluxpy.rule"}
+    assert {name for name in ours(file) if not name.startswith("fluxpy.rules.")} <= {"fluxpy.fields", "fluxpy.rule"}
 
 
-@pytest.mark.parametrize("file", ["rule.py", "schedules.py", "data.py", "text.py", "pytree.py"])
+@pytest.mark.parametrize("file", ["fields.py", "rule.py", "schedules.py", "data.py", "text.py", "pytree.py"])
 def test_the_ground_floor_knows_no_model(file: str) -> None:
-    assert ours(file) <= {"fluxpy.text"}
+    assert ours(file) <= {"fluxpy.fields", "fluxpy.text"}
 
 
 def test_the_tree_knows_no_rules() -> None:
