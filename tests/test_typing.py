@@ -26,19 +26,21 @@ def expected(file: Path) -> Iterator[Error]:
             yield from ((file.name, number, rule) for rule in marked[1].split(", "))
 
 
-def reported() -> set[Error]:
+def reported() -> dict[Error, str]:
+    """The message of each error."""
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson", *map(str, FILES)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parent.parent)
     report = json.loads(done.stdout)
     assert report["summary"]["filesAnalyzed"] == len(FILES)
     found = report["generalDiagnostics"]
-    return {(Path(d["file"]).name, d["range"]["start"]["line"] + 1, d.get("rule", "")) for d in found}
+    return {(Path(d["file"]).name, d["range"]["start"]["line"] + 1, d.get("rule", "")): d["message"] for d in found}
 
 
 def test_pyright_finds_the_mistakes_and_nothing_else() -> None:
     found, wanted = reported(), {error for file in FILES for error in expected(file)}
-    assert sorted(found - wanted) == []
-    assert sorted(wanted - found) == [], "not found by pyright"
+    unexpected = [f"{file}:{line} {rule}: {found[file, line, rule]}" for file, line, rule in sorted({*found} - wanted)]
+    assert not unexpected, "\n".join(unexpected)
+    assert wanted == {*found}, f"not found by pyright: {sorted(wanted - {*found})}"
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if not any(expected(file))], ids=lambda file: file.name)

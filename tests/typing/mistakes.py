@@ -49,6 +49,7 @@ def training(model: nn.Linear, state: State, x: Tensor) -> None:
     fluxpy.train(loss, model, [x])  # error: reportCallIssue
     fluxpy.train(loss, model, x[0].item(), state)  # error: reportArgumentType
     fluxpy.trainstep(no_tensor, model, x, state)  # error: reportArgumentType
+    fluxpy.Learner(model, fluxpy.Adam(), loss)  # error: reportArgumentType
     fluxpy.load_state_dict(state, {}, hyperparameters="merge")  # error: reportArgumentType
 
 
