@@ -57,7 +57,7 @@ def digits(wanted: Sequence[int], per_class: int) -> tuple[tuple[Tensor, Tensor]
     return train, test
 
 
-def fit(model: nn.Module, data: tuple[Tensor, Tensor], state: Any, epochs: int) -> None:
+def fit(model: nn.Module, data: tuple[Tensor, Tensor], state: fluxpy.State, epochs: int) -> None:
     """`train` over all epochs at once, for one progress bar."""
     loader = fluxpy.DataLoader(data, batch_size=25, shuffle=True)
     fluxpy.train(loss, model, [batch for _ in range(epochs) for batch in loader], state)
@@ -69,7 +69,7 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
     return (model(data[0]).argmax(1) == data[1]).float().mean().item()
 
 
-def stage(title: str, state: Any) -> None:
+def stage(title: str, state: fluxpy.State) -> None:
     print(f"\n{title}\n{fluxpy.summary(state)}")
 
 

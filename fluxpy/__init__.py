@@ -8,7 +8,9 @@ In short:
     fluxpy.adjust(state.encoder, 3e-4)
 """
 
-import typing as _typing
+import importlib.metadata
+import sys
+import typing
 
 from . import rules as rules
 from . import schedules
@@ -24,10 +26,12 @@ from .state import State, leaves, select, setup, value
 from .train import train, trainstep
 from .update import check_finite, update
 
-if _typing.TYPE_CHECKING:
+if typing.TYPE_CHECKING:  # when running, these are imported at their first use
     from . import learner as learner
     from . import testing as testing
     from .learner import Learner
+
+    __version__: str
 
 __all__ = [
     "DataLoader",
@@ -62,25 +66,18 @@ __all__ = [
 ]
 __all__ += rules.__all__
 
-_LATER = {"learner": "learner", "testing": "testing", "Learner": "learner"}  # imported when first used: name -> module
-
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__", "learner", "rules", "testing"]
 
 
-if not _typing.TYPE_CHECKING:  # else a type checker would take any name
+if not typing.TYPE_CHECKING:  # a type checker would take any name
 
     def __getattr__(name: str) -> object:
-        import importlib.metadata
-
-        if name in _LATER:
-            module = importlib.import_module(f".{_LATER[name]}", __name__)
-            return module if name == _LATER[name] else getattr(module, name)
+        if name in ("learner", "testing"):
+            return importlib.import_module(f".{name}", __name__)
+        if name == "Learner":
+            return importlib.import_module(".learner", __name__).Learner
         if name == "__version__":
             return importlib.metadata.version("fluxpy")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=_MODULE)
-
-    import sys as _sys
-
-    _MODULE = _sys.modules[__name__]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])

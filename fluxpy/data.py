@@ -1,7 +1,7 @@
 """DataLoader: batches of arrays that are in memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 import torch
@@ -10,8 +10,11 @@ from torch import Tensor
 # Bytes of rows that are picked at once: few enough to stay in the cache until they are used.
 _BLOCK = 1 << 20
 
+# A batch has the type of the data where that is tensors; of NumPy arrays it is for the user to know.
+Batch = TypeVar("Batch", bound=Tensor | tuple[Tensor, ...] | list[Tensor] | dict[Any, Tensor], covariant=True)
 
-class DataLoader:
+
+class DataLoader(Generic[Batch]):
     """Batches of `data` in the same container, as tensors: `for x, y in DataLoader((X, Y), shuffle=True)`.
 
     `data` is one tensor or NumPy array, or a tuple, list or dict of them, with equally many rows. Whole batches are
@@ -23,6 +26,24 @@ class DataLoader:
     (3, [[0, 1], [2, 3], [4]])
     """
 
+    @overload
+    def __init__(
+        self,
+        data: Batch,
+        batch_size: int = 32,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        data: Any,
+        batch_size: int = 32,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None: ...
     def __init__(
         self,
         data: Any,
@@ -53,7 +74,7 @@ class DataLoader:
         """The number of batches of an epoch."""
         return self._rows // self.batch_size if self.drop_last else -(-self._rows // self.batch_size)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         tensors, size = list(self._tensors.values()), self.batch_size
         starts = range(0, len(self) * size, size)
         if not self.shuffle:
@@ -75,7 +96,8 @@ class DataLoader:
         if isinstance(self._like, Mapping):
             return dict(zip(self._tensors, tensors, strict=True))
         if isinstance(self._like, tuple):
-            return self._like._make(tensors) if hasattr(self._like, "_make") else tuple(tensors)  # pyright: ignore
+            make: Any = getattr(self._like, "_make", tuple)  # a namedtuple stays one
+            return make(tensors)
         return tensors[0] if self._like is None else list(tensors)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,12 @@ from .leaf import Leaf
 from .pytree import is_transforming, partition
 from .state import State, bind
 from .tree import Mirror, TreeSpec, spec_of, values_of, walk
+
+Model = TypeVar("Model")
+TensorModel = TypeVar("TensorModel", bound=Tensor)
+# What a loss returns: the loss, or a tuple that begins with it.
+Value = TypeVar("Value", bound=Tensor | tuple[Any, ...])
+LossFunction: TypeAlias = Callable[Concatenate[Model, ...], Value]
 
 
 class Gradients(Mirror):
@@ -30,9 +36,25 @@ def _by_path(grads: Gradients) -> Iterator[tuple[str, Tensor | None]]:
     return ((path, values[index]) for index, path in spec_of(grads).leaves.items())
 
 
+@overload
 def gradient(
-    f: Callable[..., Any], model: Any, *args: Any, state: State | Leaf | None = None, create_graph: bool = False
-) -> Any:
+    f: LossFunction[TensorModel, Value],
+    model: TensorModel,
+    *args: Any,
+    state: State | Leaf | None = None,
+    create_graph: bool = False,
+) -> Tensor: ...
+@overload
+def gradient(
+    f: LossFunction[Model, Value],
+    model: Model,
+    *args: Any,
+    state: State | Leaf | None = None,
+    create_graph: bool = False,
+) -> Gradients: ...
+def gradient(
+    f: LossFunction[Any, Any], model: Any, *args: Any, state: State | Leaf | None = None, create_graph: bool = False
+) -> Gradients | Tensor:
     """The gradient of `f(model, *args)` with respect to the model's parameters. See `withgradient`.
 
     >>> gradient(lambda m: (m["w"] ** 2).sum(), {"w": torch.tensor([1.0, 2.0])})["w"]
@@ -41,9 +63,25 @@ def gradient(
     return withgradient(f, model, *args, state=state, create_graph=create_graph)[1]
 
 
+@overload
 def withgradient(
-    f: Callable[..., Any], model: Any, *args: Any, state: State | Leaf | None = None, create_graph: bool = False
-) -> tuple[Any, Any]:
+    f: LossFunction[TensorModel, Value],
+    model: TensorModel,
+    *args: Any,
+    state: State | Leaf | None = None,
+    create_graph: bool = False,
+) -> tuple[Value, Tensor]: ...
+@overload
+def withgradient(
+    f: LossFunction[Model, Value],
+    model: Model,
+    *args: Any,
+    state: State | Leaf | None = None,
+    create_graph: bool = False,
+) -> tuple[Value, Gradients]: ...
+def withgradient(
+    f: LossFunction[Any, Any], model: Any, *args: Any, state: State | Leaf | None = None, create_graph: bool = False
+) -> tuple[Any, Gradients | Tensor]:
     """`(value, grads)` of `f(model, *args)`: the loss, detached, and its gradient in the shape of the model.
 
     `f` returns the scalar loss, or a tuple whose first element is the loss; then `value` is the whole tuple, detached.
@@ -76,8 +114,8 @@ def withgradient(
 
 
 def differentiate(
-    f: Callable[..., Any], model: Any, args: Iterable[Any], binding: Binding, create_graph: bool = False
-) -> tuple[Any, Any]:
+    f: LossFunction[Model, Value], model: Model, args: Iterable[Any], binding: Binding, create_graph: bool = False
+) -> tuple[Value, Gradients | Tensor]:
     """`withgradient` of a model bound to a state, which decides who trains."""
     trains = [not record.frozen for record in binding.records]
     # A tensor with a history of its own stays as it is: its flag cannot be cleared, and differentiating through it is

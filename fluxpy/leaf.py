@@ -70,13 +70,6 @@ class Record:
         return other
 
 
-def _read_only(name: str, doc: str, advice: str) -> Any:
-    def refuse(leaf: "Leaf", value: Any) -> NoReturn:
-        raise AttributeError(f"leaf.{name} is read-only; write {advice}")
-
-    return property(lambda leaf: getattr(leaf._record, name), refuse, doc=doc)
-
-
 class Leaf:
     """What the state holds for one parameter. Read-only: the verbs change it.
 
@@ -86,24 +79,41 @@ class Leaf:
 
     __slots__ = ("_bindings", "_context", "_pending", "_record")
 
-    rule: Rule | Any = _read_only("rule", "The hyperparameters.", "fluxpy.adjust(leaf, lr=...)")
-    state: Any = _read_only("state", "The rule's momenta.", "fluxpy.reset(leaf), or load a saved state")
-    frozen: bool = _read_only("frozen", "Whether updates pass it by.", "fluxpy.freeze(leaf) or fluxpy.thaw(leaf)")
-    shape: torch.Size = _read_only("shape", "The parameter's shape.", "fluxpy.setup(rule, model) for another model")
-    dtype: torch.dtype = _read_only("dtype", "The parameter's dtype.", "fluxpy.setup(rule, model) for another model")
-
     def __init__(self, record: Record, context: Context, bindings: Bindings | None = None) -> None:
         self._record, self._context = record, context
         # The models that views of the tree were used with. Not in the context, which their plans hold.
         self._bindings = Bindings() if bindings is None else bindings
         self._pending: Any = None  # (children, metadata) while a transform such as vmap has placeholders for tensors
 
-    def _refuse_count(self, value: Any) -> NoReturn:
-        raise AttributeError("leaf.count is read-only; write fluxpy.thaw(leaf, count=...)")
+    @property
+    def rule(self) -> Any:  # a Rule or None; Any, since which hyperparameters it has only the user knows
+        """The hyperparameters."""
+        return self._record.rule
 
-    count: int = property(  # pyright: ignore[reportAssignmentType]
-        lambda leaf: leaf._record.numbers.count, _refuse_count, doc="How often its rule stepped it."
-    )
+    @property
+    def state(self) -> Any:
+        """The rule's momenta."""
+        return self._record.state
+
+    @property
+    def frozen(self) -> bool:
+        """Whether updates pass it by."""
+        return self._record.frozen
+
+    @property
+    def count(self) -> int:
+        """How often its rule stepped it."""
+        return self._record.numbers.count
+
+    @property
+    def shape(self) -> torch.Size:
+        """The parameter's shape."""
+        return self._record.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameter's dtype."""
+        return self._record.dtype
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Leaf":
         record, context = self._record, self._context
@@ -140,6 +150,26 @@ class Leaf:
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.shape)) or "0-dim"
         return f"Leaf({self.rule!r}, {shape}{', frozen' if self.frozen else ''})"
+
+
+def _read_only(name: str, advice: str) -> None:
+    """Let an assignment to a property of leaves say what to write instead.
+
+    Added here, so that a type checker sees properties without a setter and finds the mistake.
+    """
+
+    def refuse(leaf: Leaf, value: Any) -> NoReturn:
+        raise AttributeError(f"leaf.{name} is read-only; write {advice}")
+
+    setattr(Leaf, name, vars(Leaf)[name].setter(refuse))
+
+
+_read_only("rule", "fluxpy.adjust(leaf, lr=...)")
+_read_only("state", "fluxpy.reset(leaf), or load a saved state")
+_read_only("frozen", "fluxpy.freeze(leaf) or fluxpy.thaw(leaf)")
+_read_only("count", "fluxpy.thaw(leaf, count=...)")
+_read_only("shape", "fluxpy.setup(rule, model) for another model")
+_read_only("dtype", "fluxpy.setup(rule, model) for another model")
 
 
 def record_of(leaf: Leaf) -> Record:

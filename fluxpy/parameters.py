@@ -1,7 +1,7 @@
 """The parameters of a model as a list, as one long vector, and as views of one."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -11,8 +11,14 @@ from .pytree import unwritable
 from .rebuild import like_parameter, rebuild
 from .tree import walk
 
+Model = TypeVar("Model")
 
-def trainables(model: Any, path: bool = False) -> list[Any]:
+
+@overload
+def trainables(model: Any, path: Literal[False] = False) -> list[Tensor]: ...
+@overload
+def trainables(model: Any, path: Literal[True]) -> list[tuple[str, Tensor]]: ...
+def trainables(model: Any, path: bool = False) -> list[Tensor] | list[tuple[str, Tensor]]:
     """The model's parameters in order, a tied one once; with `path`, as `(path, tensor)` pairs.
 
     >>> [name for name, x in trainables(torch.nn.Linear(2, 3), path=True)]
@@ -22,7 +28,7 @@ def trainables(model: Any, path: bool = False) -> list[Any]:
     return [(spec.leaves[i], x) for i, x in enumerate(values)] if path else values
 
 
-def destructure(model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+def destructure(model: Model) -> tuple[Tensor, Callable[[Tensor], Model]]:
     """`(flat, rebuild)`: all parameters as one vector, and the way back to a model of the same kind.
 
     Tied parameters stand in the vector once. Where dtypes differ, the vector has the one they promote to, and `rebuild`
@@ -40,7 +46,7 @@ def destructure(model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         dtype = torch.promote_types(dtype, x.dtype)
     flat = torch.cat([x.reshape(-1).to(dtype) for x in values]) if values else torch.zeros(0, dtype=dtype)
 
-    def back(flat: Tensor) -> Any:
+    def back(flat: Tensor) -> Model:
         if not isinstance(flat, Tensor) or flat.shape != (sum(sizes),):
             came = tuple(flat.shape) if isinstance(flat, Tensor) else type(flat).__name__
             raise ValueError(f"this model has {sum(sizes)} parameters: rebuild takes shape ({sum(sizes)},), got {came}")
@@ -55,7 +61,7 @@ def destructure(model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     return flat, back
 
 
-def flatten_parameters(model: Any, *, grad: bool = False) -> Any:
+def flatten_parameters(model: Model, *, grad: bool = False) -> Model:
     """Lay the parameters of a model side by side in memory, one buffer for each dtype and device; returns the model.
 
     A model of many small tensors is then updated as one long tensor. Nothing else changes: the parameters are the same

@@ -152,7 +152,9 @@ def is_wrapped(x: Tensor) -> bool:
 
 def is_transforming() -> bool:
     """Whether a `torch.func` transform or `torch.compile` is looking on, so that nothing may be kept between steps."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def overlaps_itself(x: Tensor) -> bool:

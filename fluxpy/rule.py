@@ -325,8 +325,8 @@ def value_key(v: Any, loose: bool = False) -> Any:
     if loose and type(v) is float:
         return float
     if isinstance(v, Tensor):
-        readable = v.numel() == 1 and v.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(v)  # pyright: ignore
-        return v.item() if readable else id(v)
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(v)  # pyright: ignore[reportAttributeAccessIssue]
+        return v.item() if v.numel() == 1 and v.is_cpu and not wrapped else id(v)
     if callable(v):
         if dataclasses.is_dataclass(v) and not isinstance(v, type):
             return type(v), tuple(value_key(getattr(v, f.name)) for f in dataclasses.fields(v))

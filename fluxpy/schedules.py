@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY
 from itertools import pairwise
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, dataclass_transform
 
 import numpy as np
 
@@ -55,7 +55,8 @@ class _Data:
 class Schedule(_Data):
     """Base class of the schedules here."""
 
-    __call__: ClassVar[Callable[..., Any]]
+    def __call__(self, count: int) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(self, count) -> value")
 
     def with_total(self, total: int) -> "Schedule":
         """This schedule, with the number of updates filled in where a `segments` leaves it open."""

@@ -8,7 +8,7 @@ import copy
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar, overload
 
 from torch import Tensor, nn
 
@@ -20,7 +20,8 @@ from .rule import walk as walk_rules
 from .text import near
 from .tree import Mirror, TreeSpec, rooted, spec_of, values_of, walk
 
-AnyState = TypeVar("AnyState", "State", Leaf)
+AnyState = TypeVar("AnyState", bound="State | Leaf")
+Rules: TypeAlias = Rule | Mapping[str, Rule | None]  # one rule, or rules by glob patterns over paths
 
 
 class State(Mirror):
@@ -92,9 +93,13 @@ def bind(state: State | Leaf, model: Any) -> Binding:
     return bindings.add(key, spec, model, [record_of(leaf) for leaf in leaf_list(state)])
 
 
-def setup(
-    rule: Rule | Mapping[str, Rule | None], model: Any, *, compile: bool = False, keep: State | Leaf | None = None
-) -> Any:
+@overload
+def setup(  # pyright: ignore[reportOverlappingOverload]  # anything but a tensor gives a State
+    rule: Rules, model: Tensor, *, compile: bool = False, keep: State | Leaf | None = None
+) -> Leaf: ...
+@overload
+def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf | None = None) -> State: ...
+def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf | None = None) -> State | Leaf:
     """The state for training `model` by `rule`: a tree with the model's shape and a `Leaf` for each parameter.
 
     `rule` is one rule for all, or a mapping from glob patterns over dotted paths to rules, the first match wins. Each

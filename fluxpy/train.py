@@ -4,8 +4,8 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Never
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .context import reads_at_once
-from .gradient import differentiate
+from .gradient import LossFunction, Model, Value, differentiate
 from .leaf import Leaf
 from .pytree import level, partition, tensors_in, unwrap
 from .state import State, bind, leaves, tree_context
@@ -21,13 +21,13 @@ from .update import apply_gradients, check_finite
 
 
 def train(
-    loss: Callable[..., Any],
-    model: Any,
+    loss: LossFunction[Model, Value],
+    model: Model,
     data: Iterable[Any],
     state: State | Leaf,
     *,
     progress: bool | None = None,
-    **refused: Any,
+    **refused: Never,  # caught for a better message; a type checker refuses them all the same
 ) -> list[float]:
     """Train `model` once over `data`; returns the losses, each measured before its update.
 
@@ -72,7 +72,7 @@ def train(
     return numbers
 
 
-def trainstep(loss: Callable[..., Any], model: Any, batch: Any, state: State | Leaf) -> Any:
+def trainstep(loss: LossFunction[Model, Value], model: Model, batch: Any, state: State | Leaf) -> Value:
     """One turn of `train`: gradient and update on one batch. Returns what the loss returned, detached.
 
     Where the loss is not finite nothing is updated; the caller decides what to do.

@@ -9,7 +9,7 @@ Parameters are numbered in depth-first order; a tied one has one number and stan
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self, overload
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
@@ -207,6 +207,8 @@ class Mirror:
     """Values in the shape of a model. Children by attribute, key, position, slice or dotted path; no public methods.
 
     What navigation returns is a view: it shares the values. A name that collides with anything is reached by `[name]`.
+
+    For a type checker it is Any (but a slice, which is a tree): what stands at a name depends on the model.
     """
 
     __slots__ = ("_spec", "_values")
@@ -232,6 +234,10 @@ class Mirror:
             raise AttributeError(f"this {self._what} has no {name!r} here; {near(name, map(str, self._spec.keys))}")
         return self._view(found)
 
+    @overload
+    def __getitem__(self, key: slice) -> Self: ...
+    @overload
+    def __getitem__(self, key: Any) -> Any: ...
     def __getitem__(self, key: Any) -> Any:
         found = self._spec.find(key)
         if found is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .binding import Binding, Bindings
 from .context import Context, SkipUpdate
+from .engine.cohort import Member
 from .engine.plan import Plan, Route
 from .engine.reference import ReferenceUnit
 from .engine.step import FallBack, Unit, run_to_results
@@ -116,7 +117,8 @@ def _run(plan: Plan, units: Sequence[Unit], grads: list[Any], context: Context) 
             context.structure += 1
             if fallback.reason is not None:
                 context.reference_only.add(fallback.reason)
-            alone = [ReferenceUnit(*member, context) for member in fallback.unit.cohort.members]
+            members: list[Member] = fallback.unit.cohort.members
+            alone = [ReferenceUnit(*member, context) for member in members]
             units = [*(unit for unit in units if unit is not fallback.unit), *alone]
 
 

@@ -5,6 +5,8 @@ import torch
 
 torch.set_num_threads(1)
 
+collect_ignore = ["typing"]  # users' code, with mistakes on purpose: test_typing.py gives it to a type checker
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

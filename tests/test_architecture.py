@@ -39,12 +39,12 @@ def ours(file: str) -> set[str]:
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("rules/")])
 def test_rules_know_one_tensor_and_no_tree(file: str) -> None:
-    assert {name for name in ours(file) if not name.startswith("fluxpy.rules.")} <= {"fluxpy.rule"}
+    assert {name for name in ours(file) if not name.startswith("fluxpy.rules.")} <= {"fluxpy.fields", "fluxpy.rule"}
 
 
-@pytest.mark.parametrize("file", ["rule.py", "schedules.py", "data.py", "text.py", "pytree.py"])
+@pytest.mark.parametrize("file", ["fields.py", "rule.py", "schedules.py", "data.py", "text.py", "pytree.py"])
 def test_the_ground_floor_knows_no_model(file: str) -> None:
-    assert ours(file) <= {"fluxpy.text"}
+    assert ours(file) <= {"fluxpy.fields", "fluxpy.text"}
 
 
 def test_the_tree_knows_no_rules() -> None:
@@ -90,3 +90,19 @@ def test_each_public_name_is_listed_once_and_in_order() -> None:
     assert rules == set(exported)
     source = (ROOT / "__init__.py").read_text()
     assert not [name for name in rules if f'"{name}"' in source], "a rule is exported in fluxpy/rules/__init__.py alone"
+
+
+def test_dir_shows_the_public_names_and_no_inner_modules() -> None:
+    shown = {*fluxpy.__all__, "__version__", "learner", "rules", "testing"}
+    assert set(dir(fluxpy)) == shown
+    modules = {name for name in shown if isinstance(getattr(fluxpy, name), ModuleType)}
+    assert modules == {"learner", "rules", "schedules", "testing"}
+
+
+def test_a_misspelt_name_is_answered_by_the_right_one() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import fluxpy; fluxpy.setupp"], capture_output=True, text=True, cwd=ROOT.parent
+    )
+    assert "module 'fluxpy' has no attribute 'setupp'. Did you mean: 'setup'?" in done.stderr
+    with pytest.raises(ImportError, match="setupp"):
+        exec("from fluxpy import setupp")

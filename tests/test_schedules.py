@@ -80,7 +80,7 @@ def test_schedules_are_plain_data(schedule: Schedule) -> None:
 
 
 def test_numpy_numbers_and_lists_become_plain() -> None:
-    schedule = join([linear(np.float64(1.0), 0.0, np.int64(5)), constant(np.float32(0.5))], [np.int64(3)])  # type: ignore
+    schedule = join([linear(np.float64(1.0), 0.0, np.int64(5)), constant(np.float32(0.5))], [np.int64(3)])
     first = schedule.schedules[0]
     assert isinstance(first, linear) and type(first.start) is float and type(first.steps) is int
     assert schedule == join((linear(1.0, 0.0, 5), constant(0.5)), (3,)) and type(schedule.boundaries[0]) is int
@@ -154,9 +154,9 @@ def test_with_total_fills_the_last_segment(wrap: Any) -> None:
     [
         (lambda: linear(0.0, 1.0, 0), r"linear: steps=0 is not allowed; it must be a whole number above 0"),
         (lambda: linear(0.0, math.nan, 5), r"linear: end=nan .* finite number"),
-        (lambda: linear("0", 1.0, 5), r"linear: start='0' .* finite number"),  # type: ignore
+        (lambda: linear("0", 1.0, 5), r"linear: start='0' .* finite number"),
         (lambda: cosine(1.0, 0.0, True), r"cosine: steps=True"),
-        (lambda: cosine(1.0, 0.0, 2.5), r"cosine: steps=2.5"),  # type: ignore
+        (lambda: cosine(1.0, 0.0, 2.5), r"cosine: steps=2.5"),
         (lambda: polynomial(1.0, 0.0, 5, 0.0), r"polynomial: power=0.0 .* above 0"),
         (lambda: exponential(1.0, -0.5), r"exponential: rate=-0.5 .* above 0"),
         (lambda: warmup_cosine(1.0, 10, 10), r"warmup_cosine: warmup=10 .* less than total=10"),
@@ -164,8 +164,8 @@ def test_with_total_fills_the_last_segment(wrap: Any) -> None:
         (lambda: one_cycle(1.0, 10, pct_start=1.0), r"one_cycle: pct_start=1.0 .* \[0, 1\)"),
         (lambda: join([constant(1.0), constant(2.0)], []), r"join: boundaries=\(\) .* 1 rising whole numbers"),
         (lambda: join([constant(1.0)] * 3, [5, 5]), r"join: boundaries=\(5, 5\) .* 2 rising"),
-        (lambda: join([constant(1.0), 2.0], [5]), r"join: schedules=.* callables"),  # type: ignore
-        (lambda: shifted(0.1, 5), r"shifted: schedule=0.1 .* callable"),  # type: ignore
+        (lambda: join([constant(1.0), 2.0], [5]), r"join: schedules=.* callables"),
+        (lambda: shifted(0.1, 5), r"shifted: schedule=0.1 .* callable"),
         (lambda: Segment("wave", end=1.0), r"Segment: shape='wave' .* 'linear', 'cosine' or a function"),
         (lambda: Segment(lambda t: 1.0, end=1.0), r"Segment: shape=.* values at 0 and 1 differ"),
         (lambda: Segment("linear", end=1.0, steps=0), r"Segment: steps=0"),

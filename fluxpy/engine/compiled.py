@@ -111,13 +111,13 @@ class CompiledUnit:
         if self.master is None:
             return chunk.x, chunk.momenta, self.now, skeleton
         inner = Skeleton(self.inner_spec, skeleton.parts[1:])
-        return chunk.momenta[0], chunk.momenta[1:], self.now.rule, inner  # pyright: ignore
+        return chunk.momenta[0], chunk.momenta[1:], self.now.rule, inner  # pyright: ignore[reportAttributeAccessIssue]
 
     def _count_totals(self, chunk: Chunk) -> int:
         row, momenta, rule, skeleton = self._target(chunk)
         tape = Tape([row.buffer, row.buffer, *(m.buffer for m in momenta)])
         x, dx, *others = tape.inputs
-        steps, answer, count = rule.steps(skeleton.combine(others), x, dx), None, 0  # pyright: ignore
+        steps, answer, count = rule.steps(skeleton.combine(others), x, dx), None, 0
         try:
             while True:
                 answer = steps.send(answer).value
@@ -140,9 +140,10 @@ class CompiledUnit:
         answers, rest = rest[: len(chunk.answers)], rest[len(chunk.answers) :]
         try:
             if self.differing:
-                inner = self.cohort.rule.rule if self.master is not None else self.cohort.rule  # pyright: ignore
+                outer: Any = self.cohort.rule
+                inner = outer.rule if self.master is not None else outer
                 rule = with_numbers(inner, rule, dict(zip(self.differing, rest, strict=False)))
-            state, change = write_down(rule.steps(before.combine(others), x, dx), answers)  # pyright: ignore
+            state, change = write_down(rule.steps(before.combine(others), x, dx), answers)
             skeleton, writes = _outcome(state, change, x, before)
         except Exception as error:
             self._refuse(error)

@@ -109,10 +109,11 @@ class Parts(NamedTuple):
         master: Any = rule if rule.keeps_master else None
         inner: Any = rule if master is None else master.rule
         *front, last = inner.rules if type(inner) is OptimiserChain and inner.rules else (inner,)
-        decay = None
-        # That of AdamW is another one.
-        if front and type(front[-1]) is WeightDecay and type(last) is not AdamW:
-            decay = front.pop()
+        decay = front[-1] if front else None
+        if type(decay) is WeightDecay and type(last) is not AdamW:  # that of AdamW is another one
+            front.pop()
+        else:
+            decay = None
         return Parts(master, OptimiserChain(*front) if front else None, decay, last)
 
     def options(self, kernel: Kernel, x: Tensor) -> dict[str, Any]:
@@ -184,6 +185,7 @@ class _Fused(ABC):
         found: dict[int, dict[str, Any]] = {}
         for leaf in dict.fromkeys(self.keys):
             own = self.cohort.records[leaf].rule
+            assert own is not None
             try:
                 now = at(own, self.cohort.numbers.count) if own is not rule or rule.scheduled else rule
             except Exception as error:

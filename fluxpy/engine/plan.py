@@ -26,7 +26,7 @@ from .layout import Extents, addresses
 from .packed import EagerUnit
 from .reference import ReferenceUnit
 from .signature import Signature
-from .step import Unit
+from .step import CohortUnit, Unit
 
 _MOST_ROUTES = 32  # kept of one plan
 _LEAST_STACK = 8  # leaves: fewer are as fast one by one as by vmap
@@ -102,7 +102,7 @@ class Plan:
     def __init__(self, records: list[Record], params: list[Tensor], paths: Sequence[str], context: Context) -> None:
         self.records, self.params, self.paths, self.context = records, params, paths, context
         self.cohorts: list[Cohort] = []
-        self.units: dict[int, Unit] = {}  # by the identity of the cohort
+        self.units: dict[int, CohortUnit] = {}  # by the identity of the cohort
         self.routes: dict[Any, Route] = {}
         self.route: Route | None = None
         self.waiting: list[tuple[Record, tuple[Tensor, str]]] = []  # frozen leaves of rules that accumulate
@@ -181,7 +181,7 @@ class Plan:
         other.route.enter()
         return other, other.route.units
 
-    def unit_of(self, cohort: Cohort) -> Unit:
+    def unit_of(self, cohort: Cohort) -> CohortUnit:
         return self.units[id(cohort)]
 
     def sit_out(self) -> None:
@@ -254,7 +254,8 @@ class Plan:
 
     def _members(self, grads: Sequence[Any]) -> tuple[list[Member], list[ReferenceUnit]]:
         """The leaves that step in cohorts, and the units of those that step alone."""
-        members, alone = [], []
+        members: list[Member] = []
+        alone: list[Member] = []
         stacks: dict[Any, list[Member]] = {}
         for place, (record, x, path, dx) in enumerate(zip(self.records, self.params, self.paths, grads, strict=True)):
             if record.frozen or record.rule is None or (dx is None and not record.rule.accumulates):

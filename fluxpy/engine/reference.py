@@ -23,6 +23,7 @@ class ReferenceUnit:
     def __init__(self, record: Record, x: Tensor, place: int, path: str, context: Context) -> None:
         self.record, self.x, self.place, self.path, self.context = record, x, place, path, context
         self.dx: Tensor | None = None
+        self.value: Any = None  # what the parameter becomes, once that is worked out
 
     def prepare(self, grads: Sequence[Any], inplace: bool = True) -> Prepare:
         self.dx = grads[self.place]

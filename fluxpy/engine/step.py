@@ -48,6 +48,12 @@ class Unit(Protocol):
     def commit(self) -> None: ...
 
 
+class CohortUnit(Unit, Protocol):
+    """The unit of a cohort, kept from step to step."""
+
+    def adopt_rules(self) -> bool: ...
+
+
 def place_of(reduce: Reduce, rule: Rule, last: int) -> int:
     """The place of an asking rule in a chain, after the `last` one that asked: a leaf without a gradient may have passed
     some by."""

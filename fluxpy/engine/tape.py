@@ -44,7 +44,7 @@ class Tape:
         self.numbers: list[float] = []
         self.given = inputs
         self.examples: list[Tensor | None] = [None] * len(inputs)
-        self.inputs = [Traced(self, i) for i in range(len(inputs))]
+        self.inputs: list[Any] = [Traced(self, i) for i in range(len(inputs))]  # to a rule they are tensors
 
     def record(self, call: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]) -> "Traced":
         free = getattr(call, "__name__", "").strip("_") in _TAKES_TENSORS
@@ -101,11 +101,12 @@ def inputs_used(rule: Rule, skeleton: Skeleton, tensors: Sequence[Tensor]) -> se
     tape = Tape([t.reshape(-1) for t in tensors])
     x, dx, *momenta = tape.inputs
     used: set[int] = set()
+    answer: Any = None
     try:
-        steps, answer = rule.steps(skeleton.combine(momenta), x, dx), None  # pyright: ignore[reportArgumentType]
+        steps = rule.steps(skeleton.combine(momenta), x, dx)
         while True:
             answer = steps.send(answer).value
-            used.add(answer.index)  # pyright: ignore[reportAttributeAccessIssue]
+            used.add(answer.index)
     except StopIteration as done:
         used.update(v.index for _, v in entries_of(done.value) if isinstance(v, Traced))
     except Exception:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import setup
 from . import events, resume
 from .collection import Metrics
-from .core import Leaf, State, check_finite, parameters, partition, place, reads_at_once
+from .core import Leaf, Rules, State, check_finite, parameters, partition, place, reads_at_once
 from .data import Source, call, evaluation_mode, kind, move, split
 from .events import EVENTS, History
 from .loop import LOSS, Loop
@@ -42,7 +42,7 @@ class Learner:
         self,
         model: Any,
         loss: Callable[[Any, Any], Tensor],
-        rule_or_state: Any,
+        rule_or_state: Rules | State | Leaf,
         *,
         metrics: Any = (),
         callbacks: Iterable[Any] = (),

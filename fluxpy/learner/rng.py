@@ -15,11 +15,12 @@ Sources = Iterable[Source | None]
 def random_state(sources: Sources) -> dict[str, Any]:
     """The state of all random numbers, those of the data too."""
     version, numbers, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state(legacy=True)
+    legacy: Any = np.random.get_state(legacy=True)
+    kind, keys, *rest = legacy
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     return {
         "python": [version, torch.tensor(numbers), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],  # pyright: ignore
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
         "cuda": cuda,
         "data": data_state(sources),

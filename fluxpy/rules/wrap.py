@@ -81,7 +81,7 @@ class OptimiserChain(Wrapper):
     def __repr__(self) -> str:
         return f"OptimiserChain({', '.join(map(repr, self.rules))})"
 
-    def __getitem__(self, i: int) -> Rule:
+    def __getitem__(self, i: int) -> Any:  # a rule, whose class the user knows: `chain[0].lr`
         return self.rules[i]
 
     def __len__(self) -> int:
