@@ -21,8 +21,7 @@ from .leaf import Leaf
 from .parameters import destructure, flatten_parameters, trainables
 from .rules import *  # noqa: F403
 from .saving import load, load_state_dict, save, state_dict
-from .show import summary
-from .state import State, leaves, select, setup, value
+from .state import State, leaves, select, setup, summary, value
 from .train import train, trainstep
 from .update import check_finite, update
 

@@ -237,6 +237,12 @@ def hyperparameters(rule: Rule) -> dict[str, Any]:
     return {name: value for name, value in _items(rule) if not any(isinstance(v, Rule) for v in _elements(value))}
 
 
+def values_at(rule: Rule | None, name: str, count: int) -> list[Any]:
+    """The hyperparameter `name` of each member of the rule that has it, at a count."""
+    members = [] if rule is None else walk(at(rule, count))
+    return [own[name] for own in map(hyperparameters, members) if name in own]
+
+
 def no_hyperparameter(rule: Rule, name: str) -> str:
     """The message for a hyperparameter that neither the rule nor any inside it has."""
     return unknown(title(rule), (own for inner in walk(rule) for own in hyperparameters(inner)), name)

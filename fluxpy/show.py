@@ -1,27 +1,27 @@
-"""The state as a person wants to read it: `print(state)` is a tree, `summary(state)` a table."""
+"""Leaves as a person wants to read them: `print(state)` is a tree, `summary(state)` a table."""
 
 from torch import Tensor
 
 from .leaf import Leaf, record_of
-from .rule import Rule, title
-from .state import State, leaves, values
-from .tree import TreeSpec, spec_of, values_of
+from .rule import Rule, title, values_at
+from .tree import Mirror, TreeSpec, spec_of, values_of
 
 
-def show(state: State) -> str:
+def describe_tree(state: Mirror) -> str:
     """The tree, a line a place. What all leaves of a branch share stands on its line; repeated siblings are folded."""
-    found = list(leaves(state))
-    frozen = sum(leaf.frozen for _, leaf in found)
+    spec, values = spec_of(state), values_of(state)
+    found = [values[index] for index in spec.leaves]
+    frozen = sum(leaf.frozen for leaf in found)
     head = f"State of {len(found)} parameters" + (f", {frozen} frozen" if frozen else "")
-    notes = {_note(leaf) for _, leaf in found}
+    notes = {_note(leaf) for leaf in found}
     note = notes.pop() if len(notes) == 1 else None
-    return "\n".join([head + (f"  {note}" if note else ""), *_lines(spec_of(state), state, "", note)])
+    return "\n".join([head + (f"  {note}" if note else ""), *_lines(spec, values, "", note)])
 
 
-def _lines(spec: TreeSpec, state: State, indent: str, above: str | None) -> list[str]:
+def _lines(spec: TreeSpec, values: list[Leaf], indent: str, above: str | None) -> list[str]:
     blocks: list[tuple[str, str, str, list[str]]] = []  # first name, last name, the line's rest, lines below
     for key, child in zip(spec.keys, spec.children, strict=True):
-        inside = [values_of(state)[index] for index in child.leaves]
+        inside = [values[index] for index in child.leaves]
         if not inside:
             continue
         notes = {_note(leaf) for leaf in inside}
@@ -30,7 +30,7 @@ def _lines(spec: TreeSpec, state: State, indent: str, above: str | None) -> list
         if child.kind == "leaf":
             leaf = inside[0]
             rest = f"  {list(leaf.shape)}{rest}"
-        below = _lines(child, state, indent + "  ", note)
+        below = _lines(child, values, indent + "  ", note)
         folds = spec.kind in ("sequence", "slice") and bool(child.children)
         if blocks and folds and blocks[-1][2:] == (rest, below):
             blocks[-1] = (blocks[-1][0], str(key), rest, below)
@@ -51,25 +51,16 @@ def _note(leaf: Leaf) -> str:
 
 def _rate(leaf: Leaf) -> str:
     try:
-        rates = values(leaf, "lr")
+        rates = values_at(leaf.rule, "lr", leaf.count)
     except Exception:  # a schedule that is wrong must not keep the tree from being read
         return "?"
     return ", ".join(f"{float(r):.6g}" if not isinstance(r, Tensor) or r.numel() == 1 else "..." for r in rates)
 
 
-def summary(state: State | Leaf) -> str:
-    """A table with a line for each leaf under this view: path, shape, dtype, rule, the rate that the next update will
-    use, whether it is frozen, and the bytes of its momenta.
-
-    >>> print(summary(setup(Adam(), torch.nn.Linear(2, 3))))
-    path    shape   dtype    rule  lr     frozen  state bytes
-    weight  [3, 2]  float32  Adam  0.001                   48
-    bias    [3]     float32  Adam  0.001                   24
-    2 parameters, 9 numbers, 0 frozen                      72
-    """
+def table(found: list[tuple[str, Leaf]]) -> str:
+    """A line for each (path, leaf), and one of totals."""
     rows = [("path", "shape", "dtype", "rule", "lr", "frozen", "state bytes")]
     numbers = total = frozen = 0
-    found = list(leaves(state))
     for path, leaf in found:
         size = sum(t.nbytes for t in record_of(leaf).tensors or ())
         rule = title(leaf.rule) if isinstance(leaf.rule, Rule) else "none"

@@ -1,4 +1,4 @@
-"""The state tree: setup, and what reads it: leaves, select, value.
+"""The state tree: setup, and what reads it: leaves, select, value, summary.
 
 Every verb takes the whole state or any view of it (a branch, a slice, a selection, one leaf), and returns what it was
 given. None of them needs the model.
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .binding import Binding, Bindings
 from .context import Context
 from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, record_of
-from .rule import Rule, at, hyperparameters, no_hyperparameter, title_key
-from .rule import walk as walk_rules
+from .rule import Rule, no_hyperparameter, title_key, values_at
+from .show import describe_tree, table
 from .text import near
 from .tree import Mirror, TreeSpec, rooted, spec_of, values_of, walk
 
@@ -47,9 +47,7 @@ class State(Mirror):
         return State._rebuilt(spec, [copy.deepcopy(leaf, memo) for leaf in leaves])
 
     def __repr__(self) -> str:
-        from .show import show
-
-        return show(self)
+        return describe_tree(self)
 
 
 _ALONE = TreeSpec("leaf", index=0)
@@ -302,7 +300,7 @@ def value(leaf: Leaf, name: str) -> Any:
         raise TypeError("value takes one leaf, as state.encoder.weight or state['encoder.weight']")
     if leaf.rule is None:
         raise ValueError("this leaf was set up with no rule (None), so it has no hyperparameters")
-    found = values(leaf, name)
+    found = values_at(leaf.rule, name, leaf.count)
     if not found:
         raise ValueError(no_hyperparameter(leaf.rule, name))
     if any(other is not found[0] and other != found[0] for other in found[1:]):
@@ -310,7 +308,14 @@ def value(leaf: Leaf, name: str) -> Any:
     return found[0]
 
 
-def values(leaf: Leaf, name: str) -> list[Any]:
-    """The hyperparameter of each rule of the leaf that has it, at the leaf's count."""
-    members = [] if leaf.rule is None else walk_rules(at(leaf.rule, leaf.count))
-    return [own[name] for own in map(hyperparameters, members) if name in own]
+def summary(state: State | Leaf) -> str:
+    """A table with a line for each leaf under this view: path, shape, dtype, rule, the rate that the next update will
+    use, whether it is frozen, and the bytes of its momenta.
+
+    >>> print(summary(setup(Adam(), torch.nn.Linear(2, 3))))
+    path    shape   dtype    rule  lr     frozen  state bytes
+    weight  [3, 2]  float32  Adam  0.001                   48
+    bias    [3]     float32  Adam  0.001                   24
+    2 parameters, 9 numbers, 0 frozen                      72
+    """
+    return table(each_leaf(state, "summary"))

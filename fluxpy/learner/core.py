@@ -14,7 +14,7 @@ from ..rule import hyperparameters
 from ..rule import walk as members
 from ..saving.file import read as read_file
 from ..saving.model import match_tensors, model_tensors
-from ..state import Rules, State, bind, tree_context, values
+from ..state import Rules, State, bind, tree_context
 from ..text import near
 from ..train import place, training_mode
 from ..update import check_finite

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import setup
 from . import events, resume
+from .callbacks.progress_bar import ProgressBar
 from .collection import Metrics
 from .core import Leaf, Rules, State, check_finite, parameters, partition, place, reads_at_once
 from .data import Source, call, evaluation_mode, kind, move, split
@@ -49,10 +50,7 @@ class Learner:
         device: torch.device | str | None = None,
         default_callbacks: bool = True,
     ) -> None:
-        if isinstance(loss, type):
-            raise TypeError(f"the loss is an object, not a class: write {loss.__name__}()")
-        if not callable(loss):
-            raise TypeError(f"the loss is a function (output, target) -> number, but got {type(loss).__name__}")
+        _check_loss(loss)
         has_state = isinstance(rule_or_state, State | Leaf)
         if device is not None:
             move(model, torch.device(device), has_state)
@@ -64,8 +62,6 @@ class Learner:
         self.metrics = Metrics(metrics)
         self.callbacks = events.checked(callbacks)
         if default_callbacks:
-            from .callbacks.progress_bar import ProgressBar  # which knows the Learner
-
             self.callbacks.insert(0, ProgressBar())
         # Of the fit:
         self.history = History()
@@ -272,3 +268,10 @@ class Learner:
         other.history, other.progress, other.step, other.stats = History(), Progress(), Step(), {}
         other._run, other._loop = Run(), None
         return other
+
+
+def _check_loss(loss: Any) -> None:
+    if isinstance(loss, type):
+        raise TypeError(f"the loss is an object, not a class: write {loss.__name__}()")
+    if not callable(loss):
+        raise TypeError(f"the loss is a function (output, target) -> number, but got {type(loss).__name__}")

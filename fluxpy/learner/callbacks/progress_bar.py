@@ -4,12 +4,14 @@ import math
 import os
 import sys
 import time
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm.auto import tqdm
 
 from ..events import Callback
-from ..learner import Learner
+
+if TYPE_CHECKING:
+    from ..learner import Learner  # which has a ProgressBar by default
 
 
 class ProgressBar(Callback):
@@ -33,7 +35,7 @@ class ProgressBar(Callback):
         self._done = 0
         self._width = 0  # of what is drawn
 
-    def on_training_start(self, learner: Learner) -> None:
+    def on_training_start(self, learner: "Learner") -> None:
         self._out = self.file or sys.stderr
         self._terminal = self._out is not None and self._out.isatty()
         self._started, self._width, self._draw_at, self._bar = time.monotonic(), 0, math.inf, None
@@ -45,12 +47,12 @@ class ProgressBar(Callback):
 
     on_validation_start = on_training_start
 
-    def on_batch_end(self, learner: Learner) -> None:
+    def on_batch_end(self, learner: "Learner") -> None:
         self._done = learner.batch_index + 1
         if time.monotonic() >= self._draw_at:
             self._draw(learner, learner.running())
 
-    def on_training_end(self, learner: Learner) -> None:
+    def on_training_end(self, learner: "Learner") -> None:
         if self._bar is not None:
             self._draw(learner, learner.stats)
             self._bar.close()
@@ -62,7 +64,7 @@ class ProgressBar(Callback):
 
     on_validation_end = on_training_end
 
-    def _draw(self, learner: Learner, numbers: dict[str, float], last: bool = False) -> None:
+    def _draw(self, learner: "Learner", numbers: dict[str, float], last: bool = False) -> None:
         """Put the present line in place of the one before."""
         if self._bar is not None:
             self._bar.n = self._done
@@ -78,7 +80,7 @@ class ProgressBar(Callback):
             self._width = len(line)
         self._draw_at = time.monotonic() + self.seconds
 
-    def _line(self, learner: Learner, numbers: dict[str, float], cells: int, pace: str = "") -> str:
+    def _line(self, learner: "Learner", numbers: dict[str, float], cells: int, pace: str = "") -> str:
         total, done = learner.batch_count, self._done
         parts = [f"{_title(learner)} {done}" + (f"/{total}" if total else "")]
         if total and cells:
@@ -97,7 +99,7 @@ class ProgressBar(Callback):
         return pace + (f" · {tqdm.format_interval(max(0, total - self._done) / rate)} left" if total else "")
 
 
-def _title(learner: Learner) -> str:
+def _title(learner: "Learner") -> str:
     phase = "train" if learner.training else "validation"
     return f"Epoch {learner.epoch_index + 1}/{learner.epoch_count} · {phase}" if learner.fitting else phase.capitalize()
 
