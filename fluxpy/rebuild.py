@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from .pytree import is_wrapped, level, unwrap
 
-
 _HOOKS = (dict, OrderedDict, set)
 _SIMPLE = (bool, int, float, str, type(None))  # what can hold neither parameters nor modules
 
@@ -25,6 +24,7 @@ class Copies:
     Modules are new, with cloned buffers; everything else that is no parameter is shared. A compiled or data-parallel
     wrapper is left out of the copy.
     """
+
     def __init__(self, model: Any, old: Sequence[Tensor], new: Sequence[Any]) -> None:
         self.known: dict[int, Any] = {id(x): value for x, value in zip(old, new, strict=True)}
         self.containers: dict[int, Any] = {}  # new for old, by the identity of the old
@@ -52,8 +52,12 @@ class Copies:
                 held[key] = hooks.copy() if hooks else type(hooks)()
         for key, b in x._buffers.items():
             held["_buffers"][key] = b if b is None else self.known.setdefault(id(b), b.clone())
-        held["_parameters"] = self.containers[id(x._parameters)] = dict(zip(x._parameters, map(self.of, x._parameters.values()), strict=True))
-        held["_modules"] = self.containers[id(x._modules)] = dict(zip(x._modules, map(self.of, x._modules.values()), strict=True))
+        held["_parameters"] = self.containers[id(x._parameters)] = dict(
+            zip(x._parameters, map(self.of, x._parameters.values()), strict=True)
+        )
+        held["_modules"] = self.containers[id(x._modules)] = dict(
+            zip(x._modules, map(self.of, x._modules.values()), strict=True)
+        )
         return new
 
     def finish(self) -> None:

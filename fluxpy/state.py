@@ -85,9 +85,9 @@ def bind(state: State | Leaf, model: Any) -> Binding:
     alone = record_of(state) if isinstance(state, Leaf) else None
     key = id(alone or spec)
     binding = bindings.get(key)
-    if binding is not None and binding.spec is spec and binding.matches(model):
-        if alone is None or binding.records[0] is alone:
-            return binding
+    known = binding is not None and binding.spec is spec and binding.matches(model)
+    if binding is not None and known and (alone is None or binding.records[0] is alone):
+        return binding
     return bindings.add(key, spec, model, [record_of(leaf) for leaf in leaf_list(state)])
 
 

@@ -91,9 +91,7 @@ def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
         unit.commit()
 
 
-def _route_for(
-    binding: Binding, context: Context, grads: list[Any], inplace: bool
-) -> tuple[Plan, Route, list[Any]]:
+def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bool) -> tuple[Plan, Route, list[Any]]:
     """The plan for a model, its route for these gradients, and the gradients, copied where they are parameters."""
     plan = binding.plan
     if plan is None:
@@ -176,9 +174,7 @@ def _has_begun(record: Record) -> bool:
     return record.frozen or record.rule is None or record.tensors is not None
 
 
-def _pure_by_copy(
-    state: Any, binding: Binding, context: Context, model: Any, grads: list[Any]
-) -> tuple[Any, Any]:
+def _pure_by_copy(state: Any, binding: Binding, context: Context, model: Any, grads: list[Any]) -> tuple[Any, Any]:
     """Copy parameters and states, and step the copies in place, by a copy of the plan."""
     plan, route, grads = _route_for(binding, context, grads, inplace=False)
     params = [like_parameter(x.detach().clone(), x) for x in binding.params]
@@ -198,9 +194,7 @@ def _pure_by_copy(
     return state, copies.model
 
 
-def _pure_by_reference(
-    state: Any, binding: Binding, context: Context, model: Any, found: list[Any]
-) -> tuple[Any, Any]:
+def _pure_by_reference(state: Any, binding: Binding, context: Context, model: Any, found: list[Any]) -> tuple[Any, Any]:
     """Each rule's `apply`, leaf by leaf: one can differentiate through it."""
     _check(binding, found, inplace=False)
     with torch.set_grad_enabled(torch.is_grad_enabled() and _has_history(binding, found)):
@@ -317,7 +311,7 @@ def _check_overlap(binding: Binding) -> None:
         end, other = ends.get(x.device, (0, ""))
         if start < end:
             raise ValueError(
-                f"the parameters {other!r} and {path!r} are in the same memory, so that one update would step it twice; "
+                f"the parameters {other!r} and {path!r} are in the same memory, which an update would step twice; "
                 "tie them by using one Parameter at both places, or clone one"
             )
         ends[x.device] = start + x.nbytes, path

@@ -1,4 +1,4 @@
-"""Fused units: the last rule of a chain run by one of PyTorch's fused kernels, the rules before it by their own `steps`.
+"""Fused units: a chain's last rule run by one of PyTorch's fused kernels, the rules before it by their own `steps`.
 
 A kernel writes into parameters and momenta. It would write a scaled gradient into the gradient too, so clipping is not
 left to it. `KERNELS` is the one place of the engine that knows rules by their class.
@@ -197,7 +197,7 @@ class _Fused(ABC):
         return found
 
     def adopt_rules(self) -> Any:
-        """Take over other hyperparameters: what the rules have in common, None where they do not go together any more."""
+        """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
         rules = [rule for rule in self.cohort.rules() if rule is not None]
         first = self.cohort.members[0]
         found = {bucket_key(rule) for rule in rules}
@@ -288,7 +288,9 @@ class FusedListUnit(_Fused):
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.now = self.options()
         places = self.cohort.places
-        self.grads = grads if len(grads) == len(places) and places == self.everything else [grads[place] for place in places]
+        self.grads = (
+            grads if len(grads) == len(places) and places == self.everything else [grads[place] for place in places]
+        )
         if self.cohort.odd:  # a kernel would read other strides as if they were the parameter's
             self.grads = like_parameters(self.grads, self.cohort)
         return

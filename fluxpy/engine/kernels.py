@@ -48,7 +48,7 @@ class Recipe:
             results: list[Any] = list(inputs)
             for line in lines:
                 results.append(None if line is None else run_line(line, numbers, results.__getitem__))
-            # Times one, where another buffer takes an input over: Inductor drops copies, and reads what was overwritten.
+            # Times one, where an input becomes another: Inductor drops copies, and reads what was overwritten.
             news = [results[source] * numbers[-1] if source < len(inputs) else results[source] for _, source in writes]
             for (target, _), new in zip(writes, news, strict=True):
                 results[target].copy_(torch.where(inputs[-1], results[target], new) if masked else new)

@@ -266,7 +266,7 @@ class EagerUnit:
     laid_out = True
 
     def adopt_rules(self) -> Any:
-        """Take over other hyperparameters: what the rules have in common, None where they do not go together any more."""
+        """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
         keys = {rule_key(rule) for rule in self.cohort.rules() if rule is not None}
         return keys.pop() if len(keys) == 1 and not self.cohort.rule.traced else None
 

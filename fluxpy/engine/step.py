@@ -27,8 +27,8 @@ class FallBack(Exception):
 
 
 class Request(NamedTuple):
-    """A total that a unit needs: what each of its leaves gives, stacked, and which leaves these are, in the order of the
-    model. `rule` is the whole rule, of which one inside asks."""
+    """A total that a unit needs: what each of its leaves gives, stacked, and which leaves these are, in the order of
+    the model. `rule` is the whole rule, of which one inside asks."""
 
     rule: Rule
     reduce: Reduce
@@ -55,8 +55,8 @@ class CohortUnit(Unit, Protocol):
 
 
 def place_of(reduce: Reduce, rule: Rule, last: int) -> int:
-    """The place of an asking rule in a chain, after the `last` one that asked: a leaf without a gradient may have passed
-    some by."""
+    """The place of an asking rule in a chain, after the `last` one that asked: a leaf without a gradient may have
+    passed some by."""
     for place, inner in enumerate(tree_reducing(rule)):
         if inner is reduce.rule and place > last:
             return place

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..fields import Hyper, hyper
 from ..rule import Reduce, ReducingRule, Rule, Steps
 
+_foreach_norm: Any = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
+
 
 class ClipGrad(Rule):
     """Each element of the gradient, clamped to `[-clip_value, clip_value]` (`torch.nn.utils.clip_grad_value_`).
@@ -88,7 +90,7 @@ def norms_of(values: Sequence[Tensor] | Tensor, p: Hyper) -> Tensor:
         return torch.linalg.vector_norm(real, p, dim=dims, dtype=_wide(real)) if dims else norms_of(list(values), p)
     if len(values) > 1 and not values[0].is_complex() and not isinstance(p, Tensor):
         with contextlib.suppress(RuntimeError):  # empty arrays, or several dtypes or devices
-            return torch.stack(torch._foreach_norm(values, p, _wide(values[0])))  # pyright: ignore
+            return torch.stack(_foreach_norm(values, p, _wide(values[0])))
     return torch.stack([norm_of(x, p) for x in values])
 
 
