@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..context import Context
 from ..pytree import HOLE, Skeleton, entries_of, skeleton_of
-from ..rule import Assign, Rule, Steps, replace, rule_key, title, title_key
+from ..rule import Assign, ReducingRule, Rule, Steps, replace, rule_key, title, title_key, walk
 from .cohort import Cohort
 from .kernels import Recipe, to_device, wide_dtype
 from .layout import Row
@@ -28,8 +28,10 @@ _MOST = 32  # kernels of one chain; with more, its numbers are a part of the pro
 
 def bucket_key(rule: Rule, context: Context) -> Any:
     """What rules must have in common to go together: everything but real numbers, where a kernel can take those for
-    each leaf."""
-    return rule_key(rule, loose=title_key(rule) not in context.not_shared)
+    each leaf. It cannot where a total is asked for of what rules with such numbers made of the gradient."""
+    members = [inner for inner in walk(rule) if not inner.inner]
+    asks_later = any(isinstance(inner, ReducingRule) for inner in members[1:])
+    return rule_key(rule, loose=not asks_later and title_key(rule) not in context.not_shared)
 
 
 class Program(NamedTuple):

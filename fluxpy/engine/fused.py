@@ -399,6 +399,9 @@ class FusedUnit(_Fused):
                 numbers = self.tick() if moved else list(numbers)
                 if front is not None:
                     numbers[first : first + len(front.parts)] = front.parts
+            if self.parts.master is not None:
+                master = chunk.momenta[0]  # which follows the parameter, where somebody wrote to that
+                master.write(self.parts.master.master_for(master.read(), chunk.x.read()))
             if dx is not None:
                 self._run_kernel(chunk, dx, long, calls, options)
             chunk.clear()
@@ -426,8 +429,7 @@ class FusedUnit(_Fused):
     ) -> None:
         master, row = self.parts.master, None
         if master is not None:
-            row, x = chunk.momenta[0], chunk.x.read()
-            row.write(master.master_for(row.read(), x))
+            row = chunk.momenta[0]
             dx = dx.to(master.dtype)
         grads = [dx]
         if not long:

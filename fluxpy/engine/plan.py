@@ -1,8 +1,8 @@
 """The plan of an update: which leaves step together and how, kept from step to step.
 
-Leaves that step together form a cohort. A *route* is the set of cohorts that one kind of update takes: those of the
-leaves that have a gradient and are not frozen. Another pattern is another route over the same cohorts; a cohort is split
-only where a route needs a part of it. So models whose parts take turns soon find all their routes made.
+Leaves that step together form a cohort. A *route* is the set of cohorts that one kind of update takes: those of
+leaves that have a gradient and are not frozen. Another pattern is another route over the same cohorts, and a cohort is
+split only where a route needs a part of it. So models whose parts take turns soon find all their routes made.
 """
 
 import copy
