@@ -43,6 +43,7 @@ class Binding:
         self.model: Callable[[], Any] = _reference(model, forget)
         dicts = [x for x in containers if isinstance(x, dict)]
         self.filled, self.empty = [x for x in dicts if x], [x for x in dicts if not x]
+        self.sizes = [*map(len, self.filled)]
         self.lists = [x for x in containers if type(x) in (list, tuple)]
         # Else some container cannot be looked into, and a model never matches.
         self.transparent = len(dicts) + len(self.lists) == len(containers)
@@ -72,7 +73,7 @@ class Binding:
     def matches(self, model: Any) -> bool:
         if model is not self.model() or not self.transparent:
             return False
-        if any(self.empty):
+        if any(self.empty) or [*map(len, self.filled)] != self.sizes:
             return False
         keys, held = self._look()
         return len(held) == len(self.held) and all(map(is_, held, self.held)) and keys == self.keys

@@ -4,6 +4,7 @@ A leaf is a read-only handle. What it shows is in its `Record`, which the verbs 
 was stepped is in `Numbers`, one object that all leaves which step together share: a step changes that object alone.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -125,6 +126,7 @@ class Leaf:
         if id(context) not in memo:
             memo[id(context)] = context.fork(), Bindings()
         other = memo[id(self)] = Leaf(record.copy(numbers, tensors), *memo[id(context)])
+        other._record.rule = copy.deepcopy(record.rule, memo)
         return other
 
     def __getstate__(self) -> Any:
