@@ -58,6 +58,7 @@ def story(rule: Any, layout: str, **options: Any) -> Run:
     step()
     fluxpy.thaw(run.state)
     fluxpy.adjust(run.state["c"], lr=0.003)
+    step()
     step(change=lambda dx: torch.stack([dx, dx], -1)[..., 0])  # in other strides
     with torch.no_grad():
         run.model["e"].data = run.model["e"].clone()  # in other memory
