@@ -330,7 +330,7 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_warns():
         history = learner.fit(data)
     assert np.isfinite(history[0]["train"]["loss"]) and all(x.isfinite().all() for x in learner.model.parameters())
     assert learner.metrics.batches == 2
-    assert next(leaf for _, leaf in fluxpy.leaves(learner.state))._count == 2
+    assert next(leaf for _, leaf in fluxpy.leaves(learner.state)).count == 2
 
 
 def test_an_epoch_without_a_finite_loss_has_none():
