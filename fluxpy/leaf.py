@@ -4,6 +4,7 @@ A leaf is a read-only handle. What it shows is in its `Record`, which the verbs 
 was stepped is in `Numbers`, one object that all leaves which step together share: a step changes that object alone.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -114,7 +115,9 @@ class Leaf:
         tensors = None if record.tensors is None else [_own(t) for t in record.tensors]
         if id(context) not in memo:
             memo[id(context)] = context.fork(), Bindings()
-        other = memo[id(self)] = Leaf(record.copy(numbers, tensors), *memo[id(context)])
+        copied = record.copy(numbers, tensors)
+        copied.rule = copy.deepcopy(record.rule, memo)
+        other = memo[id(self)] = Leaf(copied, *memo[id(context)])
         return other
 
     def __getstate__(self) -> Any:
