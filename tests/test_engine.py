@@ -165,7 +165,7 @@ PLAIN = {"whole": Whole(), "whole in a chain": OptimiserChain(ClipGlobalNorm(0.5
 NUMBERS = {**NATIVE, **FLAT, **PLAIN}
 # How leaves of a rule are stepped, where that is not by a fused kernel or by the rule's own arithmetic.
 WANTED: dict[str, set[str]] = {"whole": set(), "whole in a chain": set(), "lazy": set()}
-WANTED |= dict.fromkeys(("AccumGrad", "clip all, gather, Adam", "gather, AdamW"), {"Fused"})
+WANTED |= {name: {"Fused"} for name in ("AccumGrad", "clip all, gather, Adam", "gather, AdamW")}
 
 
 def paths_of(state):

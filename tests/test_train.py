@@ -1,7 +1,5 @@
 """train and trainstep."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
