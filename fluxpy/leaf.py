@@ -125,8 +125,9 @@ class Leaf:
         tensors = None if record.tensors is None else [_own(t) for t in record.tensors]
         if id(context) not in memo:
             memo[id(context)] = context.fork(), Bindings()
-        other = memo[id(self)] = Leaf(record.copy(numbers, tensors), *memo[id(context)])
-        other._record.rule = copy.deepcopy(record.rule, memo)
+        copied = record.copy(numbers, tensors)
+        copied.rule = copy.deepcopy(record.rule, memo)
+        other = memo[id(self)] = Leaf(copied, *memo[id(context)])
         return other
 
     def __getstate__(self) -> Any:

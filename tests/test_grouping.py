@@ -14,12 +14,15 @@ from helpers import (
     SHAPES,
     Own,
     Run,
+    assert_alike,
     by_hand,
     every_layout,
     few_chains,
     grads_of,
+    image,
     inside,
     model_of,
+    needs_compiler,
     tensors_of,
     values_of,
     without,
@@ -315,3 +318,22 @@ def test_stepping_one_branch_after_another_keeps_little_of_each(name):
             update(state[i], model[i], grads_of(model[i]))
         kept.append(alive())
     assert kept[1] - kept[0] < 320
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=needs_compiler)], ids=["", "compiled"])
+@pytest.mark.parametrize("name", ["AdamW", "whole", "gather, Momentum", "clip all, decay, Adam"])
+def test_a_leaf_that_steps_with_others_and_by_itself(name, compile):
+    """By the whole tree, and by a branch in which it is alone, with and without a gradient: each sees what the other
+    did. The twin never has a plan of an earlier update."""
+    model, twin = ({"a": model_of({str(i): (2, 2) for i in range(9)}), "b": model_of({"w": (2, 2)})} for _ in range(2))
+    state, other = (setup(CHAINS[name], m, compile=compile) for m in (model, twin))
+    for turn in range(12):
+        grads = {"a": grads_of(model["a"], turn), "b": grads_of(model["b"], turn)}
+        if turn in (2, 5, 7, 9, 10):
+            grads = {"w": None if turn in (2, 7) else grads["b"]["w"]}
+            update(state["b"], model["b"], grads), update(other["b"], twin["b"], grads)
+        else:
+            update(state, model, grads), update(other, twin, grads)
+        other = copy.deepcopy(other)
+        room = 1e-12 if compile else 0.0
+        assert_alike(image(state, model), image(other, twin), room)

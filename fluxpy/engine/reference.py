@@ -24,6 +24,7 @@ class ReferenceUnit:
         self.record, self.x, self.place, self.path, self.context = record, x, place, path, context
         self.dx: Tensor | None = None
         self.value: Any = None  # what the parameter becomes, once that is worked out
+        self.own: Numbers | None = None  # what it gave the record last
 
     def prepare(self, grads: Sequence[Any], inplace: bool = True) -> Prepare:
         self.dx = grads[self.place]
@@ -102,7 +103,10 @@ class ReferenceUnit:
         if inplace and self.olds:
             self.news = [old if old is t else old.copy_(t) for old, t in zip(self.olds, self.news, strict=True)]
         count = self.record.numbers.count + self.moved
+        if inplace and record.numbers is not self.own:
+            self.context.structure += 1  # another plan may have the leaf in a cohort
         record.tensors, record.numbers, record.pending = self.news, Numbers(count, self.skeleton), None
+        self.own = record.numbers
 
     def commit(self) -> None:
         self.settle(self.record, inplace=True)

@@ -28,7 +28,7 @@ class Signature:
         self.guards = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
     def matches(self, tensors: list[Any]) -> bool:
-        """Whether these are as many tensors, and each looks as before."""
+        """Whether each of these, which are as many, is a tensor that looks as before."""
         if self.guards is not None:
             return self.guards.check(*tensors)
         return self.known == [_describe(t) for t in tensors]
