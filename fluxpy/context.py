@@ -89,7 +89,7 @@ class Context:
         return other
 
     def __reduce__(self) -> Any:
-        return _restored, (self.compile, self.size, self.updates, self.flag)
+        return _restored, (self.compile, 1, self.updates, self.flag)
 
 
 def _restored(compile: bool, size: int, updates: int, flag: FiniteFlag) -> Context:

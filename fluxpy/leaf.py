@@ -124,7 +124,7 @@ class Leaf:
             memo.setdefault(id(memo), []).append(record.numbers)  # alive, so that its id stays its own
         tensors = None if record.tensors is None else [_own(t) for t in record.tensors]
         if id(context) not in memo:
-            memo[id(context)] = context.fork(), Bindings()
+            memo[id(context)] = context.fork(1), Bindings()
         copied = record.copy(numbers, tensors)
         copied.rule = copy.deepcopy(record.rule, memo)
         other = memo[id(self)] = Leaf(copied, *memo[id(context)])
@@ -195,7 +195,7 @@ def adopt(leaf: Leaf, context: Context, bindings: Bindings) -> None:
     leaf._context, leaf._bindings = context, bindings
 
 
-KEEP: Any = object()
+KEEP: Any = object()  # not given
 
 
 def replace_leaf(

@@ -12,7 +12,7 @@ rule's class.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, dataclass_transform
 
@@ -68,8 +68,8 @@ class Rule:
     accumulates: ClassVar[bool] = False
     # True for a rule around others that does no more than elementwise arithmetic itself.
     delegates: ClassVar[bool] = False
-    # True for a rule around one other (`rule`) which that steps a copy in `dtype` in place of the parameter: the first
-    # tensor of the state, which `master_for(copy, x)` brings up to date. The parameter becomes the rounded copy.
+    # True for a rule around one other (`rule`) that steps a copy in `dtype` instead of the parameter. The copy is the
+    # first tensor of the state; `master_for(copy, x)` brings it up to date, and the parameter becomes the rounded copy.
     keeps_master: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Rule":
@@ -169,6 +169,10 @@ class ReducingRule(Rule):
     over: ClassVar[Literal["array", "tree"]] = "tree"
     # True for a rule that can go on with a total as a number, where the host may read it: cheaper than a tensor.
     takes_numbers: ClassVar[bool] = False
+
+    def init_any(self, x: Tensor) -> Any:
+        """`init`: the steps of a reducing rule see complex parameters as they are, and so does its state."""
+        return self.init(x)
 
     def part(self, value: Tensor) -> Tensor:
         """What one array gives to the total, 0-dim. Default: the sum of its elements."""
@@ -337,7 +341,7 @@ def value_key(v: Any, loose: bool = False) -> Any:
         if dataclasses.is_dataclass(v) and not isinstance(v, type):
             return type(v), tuple(value_key(getattr(v, f.name)) for f in dataclasses.fields(v))
         return id(v)
-    return v
+    return v if isinstance(v, Hashable) else id(v)
 
 
 def tensors_of(rule: Rule) -> list[Tensor]:

@@ -33,7 +33,11 @@ class State(Mirror):
     @classmethod
     def _rebuilt(cls, spec: TreeSpec, values: list[Any]) -> "State":
         leaves = [value for value in values if isinstance(value, Leaf)]
-        if leaves:
+        contexts = {id(context_of(leaf)): context_of(leaf) for leaf in leaves}
+        if len(contexts) == 1:  # leaves of one tree stay in it: another view may hold them
+            for context in contexts.values():
+                context.size = max(context.size, len(values))
+        elif leaves:
             context, bindings = context_of(leaves[0]).fork(len(values)), Bindings()
             for leaf in leaves:
                 adopt(leaf, context, bindings)

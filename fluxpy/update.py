@@ -13,6 +13,7 @@ from torch import Tensor
 from .binding import Binding, Bindings
 from .context import Context, SkipUpdate
 from .engine.cohort import Member
+from .engine.layout import is_dense
 from .engine.plan import Plan, Route
 from .engine.reference import ReferenceUnit
 from .engine.step import FallBack, Unit, run_to_results
@@ -84,6 +85,8 @@ def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
         units = _run(plan, route.units, grads, context)
     except BaseException:
         plan.forget_begun()
+        for unit in route.units:
+            unit.drop()
         raise
     plan.begun = []
     plan.sit_out()
@@ -100,7 +103,11 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
     if route is None:
         _check(binding, grads, inplace)
         grads = _apart_from_parameters(binding, grads)
-        route = plan.find(grads) or plan.make(grads)
+        try:
+            route = plan.find(grads) or plan.make(grads)
+        except BaseException:
+            plan.forget_begun()
+            raise
     route.enter()
     return plan, route, grads
 
@@ -236,6 +243,9 @@ class _Pure:
     def commit(self) -> None:
         raise AssertionError("the results of a pure update are not written")
 
+    def drop(self) -> None:
+        self.unit.drop()
+
 
 def _tree(state: Any, binding: Binding, records: list[Record], context: Context) -> tuple[Any, Bindings]:
     """A state in the shape of another, with these records for the leaves under it, and its bindings."""
@@ -306,15 +316,18 @@ def _check_overlap(binding: Binding) -> None:
     """ValueError where two parameters are in the same memory: each would be stepped, and both moved."""
     ends: dict[torch.device, tuple[int, str]] = {}
     pairs = zip(binding.params, binding.paths, strict=True)
-    dense = [(x.data_ptr(), x, path) for x, path in pairs if x.numel() and not x.is_meta and x.is_contiguous()]
-    for start, x, path in sorted(dense, key=lambda entry: entry[0]):
+    found = [(x.data_ptr(), x, path) for x, path in pairs if x.numel() and not x.is_meta]
+    for start, x, path in sorted(found, key=lambda entry: entry[0]):
         end, other = ends.get(x.device, (0, ""))
         if start < end:
             raise ValueError(
                 f"the parameters {other!r} and {path!r} are in the same memory, which an update would step twice; "
                 "tie them by using one Parameter at both places, or clone one"
             )
-        ends[x.device] = start + x.nbytes, path
+        # Of a tensor with gaps only the first element is looked at: others may lie in the gaps.
+        size = x.nbytes if is_dense(x) else x.element_size()
+        if start + size > end:
+            ends[x.device] = start + size, path
 
 
 def _apart_from_parameters(binding: Binding, grads: list[Any]) -> list[Any]:

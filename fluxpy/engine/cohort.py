@@ -118,11 +118,6 @@ class Cohort:
         pairs = zip(self.records, columns, strict=True)
         return [record.copy(self.numbers, list(tensors)) for record, tensors in pairs]
 
-    def steps_as(self, other: "Cohort") -> bool:
-        """Whether another cohort has the same numbers."""
-        mine, theirs = self.numbers, other.numbers
-        return mine.count == theirs.count and self.skeleton.parts == other.skeleton.parts
-
     def advance(self, skeleton: Skeleton, moved: bool) -> None:
         """Count a step, after which the states have the numbers of this skeleton."""
         self.numbers.skeleton = skeleton

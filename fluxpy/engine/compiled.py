@@ -161,7 +161,7 @@ class CompiledUnit:
         return Program(kernel, numbers, skeleton, change is not None)
 
     def _refuse(self, error: Exception) -> NoReturn:
-        """This rule is not to be compiled again, or, where its leaves differ, not with a number for each."""
+        """Stop compiling this rule; or, if its leaves differ in a number, stop sharing one kernel between them."""
         context, key = self.context, title_key(self.cohort.rule)
         context.structure += 1
         if self.differing and key not in context.not_shared:
@@ -172,6 +172,10 @@ class CompiledUnit:
             warnings.warn(f"{title(self.cohort.rule)} runs without being compiled: {reason}", stacklevel=2)
         context.uncompiled.add(key)
         raise FallBack from error
+
+    def drop(self) -> None:
+        """Let go of a step's gradients and results."""
+        self.chunks.clear()
 
     def commit(self) -> None:
         program = None

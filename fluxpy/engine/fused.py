@@ -296,6 +296,10 @@ class FusedListUnit(_Fused):
         return
         yield  # never reached: it makes this method a generator
 
+    def drop(self) -> None:
+        """Let go of a step's gradients."""
+        self.grads = ()
+
     def commit(self) -> None:
         numbers, options = self.tick(), self.masked(self.now)
         for run, places, leaf in self.all_calls:
@@ -331,8 +335,8 @@ class FusedUnit(_Fused):
         return key
 
     def _look_at_front(self) -> None:
-        """Find out whether the rules before the last do the same at each step, having neither schedules nor counts; and
-        whether they read the parameter, which is else not gathered for them."""
+        """Cache whether the rules before the last do the same at every step (no schedule, no state), and whether they
+        read the parameter, which otherwise need not be gathered."""
         front = self.parts.front
         self.front_is_constant = front is not None and not front.scheduled and not self.front_skeleton.parts
         self.front_state = self.front_skeleton.bare()
@@ -388,6 +392,10 @@ class FusedUnit(_Fused):
         first = 0 if self.parts.master is None else 1
         size = len(self.front_skeleton.parts)
         return Skeleton(self.front_skeleton.spec, self.cohort.skeleton.parts[first : first + size])
+
+    def drop(self) -> None:
+        """Let go of a step's gradients and results."""
+        self.chunks.clear()
 
     def commit(self) -> None:
         options, first = self.masked(self.now), 0 if self.parts.master is None else 1

@@ -83,7 +83,7 @@ class Recipe:
 
 
 def _direct(inner: Callable[..., Any], args: tuple[Any, ...], inputs: list[Tensor], size: int) -> Callable[..., None]:
-    """The compiled program itself, without what looks at each call whether it still fits: it was found by that.
+    """The compiled program without its guards, which would check the inputs again at each call.
 
     It takes tensors in an order of its own, and their length as a number.
     """

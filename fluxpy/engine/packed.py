@@ -198,7 +198,7 @@ class Chunks:
             asked = reduce if chunk is first else self.advance(chunk, start)
             if not isinstance(asked, Reduce):
                 raise FallBack
-            value, size = asked.value.reshape(-1), self.cohort.sizes[chunk.low]
+            value, size = asked.value.reshape(-1).contiguous(), self.cohort.sizes[chunk.low]
             if chunk.size < size:  # a part of a large leaf, which is put together first
                 if chunk.start == 0:
                     whole = value.new_empty(size)
@@ -292,6 +292,10 @@ class EagerUnit:
     def _check(self, chunk: Chunk) -> None:
         if not result_fits(chunk, chunk.momenta, self.cohort.skeleton):
             raise FallBack(title_key(self.cohort.rule))
+
+    def drop(self) -> None:
+        """Let go of a step's gradients and results."""
+        self.chunks.clear()
 
     def commit(self) -> None:
         skeleton, moved = self.cohort.skeleton, True

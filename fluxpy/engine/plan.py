@@ -7,7 +7,6 @@ split only where a route needs a part of it. So models whose parts take turns so
 
 import copy
 from collections.abc import Iterable, Sequence
-from itertools import combinations
 from operator import attrgetter
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from ..context import Context
 from ..leaf import Record, miss_update
 from ..pytree import Skeleton, is_wrapped
-from ..rule import ReducingRule, Rule, is_packable, rule_key, title_key, walk
+from ..rule import ReducingRule, Rule, is_packable, rule_key, title_key, value_key, walk
 from . import fused
 from .cohort import Cohort, Member, fits_packed, in_order
 from .compiled import CompiledUnit
@@ -72,22 +71,23 @@ class Route:
         # A gradient in the memory of a parameter would change while it is read.
         return not self.memory.meets(addresses(given))
 
-    def has_twins(self) -> bool:
-        """Whether two cohorts could be one by now. They must be, or what a step rounds would depend on the past."""
-        return any(a.steps_as(b) for a, b in self.alike)
-
     def enter(self) -> None:
         """Prepare the cohorts for gradients like those of this route."""
         for cohort, odd in zip(self.cohorts, self.odd, strict=True):
             cohort.odd = odd
 
 
-def _alike_but_for_numbers(cohorts: list[Cohort]) -> list[tuple[Cohort, Cohort]]:
-    """The pairs of cohorts that would go together if their states had the same numbers."""
+def _alike_but_for_numbers(cohorts: list[Cohort]) -> list[list[Cohort]]:
+    """The cohorts that would go together if their states had the same numbers."""
     same: dict[Any, list[Cohort]] = {}
     for cohort in cohorts:
         same.setdefault(cohort.static_key, []).append(cohort)
-    return [pair for found in same.values() for pair in combinations(found, 2)]
+    return [found for found in same.values() if len(found) > 1]
+
+
+def _has_twins(alike: list[list[Cohort]]) -> bool:
+    """Whether two cohorts could be one by now. They must be, or what a step rounds would depend on the past."""
+    return any(len({_numbers_key(cohort.records[0]) for cohort in found}) < len(found) for found in alike)
 
 
 def _odd(cohort: Cohort, grads: Sequence[Any]) -> list[int]:
@@ -115,7 +115,7 @@ class Plan:
         route, context = self.route, self.context
         if route is None or context.structure != self.structure or context.hyper != self.hyper:
             return None
-        return route if route.takes(grads) and not route.has_twins() else None
+        return route if route.takes(grads) and not _has_twins(route.alike) else None
 
     def find(self, grads: Sequence[Any]) -> Route | None:
         """A known route for these gradients, after what changed since the last step was looked at."""
@@ -127,7 +127,7 @@ class Plan:
         if self.context.structure != self.structure:
             self._verify()
         self.route = route = self.routes.get(self._pattern(grads))
-        if route is None or route.has_twins() or not route.takes(grads):
+        if route is None or _has_twins(route.alike) or not route.takes(grads):
             return None
         return route
 
@@ -145,7 +145,7 @@ class Plan:
             self._split({place for place in live if (grads[place] is not None) == present})
         assigned = {place for cohort in self.cohorts for place in cohort.places}
         cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
-        if live - assigned or any(a.steps_as(b) for a, b in _alike_but_for_numbers(cohorts)):
+        if live - assigned or _has_twins(_alike_but_for_numbers(cohorts)):
             self._regroup(members, live, grads)
             cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
         if len(self.routes) >= _MOST_ROUTES:
@@ -189,7 +189,7 @@ class Plan:
         sharing them."""
         known: dict[Any, Skeleton | None] = {}
         for record, (x, path) in self.waiting:
-            key = id(record.numbers), id(record.pending)
+            key = id(record.rule), id(record.numbers), id(record.pending)
             if record.tensors is None or key not in known:
                 miss_update(record, x, path)
                 known[key] = record.pending
@@ -392,4 +392,4 @@ def _numbers_key(record: Record) -> Any:
     """The numbers that leaves must have in common."""
     skeleton = record.numbers.skeleton
     assert skeleton is not None
-    return record.numbers.count, tuple([(type(part), part) for part in skeleton.parts])
+    return record.numbers.count, tuple([(type(part), value_key(part)) for part in skeleton.parts])

@@ -108,12 +108,16 @@ class ReferenceUnit:
         record.tensors, record.numbers, record.pending = self.news, Numbers(count, self.skeleton), None
         self.own = record.numbers
 
+    def drop(self) -> None:
+        """Let go of a step's gradient and results."""
+        self.dx = self.state = self.value = None
+        self.news, self.olds = [], []
+
     def commit(self) -> None:
         self.settle(self.record, inplace=True)
         if self.moved:
             self.x.copy_(self.value)
-        self.dx = self.state = self.value = None
-        self.news, self.olds = [], []
+        self.drop()
 
 
 def _share(path: str, parts: Tensor) -> tuple[list[str], Tensor]:

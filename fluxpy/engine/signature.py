@@ -1,4 +1,4 @@
-"""Signature: the dtype, shape, strides and device of tensors, to see at next to no cost that others have the same."""
+"""A cheap check that tensors still have the same type, dtype, shape, strides and device."""
 
 from typing import Any
 

@@ -5,6 +5,7 @@ A *unit* is what is stepped together: one leaf (`reference.py`), or a cohort (`p
     prepare(grads)   a generator: yields a `Request` for each total over the tree that its rule needs, is sent the
                      total, and works everything out that can fail
     commit()         writes; cannot fail
+    drop()           lets go of a step that is not to be written
 """
 
 from collections.abc import Generator, Hashable, Sequence
@@ -46,6 +47,8 @@ class Unit(Protocol):
     def prepare(self, grads: Sequence[Any]) -> Prepare: ...
 
     def commit(self) -> None: ...
+
+    def drop(self) -> None: ...
 
 
 class CohortUnit(Unit, Protocol):

@@ -44,7 +44,11 @@ class Tape:
         self.numbers: list[float] = []
         self.given = inputs
         self.examples: list[Tensor | None] = [None] * len(inputs)
-        self.inputs: list[Any] = [Traced(self, i) for i in range(len(inputs))]  # to a rule they are tensors
+
+    @property
+    def inputs(self) -> list[Any]:
+        """Stand-ins for the inputs: to a rule they are tensors. Made anew each time, for they hold the tape."""
+        return [Traced(self, i) for i in range(len(self.given))]
 
     def record(self, call: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]) -> "Traced":
         free = getattr(call, "__name__", "").strip("_") in _TAKES_TENSORS
@@ -68,7 +72,7 @@ class Tape:
         """The lines that these results need; None in place of the others."""
         needed, found = set(outputs), []
         for i in reversed(range(len(self.lines))):
-            line = self.lines[i] if i + len(self.inputs) in needed or _writes(self.lines[i]) else None
+            line = self.lines[i] if i + len(self.given) in needed or _writes(self.lines[i]) else None
             if line:
                 needed.update(place.at for place in _places((line.args, line.options)) if place.kind == "result")
             found.append(line)
@@ -80,18 +84,22 @@ class Tape:
         if found is None and index < len(self.given):
             found = self.examples[index] = self.given[index].new_ones(min(self.given[index].ndim, 1) * (2,))
         elif found is None:
-            line = self.lines[index - len(self.inputs)]
+            line = self.lines[index - len(self.given)]
             found = self.examples[index] = run_line(line, self.numbers, self.example)
         return found
 
 
 def is_traceable(cohort: Any) -> bool:
-    """Whether a cohort's rule is arithmetic alone: where one part of its leaves went well, the others cannot fail."""
+    """Whether a cohort's rule is pure arithmetic: if one chunk succeeds, the others cannot fail."""
     known = cohort.context.traceable
     key = rule_key(cohort.rule, loose=True), cohort.reals[0].dtype
     if key not in known:
+        try:
+            rule = at(cohort.rule, cohort.numbers.count)
+        except Exception:  # a schedule that is wrong now: the step will say so, and name the leaf
+            return False
         tensors = [cohort.reals[0], cohort.reals[0], *(row[0] for row in cohort.momenta)]
-        known[key] = inputs_used(at(cohort.rule, cohort.numbers.count), cohort.skeleton, tensors) is not None
+        known[key] = inputs_used(rule, cohort.skeleton, tensors) is not None
     return known[key]
 
 
