@@ -147,7 +147,7 @@ def _differentiate(
         places = [i for i, wants in enumerate(trains) if wants]
         found = _backward(loss, [params[i] for i in places], create_graph) if places else []
     if all(g is None for g in found):
-        why = _WHY if any(trains) else "none of them trains; thaw some, or let some require grad"
+        why = _WHY if any(trains) else "all of them are frozen; thaw some, or let some require grad"
         raise ValueError(f"the loss depends on no parameter of the model: {why}")
     grads: list[Tensor | None] = list(found)
     if len(places) < len(params):

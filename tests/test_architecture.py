@@ -154,7 +154,6 @@ PYTORCH = {
     "_buffers": "a module's own",
     "_debug_has_internal_overlap": "what cannot be written in place",
     "_foreach_copy_": "many copies in one call",
-    "_foreach_norm": "many norms in one call",
     "_functorch": "whether a torch.func transform runs",
     "_fused_adagrad_": "kernel",
     "_fused_adam_": "kernel",

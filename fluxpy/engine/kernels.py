@@ -12,6 +12,8 @@ from .tape import Tape, run_line
 
 _KERNELS: dict[Any, Callable[..., None]] = {}  # for all trees: making one takes seconds
 
+_ROUNDS = "2.13"  # from here on Inductor rounds where it is told to, on the CPU too
+
 # Sizes at which kernels are traced; no other size is like them. Inductor uses several threads from 2**16 elements on.
 _SHORT, _LONG = 1013, (1 << 16) + 1
 
@@ -38,6 +40,13 @@ class Recipe:
     def kernel(self) -> Callable[..., None]:
         """The kernel, compiled where no kernel like it was before."""
         if self.key not in _KERNELS:
+            casts = {"to", "type", "half", "bfloat16"} & {
+                getattr(line.call, "__name__", "") for line in self.tape.lines
+            }
+            if casts and torch.__version__ < _ROUNDS:
+                raise RuntimeError(
+                    f"before PyTorch {_ROUNDS} compiled code leaves out the rounding that a cast asks for"
+                )
             _KERNELS[self.key] = self._compile()
         return _KERNELS[self.key]
 
