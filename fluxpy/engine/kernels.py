@@ -12,6 +12,7 @@ from .tape import Tape, run_line
 
 _KERNELS: dict[Any, Callable[..., None]] = {}  # for all trees: making one takes seconds
 
+_CASTS = {"to", "type", "half", "bfloat16"}
 _ROUNDS = "2.13"  # from here on Inductor rounds where it is told to, on the CPU too
 
 # Sizes at which kernels are traced; no other size is like them. Inductor uses several threads from 2**16 elements on.
