@@ -844,8 +844,7 @@ def test_a_master_copy_is_compiled_in_its_own_precision():
 SCRIPT = """
     import resource, optree, torch, fluxpy
     from fluxpy import *
-    from fluxpy.rule import title_key
-from fluxpy.state import tree_bindings, tree_context
+    from fluxpy.state import tree_bindings
     torch.set_num_threads(1)
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
