@@ -1,13 +1,15 @@
 """Random models, rules, hyperparameters and gradients. All from one seed, so that each case can be had again."""
 
+import copy
 import fnmatch
+import inspect
 import math
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from reference import FIXED, Curve, Member, Scalar, Scale
+from reference import FIXED, FORMULAS, Curve, Member, Scalar, Scale
 from torch import Tensor, nn
 
 import fluxpy
@@ -238,35 +240,15 @@ NUMBERS: dict[str, Callable[[Chance], Any]] = {
 }
 TENSORS = ["lr", "momentum", "eps", "weight_decay", "momentum_decay", "decay", "rho"]  # for which a tensor may stand
 SCHEDULED = ["lr", "weight_decay", "sign_decay", "clip_value", "max_norm", "eps"]  # any number above zero will do
-ADAM = ("lr", "betas", "eps")
-STEPS: dict[str, tuple[str, ...]] = {
-    "Descent": ("lr",),
-    "Momentum": ("lr", "momentum"),
-    "Nesterov": ("lr", "momentum"),
-    "Adam": ADAM,
-    "AdamW": (*ADAM, "weight_decay"),
-    "AMSGrad": ADAM,
-    "NAdam": (*ADAM, "momentum_decay"),
-    "RAdam": ADAM,
-    "AdaMax": ADAM,
-    "OAdam": ADAM,
-    "AdaBelief": ADAM,
-    "RMSProp": ("lr", "alpha", "eps", "centered"),
-    "AdaGrad": ("lr", "eps"),
-    "AdaDelta": ("lr", "rho", "eps"),
-    "Lion": ("lr", "betas"),
-    "Rprop": ("lr", "etas", "step_sizes"),
-    "Tail": ("lr", "decay"),
-    "Unit": ("lr", "momentum"),
+CLIP = ("max_norm", "norm_type", "nonfinite")
+HYPERPARAMETERS: dict[str, tuple[str, ...]] = {
+    **{name: (*inspect.signature(formula).parameters,)[3:] for name, formula in FORMULAS.items()},
+    "ClipNorm": CLIP,
+    "ClipGlobalNorm": CLIP,
 }
+FRONT = ["WeightDecay", "SignDecay", "ClipGrad", "ClipNorm", "ClipGlobalNorm"]
+STEPS = [name for name in FORMULAS if name not in FRONT]
 USUAL = ["Descent", "Momentum", "Nesterov", "Adam", "AdamW", "AMSGrad", "AdaGrad"]
-OTHERS: dict[str, tuple[str, ...]] = {
-    "WeightDecay": ("weight_decay",),
-    "SignDecay": ("sign_decay",),
-    "ClipGrad": ("clip_value",),
-    "ClipNorm": ("max_norm", "norm_type", "nonfinite"),
-    "ClipGlobalNorm": ("max_norm", "norm_type", "nonfinite"),
-}
 
 
 class Negative:
@@ -304,7 +286,7 @@ def random_value(chance: Chance, name: str, scale_too: bool = False) -> Any:
 
 
 def random_member(chance: Chance, name: str, policy: str, masks: bool = False) -> Member:
-    names = {**STEPS, **OTHERS}[name]
+    names = HYPERPARAMETERS[name]
     draw = {n: NUMBERS[n](chance) if (name, n) in FIXED else random_value(chance, n) for n in names if n != "nonfinite"}
     policies = {"nonfinite": policy} if "nonfinite" in names else {}
     return Member(name, draw | policies, masks and name in STEPS and chance.happens(0.3))
@@ -313,11 +295,11 @@ def random_member(chance: Chance, name: str, policy: str, masks: bool = False) -
 def random_chain(chance: Chance, policy: str, masks: bool) -> list[Member]:
     """What people write (bounds and penalties before one step), and as often anything in any order."""
     if chance.happens(0.4):
-        names = [chance.choice([*OTHERS]) for _ in range(chance.randint(0, 2))] + [chance.choice(USUAL)]
+        names = [chance.choice(FRONT) for _ in range(chance.randint(0, 2))] + [chance.choice(USUAL)]
         return [random_member(chance, name, policy) for name in names]
-    names = [chance.choice([*OTHERS]) for _ in range(chance.choice([0, 0, 1, 1, 2, 3]))]
-    names += chance.choices([*STEPS], k=chance.choices([0, 1, 2], [1, 8, 2])[0])
-    names += [chance.choice([*OTHERS])] if chance.happens(0.1) else []
+    names = [chance.choice(FRONT) for _ in range(chance.choice([0, 0, 1, 1, 2, 3]))]
+    names += chance.choices(STEPS, k=chance.choices([0, 1, 2], [1, 8, 2])[0])
+    names += [chance.choice(FRONT)] if chance.happens(0.1) else []
     if chance.happens(0.2):
         chance.shuffle(names)
     chain = [random_member(chance, name, policy, masks) for name in names]
@@ -328,6 +310,16 @@ def random_chain(chance: Chance, policy: str, masks: bool) -> list[Member]:
         for _ in range(2):
             chain.insert(chance.randint(0, len(chain)), Member(twin.name, dict(twin.values)))
     return chain
+
+
+def varied(chance: Chance, chain: list[Member]) -> list[Member]:
+    """The same chain with another value of one hyperparameter, as subtrees have them."""
+    new = copy.deepcopy(chain)
+    able = [(m, n) for m in new for n in m.values if n != "nonfinite" and (m.name, n) not in FIXED]
+    if able:
+        member, name = chance.choice(able)
+        member.values[name] = random_value(chance, name)
+    return new
 
 
 def for_fluxpy(value: Any) -> Any:

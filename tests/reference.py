@@ -134,7 +134,9 @@ def lion(memory: Memory, x: Array, g: Array, lr: float, betas: Any) -> Array:
     """Algorithm 2 of Chen et al. 2023 (arXiv 2302.06675), without its weight decay."""
     m = memory.get("m", 0.0)
     memory["m"] = betas[1] * m + (1 - betas[1]) * g
-    return lr * np.sign(betas[0] * m + (1 - betas[0]) * g)
+    c = betas[0] * m + (1 - betas[0]) * g
+    require_clear(c, np.abs(betas[0] * m) + np.abs((1 - betas[0]) * g))
+    return lr * np.sign(c)
 
 
 def rprop(memory: Memory, x: Array, g: Array, lr: float, etas: Any, step_sizes: Any) -> Array:
@@ -156,6 +158,16 @@ def sign_decay(memory: Memory, x: Array, g: Array, sign_decay: float) -> Array:
 
 def clip_grad(memory: Memory, x: Array, g: Array, clip_value: float) -> Array:
     return np.minimum(np.maximum(g, -clip_value), clip_value)
+
+
+class Unclear(Exception):
+    """Rounding decides what comes out, so that there is nothing to compare."""
+
+
+def require_clear(total: Array, sizes: Array) -> None:
+    """A sum must not cancel, but where all that was added is zero."""
+    if np.any((np.abs(total) < 1e-6 * sizes) & (sizes > 0)):
+        raise Unclear
 
 
 def norm_of(sizes: Array, p: float) -> float:
@@ -401,10 +413,13 @@ class Step:
         self.leaf.window += 1
         if self.g is not None:
             memory["total"] = memory.get("total", 0.0) + self.g
+            memory["sizes"] = memory.get("sizes", 0.0) + np.abs(self.g)
         if self.leaf.window < n:
             return None
-        total, updates = memory.pop("total", None), self.leaf.window
+        total, sizes, updates = memory.pop("total", None), memory.pop("sizes", None), self.leaf.window
         self.leaf.window = 0
+        if total is not None and {"ClipNorm", "ClipGlobalNorm"} & {*self.names[: self.index]}:
+            require_clear(total, sizes)  # single elements, clipped to one size, may be each other's opposites
         return None if total is None else total / updates
 
     def clipped(self, values: Mapping[str, Any]) -> Array:
@@ -500,7 +515,9 @@ def thaw(leaves: Sequence[Leaf]) -> None:
         leaf.frozen = False
 
 
-def reset(leaves: Sequence[Leaf]) -> None:
+def reset(leaves: Sequence[Leaf], whole: bool = False) -> None:
+    """With `whole`, these are all leaves of the tree: nobody is left to be in step with, and a new window begins."""
     for leaf in leaves:
         leaf.empty()
         leaf.started = None if leaf.accumulates else False
+        leaf.window = 0 if whole else leaf.window
