@@ -65,6 +65,19 @@ class Record:
         state = init_state(self.rule, x, self.numbers.count, path)
         return state if self.pending is None else self.rule.restart(self.pending.bare(), state)
 
+    @property
+    def waits(self) -> bool:
+        """Whether it is frozen and counts the updates that it misses."""
+        return self.frozen and self.rule is not None and self.rule.accumulates
+
+    def takes_part(self, dx: Tensor | None) -> bool:
+        """Whether an update with this gradient steps the leaf."""
+        return not self.frozen and self.rule is not None and (dx is not None or self.rule.accumulates)
+
+    def clone(self, numbers: Numbers) -> "Record":
+        """A copy with tensors of its own."""
+        return self.copy(numbers, None if self.tensors is None else [t.clone() for t in self.tensors])
+
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
         other = Record(self.rule, self.frozen, self.shape, self.dtype)
         other.numbers, other.tensors, other.pending = numbers, tensors, self.pending

@@ -204,9 +204,9 @@ def total_of(reduce: Reduce, parts: Tensor) -> Tensor:
     return parts[0] if reduce.rule.over == "array" else reduce.rule.combine(parts)
 
 
-def tree_reducing(rule: Rule) -> list["ReducingRule"]:
-    """The rules inside one that ask for a total over the tree, in the order of its steps."""
-    return [inner for inner in walk(rule) if isinstance(inner, ReducingRule) and inner.over == "tree"]
+def reducing(rule: Rule, over: Literal["array", "tree"] | None = None) -> list["ReducingRule"]:
+    """The rules inside one that ask for a total, in the order of its steps; with `over`, for one over that."""
+    return [inner for inner in walk(rule) if isinstance(inner, ReducingRule) and over in (None, inner.over)]
 
 
 def run_alone(

@@ -173,8 +173,7 @@ def _kept(kept: dict[str, Leaf], names: list[str], x: Tensor) -> Record | None:
 
 def _copy(before: Record, x: Tensor, numbers: dict[int, Numbers]) -> Record:
     own = numbers.setdefault(id(before.numbers), before.numbers.copy())
-    tensors = None if before.tensors is None else [t.clone() for t in before.tensors]
-    record = before.copy(own, tensors)
+    record = before.clone(own)
     record.frozen = record.frozen or (isinstance(x, nn.Parameter) and not x.requires_grad)
     return record
 

@@ -1,7 +1,7 @@
 """update: one step of every leaf, all or nothing.
 
-In place, a plan of the engine does it, made at the first update and kept. A pure update runs the reference path, each
-rule's `apply` leaf by leaf, and can be differentiated.
+In place, a plan of the engine does it, made at the first update and kept. A pure update steps copies by a copy of the
+plan. Where one may differentiate through it, it runs the reference path: each rule's `apply`, leaf by leaf.
 """
 
 from collections.abc import Sequence
@@ -139,7 +139,7 @@ def _step_in_inference_mode(binding: Binding, context: Context, grads: list[Any]
 
 def _reference_step(binding: Binding, context: Context, grads: Sequence[Any]) -> None:
     """Update in place on the reference path."""
-    units = _reference_units(binding, context, grads)
+    units = _reference_units(binding, context, grads, inplace=True)
     run_to_results(units, grads, context)
     _sit_out(binding, binding.records)
     context.structure += 1
@@ -147,19 +147,19 @@ def _reference_step(binding: Binding, context: Context, grads: Sequence[Any]) ->
         unit.commit()
 
 
-def _reference_units(binding: Binding, context: Context, grads: Sequence[Any]) -> list[ReferenceUnit]:
+def _reference_units(binding: Binding, context: Context, grads: Sequence[Any], *, inplace: bool) -> list[ReferenceUnit]:
     """A unit for each leaf that steps."""
     return [
-        ReferenceUnit(record, x, place, path, context)
+        ReferenceUnit(record, x, place, path, context, inplace=inplace)
         for place, (record, x, path) in enumerate(zip(binding.records, binding.params, binding.paths, strict=True))
-        if record.rule is not None and not record.frozen and (grads[place] is not None or record.rule.accumulates)
+        if record.takes_part(grads[place])
     ]
 
 
 def _sit_out(binding: Binding, records: Sequence[Record]) -> None:
     """Tell accumulating rules of an update in which their leaves were frozen."""
     for record, x, path in zip(records, binding.params, binding.paths, strict=True):
-        if record.frozen and record.rule is not None and record.rule.accumulates:
+        if record.waits:
             miss_update(record, x, path)
 
 
@@ -206,10 +206,9 @@ def _pure_by_reference(state: Any, binding: Binding, context: Context, model: An
     _check(binding, found, inplace=False)
     with torch.set_grad_enabled(torch.is_grad_enabled() and _has_history(binding, found)):
         fork = context.fork(len(binding.params))
-        units = _reference_units(binding, fork, found)
-        pure: list[Unit] = [_Pure(unit) for unit in units]
+        units = _reference_units(binding, fork, found, inplace=False)
         try:
-            run_to_results(pure, found, fork)
+            run_to_results(units, found, fork)
             skipped = False
         except SkipUpdate:
             units, skipped = [], True
@@ -217,34 +216,16 @@ def _pure_by_reference(state: Any, binding: Binding, context: Context, model: An
         stepped = {unit.place: unit for unit in units}
         records, new = [], []
         for place, (record, x) in enumerate(zip(binding.records, binding.params, strict=True)):
-            tensors = record.tensors
-            if place not in stepped and tensors is not None:
-                tensors = [t.clone() for t in tensors]
-            fresh = record.copy(record.numbers.copy(), tensors)
-            if place in stepped:
-                stepped[place].settle(fresh, inplace=False)
+            unit = stepped.get(place)
+            fresh = record.clone(record.numbers.copy()) if unit is None else record.copy(record.numbers, None)
+            if unit is not None:
+                unit.settle(fresh)
             records.append(fresh)
-            new.append(stepped[place].value if place in stepped else x.clone())
+            new.append(x.clone() if unit is None else unit.value)
         if not skipped:
             _sit_out(binding, records)
         new = [like_parameter(value, x) for value, x in zip(new, binding.params, strict=True)]
         return _tree(state, binding, records, fork)[0], rebuild(model, binding.params, new)
-
-
-class _Pure:
-    """A unit whose results are not written."""
-
-    def __init__(self, unit: ReferenceUnit) -> None:
-        self.unit = unit
-
-    def prepare(self, grads: Sequence[Any]) -> Any:
-        return self.unit.prepare(grads, inplace=False)
-
-    def commit(self) -> None:
-        raise AssertionError("the results of a pure update are not written")
-
-    def drop(self) -> None:
-        self.unit.drop()
 
 
 def _tree(state: Any, binding: Binding, records: list[Record], context: Context) -> tuple[Any, Bindings]:

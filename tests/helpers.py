@@ -34,6 +34,19 @@ from fluxpy import (
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 
 
+class Scaled(Rule):
+    """A user's wrapper that is not elementwise: the mean size of each array's change is one."""
+
+    rule: Rule
+
+    def init(self, x):
+        return self.rule.init(x)
+
+    def apply(self, state, x, dx):
+        state, change = self.rule.apply(state, x, dx)
+        return state, change * (0.1 / (change.abs().mean() + 1e-6))
+
+
 class Own(Rule):
     """A user's elementwise rule, whose state has a tensor and a number."""
 

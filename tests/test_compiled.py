@@ -13,7 +13,7 @@ import weakref
 import optree
 import pytest
 import torch
-from helpers import Own, Run, assert_alike, grads_of, like_a_device, needs_compiler, tensors_of, without
+from helpers import Own, Run, Scaled, assert_alike, grads_of, like_a_device, needs_compiler, tensors_of, without
 
 import fluxpy
 from fluxpy import (
@@ -32,7 +32,7 @@ from fluxpy import (
     update,
     value,
 )  # fmt: skip
-from fluxpy.rules import Reduce, ReducingRule, Rule
+from fluxpy.rules import Reduce, ReducingRule
 
 pytestmark = needs_compiler
 SHAPES = {"a": (4, 3), "b": (7,), "d": (4, 3), "e": (2, 1, 3)}
@@ -205,19 +205,6 @@ def test_a_flag_stays_in_its_tree(monkeypatch):
 
 
 # --- What is not elementwise --------------------------------------------------------------------------------------
-
-
-class Scaled(Rule):
-    """A user's wrapper around an elementwise rule, which is not elementwise itself."""
-
-    rule: Rule
-
-    def init(self, x):
-        return self.rule.init(x)
-
-    def apply(self, state, x, dx):
-        state, change = self.rule.apply(state, x, dx)
-        return state, change * (0.1 / (change.abs().mean() + 1e-6))
 
 
 @pytest.mark.parametrize("inner", [Adam(0.1), Own(0.1), OptimiserChain(WeightDecay(0.1), Lion(0.1))])

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,7 +12,7 @@ import weakref
 import optree
 import pytest
 import torch
-from helpers import like_a_device
+from helpers import like_a_device, needs_compiler
 from rule_table import ROWS
 from torch import nn
 
@@ -56,7 +55,6 @@ from fluxpy.rule import title_key
 from fluxpy.state import tree_bindings, tree_context
 
 SHAPES = [(4, 3), (7,), (), (2, 1, 3), (0,), (1,), (5, 2)]
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 
 
 class Own(Rule):

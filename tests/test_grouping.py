@@ -14,6 +14,7 @@ from helpers import (
     SHAPES,
     Own,
     Run,
+    Scaled,
     assert_alike,
     by_hand,
     every_layout,
@@ -68,19 +69,6 @@ def follows(run, rule_of, first, history, room=1e-12):
 
 
 # --- Wrappers -----------------------------------------------------------------------------------------------------
-
-
-class Scaled(Rule):
-    """A user's wrapper that is not elementwise: the mean size of each array's change is one."""
-
-    rule: Rule
-
-    def init(self, x):
-        return self.rule.init(x)
-
-    def apply(self, state, x, dx):
-        state, change = self.rule.apply(state, x, dx)
-        return state, change * (0.1 / (change.abs().mean() + 1e-6))
 
 
 class Halved(Rule):

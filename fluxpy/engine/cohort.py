@@ -11,7 +11,7 @@ from torch import Tensor
 from ..context import Context
 from ..leaf import Numbers, Record
 from ..pytree import Skeleton
-from ..rule import ReducingRule, Rule, walk
+from ..rule import Rule, reducing
 from .layout import adjacent, chunks_of, is_dense, pack, views_like
 
 
@@ -128,9 +128,8 @@ def in_order(members: Sequence[Member]) -> list[Member]:
     """Members in the order of the model; of rules that ask for totals, where the parameters are not adjacent, those of
     one shape together: many totals of one shape are one operation."""
     ordered = sorted(members, key=lambda member: member.place)
-    rule = ordered[0].record.rule
-    reduces = rule is not None and any(isinstance(inner, ReducingRule) for inner in walk(rule))
-    if reduces and len(ordered) > 1 and adjacent([real_view(member.x) for member in ordered[:2]]) is None:
+    rule, first = ordered[0].record.rule, [real_view(member.x) for member in ordered[:2]]
+    if rule is not None and reducing(rule) and len(first) > 1 and adjacent(first) is None:
         ordered.sort(key=lambda member: (member.x.numel(), member.x.shape, member.x.stride()))
     return ordered
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..context import Context
 from ..pytree import HOLE, Skeleton, entries_of, skeleton_of
-from ..rule import Assign, ReducingRule, Rule, Steps, replace, rule_key, title, title_key, walk
+from ..rule import Assign, Rule, Steps, reducing, replace, rule_key, title, title_key, walk
 from .cohort import Cohort
 from .kernels import Recipe, to_device, wide_dtype
 from .layout import Row
@@ -30,7 +30,7 @@ def bucket_key(rule: Rule, context: Context) -> Any:
     """What rules must have in common to go together: everything but real numbers, where a kernel can take those for
     each leaf. It cannot where a total is asked for of what rules with such numbers made of the gradient."""
     members = [inner for inner in walk(rule) if not inner.inner]
-    asks_later = any(isinstance(inner, ReducingRule) for inner in members[1:])
+    asks_later = any(map(reducing, members[1:]))
     return rule_key(rule, loose=not asks_later and title_key(rule) not in context.not_shared)
 
 
@@ -56,6 +56,7 @@ class CompiledUnit:
             self.inner_spec = skeleton_of(cohort.records[0].state.state).spec
         self.programs: dict[bool, Program] = {}
         self.differing: dict[int, Tensor] = {}
+        self.key: Any = None
         self.adopt_rules()
 
     @property
@@ -74,9 +75,9 @@ class CompiledUnit:
         keys = {bucket_key(rule, self.context) for rule in rules.values() if rule is not None}
         if len(keys) > 1:
             return None
-        if rule_key(cohort.rule, loose=True) != getattr(self, "key", rule_key(cohort.rule, loose=True)):
-            self.programs = {}
-        self.key = rule_key(cohort.rule, loose=True)
+        key = rule_key(cohort.rule, loose=True)
+        if key != self.key:
+            self.key, self.programs = key, {}
         self.differing = {}
         if len(rules) == 1:
             return keys.pop()

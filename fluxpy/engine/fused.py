@@ -275,6 +275,8 @@ def _last_state(cohort: Cohort) -> Any:
 class FusedListUnit(_Fused):
     """A cohort stepped by a kernel on lists of its tensors as they are."""
 
+    laid_out = False
+
     def __init__(self, cohort: Cohort) -> None:
         super().__init__(cohort, len(cohort.momenta))
         self.grads: Sequence[Tensor] = ()
@@ -389,8 +391,7 @@ class FusedUnit(_Fused):
 
     def _front_numbers(self) -> Skeleton:
         """The state of the rules before the last, without its tensors."""
-        first = 0 if self.parts.master is None else 1
-        size = len(self.front_skeleton.parts)
+        first, size = self.front_rows.start, len(self.front_skeleton.parts)
         return Skeleton(self.front_skeleton.spec, self.cohort.skeleton.parts[first : first + size])
 
     def drop(self) -> None:
@@ -398,7 +399,7 @@ class FusedUnit(_Fused):
         self.chunks.clear()
 
     def commit(self) -> None:
-        options, first = self.masked(self.now), 0 if self.parts.master is None else 1
+        options, first = self.masked(self.now), self.front_rows.start
         numbers, moved = self.cohort.skeleton.parts, True
         for i, (chunk, (long, calls)) in enumerate(zip(self.chunks.all, self.chunk_calls, strict=True)):
             front, dx = self._front_result(chunk)

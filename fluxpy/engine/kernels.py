@@ -12,7 +12,7 @@ from .tape import Tape, run_line
 
 _KERNELS: dict[Any, Callable[..., None]] = {}  # for all trees: making one takes seconds
 
-_CASTS = {"to", "type", "half", "bfloat16"}
+_CASTS = {"to", "type", "half", "bfloat16"}  # operators that round
 _ROUNDS = "2.13"  # from here on Inductor rounds where it is told to, on the CPU too
 
 # Sizes at which kernels are traced; no other size is like them. Inductor uses several threads from 2**16 elements on.
@@ -41,9 +41,7 @@ class Recipe:
     def kernel(self) -> Callable[..., None]:
         """The kernel, compiled where no kernel like it was before."""
         if self.key not in _KERNELS:
-            casts = {"to", "type", "half", "bfloat16"} & {
-                getattr(line.call, "__name__", "") for line in self.tape.lines
-            }
+            casts = any(getattr(line.call, "__name__", "") in _CASTS for line in self.tape.lines)
             if casts and torch.__version__ < _ROUNDS:
                 raise RuntimeError(
                     f"before PyTorch {_ROUNDS} compiled code leaves out the rounding that a cast asks for"

@@ -15,16 +15,15 @@ from ..pytree import Skeleton, memory, partition
 from ..rule import (
     Assign,
     Reduce,
-    ReducingRule,
     Rule,
     Steps,
     at,
     is_packable,
     map_inner,
+    reducing,
     rule_key,
     run_alone,
     title_key,
-    walk,
 )
 from .cohort import Cohort
 from .layout import Row, Scratch, adjacent, chunks_of, copy_all, flat_view, views_like
@@ -88,10 +87,6 @@ class Chunk:
         self.answers, self.running, self.result = [], None, None
 
 
-def _reduces_arrays(rule: Rule) -> bool:
-    return any(isinstance(inner, ReducingRule) and inner.over == "array" for inner in walk(rule))
-
-
 def _runs(cohort: Cohort, low: int, high: int) -> list[tuple[int, int]] | None:
     """The neighbours of one shape and layout, where such runs are long; else None."""
     if cohort.params[low].is_complex():
@@ -115,7 +110,7 @@ class Chunks:
         self.cohort, self.numbers = cohort, numbers
         # Where each array has a total of its own, leaves of one shape go as a stack: there the total is broadcast.
         contiguous = all(x.is_contiguous() for x in cohort.reals)
-        runs = _runs(cohort, 0, len(cohort.sizes)) if contiguous and _reduces_arrays(cohort.rule) else None
+        runs = _runs(cohort, 0, len(cohort.sizes)) if contiguous and reducing(cohort.rule, "array") else None
         breaks = {low for low, _ in runs} if runs is not None and not stack else ()
         cohort.pack_momenta(breaks)
         scratch = Scratch()

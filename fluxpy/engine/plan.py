@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..context import Context
 from ..leaf import Record, miss_update
 from ..pytree import Skeleton, is_wrapped
-from ..rule import ReducingRule, Rule, is_packable, rule_key, title_key, value_key, walk
+from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
 from . import fused
 from .cohort import Cohort, Member, fits_packed, in_order
 from .compiled import CompiledUnit
@@ -47,7 +47,7 @@ class Route:
         self.alike = _alike_but_for_numbers(cohorts)
         self.addresses = addresses(params)
         self.memory = Extents(params, self.addresses)
-        self.laid_out = any(getattr(unit, "laid_out", False) for unit in self.units)  # by where the parameters are
+        self.laid_out = any(unit.laid_out for unit in self.units)
 
     def fork(self, plan: "Plan", cohorts: list[Cohort], alone: list[ReferenceUnit]) -> "Route":
         """The same route over the copies in another plan."""
@@ -138,7 +138,7 @@ class Plan:
         if here != self.addresses:
             self._renew()
             self.addresses = here
-        members, alone = self._members(grads)
+        members, kinds, alone = self._members(grads)
         live = {member.place for member in members}
         self._leave_out({unit.place for unit in alone})
         for present in (True, False):
@@ -146,7 +146,7 @@ class Plan:
         assigned = {place for cohort in self.cohorts for place in cohort.places}
         cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
         if live - assigned or _has_twins(_alike_but_for_numbers(cohorts)):
-            self._regroup(members, live, grads)
+            self._regroup(members, kinds, grads)
             cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
         if len(self.routes) >= _MOST_ROUTES:
             self.routes.clear()
@@ -164,7 +164,9 @@ class Plan:
             pairs = zip(cohort.members, copies, strict=True)
             members = [Member(copy, params[m.place], m.place, m.path) for m, copy in pairs]
             other.add(members, cohort.static_key)
-        other.records = [assigned.get(i) or _copy(record) for i, record in enumerate(self.records)]
+        other.records = [
+            assigned.get(i) or record.clone(record.numbers.copy()) for i, record in enumerate(self.records)
+        ]
         other.hyper, other.structure, other.addresses = context.hyper, context.structure, addresses(params)
         other.waiting = other.find_waiting()
         where = {cohort.places[0]: cohort for cohort in other.cohorts}
@@ -238,11 +240,7 @@ class Plan:
     def find_waiting(self) -> list[tuple[Record, tuple[Tensor, str]]]:
         """The frozen leaves of rules that accumulate."""
         pairs = zip(self.records, self.params, self.paths, strict=True)
-        return [
-            (record, (x, path))
-            for record, x, path in pairs
-            if record.frozen and record.rule is not None and record.rule.accumulates
-        ]
+        return [(record, (x, path)) for record, x, path in pairs if record.waits]
 
     def _drop(self, cohort: Cohort) -> None:
         self.cohorts.remove(cohort)
@@ -252,26 +250,30 @@ class Plan:
 
     # --- Grouping -----------------------------------------------------------------------------------------------------
 
-    def _members(self, grads: Sequence[Any]) -> tuple[list[Member], list[ReferenceUnit]]:
-        """The leaves that step in cohorts, and the units of those that step alone."""
+    def _members(self, grads: Sequence[Any]) -> tuple[list[Member], dict[int, str], list[ReferenceUnit]]:
+        """The leaves that step in cohorts, how each can be stepped by its place, and the units of those that step
+        alone."""
         members: list[Member] = []
+        kinds: dict[int, str] = {}
         alone: list[Member] = []
         stacks: dict[Any, list[Member]] = {}
         for place, (record, x, path, dx) in enumerate(zip(self.records, self.params, self.paths, grads, strict=True)):
-            if record.frozen or record.rule is None or (dx is None and not record.rule.accumulates):
+            if not record.takes_part(dx):
                 continue
             self._begin(record, x, path)
             kind, member = self._kind(record, x, dx), Member(record, x, place, path)
+            if kind is None or (dx is None and kind == "compiled"):
+                alone.append(member)
+                continue
+            kinds[place] = kind
             if kind == "stack":
                 stacks.setdefault((x.shape, x.dtype, id(record.rule), dx is None), []).append(member)
-            elif kind is None or (dx is None and kind == "compiled"):
-                alone.append(member)
             else:
                 members.append(member)
         for stack in stacks.values():
             (members if len(stack) >= _LEAST_STACK else alone).extend(stack)
         members.sort(key=_place)
-        return members, [ReferenceUnit(*member, self.context) for member in sorted(alone, key=_place)]
+        return members, kinds, [ReferenceUnit(*member, self.context) for member in sorted(alone, key=_place)]
 
     def _begin(self, record: Record, x: Tensor, path: str) -> None:
         if record.tensors is not None:
@@ -294,7 +296,7 @@ class Plan:
         if is_wrapped(x) or title_key(rule) in self.context.reference_only or not fits_packed(x, tensors):
             return None
         if not is_packable(rule):
-            whole = x.is_contiguous() and not x.is_complex() and not any(map(_reduces_inside, _whole(rule)))
+            whole = x.is_contiguous() and not x.is_complex() and not any(map(reducing, _whole(rule)))
             return "stack" if whole else None
         if x.is_complex() and x.is_conj():
             return None
@@ -302,15 +304,15 @@ class Plan:
             return "compiled"
         return "fused" if fused.takes(rule, x, tensors) else "eager"
 
-    def _regroup(self, members: list[Member], live: set[int], grads: Sequence[Any]) -> None:
+    def _regroup(self, members: list[Member], kinds: dict[int, str], grads: Sequence[Any]) -> None:
         """Make cohorts of all leaves that step, so that those which became alike go together again."""
+        live = {member.place for member in members}
         for cohort in [cohort for cohort in self.cohorts if cohort.places[0] in live]:
             self._drop(cohort)
         buckets: dict[Any, list[Member]] = {}
         keys: dict[Any, Any] = {}
         for member in members:
-            record = member.record
-            kind = self._kind(record, member.x, member.x)
+            record, kind = member.record, kinds[member.place]
             rule = keys.get((kind, id(record.rule)))
             if rule is None:
                 rule = keys[kind, id(record.rule)] = _rule_key(kind, record.rule, self.context)
@@ -354,11 +356,6 @@ class Plan:
             self.add(in_order(moved), cohort.static_key)
 
 
-def _copy(record: Record) -> Record:
-    tensors = None if record.tensors is None else [t.clone() for t in record.tensors]
-    return record.copy(record.numbers.copy(), tensors)
-
-
 def _stack(cohort: Cohort) -> EagerUnit:
     return EagerUnit(cohort, stack=True)
 
@@ -368,10 +365,6 @@ def _whole(rule: Rule) -> Iterable[Rule]:
     if is_packable(rule):
         return []
     return [r for inner in rule.inner for r in _whole(inner)] if rule.delegates else [rule]
-
-
-def _reduces_inside(rule: Rule) -> bool:
-    return any(isinstance(inner, ReducingRule) for inner in walk(rule))
 
 
 def _rule_key(kind: str | None, rule: Any, context: Context) -> Any:

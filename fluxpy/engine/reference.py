@@ -18,15 +18,21 @@ from .step import Prepare, Request
 
 
 class ReferenceUnit:
-    """One leaf on its way through its rule."""
+    """One leaf on its way through its rule. Unless `inplace`, its result is not written where the leaf is, but given to
+    another record by `settle`."""
 
-    def __init__(self, record: Record, x: Tensor, place: int, path: str, context: Context) -> None:
+    laid_out = False
+
+    def __init__(
+        self, record: Record, x: Tensor, place: int, path: str, context: Context, *, inplace: bool = True
+    ) -> None:
+        self.inplace = inplace
         self.record, self.x, self.place, self.path, self.context = record, x, place, path, context
         self.dx: Tensor | None = None
         self.value: Any = None  # what the parameter becomes, once that is worked out
         self.own: Numbers | None = None  # what it gave the record last
 
-    def prepare(self, grads: Sequence[Any], inplace: bool = True) -> Prepare:
+    def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.dx = grads[self.place]
         self.rule = self._rule_now()
         self.state = self._state()
@@ -36,7 +42,7 @@ class ReferenceUnit:
                 reduce = steps.send(answer)
                 parts = reduce.rule.parts([reduce.value])
             except StopIteration as done:
-                self._work_out(done.value, inplace)
+                self._work_out(done.value)
                 return
             except Exception as error:
                 error.add_note(f"in the rule {self.rule!r} of the parameter {self.path!r}")
@@ -60,7 +66,7 @@ class ReferenceUnit:
         record = self.record
         return record.fresh_state(self.x, self.path) if record.tensors is None else record.state
 
-    def _work_out(self, result: Any, inplace: bool) -> None:
+    def _work_out(self, result: Any) -> None:
         """What is to be written, so that writing it cannot fail."""
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(f"{self._who()} must return (state, change), but gave {result!r}")
@@ -73,9 +79,9 @@ class ReferenceUnit:
             raise ValueError(f"{self._who()} gave a state on another device than the parameter's {self.x.device}")
         # Never keep memory that others write to: the parameter, the gradient, or the old state's.
         dx = [] if self.dx is None else [self.dx]
-        news = apart(news, [self.x, *dx, *([] if self.olds and inplace else olds)])
+        news = apart(news, [self.x, *dx, *([] if self.olds and self.inplace else olds)])
         if self.olds:
-            mine = set(map(memory, olds)) if inplace else set()  # a rule may let its buffers change places
+            mine = set(map(memory, olds)) if self.inplace else set()  # a rule may let its buffers change places
             news = [t.clone() if memory(t) in mine and t is not old else t for old, t in zip(olds, news, strict=True)]
             news = [t.to(old.dtype) for old, t in zip(olds, news, strict=True)]
         self.news = news
@@ -94,16 +100,16 @@ class ReferenceUnit:
     def _who(self) -> str:
         return f"the rule {self.rule!r} of the parameter {self.path!r}"
 
-    def settle(self, record: Record, inplace: bool) -> None:
+    def settle(self, record: Record) -> None:
         """Give a record the new state. In place, each tensor keeps its memory where its shape allows."""
         if self.context.flag.bad is not None:  # since another leaf was worked out, perhaps
             mask = self.context.flag.mask
             self.value = mask(self.x, self.value)
             self.news = [mask(old, t) for old, t in zip(self.olds, self.news, strict=True)] if self.olds else self.news
-        if inplace and self.olds:
+        if self.inplace and self.olds:
             self.news = [old if old is t else old.copy_(t) for old, t in zip(self.olds, self.news, strict=True)]
         count = self.record.numbers.count + self.moved
-        if inplace and record.numbers is not self.own:
+        if self.inplace and record.numbers is not self.own:
             self.context.structure += 1  # another plan may have the leaf in a cohort
         record.tensors, record.numbers, record.pending = self.news, Numbers(count, self.skeleton), None
         self.own = record.numbers
@@ -114,7 +120,7 @@ class ReferenceUnit:
         self.news, self.olds = [], []
 
     def commit(self) -> None:
-        self.settle(self.record, inplace=True)
+        self.settle(self.record)
         if self.moved:
             self.x.copy_(self.value)
         self.drop()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..context import Context, require_finite
-from ..rule import Reduce, Rule, rule_key, tree_reducing
+from ..rule import Reduce, Rule, reducing, rule_key
 
 
 class FallBack(Exception):
@@ -42,7 +42,9 @@ Prepare: TypeAlias = Generator[Request, Any, None]
 
 
 class Unit(Protocol):
-    """See the head of this file."""
+    """See the head of this file. It is `laid_out` by where the parameters are in memory, or takes them anywhere."""
+
+    laid_out: bool
 
     def prepare(self, grads: Sequence[Any]) -> Prepare: ...
 
@@ -54,13 +56,15 @@ class Unit(Protocol):
 class CohortUnit(Unit, Protocol):
     """The unit of a cohort, kept from step to step."""
 
-    def adopt_rules(self) -> bool: ...
+    def adopt_rules(self) -> Any:
+        """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
+        ...
 
 
 def place_of(reduce: Reduce, rule: Rule, last: int) -> int:
     """The place of an asking rule in a chain, after the `last` one that asked: a leaf without a gradient may have
     passed some by."""
-    for place, inner in enumerate(tree_reducing(rule)):
+    for place, inner in enumerate(reducing(rule, "tree")):
         if inner is reduce.rule and place > last:
             return place
     return last + 1  # a rule that asks more than once, or by one that it makes on the way

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..adjust import adjust, freeze
-from ..rule import ReducingRule, Rule, field_of, hyperparameters, title_key, walk
+from ..rule import Rule, field_of, hyperparameters, reducing, title_key, walk
 from ..saving import load_state_dict, state_dict
 from ..saving.format import dtype_name
 from ..state import leaves, setup, tree_context, value
@@ -22,7 +22,7 @@ from .trial import UPDATES, Trial, other_values, random_tensors
 
 
 def is_elementwise(trial: Trial) -> None:
-    if not trial.rule.elementwise or any(_reduces_each_array(rule) for rule in walk(trial.rule)):
+    if not trial.rule.elementwise or reducing(trial.rule, "array"):  # two arrays as one have another total
         return
     apart: Any = {name: random_tensors(seed=seed)["matrix"] for name, seed in (("a", 0), ("b", 100))}
     joined = _side_by_side(apart)
@@ -42,11 +42,6 @@ def leaf_by_leaf(state: Any, rule: Rule) -> Any:
     """The state, whose updates run `apply` on each leaf: packed, leaves that are apart would be one tensor too."""
     tree_context(state).reference_only.add(title_key(rule))
     return state
-
-
-def _reduces_each_array(rule: Rule) -> bool:
-    """Whether a rule asks for a total of each array: two arrays as one have another."""
-    return isinstance(rule, ReducingRule) and rule.over == "array"
 
 
 def _side_by_side(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
