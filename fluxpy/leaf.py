@@ -56,7 +56,11 @@ class Record:
 
     def begin(self, x: Tensor, path: str) -> None:
         """Make a state for the parameter `x`."""
-        self.tensors, skeleton = partition(self.fresh_state(x, path))
+        assert self.rule is not None
+        self.tensors, skeleton = _new_state(self.rule, x, self.numbers.count, path)
+        if self.pending is not None:
+            state = skeleton.combine(self.tensors)
+            self.tensors, skeleton = partition(self.rule.restart(self.pending.bare(), state))
         self.numbers, self.pending = Numbers(self.numbers.count, skeleton), None
 
     def fresh_state(self, x: Tensor, path: str) -> Any:
@@ -253,13 +257,20 @@ def pending_numbers(leaf: Leaf) -> Skeleton | None:
 
 def init_state(rule: Rule, x: Tensor, count: int, path: str) -> Any:
     """A new state for the parameter `x`, without gradient history and without memory shared with the parameter."""
-    try:
+    tensors, skeleton = _new_state(rule, x, count, path)
+    return skeleton.combine(tensors)
+
+
+def _new_state(rule: Rule, x: Tensor, count: int, path: str) -> tuple[list[Tensor], Skeleton]:
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
-            tensors, skeleton = partition(at(rule, count).init_any(x))
+            return _new_state(rule, x, count, path)
+    try:
+        tensors, skeleton = partition(at(rule, count).init_any(x))
     except Exception as error:
         error.add_note(f"in the rule {rule!r} of the parameter {path!r}")
         raise
-    return skeleton.combine(apart(tensors, [x]))
+    return apart(tensors, [x]), skeleton
 
 
 def miss_update(record: Record, x: Tensor, path: str) -> None:

@@ -145,9 +145,8 @@ def register(cls: type, flatten: Any, unflatten: Any) -> None:
     )
 
 
-def is_wrapped(x: Tensor) -> bool:
-    """Whether a `torch.func` transform is running over this tensor, whose numbers and memory cannot be seen."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
+# Whether a `torch.func` transform is running over a tensor, whose numbers and memory cannot be seen then.
+is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_transforming() -> bool:
@@ -159,7 +158,9 @@ def is_transforming() -> bool:
 
 def overlaps_itself(x: Tensor) -> bool:
     """Whether elements share memory, as in an expanded tensor: it cannot be written in place."""
-    return not is_wrapped(x) and torch._debug_has_internal_overlap(x) == 1  # pyright: ignore[reportPrivateImportUsage]
+    if is_wrapped(x) or x.is_contiguous():
+        return False
+    return torch._debug_has_internal_overlap(x) == 1  # pyright: ignore[reportPrivateImportUsage]
 
 
 def unwritable(x: Tensor) -> bool:
@@ -176,7 +177,10 @@ def apart(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> list[Tensor]:
     """The tensors, cloned where they share memory with `others`, with each other, or within themselves."""
     taken, found = set(map(memory, others)), []
     for t in tensors:
-        fresh = memory(t) not in taken and not overlaps_itself(t)
-        found.append(t if fresh else t.clone(memory_format=torch.contiguous_format))
-        taken.add(memory(found[-1]))
+        place = memory(t)
+        if place in taken or overlaps_itself(t):
+            t = t.clone(memory_format=torch.contiguous_format)
+            place = memory(t)
+        found.append(t)
+        taken.add(place)
     return found

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 
 from .binding import Binding, Bindings
@@ -145,7 +146,8 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
         leaves.append(Leaf(record, context, bindings))
         if before is None:
             new.append(index)
-    _begin(leaves, new, params, names)
+    with torch.inference_mode(False), torch.no_grad():
+        _begin(leaves, new, params, names)
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
 
 

@@ -136,13 +136,11 @@ def in_order(members: Sequence[Member]) -> list[Member]:
 
 def fits_packed(x: Tensor, tensors: Sequence[Tensor]) -> bool:
     """Whether the state of a dense parameter can be packed: tensors like the parameter and nothing else."""
-    real = real_view(x)
-    stride = real.stride()
-    return is_dense(real) and all(
-        t.shape == real.shape
-        and t.stride() == stride
-        and t.device == real.device
-        and not t.requires_grad
-        and not t.is_inference()
-        for t in tensors
-    )
+    real = real_view(x) if x.is_complex() else x
+    if not is_dense(real):
+        return False
+    shape, stride, device = real.shape, real.stride(), real.device
+    for t in tensors:
+        if t.shape != shape or t.stride() != stride or t.device != device or t.requires_grad or t.is_inference():
+            return False
+    return True

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..context import Context
 from ..leaf import Record, miss_update
-from ..pytree import Skeleton, is_wrapped
+from ..pytree import HOLE, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
 from . import fused
 from .cohort import Cohort, Member, fits_packed, in_order
@@ -29,6 +29,7 @@ from .step import CohortUnit, Unit
 
 _MOST_ROUTES = 32  # kept of one plan
 _LEAST_STACK = 8  # leaves: fewer are as fast one by one as by vmap
+_PLAIN = torch.Tensor, nn.Parameter
 _place = attrgetter("place")
 
 
@@ -257,11 +258,12 @@ class Plan:
         kinds: dict[int, str] = {}
         alone: list[Member] = []
         stacks: dict[Any, list[Member]] = {}
+        ways: dict[Any, str | None] = {}
         for place, (record, x, path, dx) in enumerate(zip(self.records, self.params, self.paths, grads, strict=True)):
             if not record.takes_part(dx):
                 continue
             self._begin(record, x, path)
-            kind, member = self._kind(record, x, dx), Member(record, x, place, path)
+            kind, member = self._kind(record, x, dx, ways), Member(record, x, place, path)
             if kind is None or (dx is None and kind == "compiled"):
                 alone.append(member)
                 continue
@@ -285,21 +287,29 @@ class Plan:
             self.forget_begun()
             raise
 
-    def _kind(self, record: Record, x: Tensor, dx: Tensor | None) -> str | None:
-        """How a leaf can be stepped: "compiled", "fused", "eager", "stack", or None: by itself."""
-        rule, tensors, plain = record.rule, record.tensors, (torch.Tensor, nn.Parameter)
+    def _kind(self, record: Record, x: Tensor, dx: Tensor | None, ways: dict[Any, str | None]) -> str | None:
+        """How a leaf can be stepped: "compiled", "fused", "eager", "stack", or None: by itself. `ways` remembers what
+        hangs on the rule and the dtypes alone."""
+        rule, tensors = record.rule, record.tensors
         assert rule is not None and tensors is not None
-        if type(x) not in plain or (dx is not None and type(dx) not in plain):
+        if type(x) not in _PLAIN or (dx is not None and type(dx) not in _PLAIN):
             return None
-        if not x.numel() or rule.traced or x.is_meta:
+        if not x.numel() or x.is_meta or is_wrapped(x) or not fits_packed(x, tensors):
             return None
-        if is_wrapped(x) or title_key(rule) in self.context.reference_only or not fits_packed(x, tensors):
+        key = id(rule), x.dtype, x.device, x.numel() > 1, tuple([t.dtype for t in tensors])
+        if key not in ways:
+            ways[key] = self._way(rule, x, tensors)
+        way = ways[key]
+        if way == "stack":
+            return "stack" if x.is_contiguous() else None
+        return None if x.is_complex() and x.is_conj() else way
+
+    def _way(self, rule: Rule, x: Tensor, tensors: list[Tensor]) -> str | None:
+        """How leaves of this rule, like `x`, can be stepped."""
+        if rule.traced or title_key(rule) in self.context.reference_only:
             return None
         if not is_packable(rule):
-            whole = x.is_contiguous() and not x.is_complex() and not any(map(reducing, _whole(rule)))
-            return "stack" if whole else None
-        if x.is_complex() and x.is_conj():
-            return None
+            return None if x.is_complex() or any(map(reducing, _whole(rule))) else "stack"
         if self.context.compile and x.numel() > 1 and title_key(rule) not in self.context.uncompiled:
             return "compiled"
         return "fused" if fused.takes(rule, x, tensors) else "eager"
@@ -385,4 +395,5 @@ def _numbers_key(record: Record) -> Any:
     """The numbers that leaves must have in common."""
     skeleton = record.numbers.skeleton
     assert skeleton is not None
-    return record.numbers.count, tuple([(type(part), value_key(part)) for part in skeleton.parts])
+    parts = [part if part is HOLE else (type(part), value_key(part)) for part in skeleton.parts]
+    return record.numbers.count, *parts
