@@ -52,12 +52,10 @@ class Copies:
                 held[key] = hooks.copy() if hooks else type(hooks)()
         for key, b in x._buffers.items():
             held["_buffers"][key] = b if b is None else self.known.setdefault(id(b), b.clone())
-        held["_parameters"] = self.containers[id(x._parameters)] = dict(
-            zip(x._parameters, map(self.of, x._parameters.values()), strict=True)
-        )
-        held["_modules"] = self.containers[id(x._modules)] = dict(
-            zip(x._modules, map(self.of, x._modules.values()), strict=True)
-        )
+        params = {name: self.known.get(id(p), p) for name, p in x._parameters.items()}
+        modules = {name: self.of(module) for name, module in x._modules.items()}
+        held["_parameters"] = self.containers[id(x._parameters)] = params
+        held["_modules"] = self.containers[id(x._modules)] = modules
         return new
 
     def finish(self) -> None:

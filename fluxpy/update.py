@@ -184,7 +184,7 @@ def _has_begun(record: Record) -> bool:
 def _pure_by_copy(state: Any, binding: Binding, context: Context, model: Any, grads: list[Any]) -> tuple[Any, Any]:
     """Copy parameters and states, and step the copies in place, by a copy of the plan."""
     plan, route, grads = _route_for(binding, context, grads, inplace=False)
-    params = [like_parameter(x.detach().clone(), x) for x in binding.params]
+    params = [like_parameter(x.clone(), x) for x in binding.params]
     fork = context.fork(len(params))
     plan, units = plan.fork(route, params, fork)
     try:
@@ -247,9 +247,11 @@ def _has_history(binding: Binding, grads: Sequence[Any]) -> bool:
     rules = {id(record.rule): record.rule for record in records if record.rule is not None}.values()
     held = [t for record in records for t in record.tensors or ()]
     held += [t for rule in rules for t in tensors_of(rule)]
-    return any(t.requires_grad for t in (*grads, *held) if t is not None) or any(
-        is_wrapped(x) or (x.requires_grad and not (x.is_leaf and isinstance(x, torch.nn.Parameter)))
-        for x in binding.params
+    if any([t.requires_grad for t in (*grads, *held) if t is not None]):
+        return True
+    # Of most parameters it is enough to know that they are leaves.
+    return any([is_wrapped(x) for x in binding.params]) or any(
+        [x.requires_grad and not (x.is_leaf and isinstance(x, torch.nn.Parameter)) for x in binding.params]
     )
 
 

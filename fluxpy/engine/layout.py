@@ -55,18 +55,14 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 class Extents:
-    """The memory from the first to the last element of each of some tensors, neighbours merged."""
+    """The memory from the first to the last element of each of some tensors."""
 
     def __init__(self, tensors: Sequence[Tensor], starts: Sequence[int]) -> None:
-        spans: list[list[int]] = []
-        pairs = [(start, start + _extent(t)) for t, start in zip(tensors, starts, strict=True) if t.numel()]
-        for start, end in sorted(pairs):
-            if spans and start <= spans[-1][1]:
-                spans[-1][1] = max(end, spans[-1][1])
-            else:
-                spans.append([start, end])
-        self.starts, self.ends = [start for start, _ in spans], [end for _, end in spans]
-        self.as_arrays = np.array(self.starts), np.array([0, *self.ends])
+        pairs = sorted((start, start + _extent(t)) for t, start in zip(tensors, starts, strict=True) if t.numel())
+        self.starts = [start for start, _ in pairs]
+        # By the number of tensors that start before a place: where the last of them ends.
+        self.ends = [0, *accumulate((end for _, end in pairs), max)]
+        self.as_arrays = np.array(self.starts), np.array(self.ends)
         self.apart: list[int] = []  # what pointed nowhere into it last
 
     def meets(self, pointers: list[int]) -> bool:
@@ -83,12 +79,7 @@ class Extents:
             starts, ends = self.as_arrays
             found = np.array(pointers)
             return bool((found < ends[np.searchsorted(starts, found, side="right")]).any())
-        starts, ends = self.starts, self.ends
-        for pointer in pointers:
-            i = bisect_right(starts, pointer) - 1
-            if i >= 0 and pointer < ends[i]:
-                return True
-        return False
+        return any(pointer < self.ends[bisect_right(self.starts, pointer)] for pointer in pointers)
 
 
 def _extent(t: Tensor) -> int:
@@ -101,11 +92,8 @@ def _extent(t: Tensor) -> int:
 
 def views_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Parts of a long tensor, in the shapes and strides of others."""
-    parts = flat.split([t.numel() for t in tensors])
-    return [
-        part.view(t.shape) if t.is_contiguous() else part.as_strided(t.shape, t.stride())
-        for part, t in zip(parts, tensors, strict=True)
-    ]
+    starts = accumulate([t.numel() for t in tensors[:-1]], initial=flat.storage_offset())
+    return [flat.as_strided(t.shape, t.stride(), start) for t, start in zip(tensors, starts, strict=True)]
 
 
 def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
