@@ -124,7 +124,7 @@ class Cohort:
         self.numbers.count += moved
 
 
-def in_order(members: Sequence[Member]) -> list[Member]:
+def arranged(members: Sequence[Member]) -> list[Member]:
     """Members in the order of the model; of rules that ask for totals, where the parameters are not adjacent, those of
     one shape together: many totals of one shape are one operation."""
     ordered = sorted(members, key=lambda member: member.place)

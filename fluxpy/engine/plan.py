@@ -18,7 +18,7 @@ from ..leaf import Record, miss_update
 from ..pytree import HOLE, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
 from . import fused
-from .cohort import Cohort, Member, fits_packed, in_order
+from .cohort import Cohort, Member, fits_packed, arranged
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
 from .layout import Extents, addresses
@@ -329,7 +329,7 @@ class Plan:
             static = kind, rule, grads[member.place] is not None, *_tensor_key(kind, record, member.x)
             buckets.setdefault((static, *_numbers_key(record)), []).append(member)
         for (static, *_), found in buckets.items():
-            self.add(in_order(found), static)
+            self.add(arranged(found), static)
 
     def add(self, members: list[Member], static: Any) -> None:
         cohort, kind = Cohort(members, self.context, static), static[0]
@@ -353,9 +353,9 @@ class Plan:
             inside = [member for member in cohort.members if member.place in live]
             if inside and len(inside) < len(cohort.members):
                 self._drop(cohort)
-                self.add(in_order(inside), cohort.static_key)
+                self.add(arranged(inside), cohort.static_key)
                 rest = [member for member in cohort.members if member.place not in live]
-                self.add(in_order(rest), cohort.static_key)
+                self.add(arranged(rest), cohort.static_key)
 
     def _renew(self) -> None:
         """Lay all cohorts out anew, as the parameters are elsewhere."""
@@ -363,7 +363,7 @@ class Plan:
         for cohort in list(self.cohorts):
             self._drop(cohort)
             moved = [member._replace(x=params[member.place]) for member in cohort.members]
-            self.add(in_order(moved), cohort.static_key)
+            self.add(arranged(moved), cohort.static_key)
 
 
 def _stack(cohort: Cohort) -> EagerUnit:
