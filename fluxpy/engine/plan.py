@@ -18,7 +18,7 @@ from ..leaf import Record, miss_update
 from ..pytree import HOLE, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
 from . import fused
-from .cohort import Cohort, Member, fits_packed, arranged
+from .cohort import Cohort, Member, arranged, fits_packed
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
 from .layout import Extents, addresses
