@@ -16,11 +16,14 @@ from . import rules as rules
 from . import schedules
 from .adjust import adjust, freeze, reset, scale, thaw
 from .data import DataLoader
+from .explain import explain
 from .gradient import Gradients, gradient, withgradient
 from .leaf import Leaf
 from .parameters import destructure, flatten_parameters, trainables
+from .roles import depths, roles
 from .rules import *  # noqa: F403
 from .saving import load, load_state_dict, save, state_dict
+from .sharpen import sharpened
 from .state import State, leaves, select, setup, summary, value
 from .train import train, trainstep
 from .update import check_finite, update
@@ -40,7 +43,9 @@ __all__ = [
     "State",
     "adjust",
     "check_finite",
+    "depths",
     "destructure",
+    "explain",
     "flatten_parameters",
     "freeze",
     "gradient",
@@ -48,11 +53,13 @@ __all__ = [
     "load",
     "load_state_dict",
     "reset",
+    "roles",
     "save",
     "scale",
     "schedules",
     "select",
     "setup",
+    "sharpened",
     "state_dict",
     "summary",
     "thaw",

@@ -198,15 +198,23 @@ def _begin(leaves: list[Leaf], new: list[int], params: list[Tensor], names: dict
             record.begin(params[index], names[index][0])
 
 
+_GLOB = frozenset("*?[")
+
+
 def _assign(rule: Any, names: dict[int, list[str]]) -> dict[int, Rule | None]:
     """The rule of each parameter."""
     if not isinstance(rule, Mapping):
         return dict.fromkeys(names, _rule(rule, "setup takes a rule or a mapping of patterns to rules"))
     chosen: dict[int, Rule | None] = {}
+    by_path = {path: i for i, paths in names.items() for path in paths}
     idle = []
     for pattern, own in rule.items():
         own = None if own is None else _rule(own, f"the pattern {pattern!r} needs a rule or None")
-        hits = [i for i, paths in names.items() if any(fnmatch.fnmatchcase(path, pattern) for path in paths)]
+        hits = [by_path[pattern]] if pattern in by_path else []
+        if not _GLOB.isdisjoint(pattern):  # else it is one path: many of these need no walk over all
+            hits = [
+                i for i, paths in names.items() if any(fnmatch.fnmatchcase(path, pattern) for path in paths)
+            ] or hits
         chosen.update((i, own) for i in hits if i not in chosen)
         if not hits:
             idle.append(pattern)
