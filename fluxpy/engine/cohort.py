@@ -15,6 +15,9 @@ from ..rule import Rule, reducing
 from .layout import adjacent, chunks_of, is_dense, pack, views_like
 
 
+LEAST_RUN = 4  # leaves of one shape, on average: shorter runs are not worth a stack
+
+
 class Member(NamedTuple):
     """A leaf in a plan: its record, its parameter, where that is among the model's parameters, and its path."""
 
@@ -126,11 +129,13 @@ class Cohort:
 
 def arranged(members: Sequence[Member]) -> list[Member]:
     """Members in the order of the model; of rules that ask for totals, where the parameters are not adjacent, those of
-    one shape together: many totals of one shape are one operation."""
-    ordered = sorted(members, key=lambda member: member.place)
+    one shape together if they are many: many totals of one shape are one operation."""
+    ordered = sorted(members, key=attrgetter("place"))
     rule, first = ordered[0].record.rule, [real_view(member.x) for member in ordered[:2]]
     if rule is not None and reducing(rule) and len(first) > 1 and adjacent(first) is None:
-        ordered.sort(key=lambda member: (member.x.numel(), member.x.shape, member.x.stride()))
+        forms = {member.place: (member.x.numel(), member.x.shape, member.x.stride()) for member in ordered}
+        if LEAST_RUN * len({*forms.values()}) <= len(ordered):
+            ordered.sort(key=lambda member: forms[member.place])
     return ordered
 
 

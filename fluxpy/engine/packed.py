@@ -25,7 +25,7 @@ from ..rule import (
     run_alone,
     title_key,
 )
-from .cohort import Cohort
+from .cohort import LEAST_RUN, Cohort
 from .layout import Row, Scratch, adjacent, chunks_of, copy_all, flat_view, views_like
 from .step import FallBack, Prepare, Request
 from .tape import is_traceable
@@ -100,7 +100,7 @@ def _runs(cohort: Cohort, low: int, high: int) -> list[tuple[int, int]] | None:
         else:
             runs.append((i, i + 1))
             last = form
-    return runs if 4 * len(runs) <= high - low else None
+    return runs if LEAST_RUN * len(runs) <= high - low else None
 
 
 class Chunks:
