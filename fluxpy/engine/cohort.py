@@ -14,7 +14,6 @@ from ..pytree import Skeleton
 from ..rule import Rule, reducing
 from .layout import adjacent, chunks_of, is_dense, pack, views_like
 
-
 LEAST_RUN = 4  # leaves of one shape, on average: shorter runs are not worth a stack
 
 
