@@ -65,6 +65,13 @@ ROWS: dict[str, Row] = {
     "Lion": paper_row(fluxpy.Lion(), oracles.lion, {"lr": 1e-2, "betas": (0.6, 0.95)}),
     "OAdam": paper_row(fluxpy.OAdam(), oracles.oadam, ADAM),
     "AdaBelief": paper_row(fluxpy.AdaBelief(), oracles.adabelief, ADAM),
+    "AdEMAMix": paper_row(
+        fluxpy.AdEMAMix(),
+        oracles.ademamix,
+        {**ADAM, "betas": (0.7, 0.95, 0.99), "alpha": 2.0, "weight_decay": 0.3},
+    ),
+    # An eps above the gradients that check_rule gives, or it would not show.
+    "ADOPT": paper_row(fluxpy.ADOPT(), oracles.adopt, {**ADAM, "eps": 60.0}),
     "WeightDecay": paper_row(fluxpy.WeightDecay(), oracles.weight_decay, {"weight_decay": 0.3}),
     "SignDecay": paper_row(fluxpy.SignDecay(), oracles.sign_decay, {"sign_decay": 0.3}),
     "ClipGrad": paper_row(fluxpy.ClipGrad(), oracles.clip_grad, {"clip_value": 0.01}),

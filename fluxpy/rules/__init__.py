@@ -7,7 +7,7 @@ from ..rule import Reduce as Reduce
 from ..rule import ReducingRule as ReducingRule
 from ..rule import Rule
 from ..rule import Steps as Steps
-from .adam import AdaBelief, Adam, AdaMax, AdamW, AMSGrad, NAdam, OAdam, RAdam
+from .adam import ADOPT, AdaBelief, Adam, AdaMax, AdamW, AdEMAMix, AMSGrad, NAdam, OAdam, RAdam
 from .adaptive import AdaDelta, AdaGrad, RMSProp
 from .clip import ClipGlobalNorm, ClipGrad, ClipNorm
 from .decay import SignDecay, WeightDecay
@@ -17,8 +17,10 @@ from .wrap import AccumGrad, MixedPrecision, OptimiserChain
 
 # These are names of `fluxpy` too, and on the API page.
 __all__ = [
+    "ADOPT",
     "AMSGrad",
     "AccumGrad",
+    "AdEMAMix",
     "AdaBelief",
     "AdaDelta",
     "AdaGrad",
