@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import oracles
+import schedulefree
 import torch
 
 import fluxpy
@@ -44,8 +45,20 @@ def paper_row(rule: Rule, oracle: Callable[[], oracles.Step], adjusted: dict[str
     return Row(rule, adjusted, oracle=oracle)
 
 
+def schedule_free(kind: Any) -> Callable[..., torch.optim.Optimizer]:
+    """An optimiser of the package, in the mode in which it steps."""
+
+    def make(params: Any, **values: Any) -> torch.optim.Optimizer:
+        optimizer = kind(params, foreach=False, **values)
+        optimizer.train()
+        return optimizer
+
+    return make
+
+
 opt = torch.optim
 ADAM = {"lr": 3e-2, "betas": (0.7, 0.95), "eps": 1e-3}
+SCHEDULE_FREE = {"weight_decay": 0.3, "warmup_steps": 7, "r": 0.5, "weight_lr_power": 1.0}
 NORM = {"max_norm": 0.5, "norm_type": 3.0, "nonfinite": "ignore"}
 
 ROWS: dict[str, Row] = {
@@ -72,6 +85,14 @@ ROWS: dict[str, Row] = {
     ),
     # An eps above the gradients that check_rule gives, or it would not show.
     "ADOPT": paper_row(fluxpy.ADOPT(), oracles.adopt, {**ADAM, "eps": 60.0}),
+    "ScheduleFreeSGD": Row(
+        fluxpy.ScheduleFreeSGD(0.5),  # of a rate of 1 no power shows
+        {"lr": 0.3, "momentum": 0.6, **SCHEDULE_FREE},
+        twin=schedule_free(schedulefree.SGDScheduleFree),
+    ),
+    "ScheduleFreeAdamW": Row(
+        fluxpy.ScheduleFreeAdamW(), {**ADAM, **SCHEDULE_FREE}, twin=schedule_free(schedulefree.AdamWScheduleFree)
+    ),
     "WeightDecay": paper_row(fluxpy.WeightDecay(), oracles.weight_decay, {"weight_decay": 0.3}),
     "SignDecay": paper_row(fluxpy.SignDecay(), oracles.sign_decay, {"sign_decay": 0.3}),
     "ClipGrad": paper_row(fluxpy.ClipGrad(), oracles.clip_grad, {"clip_value": 0.01}),

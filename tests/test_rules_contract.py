@@ -127,7 +127,8 @@ def test_what_is_out_of_range_is_refused(row: Row) -> None:
     """By the rule when it is made and by adjust, with name, value and range; nothing is changed."""
     state, _ = begin(row)
     for name, value in (row.adjusted | row.fixed).items():
-        for bad in BAD[type(value)]:
+        usual = values(row.rule)[name]
+        for bad in [bad for bad in BAD[type(value)] if (type(bad), bad) != (type(usual), usual)]:
             with pytest.raises(ValueError, match=rf"\b{name}=.*; .*(must|cannot)") as caught:
                 row.given({name: bad})
             assert repr(bad) in str(caught.value)

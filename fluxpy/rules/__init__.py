@@ -12,6 +12,7 @@ from .adaptive import AdaDelta, AdaGrad, RMSProp
 from .clip import ClipGlobalNorm, ClipGrad, ClipNorm
 from .decay import SignDecay, WeightDecay
 from .descent import Descent, Momentum, Nesterov
+from .schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from .sign import Lion, Rprop
 from .wrap import AccumGrad, MixedPrecision, OptimiserChain
 
@@ -42,6 +43,8 @@ __all__ = [
     "RMSProp",
     "Rprop",
     "Rule",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "SignDecay",
     "WeightDecay",
 ]

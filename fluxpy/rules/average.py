@@ -1,4 +1,4 @@
-"""What most rules are made of: exponential averages, and the root of one."""
+"""What most rules are made of: exponential averages, the root of one, and arithmetic of numbers that may be tensors."""
 
 import torch
 from torch import Tensor
@@ -21,3 +21,17 @@ def root(v: Tensor) -> Tensor:
         return v.sqrt()
     zero = v == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, v).sqrt())
+
+
+def larger(a: Hyper, b: Hyper) -> Hyper:
+    """`max(a, b)`, also of tensors."""
+    if not isinstance(a, Tensor):
+        return larger(b, a) if isinstance(b, Tensor) else max(a, b)
+    return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
+
+
+def quotient(a: Hyper, b: Hyper) -> Hyper:
+    """`a / b`, also of tensors; zero where `b` is."""
+    if not isinstance(b, Tensor):
+        return a / b if b else 0.0
+    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
