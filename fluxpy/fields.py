@@ -56,7 +56,8 @@ def check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
         ok = right_size and all(_allows(allowed, v) for v in value)
         want = f"it must be {len(field.default)} numbers, each in {allowed}"
     elif isinstance(allowed, tuple):
-        ok, want = callable(value) or value in allowed, f"it must be one of {', '.join(map(repr, allowed))}"
+        ok = callable(value) or (type(value), value) in [(type(word), word) for word in allowed]  # True is not 1
+        want = f"it must be one of {', '.join(map(repr, allowed))}"
     elif allowed[0] in "[(":
         ok, want = _allows(allowed, value), f"it must lie in {allowed}"
     else:

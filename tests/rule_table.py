@@ -17,8 +17,9 @@ from fluxpy.rule import Rule, hyperparameters, replace, walk
 class Row:
     """`adjusted` has another legal value for every adjustable hyperparameter, `fixed` for every one that is not.
 
-    Either `twin` is the optimiser of `torch.optim`, which takes the rule's hyperparameters by their names, or `oracle`
-    makes a step from the paper in NumPy.
+    Either `twin` is the optimiser of `torch.optim` (or of the rule's own package), which takes the rule's
+    hyperparameters by their names, or `oracle` makes a step from the paper in NumPy. A rule for `matrices` alone gets
+    those in place of scalars and vectors.
     """
 
     rule: Rule
@@ -27,6 +28,11 @@ class Row:
     twin: Callable[..., torch.optim.Optimizer] | None = None
     oracle: Callable[[], oracles.Step] | None = None
     window: int = 1  # updates in one application
+    matrices: bool = False
+
+    def fit(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape that the rule takes: the given one, or a matrix of as many elements."""
+        return (*shape, *[1] * (2 - len(shape))) if self.matrices else shape
 
     def given(self, values: dict[str, Any]) -> Rule:
         return replace(self.rule, lambda _, name, old: values.get(name, old))
@@ -92,6 +98,19 @@ ROWS: dict[str, Row] = {
     ),
     "ScheduleFreeAdamW": Row(
         fluxpy.ScheduleFreeAdamW(), {**ADAM, **SCHEDULE_FREE}, twin=schedule_free(schedulefree.AdamWScheduleFree)
+    ),
+    "Muon": Row(
+        fluxpy.Muon(),
+        {
+            "lr": 3e-2,
+            "momentum": 0.6,
+            "weight_decay": 0.3,
+            "nesterov": False,
+            "ns_steps": 3,
+            "adjust_lr_fn": "match_rms_adamw",
+        },
+        twin=opt.Muon,
+        matrices=True,
     ),
     "WeightDecay": paper_row(fluxpy.WeightDecay(), oracles.weight_decay, {"weight_decay": 0.3}),
     "SignDecay": paper_row(fluxpy.SignDecay(), oracles.sign_decay, {"sign_decay": 0.3}),

@@ -12,6 +12,7 @@ from .adaptive import AdaDelta, AdaGrad, RMSProp
 from .clip import ClipGlobalNorm, ClipGrad, ClipNorm
 from .decay import SignDecay, WeightDecay
 from .descent import Descent, Momentum, Nesterov
+from .muon import Muon
 from .schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from .sign import Lion, Rprop
 from .wrap import AccumGrad, MixedPrecision, OptimiserChain
@@ -35,6 +36,7 @@ __all__ = [
     "Lion",
     "MixedPrecision",
     "Momentum",
+    "Muon",
     "NAdam",
     "Nesterov",
     "OAdam",
