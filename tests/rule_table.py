@@ -112,6 +112,12 @@ ROWS: dict[str, Row] = {
         twin=opt.Muon,
         matrices=True,
     ),
+    "Adafactor": torch_row(
+        fluxpy.Adafactor(),
+        opt.Adafactor,
+        # An eps above the numbers that check_rule gives, or it would not show.
+        {"lr": 0.3, "beta2_decay": -0.5, "eps": (20.0, 30.0), "d": 1.5, "weight_decay": 0.3},
+    ),
     "WeightDecay": paper_row(fluxpy.WeightDecay(), oracles.weight_decay, {"weight_decay": 0.3}),
     "SignDecay": paper_row(fluxpy.SignDecay(), oracles.sign_decay, {"sign_decay": 0.3}),
     "ClipGrad": paper_row(fluxpy.ClipGrad(), oracles.clip_grad, {"clip_value": 0.01}),

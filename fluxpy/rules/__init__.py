@@ -7,6 +7,7 @@ from ..rule import Reduce as Reduce
 from ..rule import ReducingRule as ReducingRule
 from ..rule import Rule
 from ..rule import Steps as Steps
+from .adafactor import Adafactor
 from .adam import ADOPT, AdaBelief, Adam, AdaMax, AdamW, AdEMAMix, AMSGrad, NAdam, OAdam, RAdam
 from .adaptive import AdaDelta, AdaGrad, RMSProp
 from .clip import ClipGlobalNorm, ClipGrad, ClipNorm
@@ -27,6 +28,7 @@ __all__ = [
     "AdaDelta",
     "AdaGrad",
     "AdaMax",
+    "Adafactor",
     "Adam",
     "AdamW",
     "ClipGlobalNorm",

@@ -35,3 +35,8 @@ def quotient(a: Hyper, b: Hyper) -> Hyper:
     if not isinstance(b, Tensor):
         return a / b if b else 0.0
     return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+
+
+def smaller(a: Hyper, b: Hyper) -> Hyper:
+    """`min(a, b)`, also of tensors."""
+    return -larger(-a, -b)
