@@ -74,3 +74,23 @@ def ademamix(
     slow = memory["slow"] = betas[2] * memory.get("slow", 0.0) + (1 - betas[2]) * g
     ahead = m / (1 - betas[0] ** t) + alpha * slow
     return lr * (ahead / (np.sqrt(v / (1 - betas[1] ** t)) + eps) + weight_decay * x)
+
+
+@each
+def lookahead(memory: Any, x: Array, g: Array, k: int, alpha: float, **adam: Any) -> Array:
+    """Algorithm 1 of Zhang et al. 2019 (arXiv 1907.08610) around Adam, whose memory is kept."""
+    slow = memory.setdefault("slow", x)
+    fast = x - reference.adam(memory, x, g, **adam)
+    memory["steps"] = memory.get("steps", 0) + 1
+    if memory["steps"] < k:
+        return x - fast
+    memory.update(steps=0, slow=slow + alpha * (fast - slow))
+    return x - memory["slow"]
+
+
+@each
+def cautious(memory: Any, x: Array, g: Array, **adam: Any) -> Array:
+    """Liang et al. 2024 (arXiv 2411.16085), the authors' code, around Adam."""
+    u = reference.adam(memory, x, g, **adam)
+    mask = (u * g > 0).astype(float)
+    return u * mask / max(mask.mean(), 1e-3)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import oracles
+import prodigyopt
 import schedulefree
 import torch
 
@@ -118,6 +119,12 @@ ROWS: dict[str, Row] = {
         # An eps above the numbers that check_rule gives, or it would not show.
         {"lr": 0.3, "beta2_decay": -0.5, "eps": (20.0, 30.0), "d": 1.5, "weight_decay": 0.3},
     ),
+    "Prodigy": Row(
+        fluxpy.Prodigy(d0=1e-3),  # first steps well above the rounding of the parameters
+        {**ADAM, "weight_decay": 0.3, "d_coef": 2.0},
+        {"d0": 1e-2},
+        twin=prodigyopt.Prodigy,
+    ),
     "WeightDecay": paper_row(fluxpy.WeightDecay(), oracles.weight_decay, {"weight_decay": 0.3}),
     "SignDecay": paper_row(fluxpy.SignDecay(), oracles.sign_decay, {"sign_decay": 0.3}),
     "ClipGrad": paper_row(fluxpy.ClipGrad(), oracles.clip_grad, {"clip_value": 0.01}),
@@ -132,6 +139,8 @@ ROWS: dict[str, Row] = {
         oracle=oracles.accumulated_momentum,
         window=7,
     ),
+    "Lookahead": paper_row(fluxpy.Lookahead(fluxpy.Adam()), oracles.lookahead, {**ADAM, "k": 3, "alpha": 0.8}),
+    "Cautious": paper_row(fluxpy.Cautious(fluxpy.Adam()), oracles.cautious, ADAM),
     "MixedPrecision": torch_row(
         fluxpy.MixedPrecision(fluxpy.AdamW()), opt.AdamW, {**ADAM, "weight_decay": 0.3}, {"dtype": torch.float64}
     ),

@@ -163,7 +163,13 @@ FLAT = {
 PLAIN = {"whole": Whole(), "whole in a chain": OptimiserChain(ClipGlobalNorm(0.5), Whole(), Own()), "lazy": Lazy()}
 NUMBERS = {**NATIVE, **FLAT, **PLAIN}
 # How leaves of a rule are stepped, where that is not by a fused kernel or by the rule's own arithmetic.
-WANTED: dict[str, set[str]] = {"whole": set(), "whole in a chain": set(), "lazy": set(), "Adafactor": set()}
+WANTED: dict[str, set[str]] = {
+    "whole": set(),
+    "whole in a chain": set(),
+    "lazy": set(),
+    "Adafactor": set(),
+    "Prodigy": set(),
+}
 WANTED |= {name: {"Fused"} for name in ("AccumGrad", "clip all, gather, Adam", "gather, AdamW")}
 
 

@@ -803,7 +803,16 @@ def test_every_rule_takes_part() -> None:
     """By a formula in reference.py, or by lines of its own there; but for those that are compared with their oracles
     alone: nothing in them is new to the engine."""
     own = {"ClipNorm", "ClipGlobalNorm", "AccumGrad", "OptimiserChain", "MixedPrecision"}
-    alone = {"AdEMAMix", "Adafactor", "Muon", "ScheduleFreeAdamW", "ScheduleFreeSGD"}
+    alone = {
+        "AdEMAMix",
+        "Adafactor",
+        "Cautious",
+        "Lookahead",
+        "Muon",
+        "Prodigy",
+        "ScheduleFreeAdamW",
+        "ScheduleFreeSGD",
+    }
     assert {*ROWS} == {*reference.FORMULAS} - {"Tail", "Unit"} | own | alone
 
 

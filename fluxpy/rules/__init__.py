@@ -10,10 +10,12 @@ from ..rule import Steps as Steps
 from .adafactor import Adafactor
 from .adam import ADOPT, AdaBelief, Adam, AdaMax, AdamW, AdEMAMix, AMSGrad, NAdam, OAdam, RAdam
 from .adaptive import AdaDelta, AdaGrad, RMSProp
+from .around import Cautious, Lookahead
 from .clip import ClipGlobalNorm, ClipGrad, ClipNorm
 from .decay import SignDecay, WeightDecay
 from .descent import Descent, Momentum, Nesterov
 from .muon import Muon
+from .prodigy import Prodigy
 from .schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from .sign import Lion, Rprop
 from .wrap import AccumGrad, MixedPrecision, OptimiserChain
@@ -31,11 +33,13 @@ __all__ = [
     "Adafactor",
     "Adam",
     "AdamW",
+    "Cautious",
     "ClipGlobalNorm",
     "ClipGrad",
     "ClipNorm",
     "Descent",
     "Lion",
+    "Lookahead",
     "MixedPrecision",
     "Momentum",
     "Muon",
@@ -43,6 +47,7 @@ __all__ = [
     "Nesterov",
     "OAdam",
     "OptimiserChain",
+    "Prodigy",
     "RAdam",
     "RMSProp",
     "Rprop",

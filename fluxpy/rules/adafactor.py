@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Rule
-from .average import average, larger, smaller
+from .average import average, larger, smaller, wide
 
 
 class Factors(NamedTuple):
@@ -52,7 +52,7 @@ class Adafactor(Rule):
     def init(self, x: Tensor) -> Factors | Variance:
         if x.is_complex():
             raise ValueError("Adafactor takes real parameters, but this one is complex")
-        x = _wide(x)
+        x = wide(x)
         if x.ndim > 1 and x.numel():
             return Factors(torch.zeros_like(x[..., :1]), torch.zeros_like(x[..., :1, :]), 0)
         return Variance(torch.zeros_like(x), 0)
@@ -60,7 +60,7 @@ class Adafactor(Rule):
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         eps1, eps2 = self.eps
         eps1 = torch.finfo(x.dtype).eps if eps1 is None else eps1
-        t, dtype, x, dx = state.t + 1, x.dtype, _wide(x), _wide(dx)
+        t, dtype, x, dx = state.t + 1, x.dtype, wide(x), wide(dx)
         beta2 = 1 - t**self.beta2_decay
         square = dx * dx
         if isinstance(state, Factors):
@@ -73,10 +73,6 @@ class Adafactor(Rule):
         u = dx * larger(v, larger(eps1 * eps1, torch.finfo(v.dtype).tiny)).rsqrt()
         rate = smaller(self.lr, t**-0.5) * larger(_rms(x), eps2) / larger(_rms(u) / self.d, 1.0)
         return state, (rate * u + self.lr * self.weight_decay * x).to(dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _rms(x: Tensor) -> Tensor:

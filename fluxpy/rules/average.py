@@ -1,4 +1,4 @@
-"""What most rules are made of: exponential averages, the root of one, and arithmetic of numbers that may be tensors."""
+"""What rules are made of: averages, the root of one, arithmetic of numbers that may be tensors, and other dtypes."""
 
 import torch
 from torch import Tensor
@@ -40,3 +40,18 @@ def quotient(a: Hyper, b: Hyper) -> Hyper:
 def smaller(a: Hyper, b: Hyper) -> Hyper:
     """`min(a, b)`, also of tensors."""
     return -larger(-a, -b)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, what is in bfloat16 or float16."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def real(x: Tensor) -> Tensor:
+    """A complex tensor as a real one."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def like(value: Tensor, x: Tensor) -> Tensor:
+    """What `real` made real, as complex as `x`."""
+    return torch.view_as_complex(value) if x.is_complex() else value

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Rule, eps_for
-from .average import average_square, larger, quotient, root
+from .average import average_square, larger, like, quotient, root
 
 
 class Mean(NamedTuple):
@@ -117,5 +117,4 @@ def _go(rule: ScheduleFreeSGD | ScheduleFreeAdamW, beta: Hyper, state: S, x: Ten
 
 
 def _mean(beta: Hyper, state: Mean | MomentMean, x: Tensor) -> Tensor:
-    z = torch.view_as_complex(state.z) if x.is_complex() else state.z
-    return x + (1 / beta - 1) * (x - z)
+    return x + (1 / beta - 1) * (x - like(state.z, x))
