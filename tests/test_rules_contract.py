@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import optree
@@ -64,6 +66,25 @@ def test_every_rule_has_a_row_that_names_all_its_hyperparameters() -> None:
         assert {f.name for f in FIELDS[name]} - {f.name for f in HYPERS[name]} <= {"rule", "rules"}
         first, *rest = dataclasses.fields(getattr(fluxpy, name))
         assert not first.kw_only and all(f.kw_only != (f.name in ("betas", "momentum")) for f in rest)
+
+
+def test_the_docs_say_what_each_rule_costs() -> None:
+    """Bytes for each number of a float32 matrix, and whether the rule is elementwise."""
+    page = (Path(__file__).parent.parent / "docs" / "rules.md").read_text("utf-8")
+    table = page.split("### What they cost")[1].split("\n## ")[0]
+    told = {}
+    for names, cost, kind in re.findall(r"^\| (`.*) \| (.*) \| (.*) \|$", table, re.MULTILINE):
+        told |= dict.fromkeys(re.findall(r"`(\w+)`", names), (cost, kind))
+    assert told.keys() >= ROWS.keys()
+    x = torch.zeros(64, 64)
+    for name, row in ROWS.items():
+        cost, kind = told[name]
+        rule = row.given({"dtype": torch.float32})
+        if kind != "as the rule":
+            arrays = [t for t in tensors(rule.init(x)) if t.ndim]
+            each = sum(t.nbytes for t in arrays) / (128 if name == "Adafactor" else x.numel())
+            assert float(cost.split()[0]) == each, name
+            assert kind.startswith("yes") == rule.elementwise, name
 
 
 @each_row
