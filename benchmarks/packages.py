@@ -1,5 +1,6 @@
 """Rules beside the packages that they have their numbers from."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ def maker(pair: Pair) -> Callable[[list[Tensor]], Any] | None:
         return None
 
     def make(params: list[Tensor]) -> Any:
-        optimizer = kind(params, **vars(pair.rule))
+        optimizer = kind(params, **dataclasses.asdict(pair.rule))
         if hasattr(optimizer, "train"):
             optimizer.train()
         return optimizer

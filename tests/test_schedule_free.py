@@ -1,5 +1,6 @@
 """ScheduleFreeAdamW and ScheduleFreeSGD beside their package: the weights to evaluate with, and what users do."""
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -22,7 +23,7 @@ each_pair = pytest.mark.parametrize("rule, name", PAIRS, ids=[name for _, name i
 def twin_of(model: nn.ParameterDict, rule: Any, name: str) -> tuple[nn.ParameterDict, Any]:
     """A copy of the model and the package's optimiser on it."""
     twin = nn.ParameterDict({key: nn.Parameter(x.detach().clone()) for key, x in model.items()})
-    optimizer = getattr(schedulefree, name)(twin.parameters(), **vars(rule))
+    optimizer = getattr(schedulefree, name)(twin.parameters(), **dataclasses.asdict(rule))
     optimizer.train()
     return twin, optimizer
 

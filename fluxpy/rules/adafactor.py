@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Rule
-from .average import average, larger, smaller, wide
+from .average import average, decayed, larger, smaller, wide
 
 
 class Factors(NamedTuple):
@@ -72,7 +72,7 @@ class Adafactor(Rule):
             state = Variance(v, t)
         u = dx * larger(v, larger(eps1 * eps1, torch.finfo(v.dtype).tiny)).rsqrt()
         rate = smaller(self.lr, t**-0.5) * larger(_rms(x), eps2) / larger(_rms(u) / self.d, 1.0)
-        return state, (rate * u + self.lr * self.weight_decay * x).to(dtype)
+        return state, decayed(rate * u, self.lr * self.weight_decay, x).to(dtype)
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -42,6 +42,11 @@ def smaller(a: Hyper, b: Hyper) -> Hyper:
     return -larger(-a, -b)
 
 
+def decayed(step: Tensor, factor: Hyper, x: Tensor) -> Tensor:
+    """`step + factor · x`, at no cost where the factor is zero."""
+    return step if isinstance(factor, int | float) and factor == 0 else step + factor * x
+
+
 def wide(x: Tensor) -> Tensor:
     """In float32, what is in bfloat16 or float16."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

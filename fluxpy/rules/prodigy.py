@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Reduce, ReducingRule, Steps
-from .average import average, average_square, like, quotient, real, root, wide
+from .average import average, average_square, decayed, like, real, root, wide
 
 
 class Distance(NamedTuple):
@@ -78,7 +78,9 @@ class Prodigy(ReducingRule):
         s = fade * state.s + weight * dx
         agreement = yield Reduce(_TOTAL, r)
         length = yield Reduce(_TOTAL, s.abs())
-        m, v = average(beta1, state.m, d * dx), average_square(beta2, state.v, d * dx)
-        d = torch.maximum(d, self.d_coef * quotient(agreement, length).to(d))
-        change = rate * (m / (root(v) + d * self.eps) + self.weight_decay * x)
+        dx = d * dx
+        m, v = average(beta1, state.m, dx), average_square(beta2, state.v, dx)
+        # Where all gradients were zero, so are both sums.
+        d = torch.maximum(d, self.d_coef * (agreement / length.clamp(min=torch.finfo(length.dtype).tiny)).to(d))
+        change = rate * decayed(m / (root(v) + d * self.eps), self.weight_decay, x)
         return Distance(m, v, s, state.x0, r, d), like(change, given).to(given.dtype)
