@@ -23,7 +23,7 @@ import torch
 
 from .harness import Column, Figure, Meter, machine, require_idle, table, worked
 
-TABLES = ("update", "rules", "rates", "cliff", "loop", "loader", "tree", "frozen", "memory", "peers")
+TABLES = ("update", "rules", "rates", "cliff", "loop", "loader", "tree", "frozen", "memory", "packages", "peers")
 
 
 def arguments() -> argparse.Namespace:

@@ -53,10 +53,14 @@ def check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
     if isinstance(field.default, tuple) and not callable(value):
         value = tuple(value) if isinstance(value, Tensor) and value.ndim else value
         right_size = isinstance(value, tuple) and len(value) == len(field.default)
-        ok = right_size and all(_allows(allowed, v) for v in value)
-        want = f"it must be {len(field.default)} numbers, each in {allowed}"
+        ok = right_size and all(
+            _allows(allowed, v) or (v is None and usual is None) for v, usual in zip(value, field.default, strict=True)
+        )
+        none = f"; {field.name}[{field.default.index(None)}] may be None" if None in field.default else ""
+        want = f"it must be {len(field.default)} numbers, each in {allowed}{none}"
     elif isinstance(allowed, tuple):
-        ok, want = callable(value) or value in allowed, f"it must be one of {', '.join(map(repr, allowed))}"
+        ok = callable(value) or (type(value), value) in [(type(word), word) for word in allowed]  # True is not 1
+        want = f"it must be one of {', '.join(map(repr, allowed))}"
     elif allowed[0] in "[(":
         ok, want = _allows(allowed, value), f"it must lie in {allowed}"
     else:

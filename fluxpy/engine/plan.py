@@ -18,7 +18,7 @@ from ..leaf import Record, miss_update
 from ..pytree import HOLE, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
 from . import fused
-from .cohort import Cohort, Member, arranged, fits_packed
+from .cohort import Cohort, Member, arranged, fits_packed, fits_stacked
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
 from .layout import Extents, addresses
@@ -294,22 +294,25 @@ class Plan:
         assert rule is not None and tensors is not None
         if type(x) not in _PLAIN or (dx is not None and type(dx) not in _PLAIN):
             return None
-        if not x.numel() or x.is_meta or is_wrapped(x) or not fits_packed(x, tensors):
+        if not x.numel() or x.is_meta or is_wrapped(x):
             return None
-        key = id(rule), x.dtype, x.device, x.numel() > 1, tuple([t.dtype for t in tensors])
+        packs = fits_packed(x, tensors)
+        key = id(rule), x.dtype, x.device, x.numel() > 1, tuple([t.dtype for t in tensors]), packs
         if key not in ways:
-            ways[key] = self._way(rule, x, tensors)
+            ways[key] = self._way(rule, x, tensors, packs)
         way = ways[key]
         if way == "stack":
-            return "stack" if x.is_contiguous() else None
+            return "stack" if fits_stacked(x, tensors) else None
         return None if x.is_complex() and x.is_conj() else way
 
-    def _way(self, rule: Rule, x: Tensor, tensors: list[Tensor]) -> str | None:
-        """How leaves of this rule, like `x`, can be stepped."""
+    def _way(self, rule: Rule, x: Tensor, tensors: list[Tensor], packs: bool) -> str | None:
+        """How leaves of this rule, like `x`, can be stepped; `packs` where the state is like `x` too."""
         if rule.traced or title_key(rule) in self.context.reference_only:
             return None
         if not is_packable(rule):
             return None if x.is_complex() or any(map(reducing, _whole(rule))) else "stack"
+        if not packs:
+            return None
         if self.context.compile and x.numel() > 1 and title_key(rule) not in self.context.uncompiled:
             return "compiled"
         return "fused" if fused.takes(rule, x, tensors) else "eager"
@@ -386,9 +389,10 @@ def _rule_key(kind: str | None, rule: Any, context: Context) -> Any:
 
 def _tensor_key(kind: str | None, record: Record, x: Tensor) -> Any:
     """What leaves must have in common besides their rules and numbers."""
-    skeleton, shape = record.numbers.skeleton, x.shape if kind == "stack" else None
+    skeleton, tensors = record.numbers.skeleton, record.tensors or ()
     assert skeleton is not None
-    return x.dtype, x.device, skeleton.spec, tuple([t.dtype for t in record.tensors or ()]), shape
+    shapes = (x.shape, *[t.shape for t in tensors]) if kind == "stack" else None
+    return x.dtype, x.device, skeleton.spec, tuple([t.dtype for t in tensors]), shapes
 
 
 def _numbers_key(record: Record) -> Any:

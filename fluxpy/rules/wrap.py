@@ -1,14 +1,13 @@
 """Rules made of rules, and rules that hold a step back: chains, accumulation, master copies."""
 
-import dataclasses
 from dataclasses import KW_ONLY
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..fields import Hyper, hyper
-from ..rule import Assign, Rule, Steps, run_alone, walk
+from ..rule import Assign, Rule, Steps, hyperparameters, run_alone, walk
 
 
 class Wrapper(Rule):
@@ -16,6 +15,9 @@ class Wrapper(Rule):
 
     It writes `steps`.
     """
+
+    # True for one that says what the parameter becomes, so that nothing can come after it in a chain.
+    assigns: ClassVar[bool] = False
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         return run_alone(self, state, x, dx)
@@ -38,10 +40,21 @@ inner_accumulates: Any = property(lambda wrapper: any(rule.accumulates for rule 
 def _names(wrapper: Wrapper) -> dict[str, list[Any]]:
     names: dict[str, list[Any]] = {}
     for rule in walk(wrapper):
-        if not isinstance(rule, Wrapper):
-            for field in dataclasses.fields(rule):
-                names.setdefault(field.name, []).append(getattr(rule, field.name))
+        for name, value in hyperparameters(rule).items():
+            names.setdefault(name, []).append(value)
     return names
+
+
+def refuse_inner(wrapper: Wrapper, rule: Any) -> None:
+    """TypeError for what is no rule inside a wrapper, ValueError for a master copy there."""
+    name = type(wrapper).__name__
+    if not isinstance(rule, Rule):
+        raise TypeError(f"{name} takes a rule, but got {rule!r}")
+    if any(isinstance(inner, MixedPrecision) for inner in walk(rule)):
+        raise ValueError(
+            f"MixedPrecision must be outermost, since it replaces the parameter by its master copy: "
+            f"write MixedPrecision({name}(...)), not {name}(MixedPrecision(...))"
+        )
 
 
 class OptimiserChain(Wrapper):
@@ -76,6 +89,12 @@ class OptimiserChain(Wrapper):
                 raise ValueError(
                     "MixedPrecision must be outermost, since it replaces the parameter by its master copy: "
                     "write MixedPrecision(OptimiserChain(...)), not OptimiserChain(..., MixedPrecision(...))"
+                )
+            last = [type(r).__name__ for r in walk(rule) if isinstance(r, Wrapper) and r.assigns]
+            if last and i + 1 < len(self.rules):
+                raise ValueError(
+                    f"{last[0]} must be last in its chain, since it says what the parameter becomes: write "
+                    f"OptimiserChain(..., {last[0]}(...)), or put what follows inside"
                 )
 
     def __repr__(self) -> str:
@@ -180,7 +199,7 @@ class MixedPrecision(Wrapper):
     rule: Rule
     _: KW_ONLY
     dtype: torch.dtype = hyper(default=torch.float32, fixed=True)
-    delegates = keeps_master = True
+    delegates = keeps_master = assigns = True
     accumulates = inner_accumulates
 
     def __post_init__(self) -> None:
