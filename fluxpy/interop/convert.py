@@ -21,11 +21,11 @@ class _Content(NamedTuple):
 
     rule: Rule | None
     state: Any
-    count: int
+    steps: int
 
 
 def from_torch(optimizer: torch.optim.Optimizer, model: Any) -> Any:
-    """The state for going on here with what an optimiser of `torch.optim` has done: hyperparameters, momenta and counts.
+    """The state for going on here with a run of `torch.optim`: hyperparameters, momenta and counts of an optimiser.
 
     Adam, AdamW, SGD, RMSprop, Rprop, Adagrad, Adadelta, Adamax, NAdam and RAdam have rules with their numbers. A weight
     decay that is a penalty becomes a chain, `OptimiserChain(WeightDecay(λ), Adam(...))`. A parameter that the optimiser
@@ -59,7 +59,7 @@ def from_torch(optimizer: torch.optim.Optimizer, model: Any) -> Any:
         own = content.state
         if own is None and not frozen:
             own = init_state(content.rule, x, 0, "")  # pyright: ignore[reportArgumentType]
-        replace_leaf(leaf, rule=content.rule, frozen=frozen, state=own, count=content.count, pending=None)
+        replace_leaf(leaf, rule=content.rule, frozen=frozen, state=own, count=content.steps, pending=None)
     return state
 
 
@@ -92,10 +92,10 @@ def to_torch(state: State | Leaf, model: Any, optimizer: torch.optim.Optimizer) 
         raise ValueError(f"to_torch: the optimiser does not have the parameters {names_of(lost)}, which train here")
     saved = optimizer.state_dict()
     for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        found = [members.get(id(x)) for x in group["params"]]
-        if None in found:
+        found = [members[id(x)] for x in group["params"] if id(x) in members]
+        if len(found) < len(group["params"]):
             raise ValueError("to_torch: the optimiser has parameters that are not in the model")
-        live = [m for m in found if m is not None and m.leaf.rule is not None]
+        live = [m for m in found if m.leaf.rule is not None]
         _require_flags(found, group, name)
         if live:
             packed |= _options(live, name)
@@ -109,7 +109,7 @@ def to_torch(state: State | Leaf, model: Any, optimizer: torch.optim.Optimizer) 
     return optimizer
 
 
-def _require_flags(found: Sequence[Any], group: dict[str, Any], name: str) -> None:
+def _require_flags(found: Sequence[Member], group: dict[str, Any], name: str) -> None:
     if moves := [m.path for m in found if m.leaf.frozen and m.x.requires_grad]:
         raise ValueError(f"to_torch: {names_of(moves)} are frozen here; torch needs x.requires_grad_(False) for that")
     modes = {mode: group[mode] for mode in ("maximize", "capturable", "differentiable") if group.get(mode)}
@@ -153,7 +153,7 @@ def load_from_torch(groups: Sequence[ParamGroup], d: Mapping[str, Any]) -> None:
     shared: dict[Any, Rule | None] = {}
     for leaf, content in contents:
         rule = shared.setdefault((id(leaf.rule), value_key(content.rule)), content.rule)
-        replace_leaf(leaf, rule=rule, count=content.count)
+        replace_leaf(leaf, rule=rule, count=content.steps)
         replace_leaf(leaf, state=content.state)
 
 
@@ -172,7 +172,7 @@ def _matched(
         found = [(member, *where[member.path]) for member in members]
     else:
         if len(packed) == 1:
-            members.sort(key=lambda member: member.index)
+            members.sort(key=lambda member: member.number)
         elif [len(group["params"]) for group in packed] != [len(group.members) for group in groups]:
             raise ValueError(
                 "load_state_dict: this dict has no names, and its groups are not of the number and sizes of those "

@@ -24,10 +24,10 @@ _OFF = {
 
 
 class Member(NamedTuple):
-    """A leaf, the number of its place in its tree, its path and its parameter."""
+    """A leaf, its number in its tree, its path and its parameter."""
 
     leaf: Leaf
-    index: int
+    number: int
     path: str
     x: Tensor
 
@@ -125,7 +125,7 @@ class ParamGroup(LiveDict):
     def view(self) -> State:
         """Its leaves as a view of the tree, for the verbs."""
         if self._view is None:
-            specs = tuple(TreeSpec("leaf", index=m.index) for m in self.members)
+            specs = tuple(TreeSpec("leaf", index=m.number) for m in self.members)
             spec = TreeSpec("selection", tuple(m.path for m in self.members), specs)
             self._view = State(spec, leaf_list(self._state))
         return self._view

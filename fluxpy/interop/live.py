@@ -4,7 +4,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 
-class LiveDict(MutableMapping[Any, Any], dict[Any, Any]):
+class LiveDict(MutableMapping[Any, Any], dict[Any, Any]):  # pyright: ignore[reportGeneralTypeIssues]
     """The base of dicts that others take for dicts. A subclass writes the five methods of a `MutableMapping`.
 
     A copy of one, or a pickle, is a plain dict of what it shows at that moment.

@@ -84,6 +84,9 @@ class Momenta(LiveDict):
         for leaf in self._leaves.values():
             reset(leaf)
 
+    def __contains__(self, x: object) -> bool:
+        return x in self._leaves and bool(self[x])  # pyright: ignore[reportArgumentType]
+
     def __iter__(self) -> Iterator[Tensor]:
         return iter([x for x in self._leaves if self[x].parts()])
 

@@ -88,19 +88,21 @@ class TorchOptimizer(Optimizer):
         return self._tree
 
     @property
-    def param_groups(self) -> list[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def param_groups(self) -> list[Any]:
         return self._groups.current()
 
     @param_groups.setter
-    def param_groups(self, groups: Any) -> None:
+    def param_groups(self, groups: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         raise TypeError(f"param_groups follow the tree; {NEW_OPTIMIZER}")
 
     @property
-    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def state(self) -> Any:
         return self._momenta
 
     @state.setter
-    def state(self, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    def state(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, state: Mapping[Tensor, Mapping[str, Any]]
+    ) -> None:
         if not state:
             self._momenta.clear()
         self._momenta.update(state)
