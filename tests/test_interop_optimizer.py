@@ -637,6 +637,40 @@ def test_frozen_and_split_parts_are_saved() -> None:
     assert other.tree.right.bias.frozen and [group["lr"] for group in other.param_groups] == [1e-3, 0.5]
 
 
+def test_groups_of_different_rules_are_saved() -> None:
+    model = Net()
+    rules = {"encoder.*": Momentum(0.1), "*": Adam(0.2)}
+    optimizer = TorchOptimizer(rules, model)
+    optimizer.param_groups[1]["mark"] = "head"
+    other = TorchOptimizer(rules, model)
+    other.load_state_dict(optimizer.state_dict())
+    other.param_groups[1]["betas"] = (0.1, 0.2)
+    assert other.param_groups[1]["betas"] == (0.1, 0.2) == other.tree.left.bias.rule.betas
+    assert "mark" not in other.param_groups[0] and other.param_groups[1]["mark"] == "head"
+
+
+def test_optimisers_of_two_branches_of_one_tree() -> None:
+    """As a generator and a critic, or two heads."""
+    model, twin = Net(), Net()
+    state = fluxpy.setup(Adam(0.1), model)
+    parts = [TorchOptimizer(state[name], getattr(model, name)) for name in ("left", "right")]
+    others = [torch.optim.Adam(getattr(twin, name).parameters(), 0.1) for name in ("left", "right")]
+    schedulers = [lr_scheduler.ExponentialLR(o, 0.9) for o in (parts[0], others[0])]
+    for i in range(6):
+        turn(parts[i % 2], model)
+        turn(others[i % 2], twin)
+        if i % 2 == 0:
+            for scheduler in schedulers:
+                scheduler.step()
+        model.zero_grad()
+        twin.zero_grad()
+    assert_same(model, twin)
+    assert parts[0].param_groups[0]["names"] == ["weight", "bias"]
+    assert (state.left.bias.rule.lr, state.right.bias.rule.lr) == (0.1 * 0.9 * 0.9 * 0.9, 0.1)
+    again = pickle.loads(pickle.dumps(parts[1]))
+    assert again.tree.bias.count == 3 and len(fluxpy.state_dict(again.tree)["leaves"]) == 2
+
+
 def test_masters_keep_their_dtype() -> None:
     """torch would cast them to the dtype of the parameters."""
     model = Net(torch.bfloat16)

@@ -1,7 +1,8 @@
 """Param groups: the leaves of a state tree, those with equal hyperparameters together."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -199,10 +200,14 @@ class ParamGroups:
                 stacklevel=4,
             )
 
-    def regroup(self, groups: Iterable[tuple[Sequence[str], dict[str, Any]]]) -> None:
-        """Make these the groups: (names, what is kept) of each. What differs within one is split off as ever."""
+    def regroup(self, groups: Sequence[tuple[Sequence[str], dict[str, Any]]]) -> None:
+        """Make these the groups: the names of each, and what it holds; what is not the tree's is kept. What differs
+        within a group is split off as ever."""
         where = {member.path: member for member in self.members}
-        self._all[:] = [ParamGroup(self._state, [where[name] for name in names], kept) for names, kept in groups]
+        self._all[:] = [ParamGroup(self._state, [where[name] for name in names]) for names, _ in groups]
+        for group, (_, held) in zip(self._all, groups, strict=True):
+            known = {"params", "names", *chain(*group.shown())}
+            group.kept |= {name: value for name, value in held.items() if name not in known}
         self._seen = -1, -1
 
 

@@ -180,10 +180,7 @@ class TorchOptimizer(Optimizer):
             odd = set(names) ^ set(here)
             raise ValueError(f"load_state_dict: not in both, or twice: {names_of(sorted(odd) or names)}")
         load_state_dict(self._tree, {"leaves": d["state"], **rest})
-        shown = self._groups.current()[0].shown()
-        known = {"params", "names", *shown[0], *shown[1]}
-        kept = [{k: v for k, v in group.items() if k not in known} for group in d["param_groups"]]
-        self._groups.regroup([(g["params"], own) for g, own in zip(d["param_groups"], kept, strict=True)])
+        self._groups.regroup([(group["params"], group) for group in d["param_groups"]])
 
 
 def _plain(group: ParamGroup) -> dict[str, Any]:
