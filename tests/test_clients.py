@@ -266,7 +266,7 @@ def test_hf_trainer_freezes_and_thaws(tmp_path: Path) -> None:
 # --- Accelerate ---------------------------------------------------------------------------------------------------
 
 
-def accelerated(make: Callable[[Any], Any], folder: Path, *, stop: int = 24, resume: bool = False, plan: Any = None) -> Any:
+def accelerated(make: Callable[[Any], Any], folder: Path, *, resume: bool = False, plan: Any = None) -> Any:
     """Three epochs, an update every second batch; saved after the sixth update."""
     from accelerate import Accelerator
 
@@ -280,7 +280,7 @@ def accelerated(make: Callable[[Any], Any], folder: Path, *, stop: int = 24, res
         accelerator.load_state(str(folder))
         first = 12
     batches = [batch for _ in range(3) for batch in loader]
-    for i, (x, y) in enumerate(batches[first:stop], start=first):
+    for i, (x, y) in enumerate(batches[first:], start=first):
         if plan is not None:
             plan(i, optimizer.optimizer.tree, model)
         with accelerator.accumulate(model):

@@ -511,7 +511,7 @@ def test_a_schedule_in_the_rule_shows_and_is_replaced_with_a_warning() -> None:
     assert idle.get_last_lr() == [cosine(3)] and optimizer.tree.left.bias.rule.lr is cosine
     optimizer.param_groups[0]["lr"] = cosine(3)
     assert optimizer.tree.left.bias.rule.lr is cosine, "what it shows is no other value"
-    with pytest.warns(UserWarning, match="lr=0.5 replaces the schedule .* of 'encoder.0.weight' and 7 more"):
+    with pytest.warns(UserWarning, match=r"lr=0.5 replaces cosine\(.*\) of 'encoder.0.weight' and 7 more"):
         optimizer.param_groups[0]["lr"] = 0.5
     assert optimizer.tree.left.bias.rule.lr == 0.5
     fluxpy.freeze(optimizer.tree.encoder[0])

@@ -71,6 +71,7 @@ class ParamGroup(LiveDict):
         self.members = list(members)
         self._fixed = {"params": [m.x for m in members], "names": [m.path for m in members]}
         self._view: State | None = None
+        self._known: tuple[Rule, tuple[dict[str, Any], list[str]]] | None = None  # a rule, and what it shows
 
     @property
     def rule(self) -> Rule:
@@ -80,8 +81,13 @@ class ParamGroup(LiveDict):
     def shown(self) -> tuple[dict[str, Any], list[str]]:
         """The hyperparameters by name as the next step will use them, and the names of those that members of a chain
         have with different values. Under a schedule, by the count of the first leaf that is not frozen."""
-        leaf = next((m.leaf for m in self.members if not m.leaf.frozen), self.members[0].leaf)
-        return _by_name(at(self.rule, leaf.count))
+        rule = self.rule
+        if rule.scheduled:
+            leaf = next((m.leaf for m in self.members if not m.leaf.frozen), self.members[0].leaf)
+            return _by_name(at(rule, leaf.count))
+        if self._known is None or self._known[0] is not rule:
+            self._known = rule, _by_name(rule)
+        return self._known[1]
 
     def __getitem__(self, name: str) -> Any:
         for known in (self._fixed, self.kept):
@@ -102,11 +108,11 @@ class ParamGroup(LiveDict):
             refuse_mode(name, value, "param_groups")
             self.kept[name] = value
         elif not same(shown[name], value):
-            old = _by_name(self.rule)[0][name]
+            schedules = [v for member in walk(self.rule) if callable(v := hyperparameters(member).get(name))]
             adjust(self.view, **{name: value})
-            if callable(old):
+            if schedules:
                 warnings.warn(
-                    f"param_groups: {name}={value!r} replaces the schedule {old!r} of {self._first()}; a scheduler of "
+                    f"param_groups: {name}={value!r} replaces {schedules[0]!r} of {self._first()}; a scheduler of "
                     "torch and a schedule in the rule cannot both set it (ConstantLR(optimizer, factor=1.0) sets none)",
                     stacklevel=2,
                 )
@@ -138,7 +144,7 @@ class ParamGroup(LiveDict):
     def _mixed(self, name: str) -> str:
         return (
             f"members of {title(self.rule)} have {name!r} with different values, so a group has no one {name!r}; "
-            f"put a schedule into the rule itself"
+            "put a schedule into the rule itself"
         )
 
 
@@ -153,7 +159,9 @@ def _by_name(rule: Rule) -> tuple[dict[str, Any], list[str]]:
     mixed: list[str] = []
     for member in walk(rule):
         for name, value in hyperparameters(member).items():
-            if not same(values.setdefault(name, value), value):
+            if name not in values:
+                values[name] = value
+            elif not same(values[name], value):
                 mixed.append(name)
     return {name: value for name, value in values.items() if name not in mixed}, mixed
 
