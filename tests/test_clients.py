@@ -169,6 +169,44 @@ def test_lightning_freezes_and_thaws(tmp_path: Path) -> None:
     assert_trained(module.net.encoder, seen[2])
 
 
+def test_lightning_by_hand(tmp_path: Path) -> None:
+    """Manual optimisation, with an optimiser for each branch of one tree."""
+    L = pytest.importorskip("lightning")
+
+    class Module(L.LightningModule):
+        def __init__(self, two: Callable[[Any], list[Any]]) -> None:
+            super().__init__()
+            self.net, self.automatic_optimization, self.two = Net(), False, two
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()[batch_idx % 2]  # pyright: ignore[reportIndexIssue]
+            x, y = batch
+            optimizer.zero_grad()
+            with optimizer.toggle_model():
+                self.manual_backward(mse_loss(self.net(x), y))
+            optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return self.two(self.net)
+
+    def branches(net: Any) -> list[Any]:
+        state = fluxpy.setup(AdamW(1e-2), net)
+        return [TorchOptimizer(state[name], getattr(net, name)) for name in ("encoder", "head")]
+
+    def twins(net: Any) -> list[Any]:
+        return [torch.optim.AdamW(getattr(net, name).parameters(), 1e-2) for name in ("encoder", "head")]
+
+    modules = [Module(branches), Module(twins)]
+    for module in modules:
+        trainer = L.Trainer(
+            default_root_dir=tmp_path, max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=False,
+        )  # fmt: skip
+        trainer.fit(module, LOADER)
+    assert_same(modules[0].net, modules[1].net)
+    assert_trained(modules[0].net, Net())
+
+
 # --- The HF Trainer -----------------------------------------------------------------------------------------------
 
 
@@ -237,6 +275,25 @@ def test_hf_trainer(tmp_path: Path) -> None:
     again = hf_trainer(tmp_path / "again", lambda model: TorchOptimizer(DECAYED, model))
     again.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-6"))
     assert_same(again.model, one.model, atol=0)
+
+
+def test_hf_trainer_with_a_schedule_in_the_rule(tmp_path: Path) -> None:
+    """The Trainer wants a scheduler: it gets one that changes nothing."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    model, cosine = tiny_bert(), fluxpy.schedules.cosine(1e-2, 0.0, 8)
+    optimizer = TorchOptimizer(AdamW(cosine), model)
+    idle = lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=8, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1
+    )
+    trainer = Trainer(model, arguments, train_dataset=Items(), optimizers=(optimizer, idle))
+    trainer.train()
+    logged = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert optimizer.tree.classifier.bias.rule.lr == cosine
+    assert logged == [cosine(i) for i in range(1, 9)] or logged == [cosine(i) for i in range(8)]
 
 
 def test_hf_trainer_freezes_and_thaws(tmp_path: Path) -> None:

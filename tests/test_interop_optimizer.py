@@ -223,6 +223,8 @@ def test_groups_cannot_be_added_or_set() -> None:
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     with pytest.raises(TypeError, match=way):
         optimizer.param_groups = []
+    optimizer.param_groups.clear()
+    assert len(optimizer.param_groups) == 1
     turn(optimizer, model)
     model.third = nn.Linear(4, 1).double()
     bigger = TorchOptimizer(fluxpy.setup(Adam(), model, keep=optimizer.tree), model)
@@ -725,6 +727,16 @@ def test_a_state_dict_of_torch_into_a_chain(named: bool) -> None:
     assert_same(ours, theirs)
 
 
+def test_a_state_dict_of_torch_without_names_goes_by_the_order_of_the_model() -> None:
+    """Where it has one group; whatever the groups are here."""
+    model, twin = trained(torch.optim.Adam, False, lr=0.02)
+    optimizer = TorchOptimizer({"*bias": Adam(0.1), "*": Adam(0.2)}, model)
+    optimizer.load_state_dict(twin.state_dict())
+    for x in model.parameters():
+        assert torch.equal(optimizer.state[x]["v"], twin.state[x]["exp_avg_sq"])
+    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.02]
+
+
 def test_a_state_dict_of_torch_in_another_order_goes_by_name() -> None:
     model = Net()
     named = list(model.named_parameters())
@@ -735,6 +747,25 @@ def test_a_state_dict_of_torch_in_another_order_goes_by_name() -> None:
     assert torch.equal(optimizer.tree.encoder[2].bias.state.m, twin.state[model.encoder[2].bias]["exp_avg"])
     assert (optimizer.tree.left.bias.rule.lr, optimizer.tree.encoder[0].bias.rule.lr) == (0.5, 0.1)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5]
+
+
+def test_a_state_dict_of_torch_with_names_in_place_of_numbers_and_a_schedulers_marks() -> None:
+    """As tools for checkpoints write them."""
+    model, twin = trained(torch.optim.Adam, False, lr=0.02)
+    scheduler = lr_scheduler.ExponentialLR(twin, 0.5)
+    turn(twin, model)
+    scheduler.step()
+    d = twin.state_dict()
+    names = [name for name, _ in model.named_parameters()]
+    d["state"] = {names[number]: saved for number, saved in d["state"].items()}
+    d["param_groups"][0]["params"] = [f"module.{name}" for name in names]
+    d["state"] = {f"module.{name}": saved for name, saved in d["state"].items()}
+    optimizer = TorchOptimizer(Adam(), model)
+    optimizer.load_state_dict(d)
+    assert torch.equal(optimizer.tree.left.bias.state.m, twin.state[model.left.bias]["exp_avg"])
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["initial_lr"], "capturable" in group) == (0.01, 0.02, False)
+    lr_scheduler.ExponentialLR(optimizer, 0.5, last_epoch=1)
 
 
 def test_a_state_dict_of_torch_into_masters_and_beside_schedules() -> None:

@@ -1,6 +1,8 @@
 """Runs of `torch.optim` that go on here, and runs of ours that go on there."""
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from ..rule import Rule, replace, title, value_key, walk
 from ..rules import Descent, WeightDecay
 from ..state import State, bind, leaf_list, leaves, setup
 from ..text import names_of
-from .groups import Member, ParamGroup
+from .groups import Member, ParamGroup, ParamGroups
 from .twins import TWINS, options_of, read_state, rule_of, stepper_of, write_state
 
 
@@ -144,17 +146,24 @@ def _class_name(optimizer: Any) -> str:
 # --- State dicts of torch -----------------------------------------------------------------------------------------
 
 
-def load_from_torch(groups: Sequence[ParamGroup], d: Mapping[str, Any]) -> None:
-    """Load a state dict of a class of `torch.optim` into the leaves of groups."""
-    contents = []
-    for member, packed, saved in _matched(groups, d["param_groups"], d["state"]):
+def load_from_torch(groups: ParamGroups, d: Mapping[str, Any]) -> None:
+    """Load a state dict of a class of `torch.optim` into the leaves of groups, and what schedulers kept in its own."""
+    contents, kept = [], {}
+    for member, packed, saved in _matched(groups.current(), d["param_groups"], d["state"]):
         rule = _with_options(member.leaf.rule, packed)
         contents.append((member.leaf, _content(rule, member.x, saved, member.path)))
+        kept[id(member.leaf)] = {name: value for name, value in packed.items() if name not in _OPTIONS}
     shared: dict[Any, Rule | None] = {}
     for leaf, content in contents:
         rule = shared.setdefault((id(leaf.rule), value_key(content.rule)), content.rule)
         replace_leaf(leaf, rule=rule, count=content.steps)
         replace_leaf(leaf, state=content.state)
+    for group in groups.current():
+        group.kept |= kept[id(group.members[0].leaf)]
+
+
+_CLASSES = {name for twin in TWINS.values() for name in twin.classes}
+_OPTIONS = {"params", "param_names", *chain(*(signature(getattr(torch.optim, name)).parameters for name in _CLASSES))}
 
 
 def _matched(
@@ -163,8 +172,8 @@ def _matched(
     """Each leaf with the group and the state that a dict has for its parameter, by name, else by order."""
     members = [member for group in groups for member in group.members]
     saved = [(group, number) for group in packed for number in group["params"]]
-    if all("param_names" in group for group in packed):
-        names = [_bare(name) for group in packed for name in group["param_names"]]
+    if all("param_names" in group or all(isinstance(name, str) for name in group["params"]) for group in packed):
+        names = [_bare(name) for group in packed for name in group.get("param_names", group["params"])]
         where = dict(zip(names, saved, strict=True))
         if len(where) != len(names) or where.keys() != {member.path for member in members}:
             odd = sorted(where.keys() ^ {member.path for member in members})

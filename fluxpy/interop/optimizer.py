@@ -89,7 +89,7 @@ class TorchOptimizer(Optimizer):
 
     @property
     def param_groups(self) -> list[Any]:
-        return self._groups.current()
+        return list(self._groups.current())
 
     @param_groups.setter
     def param_groups(self, groups: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -167,7 +167,7 @@ class TorchOptimizer(Optimizer):
         if "version" in d:
             self._load(d)
         else:
-            load_from_torch(self._groups.current(), d)
+            load_from_torch(self._groups, d)
         self._follow_devices()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)

@@ -20,6 +20,7 @@ from ..rules import (
     AdamW,
     AMSGrad,
     Descent,
+    MixedPrecision,
     Momentum,
     NAdam,
     Nesterov,
@@ -119,8 +120,8 @@ def stepper_of(rule: Rule) -> Rule:
 
 def _members(rule: Rule) -> list[Rule]:
     """The rule and those inside it whose states are found in its own: members of chains, and what a master has."""
-    opens = rule.keeps_master or isinstance(rule, OptimiserChain)
-    return [rule, *(found for member in rule.inner if opens for found in _members(member))]
+    inner = rule.inner if isinstance(rule, OptimiserChain | MixedPrecision) else ()
+    return [rule, *(found for member in inner for found in _members(member))]
 
 
 def read_state(rule: Rule, x: Tensor, saved: dict[str, Any], path: str) -> tuple[Any, int]:
@@ -160,8 +161,8 @@ def _graft(rule: Rule, state: Any, stepper: Rule, read: Any) -> Any:
     """`state` of `rule` with `read` of the part that is the stepper's."""
     if rule is stepper:
         return read(state)
-    if rule.keeps_master:
-        return state._replace(state=_graft(rule.inner[0], state.state, stepper, read))
+    if isinstance(rule, MixedPrecision):
+        return state._replace(state=_graft(rule.rule, state.state, stepper, read))
     if isinstance(rule, OptimiserChain):
         return tuple([_graft(r, s, stepper, read) for r, s in zip(rule.rules, state, strict=True)])
     return state
