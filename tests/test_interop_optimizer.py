@@ -1,9 +1,11 @@
 """TorchOptimizer is what loops, schedulers and scalers written for torch.optim expect, and its tree stays the truth."""
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -597,6 +599,16 @@ def test_copies_and_pickles() -> None:
     assert copied[1].param_groups[0]["lr"] == 0.9 * 1e-3
 
 
+def test_a_tree_does_not_keep_the_parameters_of_an_optimiser_that_is_gone() -> None:
+    model = Net()
+    optimizer = TorchOptimizer(Adam(), model)
+    turn(optimizer, model)
+    tree, x = optimizer.tree, weakref.ref(model.left.weight)
+    del optimizer, model
+    gc.collect()
+    assert x() is None and tree.left.weight.count == 1
+
+
 def test_it_holds_no_module() -> None:
     """A pickle of an optimiser has parameters in it and no one's code, as those of torch."""
     model = Net()
@@ -749,6 +761,14 @@ def test_a_state_dict_of_torch_in_another_order_goes_by_name() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5]
 
 
+def test_a_penalty_that_torch_does_not_have_is_none() -> None:
+    """One in front of the step; one beside it (decoupled) is not torch's to say."""
+    model, twin = trained(torch.optim.Adam, True, lr=0.02)
+    optimizer = TorchOptimizer(OptimiserChain(WeightDecay(0.1), Adam(), WeightDecay(1e-3)), model)
+    optimizer.load_state_dict(twin.state_dict())
+    assert optimizer.tree.left.bias.rule == OptimiserChain(WeightDecay(0.0), Adam(0.02), WeightDecay(1e-3))
+
+
 def test_a_state_dict_of_torch_with_names_in_place_of_numbers_and_a_schedulers_marks() -> None:
     """As tools for checkpoints write them."""
     model, twin = trained(torch.optim.Adam, False, lr=0.02)
@@ -785,6 +805,7 @@ OTHERS: list[tuple[Any, dict[str, Any], Any, str]] = [
     (torch.optim.SGD, {"momentum": 0.9}, Adam(), "torch.optim.Adam: the param group lacks 'betas', 'eps'"),
     (torch.optim.Adam, {"amsgrad": True}, Adam(), "the dict is of AMSGrad, but the rule here is Adam"),
     (torch.optim.Adam, {"weight_decay": 0.1}, Adam(), "the dict is of OptimiserChain.WeightDecay"),
+    (torch.optim.Adam, {"weight_decay": 0.1}, OptimiserChain(Adam(), WeightDecay()), "the dict is of OptimiserChain"),
     (torch.optim.AdamW, {}, Adam(), "the dict is of AdamW, but the rule here is Adam"),
     (torch.optim.Adam, {"maximize": True}, Adam(), "maximize=True is not available"),
     (torch.optim.Adam, {}, fluxpy.Lion(), "has 0 that torch has too"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +103,7 @@ def to_torch(state: State | Leaf, model: Any, optimizer: torch.optim.Optimizer) 
             packed |= _options(live, name)
         for number, member in zip(packed["params"], found, strict=True):
             saved["state"].pop(number, None)
-            if member in live:
+            if member.leaf.rule is not None:
                 leaf, x = member.leaf, member.x
                 own = init_state(leaf.rule, x, 0, member.path) if leaf.state is None else leaf.state
                 saved["state"][number] = write_state(leaf.rule, own, leaf.count, x)
@@ -206,8 +206,9 @@ def _with_options(rule: Rule, group: dict[str, Any]) -> Rule:
     penalty = theirs.get(WeightDecay)
     if new is None:
         raise ValueError(f"load_state_dict: the dict is of {title(read)}, but the rule here is {title(rule)}")
-    holds = [member for member in walk(rule) if type(member) is WeightDecay]
-    if penalty is not None and len(holds) != 1:
+    before = takewhile(lambda member: member is not stepper, walk(rule))
+    penalties = [member for member in before if type(member) is WeightDecay]  # one after it is not torch's
+    if penalty is not None and len(penalties) != 1:
         raise ValueError(f"load_state_dict: the dict is of {read!r}, but the rule here is {rule!r}")
 
     def change(member: Rule, name: str, old: Any) -> Any:
@@ -215,7 +216,7 @@ def _with_options(rule: Rule, group: dict[str, Any]) -> Rule:
             return old
         if member is stepper:
             return _like(old, getattr(new, name))
-        if type(member) is WeightDecay:
+        if any(member is known for known in penalties):
             return getattr(penalty, name, 0.0)
         return old
 

@@ -1,5 +1,6 @@
 """TorchOptimizer: a rule or a state tree as a `torch.optim.Optimizer`, for loops written for those."""
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 from ..leaf import Leaf, replace_leaf
 from ..pytree import partition
 from ..saving import load_state_dict, state_dict
-from ..state import Rules, State, bind, setup, shape_of
+from ..state import Rules, State, bind, setup, shape_of, tree_bindings
 from ..text import names_of
 from ..tree import TreeSpec
 from ..update import update
@@ -70,6 +71,8 @@ class TorchOptimizer(Optimizer):
         self._params: list[Tensor] = state["params"]
         # In the shape of the model, but holding no module: `update` binds it, and a pickle has no one's code in it.
         self._model = _containers(shape_of(self._tree), self._params)
+        # A tree remembers what it was last used with, and would keep the parameters alive for us.
+        weakref.finalize(self, tree_bindings(self._tree).clear).atexit = False
         self._groups = ParamGroups(self._tree, self._params)
         self._momenta = Momenta(self._groups.members)
         if "groups" in state:
