@@ -391,6 +391,20 @@ def test_sparse_gradients_are_refused_and_nothing_changes() -> None:
     assert optimizer.tree.weight.count == 0
 
 
+def test_momenta_follow_their_parameters() -> None:
+    """As torch's do, which are made at the first step; and what is loaded goes where the parameter is."""
+    here, elsewhere = Net(), Net().to("meta")
+    for x in elsewhere.parameters():
+        x.grad = torch.ones_like(x)
+    optimizer = TorchOptimizer(fluxpy.setup(Adam(), here), elsewhere)
+    optimizer.step()
+    assert optimizer.tree.left.bias.state.m.is_meta and optimizer.tree.left.bias.count == 1
+    for d in (TorchOptimizer(Adam(), here).state_dict(), torch.optim.Adam(here.parameters()).state_dict()):
+        other = TorchOptimizer(fluxpy.setup(Adam(), here), elsewhere)
+        other.load_state_dict(d)
+        assert all(leaf.state is None or leaf.state.m.is_meta for _, leaf in fluxpy.leaves(other.tree))
+
+
 @pytest.mark.cuda
 def test_momenta_follow_their_model_to_a_device() -> None:
     model = Net()
