@@ -259,7 +259,8 @@ def test_the_core_does_not_grow() -> None:
 
 
 def test_import_is_light() -> None:
-    heavy = ["fluxpy.learner", "tensorboard", "torch.utils.tensorboard", "sklearn", "matplotlib", "tqdm.notebook"]
+    heavy = ["fluxpy.interop", "fluxpy.learner", "tensorboard", "torch.utils.tensorboard", "sklearn", "matplotlib"]
+    heavy += ["tqdm.notebook"]
     code = f"import sys, fluxpy; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert done.stdout.strip() == "[]"
@@ -285,10 +286,10 @@ def test_each_public_name_is_listed_once_and_in_order() -> None:
 
 
 def test_dir_shows_the_public_names_and_no_inner_modules() -> None:
-    shown = {*fluxpy.__all__, "__version__", "learner", "rules", "testing"}
+    shown = {*fluxpy.__all__, "__version__", "interop", "learner", "rules", "testing"}
     assert set(dir(fluxpy)) == shown
     modules = {name for name in shown if isinstance(getattr(fluxpy, name), ModuleType)}
-    assert modules == {"learner", "rules", "schedules", "testing"}
+    assert modules == {"interop", "learner", "rules", "schedules", "testing"}
 
 
 def test_a_misspelt_name_is_answered_by_the_right_one() -> None:
