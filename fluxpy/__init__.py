@@ -30,6 +30,7 @@ from .update import check_finite, update
 
 if typing.TYPE_CHECKING:  # when running, these are imported at their first use
     from . import learner as learner
+    from . import surgery as surgery
     from . import testing as testing
     from .learner import Learner
 
@@ -74,13 +75,13 @@ __all__ += rules.__all__
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__", "learner", "rules", "testing"]
+    return [*__all__, "__version__", "learner", "rules", "surgery", "testing"]
 
 
 if not typing.TYPE_CHECKING:  # a type checker would take any name
 
     def __getattr__(name: str) -> object:
-        if name in ("learner", "testing"):
+        if name in ("learner", "surgery", "testing"):
             return importlib.import_module(f".{name}", __name__)
         if name == "Learner":
             return importlib.import_module(".learner", __name__).Learner
