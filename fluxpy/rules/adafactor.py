@@ -1,5 +1,6 @@
 """Adafactor: Adam's division, in the memory of a row and a column for each matrix."""
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
 
@@ -57,6 +58,19 @@ class Adafactor(Rule):
             return Factors(torch.zeros_like(x[..., :1]), torch.zeros_like(x[..., :1, :]), 0)
         return Variance(torch.zeros_like(x), 0)
 
+    # Rows that come or go leave the average over the rows as it is: what each gave to it is not known.
+    def take(self, state: Any, x: Tensor, index: Tensor, dim: int) -> Any:
+        if isinstance(state, Variance):
+            return super().take(state, x, index, dim)
+        return _along(state, x, dim, lambda t: t.index_select(dim, index))
+
+    def grow(self, state: Any, x: Tensor, rows: Tensor, dim: int) -> Any:
+        if isinstance(state, Variance):
+            return super().grow(state, x, rows, dim)
+        sizes = [-1] * x.ndim
+        sizes[dim] = rows.shape[dim]
+        return _along(state, x, dim, lambda t: torch.cat([t, torch.zeros_like(t.narrow(dim, 0, 1)).expand(sizes)], dim))
+
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         eps1, eps2 = self.eps
         eps1 = torch.finfo(x.dtype).eps if eps1 is None else eps1
@@ -73,6 +87,13 @@ class Adafactor(Rule):
         u = dx * larger(v, larger(eps1 * eps1, torch.finfo(v.dtype).tiny)).rsqrt()
         rate = smaller(self.lr, t**-0.5) * larger(_rms(x), eps2) / larger(_rms(u) / self.d, 1.0)
         return state, decayed(rate * u, self.lr * self.weight_decay, x).to(dtype)
+
+
+def _along(state: Factors, x: Tensor, dim: int, change: Callable[[Tensor], Tensor]) -> Factors:
+    """The state with a change of what has the rows of `x` along a dimension."""
+    row = state.row if dim == x.ndim - 1 else change(state.row)
+    column = state.column if dim == x.ndim - 2 else change(state.column)
+    return Factors(row, column, state.t)
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Rules around one other rule that change what its step does: Lookahead, Cautious."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
 
@@ -65,11 +65,8 @@ class Lookahead(Wrapper):
         """The weights to evaluate with: the slow ones."""
         return like(state.slow, x)
 
-    def skip_frozen(self, state: Slow) -> Slow:
-        return state._replace(state=self.rule.skip_frozen(state.state))
-
-    def restart(self, before: Slow, state: Slow) -> Slow:
-        return state._replace(state=self.rule.restart(before.state, state.state))
+    def map_inner_states(self, f: Callable[..., Any], *states: Slow) -> Slow:
+        return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))
 
 
 class Cautious(Wrapper, ReducingRule):
@@ -104,6 +101,9 @@ class Cautious(Wrapper, ReducingRule):
 
     def init(self, x: Tensor) -> Any:
         return self.rule.init_any(x)
+
+    def map_inner_states(self, f: Callable[..., Any], *states: Any) -> Any:
+        return f(self.rule, *states)
 
     def part(self, value: Tensor) -> Tensor:
         value = real(value)
