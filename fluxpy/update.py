@@ -72,6 +72,7 @@ def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
             _step_in_inference_mode(binding, context, found)
         else:
             _step(binding, context, found)
+            torch.clear_autocast_cache()  # of an autocast around the loop: it has cast the weights of before
     except SkipUpdate:
         pass
     finally:

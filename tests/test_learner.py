@@ -246,7 +246,7 @@ def test_data_of_all_kinds():
         batches(),
         tuple(batches()),
         DataLoader((x, y), batch_size=4),
-        DataLoader({"x": x, "y": y}, batch_size=4),
+        DataLoader({"input": x, "y": y}, batch_size=4),
         DataLoader({"input": x, "label": y}, batch_size=4),
         torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4),
         generator,

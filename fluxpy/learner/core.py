@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..containers import open_data
 from ..context import reads_at_once
+from ..data import require_batches
 from ..grads import in_order
 from ..leaf import Leaf
-from ..pytree import level, partition, tensors_in
+from ..pytree import level
 from ..rule import hyperparameters
 from ..rule import walk as members
 from ..saving.file import read as read_file

@@ -11,7 +11,7 @@ from .. import setup
 from . import events, resume
 from .callbacks.progress_bar import ProgressBar
 from .collection import Metrics
-from .core import Leaf, Rules, State, check_finite, parameters, partition, place, reads_at_once
+from .core import Leaf, Rules, State, check_finite, open_data, parameters, place, reads_at_once
 from .data import Source, call, evaluation_mode, kind, move, split
 from .events import EVENTS, History
 from .loop import LOSS, Loop
@@ -164,21 +164,23 @@ class Learner:
     def predict(self, data: Any) -> Any:
         """The outputs for all of the data, on the CPU, in its order: of each batch only the input is used.
 
-        Outputs that are tensors, or containers of tensors, are joined along their rows; others come as a list. No
-        events are fired.
+        Outputs that are tensors, or containers of tensors, are joined along their rows; where they do not fit together,
+        or hold other things that differ, they come as a list with one for each batch. No events are fired.
         """
         source = Source(data, "the data")
         source.make(0)
-        outputs: list[Any] = []
+        outputs: list[list[Tensor]] = []
+        others: list[Any] = []
         with evaluation_mode(self.model), torch.no_grad():
             for batch in source.batches():
                 input, _ = split(place(batch, self.device))
-                tensors, skeleton = partition(call(self.model, input))
-                outputs.append(([t.cpu() for t in tensors], skeleton))
-        columns, alike = list(zip(*(tensors for tensors, _ in outputs), strict=False)), outputs[0][1]
-        if all(skeleton == alike for _, skeleton in outputs) and all(t.ndim for column in columns for t in column):
-            return alike.combine(torch.cat(column) for column in columns)
-        return [skeleton.combine(tensors) for tensors, skeleton in outputs]
+                tensors, opened = open_data(call(self.model, input))
+                outputs.append([t.cpu() for t in tensors])
+                others.append(opened)
+        columns = list(zip(*outputs, strict=False))
+        if columns and all(map(others[0].is_like, others)) and all(map(_can_join, columns)):
+            return others[0].combine(map(torch.cat, columns))
+        return [opened.combine(tensors) for tensors, opened in zip(outputs, others, strict=True)]
 
     def training_step(self, model: Any, input: Any, target: Any) -> Any:
         """The loss of a batch, or `(loss, output)`, which metrics need. Override it for what is not (input, target).
@@ -268,6 +270,12 @@ class Learner:
         other.history, other.progress, other.step, other.stats = History(), Progress(), Step(), {}
         other._run, other._loop = Run(), None
         return other
+
+
+def _can_join(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether tensors have rows, alike ones."""
+    first = tensors[0]
+    return first.ndim > 0 and all(t.shape[1:] == first.shape[1:] and t.dtype == first.dtype for t in tensors)
 
 
 def _check_loss(loss: Any) -> None:

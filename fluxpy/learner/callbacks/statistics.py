@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core import partition
+from ..core import open_data
 from ..events import Callback
 from ..learner import Learner
 
@@ -143,14 +143,14 @@ class StatisticsRecorder(Rows):
 
 def on_host(tree: Any) -> Any:
     """The tree with its tensors on the CPU, copied together: one wait for each kind of them."""
-    tensors, skeleton = partition(tree)
+    tensors, opened = open_data(tree)
     if not tensors:
         return tree
     kinds: dict[Any, list[Tensor]] = defaultdict(list)
     for t in tensors:
         kinds[t.device, t.dtype, t.shape].append(t)
     copies = {kind: iter(torch.stack(alike).cpu()) for kind, alike in kinds.items()}
-    return skeleton.combine(next(copies[t.device, t.dtype, t.shape]) for t in tensors)
+    return opened.combine(next(copies[t.device, t.dtype, t.shape]) for t in tensors)
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
