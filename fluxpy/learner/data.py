@@ -1,9 +1,11 @@
 """Any data as epochs of batches, and what a batch holds."""
 
 import inspect
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -79,14 +81,33 @@ class Source:
             raise ValueError(f"{self.name} has no batch: it is empty, or an iterator that was used up before")
         return chain([first], batches)
 
-    def generators(self) -> list[torch.Generator]:
-        """What the order of the data is drawn from, as far as the loader shows it."""
-        places = [self.loader, getattr(self.loader, "sampler", None)]
-        found = {id(g): g for place in places if isinstance(g := getattr(place, "generator", None), torch.Generator)}
+    def generators(self) -> list[Any]:
+        """What the data is drawn from, wherever the loader holds it: in samplers, in the data set, in lists of them."""
+        found: dict[int, Any] = {}
+        seen: dict[int, Any] = {}
+        todo = [(self.loader, 0)]
+        while todo:
+            x, depth = todo.pop()
+            if id(x) in seen or depth > _DEEP:
+                continue
+            seen[id(x)] = x
+            if isinstance(x, _GENERATORS):
+                found[id(x)] = x
+            elif isinstance(x, list | tuple | Mapping):
+                inside = list(x.values() if isinstance(x, Mapping) else x) if len(x) <= _MANY else []
+                todo += [(part, depth + 1) for part in inside]
+            elif hasattr(x, "__dict__") and not isinstance(x, Tensor | nn.Module | type | ModuleType):
+                todo += [(part, depth + 1) for part in vars(x).values()]
         return list(found.values())
+
+    def keeps_workers(self) -> bool:
+        """Whether processes that outlive an epoch make the batches: nobody knows their random numbers."""
+        return bool(getattr(self.loader, "persistent_workers", False))
 
 
 _END = object()
+_GENERATORS = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+_DEEP, _MANY = 5, 64  # how far and in how long lists generators are looked for
 
 
 def split(batch: Any) -> tuple[Any, Any]:

@@ -243,12 +243,12 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """All that exact resume needs, also in the middle of an epoch, as plain data for `torch.save` or `fluxpy.save`.
 
-        Take it at any event but those of a training batch that is not done: `batch_end` is the first at which it is.
+        Take it at any event but those of a batch that is not done: `batch_end` is the first at which it is.
         Callbacks are saved as they are; those that come later in the list have not yet seen the present event.
         """
-        within = self.training and self._loop is not None and "batch" in self._loop.dispatcher.levels
+        within = self.phase is not None and self._loop is not None and "batch" in self._loop.dispatcher.levels
         if within and self.progress.batch <= self.batch_index:
-            raise RuntimeError("state_dict cannot be taken within a training batch; take it at batch_end")
+            raise RuntimeError("state_dict cannot be taken within a batch; take it at batch_end")
         return resume.save(self, self._run)
 
     def load_state_dict(self, d: dict[str, Any]) -> None:

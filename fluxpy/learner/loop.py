@@ -11,7 +11,7 @@ from .. import update, withgradient
 from .core import note_loss, place, reads_at_once, training_mode
 from .data import Source, evaluation_mode, samples_of, split
 from .dispatcher import Dispatcher
-from .resume import Run
+from .resume import Run, restore
 from .rng import data_state, random_state, set_data_state, set_random_state
 from .scores import number
 from .step import Step
@@ -37,76 +37,94 @@ class Loop:
         self.dispatcher.run("fit", self._epochs)
 
     def _epochs(self) -> None:
-        learner, run = self.learner, self.run
-        if learner.progress.phase == "start" and (saved := run.take_saved()) is not None:
-            set_random_state(saved["random"])
-            set_data_state(run.sources, saved["random"]["data"])
+        learner = self.learner
+        self._restore("fit")
         for epoch in range(learner.progress.epoch, learner.epoch_count):
-            learner.epoch_index = epoch
+            learner.epoch_index, learner.progress.within = epoch, "epoch"
             self.dispatcher.run("epoch", self._epoch, self._end_epoch)
 
     def _epoch(self) -> None:
-        saved = self.run.take_saved()
-        self.run.row = {} if saved is None else dict(saved["row"])
-        if self.learner.progress.phase != "validation":
-            self._training(saved)
-            saved = None
-        if self.run.valid is not None:
-            batches = self._open(self.run.valid, None if saved is None else saved["random"])
-            self.validation(self.run.valid, batches, "validation")
+        run, progress = self.run, self.learner.progress
+        run.row = {} if run.saved is None else dict(run.saved["row"])
+        self._restore("epoch")
+        if progress.phase in ("start", "train"):
+            self._training()
+        if run.valid is not None and progress.phase == "validation":
+            self.validation(run.valid, self._open(run.valid, "validation"), "validation")
 
     def _end_epoch(self, done: bool) -> None:
         learner = self.learner
         learner.history.append({"epoch": learner.epoch_index, "train": {}, "validation": {}} | self.run.row)
         if done:
             learner.progress.end_epoch()
-            self.run.rng_at_start = None
+
+    def _restore(self, level: str) -> None:
+        """Within this level the saved run goes on. Start events that it had fired were fired again, for callbacks to
+        open what they need; what they changed of the run is put back, so that nothing acts twice."""
+        saved = self.run.saved
+        if saved is None or saved["within"] != level:
+            return
+        restore(self.learner, self.run, saved)
+        set_random_state(saved["random"])
+        if level in ("fit", "epoch"):  # otherwise the data was begun before, and is at its place
+            set_data_state(self.run.sources, saved["random"]["data"])
+        self.run.saved = None
 
     # --- Phases -------------------------------------------------------------------------------------------------------
 
-    def _open(self, source: Source, rng: dict[str, Any] | None, skip: int = 0) -> Iterator[Any]:
+    def _open(self, source: Source, level: str) -> Iterator[Any]:
         """Begin an epoch of the data, in a resumed run with the random numbers with which it was begun before."""
-        sources = self.run.sources
+        run, progress = self.run, self.learner.progress
+        saved = run.saved
+        rng = None if saved is None else saved["rng_at_start"]
         if rng is not None:
             set_random_state(rng)
-        self.run.rng_at_start = random_state(())
+        run.rng_at_start = random_state(())
         source.make(self.learner.epoch_index)
         if rng is not None:
-            set_data_state(sources, rng["data"])
-        self.run.rng_at_start["data"] = data_state(sources)
-        return source.batches(skip)
+            set_data_state(run.sources, rng["data"])
+        if progress.resumed and source.keeps_workers():
+            warnings.warn(
+                f"{source.name} has persistent_workers=True, whose random numbers nobody can save: the resumed run is "
+                "not exactly the one that was saved; with persistent_workers=False it is",
+                stacklevel=2,
+            )
+        run.rng_at_start["data"] = data_state(run.sources)
+        self._start_phase("train" if level == "training" else level, source)
+        progress.phase, progress.within = self.learner.phase or "", level
+        if saved is not None:
+            self.learner.metrics.load_state_dict(saved["metrics"], self.learner.device)
+            self.learner.batch_index = max(progress.batch - 1, 0)
+        return source.batches(progress.batch)
 
-    def _training(self, saved: dict[str, Any] | None) -> None:
+    def _training(self) -> None:
         learner, source, progress = self.learner, self.run.train, self.learner.progress
         assert source is not None
-        batches = self._open(source, None if saved is None else saved["rng_at_start"], progress.batch)
+        batches = self._open(source, "training")
         learner.step_count = source.total(learner.epoch_count)
-        progress.phase = "train"
-        self._start_phase("train", source)
-        learner.batch_index = progress.batch
-        if saved is not None:
-            learner.metrics.load_state_dict(saved["metrics"], learner.device)
 
         def body() -> None:
+            self._restore("training")
             training_mode(learner.model, learner.state)
-            if saved is not None:
-                set_random_state(saved["random"])
             for index, batch in enumerate(batches, progress.batch):
                 learner.batch_index, learner.step_index = index, progress.step
-                self._batch(batch, self._training_batch, self._end_training_batch)
+                self._batch(batch, self._training_batch)
 
         self._run_phase("training", body)
 
     def validation(self, source: Source, batches: Iterator[Any], phase: str | None) -> None:
         """The phase of a fit; or with None a call of `validate`."""
         learner = self.learner
-        self._start_phase(phase, source)
+        if phase is None:
+            self._start_phase(None, source)
 
         def body() -> None:
+            if phase is not None:
+                self._restore("validation")
             with evaluation_mode(learner.model), torch.no_grad():
-                for index, batch in enumerate(batches):
+                for index, batch in enumerate(batches, 0 if phase is None else learner.progress.batch):
                     learner.batch_index = index
-                    self._batch(batch, self._validation_batch, None)
+                    self._batch(batch, self._validation_batch)
 
         self._run_phase("validation", body)
 
@@ -131,9 +149,9 @@ class Loop:
         if learner.nonfinite is not None and not learner.stats:  # no batch had a loss
             learner.stats = dict.fromkeys(learner.metrics.names, math.nan)
         run.row[learner.phase] = learner.stats
+        if done:
+            learner.progress.end_phase()
         if learner.training:
-            if done:
-                learner.progress.phase, run.rng_at_start = "validation", None
             stops = [getattr(c, "stops_on_nonfinite", False) for c in (*learner.callbacks, *run.callbacks)]
             if learner.check_finite() is not None and not any(stops):
                 warnings.warn(
@@ -142,13 +160,13 @@ class Loop:
 
     # --- Batches ------------------------------------------------------------------------------------------------------
 
-    def _batch(self, batch: Any, body: Callable[[], None], end: Callable[[bool], None] | None) -> None:
+    def _batch(self, batch: Any, body: Callable[[], None]) -> None:
         """One batch. Nothing of it is left afterwards."""
         learner = self.learner
         input, target = split(place(batch, learner.device))
         learner.step = Step(input, target, samples_of(target, input))
         try:
-            self.dispatcher.run("batch", body, end)
+            self.dispatcher.run("batch", body, self._end_batch)
         finally:
             learner.step = Step()
 
@@ -178,8 +196,9 @@ class Loop:
             learner.nonfinite = f"{LOSS} of {where} is {step.number}; that batch updated nothing"
         return False
 
-    def _end_training_batch(self, done: bool) -> None:
-        self.learner.progress.end_batch()
+    def _end_batch(self, done: bool) -> None:
+        if self.learner.phase is not None and self.dispatcher.error is None:
+            self.learner.progress.end_batch(self.learner.training)
 
     def _validation_batch(self) -> None:
         learner, step = self.learner, self.learner.step

@@ -15,7 +15,7 @@ from .rng import random_state
 if TYPE_CHECKING:
     from .learner import Learner
 
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass
@@ -33,11 +33,6 @@ class Run:
     def sources(self) -> tuple[Source | None, Source | None]:
         return self.train, self.valid
 
-    def take_saved(self) -> dict[str, Any] | None:
-        """The saved run, which is gone on with from here."""
-        saved, self.saved = self.saved, None
-        return saved
-
 
 def save(learner: "Learner", run: Run) -> dict[str, Any]:
     """The run as plain data."""
@@ -45,17 +40,16 @@ def save(learner: "Learner", run: Run) -> dict[str, Any]:
     if run.saved is not None:  # nothing was done since it was loaded
         return clones(run.saved) | {"callbacks": callbacks or clones(run.saved["callbacks"])}
     progress = learner.progress
-    training = progress.phase == "train"
-    # Validation is gone through again from its start.
-    again = run.rng_at_start if progress.phase == "validation" else None
+    in_phase = progress.within in ("training", "validation")
     return {
         "version": _VERSION,
         "model": model_dict(learner.model),
         "state": state_dict(learner.state),
         "position": progress.position(),
-        "random": again or random_state(run.sources),
-        "rng_at_start": run.rng_at_start if training else None,
-        "metrics": clones(learner.metrics.state_dict()) if training else None,
+        "within": progress.within,
+        "random": random_state(run.sources),
+        "rng_at_start": run.rng_at_start if in_phase else None,
+        "metrics": clones(learner.metrics.state_dict()) if in_phase else None,
         "row": dict(run.row),
         "history": [dict(row) for row in learner.history if row["epoch"] < progress.epoch],
         "callbacks": callbacks,
@@ -70,25 +64,36 @@ def load(learner: "Learner", saved: Any) -> None:
     sums = names if saved["metrics"] is None else saved["metrics"]["sums"]
     if set(sums) != set(names):
         raise ValueError(f"the saved run had the metrics {sorted(sums)}, this one has {sorted(names)}")
+    _load_weights(learner, saved)
+    learner.history = events.History(dict(row) for row in saved["history"])
+    load_callbacks(learner.callbacks, saved["callbacks"])
+
+
+def restore(learner: "Learner", run: Run, saved: dict[str, Any]) -> None:
+    """Model, state and callbacks again as they were saved."""
+    _load_weights(learner, saved)
+    load_callbacks([*learner.callbacks, *run.callbacks], saved["callbacks"], warn=False)
+
+
+def _load_weights(learner: "Learner", saved: dict[str, Any]) -> None:
     pairs = match_model(learner.model, saved["model"])
     load_state_dict(learner.state, saved["state"])
     with torch.no_grad():
         for here, there in pairs:
             here.copy_(there)
-    learner.history = events.History(dict(row) for row in saved["history"])
-    load_callbacks(learner.callbacks, saved["callbacks"])
 
 
-def load_callbacks(callbacks: list[Any], saved: list[Any]) -> None:
+def load_callbacks(callbacks: list[Any], saved: list[Any], warn: bool = True) -> None:
     """Give callbacks their state back, by place and name."""
     for i, callback in enumerate(callbacks):
         name = events.name_of(callback)
-        if i >= len(saved) or saved[i][0] != name:
+        if i < len(saved) and saved[i][0] == name:
+            if isinstance(callback, events.Callback):
+                callback.load_state_dict(clones(saved[i][1]))
+        elif warn:
             was = repr(saved[i][0]) if i < len(saved) else "nothing"
             where = f"the callback {name} was not saved at its place (there was {was})"
             warnings.warn(f"{where}; it starts afresh", stacklevel=2)
-        elif isinstance(callback, events.Callback):
-            callback.load_state_dict(clones(saved[i][1]))
 
 
 def _saved_callback(callback: Any) -> list[Any]:

@@ -39,7 +39,7 @@ class ProgressBar(Callback):
         self._out = self.file or sys.stderr
         self._terminal = self._out is not None and self._out.isatty()
         self._started, self._width, self._draw_at, self._bar = time.monotonic(), 0, math.inf, None
-        self._first = self._done = learner.batch_index
+        self._first = self._done = learner.progress.batch if learner.phase else 0
         if self.file is None and "ipykernel" in sys.modules:
             self._bar = tqdm(desc=_title(learner), total=learner.batch_count, initial=self._first, unit="batch")
         if self._bar is not None or self._terminal:
