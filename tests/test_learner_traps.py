@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import fluxpy
 from fluxpy import Adam, DataLoader, Descent, setup, train, update, withgradient
+from fluxpy.learner import CancelFit, Checkpoint
 from fluxpy.learner import Learner as _Learner
 
 
@@ -203,3 +204,110 @@ def test_autocast_around_a_loop_is_autocast_inside_the_loss():
     first = net()[0].weight
     for other in weights[1:]:
         assert torch.allclose(other - first, weights[0] - first, rtol=0.05, atol=1e-3)
+
+
+# --- What the script says and what the file says ----------------------------------------------------------------------
+
+
+def fresh(rule):
+    model = net()
+    return model, setup(rule, model)
+
+
+CHANGES = {
+    "rate": (Adam(0.1), Adam(0.02), "lr was 0.1, is now 0.02"),
+    "betas": (Adam(0.1), Adam(0.1, betas=(0.8, 0.999)), r"betas was \(0.9, 0.999\), is now \(0.8, 0.999\)"),
+    "schedule": (
+        Adam(fluxpy.schedules.linear(1.0, 0.0, 10)),
+        Adam(fluxpy.schedules.linear(1.0, 0.0, 20)),
+        "lr.steps was 10, is now 20",
+    ),
+    "to a schedule": (Adam(0.1), Adam(fluxpy.schedules.linear(1.0, 0.0, 20)), r"lr was 0.1, is now linear\(.*steps=20"),
+    "chain": (
+        fluxpy.OptimiserChain(fluxpy.ClipNorm(1.0), Adam(0.1)),
+        fluxpy.OptimiserChain(fluxpy.ClipNorm(2.0), Adam(0.3)),
+        r"\[0\].max_norm was 1.0, is now 2.0; \[1\].lr was 0.1, is now 0.3",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("suffix", [".flux", ".safetensors"])
+def test_load_says_where_the_script_has_other_rules(tmp_path, kind, suffix):
+    before, now, message = CHANGES[kind]
+    model, state = fresh(before)
+    fluxpy.adjust(state[0], **{"lr": 0.7} if kind != "chain" else {"max_norm": 0.7})  # later, and no other script
+    path = tmp_path / f"run{suffix}"
+    fluxpy.save(path, model=model, state=state)
+    fluxpy.load(path, model=model, state=fresh(before)[1])  # without a word
+    other, state = fresh(now)
+    with pytest.warns(UserWarning, match=message) as caught:
+        fluxpy.load(path, model=other, state=state)
+    text = str(caught[0].message)
+    assert len(caught) == 1 and "those of the file count" in text and 'hyperparameters="keep"' in text
+    assert "'0.weight', '0.bias', '2.weight', '2.bias'" in text
+    assert repr(state[2].weight.rule) == repr(before)
+    again = tmp_path / f"again{suffix}"
+    fluxpy.save(again, model=other, state=state)  # what was set up is still that of the first run
+    with pytest.warns(UserWarning, match=message):
+        fluxpy.load(again, model=other, state=fresh(now)[1])
+    kept = fresh(now)[1]
+    fluxpy.load(path, model=other, state=kept, hyperparameters="keep")  # without a word
+    assert repr(kept[2].weight.rule) == repr(now) and kept[2].weight.count == state[2].weight.count
+    fluxpy.save(again, model=other, state=kept)
+    fluxpy.load(again, model=other, state=fresh(now)[1])
+
+
+def test_functions_are_the_same_in_another_process():
+    model, state = fresh(Adam(lambda n: 0.1))
+    d = fluxpy.state_dict(state)
+    d["leaves"]["0.weight"]["setup"]["lr"]["callable"] = repr(state[0].weight.rule.lr).replace("0x", "0xf")
+    assert not fluxpy.load_state_dict(state, d).changed
+
+
+def stop_after(n):
+    def stop(learner, event):
+        if event == "batch_end" and learner.training and learner.step_index == n:
+            raise CancelFit("enough")
+
+    return stop
+
+
+def interrupted(folder, rule=None, data=None, n=3, **options):
+    """A fit with a Checkpoint that ends after `n` batches, or goes on."""
+    checkpoint = Checkpoint(folder, **options)
+    learner = Learner(net(), F.cross_entropy, rule or Adam(0.1), callbacks=[checkpoint, stop_after(n)])
+    learner.fit(data or DataLoader(arrays(), batch_size=2), epochs=2)
+    return learner
+
+
+def test_a_checkpoint_says_where_the_script_has_other_rules(tmp_path):
+    interrupted(tmp_path)
+    interrupted(tmp_path, n=5)  # without a word
+    with pytest.warns(UserWarning, match=r"lr was 0.1, is now 0.02") as caught:
+        learner = interrupted(tmp_path, rule=Adam(0.02), n=7)
+    assert len(caught) == 1 and 'hyperparameters="keep" (of Checkpoint' in str(caught[0].message)
+    assert fluxpy.value(learner.state[0].weight, "lr") == 0.1 and learner.state[0].weight.count == 8
+    learner = interrupted(tmp_path, rule=Adam(0.02), n=9, hyperparameters="keep")
+    assert fluxpy.value(learner.state[0].weight, "lr") == 0.02 and learner.state[0].weight.count == 10
+    interrupted(tmp_path, rule=Adam(0.02), n=11)  # which is now what the run was set up with
+    with pytest.raises(ValueError, match="hyperparameters='new' is not allowed"):
+        Checkpoint(tmp_path, hyperparameters="new")
+
+
+def test_rates_adjusted_before_a_fit_are_those_of_the_script(tmp_path):
+    def run(rate, n):
+        learner = Learner(net(), F.cross_entropy, Adam(0.1), callbacks=[Checkpoint(tmp_path), stop_after(n)])
+        fluxpy.adjust(learner.state[0], rate)
+        learner.fit(DataLoader(arrays(), batch_size=2), epochs=2)
+        return learner
+
+    run(0.01, 2), run(0.01, 4)
+    with pytest.warns(UserWarning, match="'0.weight', '0.bias': lr was 0.01, is now 0.05"):
+        run(0.05, 6)
+
+
+def test_a_checkpoint_says_where_the_data_has_another_length(tmp_path):
+    interrupted(tmp_path)
+    with pytest.warns(UserWarning, match="has 5 batches, but in the saved run it had 10"):
+        interrupted(tmp_path, data=DataLoader(arrays(), batch_size=4), n=5)

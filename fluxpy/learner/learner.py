@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -117,10 +117,12 @@ class Learner:
                 source.need(epochs, epochs - progress.epoch)
         if saved is None:
             self.history = History()
+            resume.note_rules(self)
         else:
             resume.load_callbacks(extra, saved["callbacks"][len(self.callbacks) :])
         self.history.stop_reason = None
-        self._run = Run(training, validation, extra, saved=saved)
+        lengths = {} if saved is None else dict(saved["lengths"])
+        self._run = Run(training, validation, extra, lengths=lengths, saved=saved)
         self._start_fit(progress, epochs)
         self._loop = Loop(self, self._run)
         try:
@@ -251,13 +253,17 @@ class Learner:
             raise RuntimeError("state_dict cannot be taken within a batch; take it at batch_end")
         return resume.save(self, self._run)
 
-    def load_state_dict(self, d: dict[str, Any]) -> None:
+    def load_state_dict(self, d: dict[str, Any], *, hyperparameters: Literal["load", "keep"] | None = None) -> None:
         """Take over what `state_dict` gave; the next `fit`, with the same data, goes on from there, bit for bit.
 
-        ValueError where metrics, model or state do not fit; then nothing was loaded.
+        Rates and other hyperparameters are those that were saved; where this script has set up others, a warning says
+        so. `hyperparameters="keep"` leaves those of this script (`d["hyperparameters"]` says it too, for a callback's
+        `saved_run`). ValueError where metrics, model or state do not fit; then nothing was loaded.
         """
         if self._loop is not None:
             raise RuntimeError("load_state_dict cannot be called while a fit is running")
+        if hyperparameters is not None:
+            d = d | {"hyperparameters": hyperparameters}
         resume.load(self, d)
         self._run = Run(saved=d)
 

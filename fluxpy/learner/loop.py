@@ -92,10 +92,23 @@ class Loop:
         run.rng_at_start["data"] = data_state(run.sources)
         self._start_phase("train" if level == "training" else level, source)
         progress.phase, progress.within = self.learner.phase or "", level
+        self._note_length(level, source)
         if saved is not None:
             self.learner.metrics.load_state_dict(saved["metrics"], self.learner.device)
             self.learner.batch_index = max(progress.batch - 1, 0)
         return source.batches(progress.batch)
+
+    def _note_length(self, level: str, source: Source) -> None:
+        """Keep how many batches the phase has, and warn where the saved run had another number."""
+        run, now = self.run, source.length()
+        before = run.lengths.get(level)
+        if self.learner.progress.resumed and not source.each and None not in (before, now) and before != now:
+            warnings.warn(
+                f"{source.name} has {now} batches, but in the saved run it had {before}: the resumed run goes on with "
+                "other data, and a schedule over the fit has another length",
+                stacklevel=2,
+            )
+        run.lengths[level] = now
 
     def _training(self) -> None:
         learner, source, progress = self.learner, self.run.train, self.learner.progress

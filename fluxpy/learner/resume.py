@@ -2,13 +2,13 @@
 
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .. import load_state_dict, state_dict
+from .. import leaves, load_state_dict, state_dict
 from . import events
-from .core import match_model, model_dict
+from .core import Report, changed_rules, match_model, model_dict, note_rule
 from .data import Source
 from .rng import random_state
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .learner import Learner
 
 _VERSION = 3
+_OPTION = 'hyperparameters="keep" (of Checkpoint or load_state_dict)'
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Run:
     valid: Source | None = None
     callbacks: list[Any] = field(default_factory=list)  # those of this fit only
     row: dict[str, Any] = field(default_factory=dict)  # what the history will have of the present epoch
+    lengths: dict[str, int | None] = field(default_factory=dict)  # how many batches each phase had
     rng_at_start: dict[str, Any] | None = None  # with which the data of the present phase was begun
     saved: dict[str, Any] | None = None  # the saved run to go on with, until that is done
 
@@ -51,6 +53,7 @@ def save(learner: "Learner", run: Run) -> dict[str, Any]:
         "rng_at_start": run.rng_at_start if in_phase else None,
         "metrics": clones(learner.metrics.state_dict()) if in_phase else None,
         "row": dict(run.row),
+        "lengths": dict(run.lengths),
         "history": [dict(row) for row in learner.history if row["epoch"] < progress.epoch],
         "callbacks": callbacks,
     }
@@ -64,7 +67,10 @@ def load(learner: "Learner", saved: Any) -> None:
     sums = names if saved["metrics"] is None else saved["metrics"]["sums"]
     if set(sums) != set(names):
         raise ValueError(f"the saved run had the metrics {sorted(sums)}, this one has {sorted(names)}")
-    _load_weights(learner, saved)
+    note_rules(learner)
+    report = _load_weights(learner, saved)
+    if _hyperparameters(saved) == "load" and (changed := changed_rules(report, _OPTION)):
+        warnings.warn(f"{changed}", stacklevel=3)
     learner.history = events.History(dict(row) for row in saved["history"])
     load_callbacks(learner.callbacks, saved["callbacks"])
 
@@ -75,12 +81,23 @@ def restore(learner: "Learner", run: Run, saved: dict[str, Any]) -> None:
     load_callbacks([*learner.callbacks, *run.callbacks], saved["callbacks"], warn=False)
 
 
-def _load_weights(learner: "Learner", saved: dict[str, Any]) -> None:
+def note_rules(learner: "Learner") -> None:
+    """Take the rules that the state has now for what the script says."""
+    for _, leaf in leaves(learner.state):
+        note_rule(leaf)
+
+
+def _hyperparameters(saved: dict[str, Any]) -> Literal["load", "keep"]:
+    return saved.get("hyperparameters", "load")
+
+
+def _load_weights(learner: "Learner", saved: dict[str, Any]) -> Report:
     pairs = match_model(learner.model, saved["model"])
-    load_state_dict(learner.state, saved["state"])
+    report = load_state_dict(learner.state, saved["state"], hyperparameters=_hyperparameters(saved))
     with torch.no_grad():
         for here, there in pairs:
             here.copy_(there)
+    return report
 
 
 def load_callbacks(callbacks: list[Any], saved: list[Any], warn: bool = True) -> None:

@@ -5,13 +5,14 @@ import signal
 import threading
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ... import save
 from ..core import read_file
 from ..events import Callback, CancelFit
 from ..learner import Learner
 from .monitor import Monitor
+from .statistics import one_of
 
 
 class Checkpoint(Callback):
@@ -22,7 +23,8 @@ class Checkpoint(Callback):
 
     `last.flux` is written at the end of each epoch, and after every so many batches (`every`); a fit that finds one
     loads it and goes on from there, in the middle of an epoch too, bit for bit as if it had never stopped, if it is
-    given the same data. With `resume=False` it begins anew. A later fit with the same object begins anew as well, but
+    given the same data. Rates and other hyperparameters are those of the file; where the script says others, a warning
+    tells, and with `hyperparameters="keep"` those of the script count. With `resume=False` it begins anew. A later fit with the same object begins anew as well, but
     a script with several fits needs a Checkpoint with its own directory for each: `fit(..., callbacks=[...])`.
 
     The `keep` best epochs stay in files of their own, `best` names them. `monitor` is a metric, by default the loss of
@@ -44,12 +46,15 @@ class Checkpoint(Callback):
         mode: str | None = None,
         keep: int = 1,
         resume: bool = True,
+        hyperparameters: Literal["load", "keep"] = "load",
     ) -> None:
         if every is not None and every < 1:
             raise ValueError(f"every={every!r} is not allowed; it is a number of batches, at least 1, or None")
         if keep < 0:
             raise ValueError(f"keep={keep!r} is not allowed; it is how many of the best epochs stay, 0 or more")
+        one_of("hyperparameters", hyperparameters, ("load", "keep"))
         self.directory, self.every, self.keep, self.resume = Path(directory), every, keep, resume
+        self.hyperparameters = hyperparameters
         self.monitor = Monitor(monitor, mode)
         self._best: list[tuple[float, str]] = []  # value and file name, best first
         self._fits = 0  # how many were completed
@@ -82,7 +87,8 @@ class Checkpoint(Callback):
             )
         if data["extra"]["fits"] < self._fits:
             return None
-        return data["extra"]["run"] | {"model": data["model"], "state": data["state"]}
+        more = {"model": data["model"], "state": data["state"], "hyperparameters": self.hyperparameters}
+        return data["extra"]["run"] | more
 
     def on_fit_start(self, learner: Learner) -> None:
         self.monitor.require(learner)
@@ -140,6 +146,7 @@ class Checkpoint(Callback):
     def _save(self, learner: Learner, path: Path) -> None:
         run = learner.state_dict()
         del run["model"], run["state"]
+        run.pop("hyperparameters", None)
         save(path, model=learner.model, state=learner.state, run=run, fits=self._fits)
         if path == self.last:
             self._batches, self._place = 0, self._where(learner)
