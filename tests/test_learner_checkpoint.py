@@ -339,3 +339,63 @@ def test_stop_on_nan():
     assert len(history) == 1 and run.model.weight.isfinite().all()
     run = learner(StopOnNaN())
     assert run.fit(data(), batches, epochs=2).stop_reason == "the validation loss of epoch 0 is nan"
+
+
+# --- One run at a time --------------------------------------------------------------------------------------------
+
+
+RIVAL = """
+import sys, torch, fluxpy
+from fluxpy.learner import Checkpoint, Learner
+def wait(learner, event):
+    if event == "batch_end":
+        print("in the fit", flush=True)
+        sys.stdin.readline()
+data = [(torch.ones(4, 2), torch.ones(4, 1))]
+torch.manual_seed(0)
+learner = Learner(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss, fluxpy.Descent(0.1), default_callbacks=False,
+                  callbacks=[Checkpoint(sys.argv[1]), wait])
+learner.fit(data)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
+def test_a_second_run_on_one_directory_is_refused(tmp_path):
+    command = [sys.executable, "-c", RIVAL, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "in the fit\n"
+        writing = tmp_path / f".fluxpy-{first.pid}-{'0' * 16}.tmp"
+        left = tmp_path / f".fluxpy-{2**22 + 1}-{'0' * 16}.tmp"  # of no process: numbers end below
+        writing.touch(), left.touch()
+        with pytest.raises(RuntimeError, match=rf"is in use by process {first.pid} on .* since 20.*; give each run"):
+            learner(Checkpoint(tmp_path)).fit(data(), epochs=1)
+        assert writing.exists() and left.exists()  # the directory is the other's
+        first.stdin.write("\n"), first.stdin.flush()
+        assert first.wait() == 0
+    assert (tmp_path / "last.flux").exists() and not (tmp_path / ".lock").exists()
+    with pytest.warns(UserWarning, match="nothing is left to do"):
+        learner(Checkpoint(tmp_path)).fit(data(1), epochs=1)
+    assert not left.exists() and not writing.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
+def test_a_killed_run_leaves_no_lock(tmp_path):
+    command = [sys.executable, "-c", RIVAL, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "in the fit\n"
+        first.kill()
+    assert (tmp_path / ".lock").exists()
+    learner(Checkpoint(tmp_path)).fit(data(), epochs=1)
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".flux"} == set()
+
+
+def test_a_second_fit_in_one_process_is_refused_too(tmp_path):
+    inner = learner(Checkpoint(tmp_path))
+
+    def nest(outer, event):
+        if event == "epoch_start":
+            inner.fit(data(), epochs=1)
+
+    with pytest.raises(RuntimeError, match="is in use by another fit of this process"):
+        learner(Checkpoint(tmp_path), nest).fit(data(), epochs=1)
+    learner(Checkpoint(tmp_path)).fit(data(), epochs=1)

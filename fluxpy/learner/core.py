@@ -15,6 +15,7 @@ from ..pytree import level
 from ..rule import hyperparameters
 from ..rule import walk as members
 from ..saving.file import read as read_file
+from ..saving.file import remove_leftovers
 from ..saving.model import match_tensors, model_tensors
 from ..saving.record import note_rule
 from ..saving.state_dict import Report, changed_rules

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ... import save
-from ..core import read_file
+from ..core import read_file, remove_leftovers
 from ..events import Callback, CancelFit
 from ..learner import Learner
+from ..lock import Lock
 from .monitor import Monitor
 from .statistics import one_of
 
@@ -32,7 +33,8 @@ class Checkpoint(Callback):
     `"min"` or `"max"` is best, for metrics that fluxpy does not know. `fluxpy.load(path, model=model)` reads a file.
 
     On SIGTERM and SIGINT (Ctrl-C) the present batch is finished and saved, and the fit ends with a reason; a second
-    SIGINT interrupts at once. A kill at any instant leaves whole files. Acts after all other callbacks.
+    SIGINT interrupts at once. A kill at any instant leaves whole files. While a fit runs, no other may use the directory.
+    Acts after all other callbacks.
     """
 
     acts_last = True
@@ -60,6 +62,7 @@ class Checkpoint(Callback):
         self._fits = 0  # how many were completed
         self._batches = 0  # since the last save
         self._place: Any = None  # of the run, at the last save
+        self._lock = Lock(self.directory)
         self._signal: str | None = None
         self._previous: dict[int, Any] = {}  # handlers
 
@@ -93,8 +96,8 @@ class Checkpoint(Callback):
     def on_fit_start(self, learner: Learner) -> None:
         self.monitor.require(learner)
         self.directory.mkdir(parents=True, exist_ok=True)
-        for left in self.directory.glob(".fluxpy-*.tmp"):  # by a kill in the middle of a save
-            left.unlink(missing_ok=True)
+        self._lock.take()
+        remove_leftovers(self.directory)  # by a kill in the middle of a save
         progress = learner.progress
         if not progress.resumed:
             self._best = []
@@ -130,6 +133,7 @@ class Checkpoint(Callback):
                 if signal.getsignal(number) == self._on_signal:
                     signal.signal(number, previous)
             self._previous = {}
+            self._lock.release()
         if self._signal is not None and learner.history.stop_reason is None:
             learner.history.stop_reason = self._signal  # it came after the last epoch
         if learner.error is None and self._signal is None:
