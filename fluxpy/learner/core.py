@@ -10,6 +10,7 @@ from ..containers import open_data
 from ..context import reads_at_once
 from ..data import require_batches
 from ..grads import in_order
+from ..gradient import Gradients
 from ..leaf import Leaf
 from ..pytree import level
 from ..rule import hyperparameters
@@ -33,6 +34,12 @@ def parameters(state: State | Leaf, model: Any) -> list[Tensor]:
 def gradients_in_order(state: State | Leaf, model: Any, grads: Any) -> list[Tensor | None]:
     """The gradient of each of `parameters`."""
     return in_order(bind(state, model), grads)
+
+
+def as_gradients(state: State | Leaf, model: Any, values: list[Tensor | None]) -> Any:
+    """What `gradient` returns, of the gradients of `parameters`."""
+    spec = bind(state, model).walked
+    return values[0] if spec.kind == "leaf" else Gradients(spec, values)
 
 
 def note_loss(state: State | Leaf, finite: Tensor, what: str) -> None:

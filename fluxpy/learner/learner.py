@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,11 @@ class Learner:
     `(learner, event)`, or a `Callback`. `metrics` are names, functions `(output, target) -> number` or objects as those
     of torchmetrics, in a list or a dict by name; the loss is always among them.
 
+    `autocast=torch.bfloat16` runs steps and predictions under `torch.autocast`. `accumulate=n` updates once every n
+    batches (`update_start` comes with those updates), by the mean over their samples, as one batch of them all would:
+    over the targets that are not ignored where these are classes; `step.weight` says otherwise. So does the last window
+    of an epoch, which may have fewer batches.
+
     What callbacks may read stands in `__init__` below; what they may change is said in `Step`.
 
     >>> from fluxpy.learner import Learner
@@ -48,27 +54,27 @@ class Learner:
         metrics: Any = (),
         callbacks: Iterable[Any] = (),
         device: torch.device | str | None = None,
+        autocast: torch.dtype | None = None,
+        accumulate: int = 1,
         default_callbacks: bool = True,
     ) -> None:
-        _check_loss(loss)
+        _check(loss, autocast, accumulate)
         has_state = isinstance(rule_or_state, State | Leaf)
         if device is not None:
             move(model, torch.device(device), has_state)
-        self.model = model
-        self.loss = loss
+        self.model, self.loss = model, loss
+        self.autocast, self.accumulate = autocast, accumulate
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
         devices = {x.device for x in parameters(self.state, model)}
         self.device = devices.pop() if len(devices) == 1 else None  # where batches go
         self.metrics = Metrics(metrics)
         self.callbacks = events.checked(callbacks)
-        if default_callbacks:
-            self.callbacks.insert(0, ProgressBar())
+        self.callbacks[:0] = [ProgressBar()] if default_callbacks else []
         # Of the fit:
         self.history = History()
         self.progress = Progress()  # what comes next, and whether the fit was resumed or is being cancelled
         self.has_validation = False  # whether there is validation data
-        self.epoch_index = 0
-        self.epoch_count = 0
+        self.epoch_index = self.epoch_count = 0
         self.step_index = 0  # training batches before the present one
         self.step_count: int | None = None  # training batches in all, if known
         # Of the phase:
@@ -173,7 +179,7 @@ class Learner:
         source.make(0)
         outputs: list[list[Tensor]] = []
         others: list[Any] = []
-        with evaluation_mode(self.model), torch.no_grad():
+        with evaluation_mode(self.model), torch.no_grad(), self.casting():
             for batch in source.batches():
                 input, _ = split(place(batch, self.device))
                 tensors, opened = open_data(call(self.model, input))
@@ -214,6 +220,13 @@ class Learner:
             self._loop.predicted = True
             self._loop.dispatcher.fire("inference_prediction_end")
         return self.step.output
+
+    def casting(self) -> AbstractContextManager[Any]:
+        """The autocast that was asked for, if one was."""
+        if self.autocast is None:
+            return nullcontext()
+        kind = self.device or next(iter(parameters(self.state, self.model))).device
+        return torch.autocast(kind.type, self.autocast)
 
     def running(self) -> dict[str, float]:
         """The numbers of the present phase so far. Reads them from the device, so call it seldom; `metrics.peek()`
@@ -284,7 +297,12 @@ def _can_join(tensors: tuple[Tensor, ...]) -> bool:
     return first.ndim > 0 and all(t.shape[1:] == first.shape[1:] and t.dtype == first.dtype for t in tensors)
 
 
-def _check_loss(loss: Any) -> None:
+def _check(loss: Any, autocast: Any, accumulate: Any) -> None:
+    if autocast not in (None, torch.bfloat16):
+        hint = "" if autocast != torch.float16 else ": float16 needs its loss scaled, or small gradients are lost"
+        raise ValueError(f"autocast={autocast!r} is not allowed{hint}; it is torch.bfloat16 or None")
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"accumulate={accumulate!r} is not allowed; it is a number of batches, at least 1")
     if isinstance(loss, type):
         raise TypeError(f"the loss is an object, not a class: write {loss.__name__}()")
     if not callable(loss):

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import update, withgradient
-from .core import note_loss, place, reads_at_once, training_mode
+from .core import as_gradients, gradients_in_order, note_loss, parameters, place, reads_at_once, training_mode
 from .data import Source, evaluation_mode, samples_of, split
 from .dispatcher import Dispatcher
+from .events import CancelTraining
 from .resume import Run, restore
 from .rng import data_state, random_state, set_data_state, set_random_state
 from .scores import number
 from .step import Step
+from .window import weight_of
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -93,9 +95,11 @@ class Loop:
         self._start_phase("train" if level == "training" else level, source)
         progress.phase, progress.within = self.learner.phase or "", level
         self._note_length(level, source)
+        self.run.window.clear()
         if saved is not None:
+            self.run.window.load_state_dict(saved["window"], parameters(self.learner.state, self.learner.model))
             self.learner.metrics.load_state_dict(saved["metrics"], self.learner.device)
-            self.learner.batch_index = max(progress.batch - 1, 0)
+            self.learner.batch_index, self.learner.step_index = max(progress.batch - 1, 0), max(progress.step - 1, 0)
         return source.batches(progress.batch)
 
     def _note_length(self, level: str, source: Source) -> None:
@@ -119,9 +123,18 @@ class Loop:
         def body() -> None:
             self._restore("training")
             training_mode(learner.model, learner.state)
-            for index, batch in enumerate(batches, progress.batch):
-                learner.batch_index, learner.step_index = index, progress.step
-                self._batch(batch, self._training_batch)
+            cancel: CancelTraining | None = None
+            try:
+                for index, batch in enumerate(batches, progress.batch):
+                    learner.batch_index, learner.step_index = index, progress.step
+                    self._batch(batch, self._training_batch)
+            except CancelTraining as raised:
+                cancel = raised
+            if self.run.window.batches:  # of data whose length was not known, or the training was cancelled
+                self._update_by_window()
+                learner.step = Step()
+            if cancel is not None:
+                raise cancel
 
         self._run_phase("training", body)
 
@@ -185,15 +198,44 @@ class Loop:
 
     def _training_batch(self) -> None:
         learner, step = self.learner, self.learner.step
-        value, step.grads = withgradient(
-            learner.training_step, learner.model, step.input, step.target, state=learner.state
-        )
+        f = learner.training_step if learner.autocast is None else self._cast(learner.training_step)
+        value, step.grads = withgradient(f, learner.model, step.input, step.target, state=learner.state)
         step.loss, step.output = value if isinstance(value, tuple) else (value, None)
         step.number = number(step.loss)
-        if self._is_finite(step):
-            self.dispatcher.fire("update_start")
-            update(learner.state, learner.model, step.grads)
-            learner.metrics.update(step)
+        if not self._is_finite(step):
+            return
+        if learner.accumulate == 1:
+            self._update()
+        else:
+            self._gather(step)
+        learner.metrics.update(step)
+
+    def _update(self) -> None:
+        learner = self.learner
+        self.dispatcher.fire("update_start")
+        update(learner.state, learner.model, learner.step.grads)
+
+    def _gather(self, step: Step) -> None:
+        """Keep the gradients for the update at the end of the window, or of the data."""
+        learner, window = self.learner, self.run.window
+        window.add(gradients_in_order(learner.state, learner.model, step.grads), weight_of(step, learner.loss))
+        if window.batches == learner.accumulate or learner.batch_index + 1 == learner.batch_count:
+            self._update_by_window()
+
+    def _update_by_window(self) -> None:
+        learner = self.learner
+        grads = self.run.window.take(parameters(learner.state, learner.model))
+        learner.step.grads = as_gradients(learner.state, learner.model, grads)
+        self._update()
+
+    def _cast(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A step under autocast."""
+
+        def under_autocast(*args: Any) -> Any:
+            with self.learner.casting():
+                return step(*args)
+
+        return under_autocast
 
     def _is_finite(self, step: Step) -> bool:
         """Whether the loss is. On a device nothing is read: there what is not finite holds back update and metrics."""
@@ -216,7 +258,8 @@ class Loop:
     def _validation_batch(self) -> None:
         learner, step = self.learner, self.learner.step
         self.predicted = False
-        value = learner.validation_step(learner.model, step.input, step.target)
+        with learner.casting():
+            value = learner.validation_step(learner.model, step.input, step.target)
         step.loss, step.output = value if isinstance(value, tuple) else (value, step.output)
         step.number = number(step.loss)
         if not self.predicted:

@@ -11,6 +11,7 @@ from . import events
 from .core import Report, changed_rules, match_model, model_dict, note_rule
 from .data import Source
 from .rng import random_state
+from .window import Window
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -26,6 +27,7 @@ class Run:
     train: Source | None = None
     valid: Source | None = None
     callbacks: list[Any] = field(default_factory=list)  # those of this fit only
+    window: Window = field(default_factory=Window)  # gradients that wait for an update
     row: dict[str, Any] = field(default_factory=dict)  # what the history will have of the present epoch
     lengths: dict[str, int | None] = field(default_factory=dict)  # how many batches each phase had
     rng_at_start: dict[str, Any] | None = None  # with which the data of the present phase was begun
@@ -52,6 +54,7 @@ def save(learner: "Learner", run: Run) -> dict[str, Any]:
         "random": random_state(run.sources),
         "rng_at_start": run.rng_at_start if in_phase else None,
         "metrics": clones(learner.metrics.state_dict()) if in_phase else None,
+        "window": clones(run.window.state_dict()),
         "row": dict(run.row),
         "lengths": dict(run.lengths),
         "history": [dict(row) for row in learner.history if row["epoch"] < progress.epoch],

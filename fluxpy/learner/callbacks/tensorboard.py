@@ -74,7 +74,7 @@ class TensorBoardLogger(Rows):
 
     def on_update_start(self, learner: Learner) -> None:
         self._before, self._norms = [], {}
-        if self.norms and learner.step_index % self.norms == 0:
+        if self.norms and learner.step_index % self.norms < learner.accumulate:
             grads = gradients_in_order(learner.state, learner.model, learner.step.grads)
             self._before = [x.detach().clone() for x in parameters(learner.state, learner.model)]
             for name, places in self._subtrees.items():
@@ -85,7 +85,9 @@ class TensorBoardLogger(Rows):
         for name, places in self._subtrees.items() if old else ():
             moved = _norm([now[i].detach() - old[i] for i in places])
             self._norms[f"update_ratio/{name}"] = moved / _norm([old[i] for i in places])
+        self._before = []
         tags = {"batch/loss": learner.step.loss.detach(), **self._norms, **self._rates.changed(learner.state)}
+        self._norms = {}
         return {"tensorboard": (learner.step_index, time.time(), tags)}
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
