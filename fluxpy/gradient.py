@@ -123,6 +123,8 @@ def differentiate(
     # wanted.
     pairs = zip(binding.params, trains, strict=True)
     flips = [x for x, wants in pairs if x.requires_grad != wants and x.is_leaf]
+    if flips and not binding.warned:
+        binding.warn_of_flags()
     return _differentiate(f, model, args, _Wanted(binding.walked, binding.params, trains, flips), create_graph)
 
 

@@ -37,14 +37,15 @@ class Record:
 
     `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
     accumulating rule, which missed updates meanwhile. `made` is the rule that the script gave: `setup` or, in a fit, its
-    beginning.
+    beginning. `asked` is whether the parameter required grad when `setup` saw it, None where that is not known.
     """
 
-    __slots__ = ("dtype", "frozen", "made", "numbers", "pending", "rule", "shape", "tensors")
+    __slots__ = ("asked", "dtype", "frozen", "made", "numbers", "pending", "rule", "shape", "tensors")
 
     def __init__(self, rule: Rule | None, frozen: bool, shape: torch.Size, dtype: torch.dtype) -> None:
         self.rule, self.frozen, self.shape, self.dtype = rule, frozen, shape, dtype
         self.made = rule
+        self.asked: bool | None = None
         self.tensors: list[Tensor] | None = None
         self.numbers = Numbers()
         self.pending: Skeleton | None = None
@@ -87,7 +88,7 @@ class Record:
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
         other = Record(self.rule, self.frozen, self.shape, self.dtype)
         other.numbers, other.tensors, other.pending = numbers, tensors, self.pending
-        other.made = self.made
+        other.made, other.asked = self.made, self.asked
         return other
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fluxpy
 from fluxpy import Adam, DataLoader, Descent, setup, train, update, withgradient
-from fluxpy.learner import CancelFit, Checkpoint
+from fluxpy.learner import CancelFit, Checkpoint, StopOnNaN
 from fluxpy.learner import Learner as _Learner
 
 
@@ -311,3 +311,77 @@ def test_a_checkpoint_says_where_the_data_has_another_length(tmp_path):
     interrupted(tmp_path)
     with pytest.warns(UserWarning, match="has 5 batches, but in the saved run it had 10"):
         interrupted(tmp_path, data=DataLoader(arrays(), batch_size=4), n=5)
+
+
+# --- requires_grad after setup ----------------------------------------------------------------------------------------
+
+
+def flags_by(how, model, state, data):
+    if how == "train":
+        train(lambda m, x, y: F.cross_entropy(m(x), y), model, data, state)
+    elif how == "fit":
+        Learner(model, F.cross_entropy, state).fit(data)
+    else:
+        for x, y in data:
+            _, grads = withgradient(lambda m, x=x, y=y: F.cross_entropy(m(x), y), model)
+            update(state, model, grads)
+
+
+@pytest.mark.parametrize("how", ["train", "fit", "loop"])
+def test_a_parameter_that_is_made_to_train_by_its_flag_is_told(how):
+    model = net()
+    model[0].requires_grad_(False)
+    state, data = setup(Adam(), model), list(DataLoader(arrays(), batch_size=5))
+    flags_by(how, model, state, data)  # without a word
+    model[0].weight.requires_grad_()
+    with pytest.warns(UserWarning, match=r"requires_grad of '0.weight' was changed after setup.*thaw") as caught:
+        flags_by(how, model, state, data)
+    assert len(caught) == 1 and state[0].weight.count == 0
+    fluxpy.thaw(state[0].weight)
+    flags_by(how, model, state, data)
+    assert state[0].weight.count == 4
+
+
+@pytest.mark.parametrize("how", ["train", "fit"])
+def test_a_parameter_that_is_held_by_its_flag_is_told(how):
+    model = net()
+    state, data = setup(Adam(), model), list(DataLoader(arrays(), batch_size=5))
+    fluxpy.freeze(state[2])  # by the verb, whatever the flags say
+    flags_by(how, model, state, data)
+    model[0].bias.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"requires_grad of '0.bias' was changed after setup.*freeze") as caught:
+        flags_by(how, model, state, data)
+    assert len(caught) == 1 and state[0].bias.count == 8
+    fluxpy.freeze(state[0].bias)
+    flags_by(how, model, state, data)
+
+
+# --- Not finite -------------------------------------------------------------------------------------------------------
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not_has_a_cure():
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return (x * self.w).sum(1).sqrt()
+
+    data = [(torch.ones(2, 3), torch.ones(2)), (torch.zeros(2, 3), torch.ones(2)), (torch.ones(2, 3), torch.ones(2))]
+    learner = Learner(Root(), F.mse_loss, Adam(), callbacks=[StopOnNaN()])
+    reason = learner.fit(data).stop_reason
+    assert "batch 2 of epoch 0 is nan" in reason and 'ClipGlobalNorm(math.inf, nonfinite="skip")' in reason
+    rule = fluxpy.OptimiserChain(fluxpy.ClipGlobalNorm(math.inf, nonfinite="skip"), Adam())
+    learner = Learner(Root(), F.mse_loss, rule, callbacks=[StopOnNaN()])
+    assert learner.fit(data).stop_reason is None and learner.state.w.count == 2
+    data[1] = data[1][0] * math.nan, data[1][1]
+    assert "ClipGlobalNorm" not in Learner(Root(), F.mse_loss, Adam(), callbacks=[StopOnNaN()]).fit(data).stop_reason
+
+
+def test_a_misspelt_event_without_an_underscore_is_an_error_too():
+    def wrong(learner, event):
+        return event in ("epochend",)
+
+    with pytest.raises(ValueError, match="there is no event 'epochend'; did you mean 'epoch_end'"):
+        Learner(net(), F.cross_entropy, Adam(), callbacks=[wrong]).fit([arrays()])

@@ -38,7 +38,7 @@ class Event(str):
     __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, str) and "_" in other and other not in EVENTS:
+        if isinstance(other, str) and other not in EVENTS:
             meant = difflib.get_close_matches(other, EVENTS)
             if meant:
                 raise ValueError(f"there is no event {other!r}; did you mean {' or '.join(map(repr, meant))}?")

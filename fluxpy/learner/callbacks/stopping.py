@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from ..core import parameters
 from ..events import Callback, CancelFit
 from ..learner import Learner
 from .monitor import Monitor
@@ -57,6 +58,9 @@ class EarlyStopping(Callback):
 class StopOnNaN(Callback):
     """Ends the fit when a loss is not finite. That batch updates nothing.
 
+    A finite loss may have a gradient that is not, which makes weights NaN one batch before the loss shows it. The rule
+    prevents that: `OptimiserChain(ClipGlobalNorm(math.inf, nonfinite="skip"), Adam(1e-3))` leaves such updates out.
+
     On a device that is looked at every few batches (`every`), and at the end of each phase."""
 
     stops_on_nonfinite = True
@@ -70,13 +74,23 @@ class StopOnNaN(Callback):
         if learner.training and (learner.batch_index + 1) % self.every == 0:
             learner.check_finite()
         if learner.training and learner.nonfinite is not None:
-            raise CancelFit(learner.nonfinite)
+            self._stop(learner)
 
     def on_training_end(self, learner: Learner) -> None:
         if learner.nonfinite is not None:
-            raise CancelFit(learner.nonfinite)
+            self._stop(learner)
 
     def on_validation_end(self, learner: Learner) -> None:
         loss = learner.stats.get("loss", 0.0)
         if learner.phase is not None and not math.isfinite(loss):
             raise CancelFit(f"the validation loss of epoch {learner.epoch_index} is {loss}")
+
+    def _stop(self, learner: Learner) -> None:
+        sound = all(bool(x.isfinite().all()) for x in parameters(learner.state, learner.model))
+        raise CancelFit(f"{learner.nonfinite}{'' if sound else _CURE}")
+
+
+_CURE = (
+    ". Weights are not finite either: an update before had a gradient that was not, with a finite loss. "
+    'ClipGlobalNorm(math.inf, nonfinite="skip") in front of the rule leaves such updates out'
+)
