@@ -68,8 +68,8 @@ class Binding:
         if changed:
             self.warned = True
             warnings.warn(
-                f"requires_grad of {names_of(changed)} was changed after setup, and is not looked at: the state decides "
-                "what trains. Write fluxpy.thaw or fluxpy.freeze of that branch of the state",
+                f"requires_grad of {names_of(changed)} was changed after setup, and is not looked at: "
+                "the state decides what trains. Write fluxpy.thaw or fluxpy.freeze of that branch of the state",
                 stacklevel=4,
             )
 

@@ -119,7 +119,11 @@ def require_batches(data: Any, name: str) -> None:
 
 def is_pair_of_arrays(data: Any) -> bool:
     """Whether this is (X, Y), and no list of two batches."""
-    if not isinstance(data, tuple | list) or len(data) != 2 or not all(isinstance(a, Tensor | np.ndarray) for a in data):
+    if (
+        not isinstance(data, tuple | list)
+        or len(data) != 2
+        or not all(isinstance(a, Tensor | np.ndarray) for a in data)
+    ):
         return False
     return isinstance(data, tuple) or data[0].shape[1:] != data[1].shape[1:] or data[0].dtype != data[1].dtype
 

@@ -475,7 +475,12 @@ class Saver(Callback):
         at, epoch, batch = self.where
         at, _, phase = at.partition(" ")
         here = learner.phase == phase if phase else True
-        if (event, learner.epoch_index) == (at, epoch) and batch in (None, learner.batch_index) and not self.saved and here:
+        if (
+            (event, learner.epoch_index) == (at, epoch)
+            and batch in (None, learner.batch_index)
+            and not self.saved
+            and here
+        ):
             buffer = io.BytesIO()
             torch.save(learner.state_dict(), buffer)
             buffer.seek(0)
@@ -614,7 +619,12 @@ def hidden(kind):
         data = Augmented(*arrays(22))
         data.rng = np.random.default_rng(7)
         return make(data, batch_size=4)
-    bits = {"pcg64": np.random.PCG64, "mt19937": np.random.MT19937, "philox": np.random.Philox, "sfc64": np.random.SFC64}
+    bits = {
+        "pcg64": np.random.PCG64,
+        "mt19937": np.random.MT19937,
+        "philox": np.random.Philox,
+        "sfc64": np.random.SFC64,
+    }
     rngs = {
         "torch": g,
         "legacy": np.random.RandomState(7),

@@ -259,7 +259,7 @@ def test_load_says_where_the_script_has_other_rules(tmp_path, kind, suffix):
 
 
 def test_functions_are_the_same_in_another_process():
-    model, state = fresh(Adam(lambda n: 0.1))
+    _, state = fresh(Adam(lambda n: 0.1))
     d = fluxpy.state_dict(state)
     d["leaves"]["0.weight"]["setup"]["lr"]["callable"] = repr(state[0].weight.rule.lr).replace("0x", "0xf")
     assert not fluxpy.load_state_dict(state, d).changed

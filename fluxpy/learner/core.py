@@ -4,13 +4,14 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..containers import open_data
 from ..context import reads_at_once
 from ..data import require_batches
-from ..grads import in_order
 from ..gradient import Gradients
+from ..grads import in_order
 from ..leaf import Leaf
 from ..pytree import level
 from ..rule import hyperparameters
@@ -70,3 +71,10 @@ def match_model(model: Any, saved: dict[str, Tensor]) -> list[tuple[Tensor, Tens
     if problems:
         raise ValueError("\n  ".join(["what was saved does not fit the model; nothing was loaded", *problems]))
     return pairs
+
+
+def load_model(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Write what `match_model` paired into the model."""
+    with torch.no_grad():
+        for here, there in pairs:
+            here.copy_(there)

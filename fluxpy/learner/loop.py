@@ -1,6 +1,7 @@
 """Loop: what a Learner does in one call of `fit` or `validate`: epochs, phases, batches."""
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ class Loop:
         self._restore("fit")
         for epoch in range(learner.progress.epoch, learner.epoch_count):
             learner.epoch_index, learner.progress.within = epoch, "epoch"
+            self.run.epoch_began = time.monotonic() - self._spent("epoch")
             self.dispatcher.run("epoch", self._epoch, self._end_epoch)
 
     def _epoch(self) -> None:
@@ -57,8 +59,13 @@ class Loop:
     def _end_epoch(self, done: bool) -> None:
         learner = self.learner
         learner.history.append({"epoch": learner.epoch_index, "train": {}, "validation": {}} | self.run.row)
+        learner.history.seconds.append(time.monotonic() - self.run.epoch_began)
         if done:
             learner.progress.end_epoch()
+
+    def _spent(self, on: str) -> float:
+        """The seconds that the saved run, with which this one goes on, had spent."""
+        return 0.0 if self.run.saved is None else self.run.saved["seconds"][on]
 
     def _restore(self, level: str) -> None:
         """Within this level the saved run goes on. Start events that it had fired were fired again, for callbacks to
@@ -157,7 +164,8 @@ class Loop:
     def _start_phase(self, phase: str | None, source: Source) -> None:
         learner = self.learner
         learner.phase, learner.training, learner.nonfinite, learner.stats = phase, phase == "train", None, {}
-        learner.batch_index, learner.batch_count = 0, source.length()
+        learner.batch_index, learner.batch_count, learner.seconds = 0, source.length(), 0.0
+        self.run.phase_began = time.monotonic() - self._spent("phase")
         learner.metrics.reset()
 
     def _run_phase(self, level: str, body: Callable[[], None]) -> None:
@@ -169,7 +177,7 @@ class Loop:
     def _end_phase(self, done: bool) -> None:
         """The numbers of the phase are final."""
         learner, run = self.learner, self.run
-        learner.stats = learner.running()
+        learner.stats, learner.seconds = learner.running(), time.monotonic() - run.phase_began
         if learner.phase is None:
             return
         if learner.nonfinite is not None and not learner.stats:  # no batch had a loss

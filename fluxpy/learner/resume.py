@@ -1,5 +1,6 @@
 """What a run needs to go on exactly as it would have, as plain data and back."""
 
+import time
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,7 +9,7 @@ import torch
 
 from .. import leaves, load_state_dict, state_dict
 from . import events
-from .core import Report, changed_rules, match_model, model_dict, note_rule
+from .core import Report, changed_rules, load_model, match_model, model_dict, note_rule
 from .data import Source
 from .rng import random_state
 from .window import Window
@@ -30,12 +31,20 @@ class Run:
     window: Window = field(default_factory=Window)  # gradients that wait for an update
     row: dict[str, Any] = field(default_factory=dict)  # what the history will have of the present epoch
     lengths: dict[str, int | None] = field(default_factory=dict)  # how many batches each phase had
+    epoch_began: float = 0.0  # by `time.monotonic`; earlier by what a saved run had spent on it
+    phase_began: float = 0.0
     rng_at_start: dict[str, Any] | None = None  # with which the data of the present phase was begun
     saved: dict[str, Any] | None = None  # the saved run to go on with, until that is done
 
     @property
     def sources(self) -> tuple[Source | None, Source | None]:
         return self.train, self.valid
+
+    def seconds(self, learner: "Learner") -> dict[str, Any]:
+        """What was spent on the present epoch and phase."""
+        now, within = time.monotonic(), learner.progress.within
+        in_epoch, in_phase = within != "fit", within in ("training", "validation")
+        return {"epoch": in_epoch * (now - self.epoch_began), "phase": in_phase * (now - self.phase_began)}
 
 
 def save(learner: "Learner", run: Run) -> dict[str, Any]:
@@ -57,7 +66,8 @@ def save(learner: "Learner", run: Run) -> dict[str, Any]:
         "window": clones(run.window.state_dict()),
         "row": dict(run.row),
         "lengths": dict(run.lengths),
-        "history": [dict(row) for row in learner.history if row["epoch"] < progress.epoch],
+        "history": (history := [dict(row) for row in learner.history if row["epoch"] < progress.epoch]),
+        "seconds": run.seconds(learner) | {"epochs": learner.history.seconds[: len(history)]},
         "callbacks": callbacks,
     }
 
@@ -74,7 +84,7 @@ def load(learner: "Learner", saved: Any) -> None:
     report = _load_weights(learner, saved)
     if _hyperparameters(saved) == "load" and (changed := changed_rules(report, _OPTION)):
         warnings.warn(f"{changed}", stacklevel=3)
-    learner.history = events.History(dict(row) for row in saved["history"])
+    learner.history = events.History((dict(row) for row in saved["history"]), saved["seconds"]["epochs"])
     load_callbacks(learner.callbacks, saved["callbacks"])
 
 
@@ -97,20 +107,19 @@ def _hyperparameters(saved: dict[str, Any]) -> Literal["load", "keep"]:
 def _load_weights(learner: "Learner", saved: dict[str, Any]) -> Report:
     pairs = match_model(learner.model, saved["model"])
     report = load_state_dict(learner.state, saved["state"], hyperparameters=_hyperparameters(saved))
-    with torch.no_grad():
-        for here, there in pairs:
-            here.copy_(there)
+    load_model(pairs)
     return report
 
 
 def load_callbacks(callbacks: list[Any], saved: list[Any], warn: bool = True) -> None:
-    """Give callbacks their state back, by place and name."""
+    """Give callbacks their state back, by place and name. Those that have none are passed by."""
     for i, callback in enumerate(callbacks):
         name = events.name_of(callback)
+        if not isinstance(callback, events.Callback):
+            continue
         if i < len(saved) and saved[i][0] == name:
-            if isinstance(callback, events.Callback):
-                callback.load_state_dict(clones(saved[i][1]))
-        elif warn:
+            callback.load_state_dict(clones(saved[i][1]))
+        elif warn and type(callback).load_state_dict is not events.Callback.load_state_dict:
             was = repr(saved[i][0]) if i < len(saved) else "nothing"
             where = f"the callback {name} was not saved at its place (there was {was})"
             warnings.warn(f"{where}; it starts afresh", stacklevel=2)

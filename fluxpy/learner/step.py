@@ -10,8 +10,8 @@ class Step:
 
     `input` and `target` are set before `batch_start`, where callbacks may change them; `output`, `loss` and `grads`
     before `update_start`, where they may change `grads`. In validation there are no `grads`, and `output` may be
-    changed in `inference_prediction_end`. `samples` weights what the batch counts in metrics, and `weight`, which a step
-    may set, in the mean of `accumulate`: by default how many targets count, or else the samples.
+    changed in `inference_prediction_end`. `samples` weights what the batch counts in metrics, and `weight`, which a
+    step may set, in the mean of `accumulate`: by default how many targets count, or else the samples.
     """
 
     input: Any = None

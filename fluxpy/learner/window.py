@@ -52,7 +52,12 @@ def weight_of(step: Any, loss: Any) -> Any:
     if step.weight is not None:
         return step.weight
     target = step.target
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+    if (
+        not isinstance(target, Tensor)
+        or target.is_floating_point()
+        or target.is_complex()
+        or target.dtype == torch.bool
+    ):
         return step.samples
     ignored = getattr(loss, "ignore_index", -100)
     return number(counted(target, ignored).count_nonzero())

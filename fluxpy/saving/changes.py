@@ -18,7 +18,9 @@ def changes(now: Any, saved: Any, place: str = "") -> list[str]:
             inner = [(_at(place, key), now[key], saved[key]) for key in now if isinstance(key, str)]
             return [line for at, a, b in inner for line in changes(a, b, at)]
     elif isinstance(now, list) and isinstance(saved, list) and len(now) == len(saved) and _of_dicts(now):
-        return [line for i, (a, b) in enumerate(zip(now, saved, strict=True)) for line in changes(a, b, f"{place}[{i}]")]
+        return [
+            line for i, (a, b) in enumerate(zip(now, saved, strict=True)) for line in changes(a, b, f"{place}[{i}]")
+        ]
     return [] if _same(now, saved) else [f"{place or 'the rule'} was {_shown(saved)}, is now {_shown(now)}"]
 
 

@@ -83,7 +83,11 @@ def load(
     with torch.no_grad():
         for own, saved in pairs:  # all was checked before, so none of these can fail
             own.copy_(saved)
-    if report is not None and hyperparameters == "load" and (changed := changed_rules(report, 'hyperparameters="keep"')):
+    if (
+        report is not None
+        and hyperparameters == "load"
+        and (changed := changed_rules(report, 'hyperparameters="keep"'))
+    ):
         warnings.warn(f"{where}: {changed}", stacklevel=2)
     if problems:
         warnings.warn("\n  ".join([f"{where} fits in part", *problems]), stacklevel=2)

@@ -27,7 +27,9 @@ class LeafRecord:
 
 def read_leaf(leaf: Leaf) -> LeafRecord:
     made = record_of(leaf).made
-    return LeafRecord(leaf.rule, made, leaf.state, leaf.frozen, leaf.count, pending_numbers(leaf), leaf.shape, leaf.dtype)
+    return LeafRecord(
+        leaf.rule, made, leaf.state, leaf.frozen, leaf.count, pending_numbers(leaf), leaf.shape, leaf.dtype
+    )
 
 
 def write_leaf(leaf: Leaf, record: LeafRecord) -> None:

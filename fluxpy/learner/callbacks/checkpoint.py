@@ -24,17 +24,19 @@ class Checkpoint(Callback):
 
     `last.flux` is written at the end of each epoch, and after every so many batches (`every`); a fit that finds one
     loads it and goes on from there, in the middle of an epoch too, bit for bit as if it had never stopped, if it is
-    given the same data. Rates and other hyperparameters are those of the file; where the script says others, a warning
-    tells, and with `hyperparameters="keep"` those of the script count. With `resume=False` it begins anew. A later fit with the same object begins anew as well, but
-    a script with several fits needs a Checkpoint with its own directory for each: `fit(..., callbacks=[...])`.
+    given the same data. Rates and other hyperparameters are those of the file; where the script says others, a
+    warning tells, and with `hyperparameters="keep"` those of the script count. With `resume=False` it begins anew.
+    A later fit with the same object begins anew as well, but a script with several fits needs a Checkpoint with its
+    own directory for each: `fit(..., callbacks=[...])`.
 
-    The `keep` best epochs stay in files of their own, `best` names them. `monitor` is a metric, by default the loss of
-    validation (of training, where there is no validation); `"train.accuracy"` names another phase. `mode` says whether
-    `"min"` or `"max"` is best, for metrics that fluxpy does not know. `fluxpy.load(path, model=model)` reads a file.
+    The `keep` best epochs stay in files of their own, `best` names them. `monitor` is a metric, by default the loss
+    of validation (of training, where there is no validation); `"train.accuracy"` names another phase. `mode` says
+    whether `"min"` or `"max"` is best, for metrics that fluxpy does not know. `fluxpy.load(path, model=model)`
+    reads a file.
 
     On SIGTERM and SIGINT (Ctrl-C) the present batch is finished and saved, and the fit ends with a reason; a second
-    SIGINT interrupts at once. A kill at any instant leaves whole files. While a fit runs, no other may use the directory.
-    Acts after all other callbacks.
+    SIGINT interrupts at once. A kill at any instant leaves whole files. While a fit runs, no other may use the
+    directory. Acts after all other callbacks.
     """
 
     acts_last = True
