@@ -65,8 +65,7 @@ class Learner:
         self.model, self.loss = model, loss
         self.autocast, self.accumulate = autocast, accumulate
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
-        devices = {x.device for x in parameters(self.state, model)}
-        self.device = devices.pop() if len(devices) == 1 else None  # where batches go
+        self.device = _device_of(parameters(self.state, model))  # where batches go
         self.metrics = Metrics(metrics)
         self.callbacks = events.checked(callbacks)
         self.callbacks[:0] = [ProgressBar()] if default_callbacks else []
@@ -301,6 +300,12 @@ class Learner:
         other.history, other.progress, other.step, other.stats = History(), Progress(), Step(), {}
         other._run, other._loop = Run(), None
         return other
+
+
+def _device_of(tensors: list[Tensor]) -> torch.device | None:
+    """Where all of them are, if that is one device."""
+    devices = {x.device for x in tensors}
+    return devices.pop() if len(devices) == 1 else None
 
 
 def _can_join(tensors: tuple[Tensor, ...]) -> bool:

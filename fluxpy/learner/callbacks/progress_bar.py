@@ -104,7 +104,7 @@ class ProgressBar(Callback):
         long, short = [_seconds(learner.seconds)] * 2 if last else self._pace(learner.batch_count)
         for cells, end in ((20, long), (4, long), (4, short), (0, short)):
             yield self._line(learner, numbers, cells, end)
-        for end, widths in ((short, (8, 4, 2)), ("", (99, 8, 4, 2))):
+        for end, widths in ((short, () if last else (8, 4, 2)), ("", (99, 8, 4, 2))):
             for width in widths:
                 yield self._line(learner, numbers, 0, end, width)
         yield _text(numbers, 2)
