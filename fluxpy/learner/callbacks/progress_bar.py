@@ -128,7 +128,7 @@ class ProgressBar(Callback):
         rate = batches / max(seconds, 1e-9)
         left = f" · {tqdm.format_interval(max(0, total - self._done) / rate)} left" if total else ""
         if rate < 10:
-            return (f"· {1 / rate:.2g} s/batch{left}",) * 2
+            return f"· {1 / rate:.2g} s/batch{left}", f"· {1 / rate:.2g} s/batch{left}"
         return f"· {rate:.0f} batches/s{left}", f"· {rate:.0f}/s{left}"
 
     # --- What others print --------------------------------------------------------------------------------------------
