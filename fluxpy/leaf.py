@@ -36,8 +36,8 @@ class Record:
     """The contents of a leaf. `tensors` are those of the rule's state, None where there is no state yet.
 
     `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
-    accumulating rule, which missed updates meanwhile. `made` is the rule that the script gave to `setup`; in a Learner,
-    what it was when the fit began. `asked` is whether the parameter required grad at `setup`, None if not known.
+    accumulating rule, which missed updates meanwhile. `made` is the rule that `setup` was given, and `asked` whether
+    the parameter required grad then, None where that is not known.
     """
 
     __slots__ = ("asked", "dtype", "frozen", "made", "numbers", "pending", "rule", "shape", "tensors")

@@ -579,6 +579,33 @@ def test_on_resume_nothing_acts_twice(moment):
     assert all(map(torch.equal, whole.model.parameters(), again.model.parameters()))
 
 
+@pytest.mark.parametrize("event", ["epoch_start", "training_start", "validation_start"])
+@pytest.mark.parametrize("moment", MOMENTS[:9])
+def test_a_start_event_that_comes_again_cancels_nothing(moment, event):
+    """It had not cancelled the saved run either, even where a callback counts how often it comes."""
+
+    class Limit(Counter):
+        def on_batch_end(self, learner):
+            pass
+
+        def __call__(self, learner, e):
+            if e == event:
+                self.n += 1
+                if self.n == 3:
+                    raise CancelFit("three were enough")
+
+    def run(saved=None):
+        saver = Saver(*moment)
+        learner = Learner(net(0.3), F.cross_entropy, Adam(0.05), callbacks=[Limit(), saver])
+        if saved is not None:
+            learner.load_state_dict(saved)
+        return learner.fit(loaders("ours"), batches(), epochs=4), saver.saved
+
+    history, saved = run()
+    again, _ = run(saved)
+    assert list(again) == list(history) and again.stop_reason == history.stop_reason == "three were enough"
+
+
 class Shuffled(torch.utils.data.Sampler):
     def __init__(self, n, **attributes):
         self.n = n

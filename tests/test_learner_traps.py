@@ -385,3 +385,12 @@ def test_a_misspelt_event_without_an_underscore_is_an_error_too():
 
     with pytest.raises(ValueError, match="there is no event 'epochend'; did you mean 'epoch_end'"):
         Learner(net(), F.cross_entropy, Adam(), callbacks=[wrong]).fit([arrays()])
+
+
+def test_a_file_of_a_learner_still_says_what_setup_was_given(tmp_path):
+    learner = Learner(net(), F.cross_entropy, Adam(0.1), callbacks=[Checkpoint(tmp_path)])
+    fluxpy.adjust(learner.state[0], 0.01)
+    learner.fit(DataLoader(arrays(), batch_size=4))
+    model, state = fresh(Adam(0.1))
+    fluxpy.load(tmp_path / "last.flux", model=model, state=state)  # without a word
+    assert fluxpy.value(state[0].weight, "lr") == 0.01

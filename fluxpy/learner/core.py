@@ -19,8 +19,7 @@ from ..rule import walk as members
 from ..saving.file import read as read_file
 from ..saving.file import remove_leftovers
 from ..saving.model import match_tensors, model_tensors
-from ..saving.record import note_rule
-from ..saving.state_dict import Report, changed_rules
+from ..saving.state_dict import changed_rules, changes_of_rules, plain_rules
 from ..state import Rules, State, bind, tree_context
 from ..text import near
 from ..train import place, training_mode

@@ -86,8 +86,8 @@ class Source:
         found: dict[int, Any] = {}
         seen: dict[int, Any] = {}
         todo = [(self.loader, 0)]
-        while todo:
-            x, depth = todo.pop()
+        while todo and len(seen) < _MOST:
+            x, depth = todo.pop(0)
             if id(x) in seen or depth > _DEEP:
                 continue
             seen[id(x)] = x
@@ -107,7 +107,7 @@ class Source:
 
 _END = object()
 _GENERATORS = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
-_DEEP, _MANY = 5, 64  # how far and in how long lists generators are looked for
+_DEEP, _MANY, _MOST = 5, 64, 2000  # how far, in how long lists and in how many objects generators are looked for
 
 
 def split(batch: Any) -> tuple[Any, Any]:

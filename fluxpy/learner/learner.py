@@ -123,12 +123,12 @@ class Learner:
                 source.need(epochs, epochs - progress.epoch)
         if saved is None:
             self.history = History()
-            resume.note_rules(self)
         else:
             resume.load_callbacks(extra, saved["callbacks"][len(self.callbacks) :])
         self.history.stop_reason = None
         lengths = {} if saved is None else dict(saved["lengths"])
-        self._run = Run(training, validation, extra, lengths=lengths, saved=saved)
+        rules = resume.rules_of(self, saved)
+        self._run = Run(training, validation, extra, rules=rules, lengths=lengths, saved=saved)
         self._start_fit(progress, epochs)
         self._loop = Loop(self, self._run)
         try:

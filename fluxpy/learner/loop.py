@@ -42,6 +42,7 @@ class Loop:
     def _epochs(self) -> None:
         learner = self.learner
         self._restore("fit")
+        self.dispatcher.again = self.run.saved is not None
         for epoch in range(learner.progress.epoch, learner.epoch_count):
             learner.epoch_index, learner.progress.within = epoch, "epoch"
             self.run.epoch_began = time.monotonic() - self._spent("epoch")
@@ -77,7 +78,7 @@ class Loop:
         set_random_state(saved["random"])
         if level in ("fit", "epoch"):  # otherwise the data was begun before, and is at its place
             set_data_state(self.run.sources, saved["random"]["data"])
-        self.run.saved = None
+        self.run.saved, self.dispatcher.again = None, False
 
     # --- Phases -------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 
 from .. import leaves, load_state_dict, state_dict
 from . import events
-from .core import Report, changed_rules, load_model, match_model, model_dict, note_rule
+from .core import changed_rules, changes_of_rules, load_model, match_model, model_dict, plain_rules
 from .data import Source
 from .rng import random_state
 from .window import Window
@@ -30,6 +30,7 @@ class Run:
     callbacks: list[Any] = field(default_factory=list)  # those of this fit only
     window: Window = field(default_factory=Window)  # gradients that wait for an update
     row: dict[str, Any] = field(default_factory=dict)  # what the history will have of the present epoch
+    rules: Any = None  # with which the fit began, by path; or as a saved run had them
     lengths: dict[str, int | None] = field(default_factory=dict)  # how many batches each phase had
     epoch_began: float = 0.0  # by `time.monotonic`; earlier by what a saved run had spent on it
     phase_began: float = 0.0
@@ -66,6 +67,7 @@ def save(learner: "Learner", run: Run) -> dict[str, Any]:
         "window": clones(run.window.state_dict()),
         "row": dict(run.row),
         "lengths": dict(run.lengths),
+        "rules": run.rules if isinstance(run.rules, list) else plain_rules(run.rules or present_rules(learner)),
         "history": (history := [dict(row) for row in learner.history if row["epoch"] < progress.epoch]),
         "seconds": run.seconds(learner) | {"epochs": learner.history.seconds[: len(history)]},
         "callbacks": callbacks,
@@ -80,10 +82,10 @@ def load(learner: "Learner", saved: Any) -> None:
     sums = names if saved["metrics"] is None else saved["metrics"]["sums"]
     if set(sums) != set(names):
         raise ValueError(f"the saved run had the metrics {sorted(sums)}, this one has {sorted(names)}")
-    note_rules(learner)
-    report = _load_weights(learner, saved)
-    if _hyperparameters(saved) == "load" and (changed := changed_rules(report, _OPTION)):
-        warnings.warn(f"{changed}", stacklevel=3)
+    changes = changes_of_rules(plain_rules(present_rules(learner)), saved["rules"])
+    _load_weights(learner, saved)
+    if _hyperparameters(saved) == "load" and (changed := changed_rules(changes, _OPTION)):
+        warnings.warn(changed, stacklevel=3)
     learner.history = events.History((dict(row) for row in saved["history"]), saved["seconds"]["epochs"])
     load_callbacks(learner.callbacks, saved["callbacks"])
 
@@ -94,21 +96,24 @@ def restore(learner: "Learner", run: Run, saved: dict[str, Any]) -> None:
     load_callbacks([*learner.callbacks, *run.callbacks], saved["callbacks"], warn=False)
 
 
-def note_rules(learner: "Learner") -> None:
-    """Take the rules that the state has now for what the script says."""
-    for _, leaf in leaves(learner.state):
-        note_rule(leaf)
-
-
 def _hyperparameters(saved: dict[str, Any]) -> Literal["load", "keep"]:
     return saved.get("hyperparameters", "load")
 
 
-def _load_weights(learner: "Learner", saved: dict[str, Any]) -> Report:
+def _load_weights(learner: "Learner", saved: dict[str, Any]) -> None:
     pairs = match_model(learner.model, saved["model"])
-    report = load_state_dict(learner.state, saved["state"], hyperparameters=_hyperparameters(saved))
+    load_state_dict(learner.state, saved["state"], hyperparameters=_hyperparameters(saved))
     load_model(pairs)
-    return report
+
+
+def present_rules(learner: "Learner") -> dict[str, Any]:
+    """The rule of each leaf."""
+    return {path: leaf.rule for path, leaf in leaves(learner.state)}
+
+
+def rules_of(learner: "Learner", saved: dict[str, Any] | None) -> Any:
+    """The rules with which the fit begins, or began."""
+    return saved["rules"] if saved and _hyperparameters(saved) == "load" else present_rules(learner)
 
 
 def load_callbacks(callbacks: list[Any], saved: list[Any], warn: bool = True) -> None:

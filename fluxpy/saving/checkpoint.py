@@ -86,7 +86,7 @@ def load(
     if (
         report is not None
         and hyperparameters == "load"
-        and (changed := changed_rules(report, 'hyperparameters="keep"'))
+        and (changed := changed_rules(report.changed, 'hyperparameters="keep"'))
     ):
         warnings.warn(f"{where}: {changed}", stacklevel=2)
     if problems:

@@ -39,11 +39,6 @@ def write_leaf(leaf: Leaf, record: LeafRecord) -> None:
     record_of(leaf).made = record.made
 
 
-def note_rule(leaf: Leaf) -> None:
-    """Take the present rule for what the script gave: a fit begins with what was adjusted after `setup`."""
-    record_of(leaf).made = leaf.rule
-
-
 def state_template(rule: Rule, shape: torch.Size, dtype: torch.dtype) -> Any:
     """The state that `rule` starts with for such a parameter, on the meta device: its form without its memory."""
     return init_state(rule, torch.empty(shape, dtype=dtype, device="meta"), 0, "")

@@ -7,6 +7,7 @@ import torch
 
 from ..leaf import Leaf
 from ..pytree import tensors_in
+from ..rule import Rule
 from ..state import State, paths_and_leaves
 from ..text import names_of
 from .changes import changes
@@ -120,10 +121,26 @@ def load_state_dict(
     return report
 
 
-def changed_rules(report: Report, option: str) -> str | None:
+def plain_rules(rules: Mapping[str, Rule | None]) -> list[list[Any]]:
+    """Rules by path as plain data, each with the paths of its leaves."""
+    encoder = Encoder()
+    found: dict[int, list[Any]] = {}
+    for path, rule in rules.items():
+        found.setdefault(id(rule), [encoder.rule(rule), []])[1].append(path)
+    return list(found.values())
+
+
+def changes_of_rules(now: list[list[Any]], saved: list[list[Any]]) -> dict[str, str]:
+    """Where what `plain_rules` gave is not what it gave then, by path."""
+    before = {path: rule for rule, paths in saved for path in paths}
+    found = {path: "; ".join(changes(rule, before.get(path))) for rule, paths in now for path in paths}
+    return {path: change for path, change in found.items() if change}
+
+
+def changed_rules(changed: dict[str, str], option: str) -> str | None:
     """What to warn of after the file's hyperparameters were loaded: that the script says other ones."""
     paths: dict[str, list[str]] = {}
-    for path, change in report.changed.items():
+    for path, change in changed.items():
         paths.setdefault(change, []).append(path)
     if not paths:
         return None
