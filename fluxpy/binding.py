@@ -1,6 +1,7 @@
 """Binding: a model bound to the shape of a state, so that from step to step nobody walks the model again."""
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -39,6 +40,8 @@ class Binding:
         self.indices = list(spec.leaves)  # of each parameter's leaf among the values of the state
         self.paths = tuple(spec.leaves.values())
         self.records = [records[index] for index in self.indices] if records else []
+        self.unasked = self._unasked()
+        self.warned = False
         self.plan: Any = None  # how the engine steps these parameters
         self.model: Callable[[], Any] = _reference(model, forget)
         dicts = [x for x in containers if isinstance(x, dict)]
@@ -48,6 +51,27 @@ class Binding:
         # Else some container cannot be looked into, and a model never matches.
         self.transparent = len(dicts) + len(self.lists) == len(containers)
         self.keys, self.held = self._look()
+
+    def _unasked(self) -> list[Tensor]:
+        """What its flag froze when the state was made: whoever sets one of these later wants it to train."""
+        return [x for x, record in zip(self.params, self.records, strict=False) if record.asked is False]
+
+    def warn_of_flags(self) -> None:
+        """Warn, once, of each `requires_grad` that was changed after the state was made and contradicts it."""
+        if self.warned:
+            return
+        changed = [
+            path
+            for path, x, record in zip(self.paths, self.params, self.records, strict=True)
+            if record.asked is not None and x.requires_grad is not record.asked and x.requires_grad is record.frozen
+        ]
+        if changed:
+            self.warned = True
+            warnings.warn(
+                f"requires_grad of {names_of(changed)} was changed after setup, and is not looked at: "
+                "the state decides what trains. Write fluxpy.thaw or fluxpy.freeze of that branch of the state",
+                stacklevel=4,
+            )
 
     def _look(self) -> tuple[list[Any], list[Any]]:
         inside = chain.from_iterable(map(_VALUES, self.filled))
@@ -68,6 +92,7 @@ class Binding:
             )
             other.held = other._look()[1]
         other.params, other.records, other.plan = plan.params, plan.records, plan
+        other.unasked = other._unasked()
         return other
 
     def matches(self, model: Any) -> bool:

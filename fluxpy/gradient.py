@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .binding import Binding
+from .containers import open_data
 from .leaf import Leaf
-from .pytree import is_transforming, partition
+from .pytree import is_transforming
 from .state import State, bind
 from .tree import Mirror, TreeSpec, spec_of, values_of, walk
 
@@ -122,6 +123,8 @@ def differentiate(
     # wanted.
     pairs = zip(binding.params, trains, strict=True)
     flips = [x for x, wants in pairs if x.requires_grad != wants and x.is_leaf]
+    if flips and not binding.warned:
+        binding.warn_of_flags()
     return _differentiate(f, model, args, _Wanted(binding.walked, binding.params, trains, flips), create_graph)
 
 
@@ -163,8 +166,8 @@ def _detached(value: Any) -> Any:
         return value.detach().clone() if value.is_leaf or value._is_view() else value.detach()
     if type(value) is tuple:
         return tuple(map(_detached, value))
-    tensors, skeleton = partition(value)
-    return skeleton.combine(map(_detached, tensors)) if tensors else value
+    tensors, opened = open_data(value)
+    return opened.combine(map(_detached, tensors)) if tensors else value
 
 
 _WHY = (

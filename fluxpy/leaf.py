@@ -36,13 +36,16 @@ class Record:
     """The contents of a leaf. `tensors` are those of the rule's state, None where there is no state yet.
 
     `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
-    accumulating rule, which missed updates meanwhile.
+    accumulating rule, which missed updates meanwhile. `made` is the rule that `setup` was given, and `asked` whether
+    the parameter required grad then, None where that is not known.
     """
 
-    __slots__ = ("dtype", "frozen", "numbers", "pending", "rule", "shape", "tensors")
+    __slots__ = ("asked", "dtype", "frozen", "made", "numbers", "pending", "rule", "shape", "tensors")
 
     def __init__(self, rule: Rule | None, frozen: bool, shape: torch.Size, dtype: torch.dtype) -> None:
         self.rule, self.frozen, self.shape, self.dtype = rule, frozen, shape, dtype
+        self.made = rule
+        self.asked: bool | None = None
         self.tensors: list[Tensor] | None = None
         self.numbers = Numbers()
         self.pending: Skeleton | None = None
@@ -85,6 +88,7 @@ class Record:
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
         other = Record(self.rule, self.frozen, self.shape, self.dtype)
         other.numbers, other.tensors, other.pending = numbers, tensors, self.pending
+        other.made, other.asked = self.made, self.asked
         return other
 
 
@@ -143,7 +147,7 @@ class Leaf:
         if id(context) not in memo:
             memo[id(context)] = context.fork(1), Bindings()
         copied = record.copy(numbers, tensors)
-        copied.rule = copy.deepcopy(record.rule, memo)
+        copied.rule, copied.made = copy.deepcopy((record.rule, record.made), memo)
         other = memo[id(self)] = Leaf(copied, *memo[id(context)])
         return other
 
@@ -152,6 +156,7 @@ class Leaf:
         tensors = None if record.tensors is None else [_compact(t) for t in record.tensors]
         return (
             record.rule,
+            record.made,
             record.frozen,
             record.shape,
             record.dtype,
@@ -162,8 +167,9 @@ class Leaf:
         )
 
     def __setstate__(self, held: Any) -> None:
-        rule, frozen, shape, dtype, numbers, pending, tensors, context = held
+        rule, made, frozen, shape, dtype, numbers, pending, tensors, context = held
         self._record = Record(rule, frozen, shape, dtype)
+        self._record.made = made
         self._record.numbers, self._record.pending, self._record.tensors = numbers, pending, tensors
         self._context, self._bindings, self._pending = context, Bindings(), None
 

@@ -177,8 +177,16 @@ def names_by_number(spec: TreeSpec) -> dict[int, list[str]]:
 
 
 def _new(rule: Rule | None, x: Tensor) -> Record:
-    frozen = rule is None or (isinstance(x, nn.Parameter) and not x.requires_grad)
-    return Record(rule, frozen, x.shape, x.dtype)
+    record = Record(rule, rule is None, x.shape, x.dtype)
+    _note_flag(record, x)
+    return record
+
+
+def _note_flag(record: Record, x: Tensor) -> None:
+    """A parameter that does not require grad is frozen."""
+    if isinstance(x, nn.Parameter):
+        record.asked = x.requires_grad
+        record.frozen = record.frozen or not x.requires_grad
 
 
 def _kept(kept: dict[str, Leaf], names: list[str], x: Tensor) -> Record | None:
@@ -203,7 +211,7 @@ def _changed(kept: dict[str, Leaf], new: list[int], params: list[Tensor], names:
 def _copy(before: Record, x: Tensor, numbers: dict[int, Numbers]) -> Record:
     own = numbers.setdefault(id(before.numbers), before.numbers.copy())
     record = before.clone(own)
-    record.frozen = record.frozen or (isinstance(x, nn.Parameter) and not x.requires_grad)
+    _note_flag(record, x)
     return record
 
 

@@ -7,15 +7,16 @@ import time
 from collections.abc import Iterable
 from typing import Any, Never
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .containers import open_data
 from .context import reads_at_once
+from .data import require_batches
 from .gradient import LossFunction, Model, Value, differentiate
 from .leaf import Leaf
-from .pytree import level, partition, tensors_in, unwrap
+from .pytree import level, unwrap
 from .state import State, bind, leaves, tree_context
 from .update import apply_gradients, check_finite
 
@@ -122,7 +123,7 @@ def to_device(batch: Any, params: list[Tensor]) -> Any:
     parts = batch if isinstance(batch, tuple | list) else (batch,)
     if len(devices) == 1 and all(isinstance(part, Tensor) and part.device in devices for part in parts):
         return batch
-    tensors = tensors_in(batch)
+    tensors, _ = open_data(batch)
     if len(devices) > 1 and tensors:
         raise ValueError(
             f"cannot tell the batch's device: the model's parameters are on {', '.join(sorted(map(str, devices)))}; "
@@ -142,8 +143,10 @@ def place(batch: Any, device: torch.device | None) -> Any:
         return batch if batch.device == device else batch.to(device, non_blocking=batch.is_pinned())
     if type(batch) in (tuple, list):
         return type(batch)([place(part, device) for part in batch])
-    tensors, skeleton = partition(batch)
-    return skeleton.combine(place(t, device) for t in tensors) if tensors else batch
+    tensors, opened = open_data(batch)
+    if all(t.device == device for t in tensors):
+        return batch
+    return opened.combine(place(t, device) for t in tensors)
 
 
 def _watched() -> bool:
@@ -161,10 +164,4 @@ def _refuse(refused: dict[str, Any], data: Any, state: Any) -> None:
         raise TypeError(f"train has no argument {name!r}{hint}")
     if not isinstance(state, State | Leaf):
         raise TypeError(f"train takes the state that setup returns in fourth place, but got {type(state).__name__}")
-    if isinstance(data, dict) or data is None:
-        raise TypeError(
-            f"train takes an iterable of batches, not {type(data).__name__}: DataLoader(data, batch_size=32)"
-        )
-    arrays = isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(a, Tensor | np.ndarray) for a in data)
-    if arrays and (isinstance(data, tuple) or data[0].shape != data[1].shape or data[0].dtype != data[1].dtype):
-        raise TypeError("train takes an iterable of batches, not a pair of arrays: DataLoader((X, Y), batch_size=32)")
+    require_batches(data, "the data of train")

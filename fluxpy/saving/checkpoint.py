@@ -14,7 +14,7 @@ from ..state import State
 from .file import read, write
 from .format import SCALARS, plain_scalar
 from .model import match_tensors, model_tensors
-from .state_dict import load_state_dict, state_dict
+from .state_dict import Report, changed_rules, load_state_dict, state_dict
 
 MAX_DEPTH = 100  # of lists and dicts in extra
 
@@ -56,7 +56,8 @@ def load(
 
     All of it, or nothing: names, shapes and dtypes of both are checked first, and ValueError lists what does not fit.
     With `strict=False` what does not fit stays as it is, and a warning lists it. `hyperparameters="keep"` leaves those
-    of the state, as for a resumed run with a new rate; for more see `load_state_dict`.
+    of the state, as for a resumed run with a new rate; where `setup` was given other ones than in the saved run and
+    those of the file are loaded, a warning says so. For more see `load_state_dict`.
 
     A file that is truncated, altered, of another kind or of a newer fluxpy is a ValueError that names file and cause.
     Nothing in a file is ever run.
@@ -71,6 +72,7 @@ def load(
     pairs, problems = ([], []) if model is None else match_tensors(dict(model_tensors(model)), data["model"])
     if problems and strict:
         raise ValueError("\n  ".join([f"{where} does not fit the model; nothing was loaded", *problems]))
+    report: Report | None = None
     if state is not None:
         try:
             report = load_state_dict(state, data["state"], strict=strict, hyperparameters=hyperparameters)
@@ -81,6 +83,12 @@ def load(
     with torch.no_grad():
         for own, saved in pairs:  # all was checked before, so none of these can fail
             own.copy_(saved)
+    if (
+        report is not None
+        and hyperparameters == "load"
+        and (changed := changed_rules(report.changed, 'hyperparameters="keep"'))
+    ):
+        warnings.warn(f"{where}: {changed}", stacklevel=2)
     if problems:
         warnings.warn("\n  ".join([f"{where} fits in part", *problems]), stacklevel=2)
     return data["extra"]
