@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .distributed.layout import any_dtensor, local_tensors
+from .distributed.parallel import Parallel, parallel_of, reshard
 from .text import names_of
 from .tree import TreeSpec, explore
 
@@ -35,10 +37,14 @@ class Binding:
         self.walked, values, containers = explore(model)
         if self.walked != spec:
             raise ValueError(difference(spec, self.walked, ""))
-        self.params: list[Tensor] = [values[j] for j in self.walked.leaves]
+        self.originals: list[Tensor] = [values[j] for j in self.walked.leaves]
+        # Whether any is spread over processes; then `params` are what this one holds of them.
+        self.spread = any_dtensor(self.originals)
+        self.params = local_tensors(self.originals) if self.spread else self.originals
         self.indices = list(spec.leaves)  # of each parameter's leaf among the values of the state
         self.paths = tuple(spec.leaves.values())
         self.records = [records[index] for index in self.indices] if records else []
+        self.parallel: Parallel | None = parallel_of(model, self.originals, self.paths)
         self.plan: Any = None  # how the engine steps these parameters
         self.model: Callable[[], Any] = _reference(model, forget)
         dicts = [x for x in containers if isinstance(x, dict)]
@@ -68,12 +74,23 @@ class Binding:
             )
             other.held = other._look()[1]
         other.params, other.records, other.plan = plan.params, plan.records, plan
+        other.originals, other.parallel = other.params, None  # a copy is without its wrappers
         return other
 
     def matches(self, model: Any) -> bool:
+        """Whether a model is still this one."""
         if model is not self.model() or not self.transparent:
             return False
+        if self._holds():
+            return True
+        if self.spread:
+            reshard(model)
+        return self.spread and self._holds()
+
+    def _holds(self) -> bool:
         if any(self.empty) or [*map(len, self.filled)] != self.sizes:
+            return False
+        if self.spread and not all(map(is_, local_tensors(self.originals), self.params)):
             return False
         keys, held = self._look()
         return len(held) == len(self.held) and all(map(is_, held, self.held)) and keys == self.keys

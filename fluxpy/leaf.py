@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .binding import Bindings
 from .context import Context
+from .distributed.layout import Layout, is_dtensor
 from .pytree import Skeleton, apart, partition, register
-from .rule import Rule, at, replace, tensors_of, walk
+from .rule import Rule, at, is_packable, replace, tensors_of, walk
 
 
 class Numbers:
@@ -37,15 +38,20 @@ class Record:
 
     `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
     accumulating rule, which missed updates meanwhile.
+
+    Where the parameter is spread over processes, `layout` says how, and `tensors` are local ones; `spread` says which
+    of them are spread like the parameter. The others are the same on all processes.
     """
 
-    __slots__ = ("dtype", "frozen", "numbers", "pending", "rule", "shape", "tensors")
+    __slots__ = ("dtype", "frozen", "layout", "numbers", "pending", "rule", "shape", "spread", "tensors")
 
     def __init__(self, rule: Rule | None, frozen: bool, shape: torch.Size, dtype: torch.dtype) -> None:
         self.rule, self.frozen, self.shape, self.dtype = rule, frozen, shape, dtype
         self.tensors: list[Tensor] | None = None
         self.numbers = Numbers()
         self.pending: Skeleton | None = None
+        self.layout: Layout | None = None
+        self.spread: list[bool] | None = None
 
     @property
     def state(self) -> Any:
@@ -57,10 +63,15 @@ class Record:
     def begin(self, x: Tensor, path: str) -> None:
         """Make a state for the parameter `x`."""
         assert self.rule is not None
+        layout = self.layout if self.needs_whole else None
+        x = x if layout is None else layout.whole(x)
         self.tensors, skeleton = _new_state(self.rule, x, self.numbers.count, path)
         if self.pending is not None:
             state = skeleton.combine(self.tensors)
             self.tensors, skeleton = partition(self.rule.restart(self.pending.bare(), state))
+        self.spread = None
+        if layout is not None:
+            self.tensors = self._parts(layout, self.tensors)
         self.numbers, self.pending = Numbers(self.numbers.count, skeleton), None
 
     def fresh_state(self, x: Tensor, path: str) -> Any:
@@ -68,6 +79,77 @@ class Record:
         assert self.rule is not None
         state = init_state(self.rule, x, self.numbers.count, path)
         return state if self.pending is None else self.rule.restart(self.pending.bare(), state)
+
+    # --- On several processes -----------------------------------------------------------------------------------------
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether its parameter must be put together for a step."""
+        return (
+            self.layout is not None and bool(self.layout.dims) and self.rule is not None and not is_packable(self.rule)
+        )
+
+    @property
+    def local_shape(self) -> torch.Size:
+        """The shape of what this process holds of the parameter."""
+        return self.shape if self.layout is None else self.layout.local_shape
+
+    def spread_tensors(self) -> list[tuple[Tensor, bool]]:
+        """The tensors, and whether each is spread like the parameter."""
+        tensors, layout = self.tensors or [], self.layout
+        if layout is None:
+            return [(t, False) for t in tensors]
+        known = self.spread is not None and len(self.spread) == len(tensors)
+        flags = self.spread if known and self.spread is not None else map(layout.is_spread, tensors)
+        return list(zip(tensors, flags, strict=True))
+
+    def shown_tensors(self) -> list[Tensor]:
+        """The tensors as a user sees them: those that are spread as DTensors."""
+        if self.layout is None:
+            return self.tensors or []
+        return [self.layout.show(t) if spread else t for t, spread in self.spread_tensors()]
+
+    @property
+    def shown_state(self) -> Any:
+        """The state as a user sees it."""
+        skeleton = self.numbers.skeleton
+        if self.layout is None or self.tensors is None or skeleton is None:
+            return self.state
+        return skeleton.combine(self.shown_tensors())
+
+    def take_shown(self, tensors: list[Tensor]) -> None:
+        """Take over tensors as a user gives them: DTensors, or whole ones."""
+        layout, self.spread, self.tensors = self.layout, None, tensors
+        if layout is not None:
+            self.tensors = self._parts(layout, tensors)
+        elif any(map(is_dtensor, tensors)):
+            self.tensors = [t.full_tensor() if is_dtensor(t) else t for t in tensors]  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _parts(self, layout: Layout, tensors: list[Tensor]) -> list[Tensor]:
+        self.spread = [is_dtensor(t) or layout.is_whole(t) for t in tensors]
+        pairs = zip(tensors, self.spread, strict=True)
+        return [layout.localise(t, "a tensor of the state") if spread else t for t, spread in pairs]
+
+    def put_together(self) -> "Record":
+        """A copy with whole tensors."""
+        assert self.layout is not None
+        tensors = [self.layout.whole(t) if spread else t for t, spread in self.spread_tensors()]
+        other = self.copy(self.numbers.copy(), None if self.tensors is None else tensors)
+        other.layout = other.spread = None
+        return other
+
+    def lay_out(self, layout: Layout | None) -> bool:
+        """Move the state to where the parameter is now; whether it was elsewhere."""
+        if layout == self.layout:
+            return False
+        if self.tensors is not None:
+            tensors = self.tensors if self.layout is None else self.put_together().tensors or []
+            self.layout = layout
+            self.take_shown(tensors)
+        self.layout = layout
+        return True
+
+    # --- Stepping -----------------------------------------------------------------------------------------------------
 
     @property
     def waits(self) -> bool:
@@ -85,6 +167,7 @@ class Record:
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
         other = Record(self.rule, self.frozen, self.shape, self.dtype)
         other.numbers, other.tensors, other.pending = numbers, tensors, self.pending
+        other.layout, other.spread = self.layout, self.spread
         return other
 
 
@@ -111,7 +194,7 @@ class Leaf:
     @property
     def state(self) -> Any:
         """The rule's momenta."""
-        return self._record.state
+        return self._record.shown_state
 
     @property
     def frozen(self) -> bool:
@@ -149,6 +232,11 @@ class Leaf:
 
     def __getstate__(self) -> Any:
         record = self._record
+        if record.layout is not None:
+            raise TypeError(
+                "a state whose tensors are spread over processes cannot be pickled: save fluxpy.state_dict(state) by "
+                "torch.distributed.checkpoint"
+            )
         tensors = None if record.tensors is None else [_compact(t) for t in record.tensors]
         return (
             record.rule,
@@ -246,7 +334,8 @@ def replace_leaf(
             record.pending = numbers.skeleton  # its place in the window
         record.tensors = numbers.skeleton = None
     elif state is not KEEP:
-        record.tensors, numbers.skeleton = partition(state)
+        tensors, numbers.skeleton = partition(state)
+        record.take_shown(tensors)
     record.numbers = numbers
 
 
@@ -320,13 +409,15 @@ def _flatten(leaf: Leaf) -> tuple[tuple[Any, ...], _LeafShape]:
         return leaf._pending
     record = leaf._record
     hyper = [] if record.rule is None else tensors_of(record.rule)
-    return (*(record.tensors or ()), *hyper), _LeafShape(leaf)
+    return (*record.shown_tensors(), *hyper), _LeafShape(leaf)
 
 
 def _unflatten(shape: _LeafShape, tensors: Any) -> Leaf:
     record = shape.record.copy(shape.record.numbers.copy(), None)
     size = shape.size or 0
-    if shape.size is not None:
+    if shape.size is not None and all(isinstance(t, Tensor) for t in tensors[:size]):
+        record.take_shown(list(tensors[:size]))
+    elif shape.size is not None:
         record.tensors = list(tensors[:size])
     if len(tensors) > size and record.rule is not None:
         source = iter(tensors[size:])

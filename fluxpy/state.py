@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .binding import Binding, Bindings
 from .context import Context
+from .distributed.layout import any_dtensor, layout_of, local_tensors
 from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, record_of
 from .rule import Rule, no_hyperparameter, title_key, values_at
 from .show import describe_tree, table
@@ -93,7 +94,18 @@ def bind(state: State | Leaf, model: Any) -> Binding:
     known = binding is not None and binding.spec is spec and binding.matches(model)
     if binding is not None and known and (alone is None or binding.records[0] is alone):
         return binding
-    return bindings.add(key, spec, model, [record_of(leaf) for leaf in leaf_list(state)])
+    binding = bindings.add(key, spec, model, [record_of(leaf) for leaf in leaf_list(state)])
+    _lay_out(binding, tree_context(state))
+    return binding
+
+
+def _lay_out(binding: Binding, context: Context) -> None:
+    """Bring the state to where the parameters are, which may have been spread over processes since."""
+    if not (binding.spread or context.spread):
+        return
+    context.spread = True
+    for record, x in zip(binding.records, binding.originals, strict=True):
+        context.structure += record.lay_out(layout_of(x))
 
 
 @overload
@@ -137,17 +149,20 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     rules = _assign(rule, names) if params else {}
     kept = {} if keep is None else {path: leaf for path, leaf in paths_and_leaves(keep, "setup(..., keep=)")}
     context, bindings = Context(compile, len(params)), Bindings()
+    context.spread = any_dtensor(params)
     numbers: dict[int, Numbers] = {}
     leaves: list[Leaf] = []
     new: list[int] = []
     for index, x in enumerate(params):
         before = _kept(kept, names[index], x) if rules[index] is not None else None
         record = _new(rules[index], x) if before is None else _copy(before, x, numbers)
+        if context.spread or record.layout is not None:
+            record.lay_out(layout_of(x))
         leaves.append(Leaf(record, context, bindings))
         if before is None:
             new.append(index)
     with torch.inference_mode(False), torch.no_grad():
-        _begin(leaves, new, params, names)
+        _begin(leaves, new, local_tensors(params), names)
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
 
 
