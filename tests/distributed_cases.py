@@ -1,11 +1,13 @@
 """What processes of a world do together; each compares itself with one process that has the whole batch."""
 
 import copy
+import os
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from helpers import CHAINS
 from rule_table import ROWS
@@ -22,9 +24,11 @@ import fluxpy
 from fluxpy import (
     AccumGrad,
     Adam,
+    AdamW,
     ClipGlobalNorm,
     ClipNorm,
     Descent,
+    MixedPrecision,
     Momentum,
     OptimiserChain,
     schedules,
@@ -53,7 +57,7 @@ class Net(nn.Module):
         return self.head(self.again(self.middle(self.norm(self.inside(x).tanh())).tanh()).tanh())
 
 
-def batch(turn: int, size: int = 8) -> tuple[Tensor, Tensor]:
+def batch(turn: int, size: int = 12) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(100 + turn)
     return torch.randn(size, 4, generator=g, dtype=torch.float64), torch.randn(
         size, 3, generator=g, dtype=torch.float64
@@ -128,6 +132,10 @@ class Both:
             fluxpy.update(self.state_alone, self.alone, others)
             self.turn += 1
         return self
+
+    def parallel(self) -> bool:
+        """Whether the model is given parts of batches."""
+        return any(isinstance(x, DTensor) for x in self.model.parameters())
 
     def both(self, verb: Any) -> "Both":
         verb(self.state)
@@ -337,7 +345,7 @@ def the_state_shows_dtensors() -> None:
         assert m.placements == x.placements and m.device_mesh == x.device_mesh and m.shape == x.shape
     assert run.state.head.weight.shape == (3, 5)
     leaf = fluxpy.state_dict(run.state)["leaves"]["head.weight"]
-    assert leaf["state"]["m"].placements == run.model.head.weight.placements and leaf["shape"] == [3, 5]
+    assert leaf["state"]["m"].placements == run.model.head.weight.placements 
     other = copy.deepcopy(run.state)
     run.step(1)
     fluxpy.load_state_dict(run.state, fluxpy.state_dict(other))
@@ -457,9 +465,76 @@ def tensor_parallel() -> None:
             part = mesh.get_local_rank("data")
             for turn in range(3):
                 x, y = batch(turn)
-                fluxpy.trainstep(loss, run.model, (x[part * 4 :][:4], y[part * 4 :][:4]), run.state)
+                fluxpy.trainstep(loss, run.model, (x[part * 6 :][:6], y[part * 6 :][:6]), run.state)
                 fluxpy.trainstep(loss, run.alone, (x, y), run.state_alone)
             run.check()
+
+
+# --- Saving -------------------------------------------------------------------------------------------------------
+
+
+def rules_to_save() -> dict[str, Any]:
+    chain = OptimiserChain(AccumGrad(2), ClipGlobalNorm(0.3), Adam(schedules.warmup_cosine(0.05, 2, 12)))
+    return {"head.*": MixedPrecision(AdamW(0.02), dtype=torch.float64), "middle*": CHAINS["whole"], "*": chain}
+
+
+def before_saving(run: Both) -> None:
+    """A branch that never trained, one that did and is frozen now."""
+    run.step(2).both(lambda s: fluxpy.freeze(s.again.bias)).step(1)
+
+
+def run_to_save(spread: Any) -> Both:
+    return Both(rules_to_save(), spread, before=lambda m: m.norm.requires_grad_(False))
+
+
+def save_in(folder: str) -> None:
+    run = run_to_save(shard)
+    before_saving(run)
+    dcp.save({"model": run.model.state_dict(), "state": fluxpy.state_dict(run.state)}, checkpoint_id=folder)
+    with pytest.raises(ValueError, match="torch.distributed.checkpoint"):
+        fluxpy.save(folder + "/no.flux", model=run.model)
+    with pytest.raises(ValueError, match="torch.distributed.checkpoint"):
+        fluxpy.save(folder + "/no.flux", state=run.state)
+    assert not os.path.exists(folder + "/no.flux")
+    run.step(1).check()
+
+
+def load_from(folder: str) -> None:
+    for spread in (shard, copies, lambda model: model):
+        run = run_to_save(spread)
+        model, state = run.model, run.state
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        fluxpy.adjust(state["middle.weight"], 0.5)
+        fluxpy.freeze(state.again.bias)
+        d = {"model": model.state_dict(), "state": fluxpy.state_dict(state)}
+        dcp.load(d, checkpoint_id=folder)
+        model.load_state_dict(d["model"])
+        fluxpy.load_state_dict(state, d["state"])
+        before_saving(other := Both(rules_to_save(), lambda m: m, before=lambda m: m.norm.requires_grad_(False)))
+        run.alone, run.state_alone, run.turn = other.alone, other.state_alone, 3
+        run.check()
+        if run.parallel():
+            run.both(fluxpy.thaw).step(3).check()
+
+
+def a_state_of_one_process_is_loaded() -> None:
+    """The momenta of a state that was never spread, into one that is; and back."""
+    run = Both(rules_to_save(), shard)
+    before_saving(run)
+    other = Both(rules_to_save(), shard)
+    fluxpy.load_state_dict(other.state, fluxpy.state_dict(run.state_alone))
+    a, b = named(other.state), named(run.state)
+    for key, value in a.items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(value, b[key], rtol=ROOM, atol=ROOM)
+        else:
+            assert value == b[key]
+    fluxpy.load_state_dict(other.state_alone, fluxpy.state_dict(run.state))
+    assert_same(run.model, run.state, run.alone, other.state_alone)
+    kept = fluxpy.setup(Adam(), run.model, keep=run.state)
+    assert_same(run.model, kept, run.alone, run.state_alone)
 
 
 SPREAD = [
@@ -478,6 +553,7 @@ SPREAD = [
     few_collectives,
     other_ways_to_spread,
     tensor_parallel,
+    a_state_of_one_process_is_loaded,
 ]
 
 
