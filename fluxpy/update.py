@@ -90,10 +90,12 @@ def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
     plan, route, grads = _route_for(binding, context, grads, inplace=True)
     try:
         units = _run(plan, route.units, grads, context)
-    except BaseException:
+    except BaseException as error:
         plan.forget_begun()
         for unit in route.units:
             unit.drop()
+        if plan.totals is not None and not isinstance(error, FloatingPointError | SkipUpdate):
+            error.add_note("raised on this process; others may have made this update, and then differ from it now")
         raise
     plan.begun = []
     plan.sit_out()

@@ -2,8 +2,10 @@
 
 import copy
 import os
+import pickle
 from typing import Any
 
+import optree
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,9 @@ import torch.nn.functional as F
 from helpers import CHAINS
 from rule_table import ROWS
 from torch import Tensor, nn
+from torch.distributed._composable import replicate as hidden_replicas
 from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,6 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import fluxpy
+import fluxpy.testing
 from fluxpy import (
     AccumGrad,
     Adam,
@@ -33,6 +38,7 @@ from fluxpy import (
     OptimiserChain,
     schedules,
 )  # fmt: skip
+from fluxpy.rule import Reduce, ReducingRule
 
 ROOM = 1e-12
 
@@ -90,8 +96,6 @@ def named(state: Any) -> dict[str, Any]:
 
 
 def fluxpy_tensors(tree: Any) -> list[Any]:
-    import optree
-
     return optree.tree_leaves(tree, none_is_leaf=True, namespace="fluxpy")
 
 
@@ -345,7 +349,7 @@ def the_state_shows_dtensors() -> None:
         assert m.placements == x.placements and m.device_mesh == x.device_mesh and m.shape == x.shape
     assert run.state.head.weight.shape == (3, 5)
     leaf = fluxpy.state_dict(run.state)["leaves"]["head.weight"]
-    assert leaf["state"]["m"].placements == run.model.head.weight.placements 
+    assert leaf["state"]["m"].placements == run.model.head.weight.placements
     other = copy.deepcopy(run.state)
     run.step(1)
     fluxpy.load_state_dict(run.state, fluxpy.state_dict(other))
@@ -537,6 +541,106 @@ def a_state_of_one_process_is_loaded() -> None:
     assert_same(run.model, kept, run.alone, run.state_alone)
 
 
+# --- What goes wrong elsewhere --------------------------------------------------------------------------------------
+
+
+def verbs_on_one_process_alone_are_found() -> None:
+    for spread in (shard, DistributedDataParallel):
+        rule = OptimiserChain(ClipNorm(1.0), Adam(schedules.linear(0.1, 0.0, 20)))
+        run = Both(rule, spread).step(1)
+        with CommDebugMode() as comm:
+            fluxpy.assert_same_on_all_ranks(run.state)
+        assert comm.get_total_counts() == 1
+        if dist.get_rank() == 1:
+            fluxpy.adjust(run.state.head, 0.3)
+        with pytest.raises(AssertionError, match=r"'head.weight': rule is .*linear.* on rank 0, .*0\.3.* on rank 1"):
+            fluxpy.assert_same_on_all_ranks(run.state)
+        if dist.get_rank() == 0:
+            fluxpy.freeze(run.state.inside)
+        with pytest.raises(AssertionError, match="'inside.bias': frozen is True on rank 0, False on rank 1"):
+            fluxpy.assert_same_on_all_ranks(run.state)
+
+
+def refused_in_words() -> None:
+    run = Both(Adam(0.05), shard).step(1)
+    grads = fluxpy.gradient(loss, run.model, *mine(0))
+    before = fluxpy.testing.snapshot(run.model, run.state)
+    with pytest.raises(ValueError, match="inplace=False.*for one process"):
+        fluxpy.update(run.state, run.model, grads, inplace=False)
+    with pytest.raises(ValueError, match="flatten_parameters is for one process"):
+        fluxpy.flatten_parameters(run.model)
+    with pytest.raises(ValueError, match="destructure is for one process"):
+        fluxpy.destructure(run.model)
+    with pytest.raises(TypeError, match="torch.distributed.checkpoint"):
+        pickle.dumps(run.state)
+    with pytest.raises(ValueError, match=r"the gradient of 'head.weight' must have the shape \(3, 5\)"):
+        fluxpy.update(run.state, run.model, {"head.weight": torch.zeros(1, 5, dtype=torch.float64)})
+    with pytest.raises(ValueError, match="create_graph"):
+        fluxpy.gradient(loss, run.model, *mine(0), create_graph=True)
+    with pytest.raises(ValueError, match="replicate_with_fsdp"):
+        fluxpy.gradient(loss, hidden_replicas(Net()), *mine(0))
+    assert not fluxpy.testing.diff(before, fluxpy.testing.snapshot(run.model, run.state))
+    run.step(1).check()
+
+
+class Worst(ReducingRule):
+    """A user's rule, whose part no empty tensor has."""
+
+    elementwise = True
+
+    def part(self, value: Tensor) -> Tensor:
+        return value.min()
+
+    def combine(self, parts: Tensor) -> Tensor:
+        return parts.min(0).values
+
+    def steps(self, state: Any, x: Tensor, dx: Any) -> Any:
+        least = yield Reduce(self, dx)
+        return state, (dx - least) * 0.1
+
+
+class Fails(fluxpy.Rule):
+    """Fails once on long tensors, so that these go another way on some processes only."""
+
+    elementwise = True
+
+    def apply(self, state: Any, x: Tensor, dx: Tensor) -> Any:
+        if x.ndim == 1 and x.numel() > 6:
+            raise RuntimeError("only leaf by leaf")
+        return state, 0.1 * dx
+
+
+def rules_of_ones_own() -> None:
+    Both(Worst(), shard).step(3).check()
+    Both(OptimiserChain(ClipGlobalNorm(0.1), Worst(), Fails()), shard).step(3).check()
+    Both(OptimiserChain(ClipNorm(0.1), CHAINS["whole"], Worst()), shard).step(3).check()
+
+
+def wrappers_are_no_part_of_a_path() -> None:
+    for wrapped in (compiled_data_parallel, checkpointed_shards):
+        run = Both(Adam(0.05), wrapped)
+        assert [path for path, _ in fluxpy.leaves(run.state)] == [path for path, _ in fluxpy.leaves(run.state_alone)]
+        run.step(2).check()
+
+
+def compiled_data_parallel(model: nn.Module) -> Any:
+    return torch.compile(DistributedDataParallel(model), backend="eager")
+
+
+def checkpointed_shards(model: nn.Module) -> nn.Module:
+    model.inside = checkpoint_wrapper(model.inside)
+    return shard(model)
+
+
+def trees_of_shards() -> None:
+    """What is mapped over the state are DTensors, and they may be put back."""
+    run = Both(OptimiserChain(ClipGlobalNorm(0.3), Adam(0.05)), shard).step(2)
+    state: Any = optree.tree_map(lambda t: t * 1.0, run.state, namespace="fluxpy")
+    assert all(isinstance(t, DTensor) for t in optree.tree_leaves(run.state, namespace="fluxpy"))
+    run.state = state
+    run.step(2).check()
+
+
 SPREAD = [
     every_rule_when_sharded,
     norms_over_shards,
@@ -554,6 +658,11 @@ SPREAD = [
     other_ways_to_spread,
     tensor_parallel,
     a_state_of_one_process_is_loaded,
+    verbs_on_one_process_alone_are_found,
+    refused_in_words,
+    rules_of_ones_own,
+    wrappers_are_no_part_of_a_path,
+    trees_of_shards,
 ]
 
 

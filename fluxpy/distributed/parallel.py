@@ -19,9 +19,16 @@ from .layout import any_dtensor, is_dtensor
 
 
 class Parallel:
-    """How a model runs on several processes. `paths` and `params` are those of its parameters, in its order."""
+    """How a model runs on several processes. `paths` and `params` are those of its parameters, in its order; `replicas`
+    are the wrappers that must be called. (Where the model is compiled, whether they were cannot be seen.)"""
 
-    def __init__(self, replicas: list[DistributedDataParallel], params: Sequence[Tensor], paths: Sequence[str]) -> None:
+    def __init__(
+        self,
+        replicas: list[DistributedDataParallel],
+        params: Sequence[Tensor],
+        paths: Sequence[str],
+        compiled: bool,
+    ) -> None:
         self.replicas, self.params, self.paths = replicas, list(params), list(paths)
         self.checked: list[bool] | None = None  # who trains, as DDP was last found to agree with it
         meshes = dict.fromkeys(x.device_mesh for x in params if is_dtensor(x))  # pyright: ignore[reportAttributeAccessIssue]
@@ -29,7 +36,7 @@ class Parallel:
         groups += [mesh.get_group(i) for mesh in meshes for i in range(mesh.ndim)]
         self.groups: list[Any] = list({id(group): group for group in groups}.values())
         for ddp in replicas:
-            if ddp not in _CALLS and not _is_compiled(ddp):
+            if ddp not in _CALLS and not compiled:
                 _CALLS[ddp] = 0
                 ddp.register_forward_pre_hook(_note_call)
 
@@ -120,11 +127,6 @@ def _note_call(module: nn.Module, args: Any) -> None:
     _CALLS[module] = _CALLS.get(module, 0) + 1
 
 
-def _is_compiled(ddp: DistributedDataParallel) -> bool:
-    """Whether the DDP's own forward is compiled: a hook there would be traced."""
-    return getattr(ddp, "_compiled_call_impl", None) is not None
-
-
 def _reduced(ddp: DistributedDataParallel) -> set[int]:
     """The identities of the parameters whose gradients a DDP averages: those that required grad when it was made."""
     every = list(ddp.module.parameters())
@@ -164,15 +166,23 @@ def parallel_of(model: Any, params: Sequence[Tensor], paths: Sequence[str]) -> P
         return None
     replicas = []
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    composed = getattr(sys.modules.get("torch.distributed._composable.contract"), "_get_registry", lambda module: None)
+    compiled = False
     for module in modules_in(model):
+        compiled |= "_orig_mod" in module._modules
         if isinstance(module, DistributedDataParallel):
             replicas.append(module)
+        elif "replicate" in (composed(module) or ()) and not isinstance(module, fsdp_module()):
+            raise ValueError(
+                "this replicate hides a DistributedDataParallel in hooks; use DistributedDataParallel itself, or "
+                "replicate of torch.distributed._composable.replicate_with_fsdp"
+            )
         elif isinstance(module, fsdp):
             raise ValueError(
                 "FullyShardedDataParallel joins parameters into flat ones, which have no paths; shard the model by "
                 "fully_shard of torch.distributed.fsdp"
             )
-    return Parallel(replicas, params, paths) if replicas or any_dtensor(params) else None
+    return Parallel(replicas, params, paths, compiled) if replicas or any_dtensor(params) else None
 
 
 def is_first_process() -> bool:
