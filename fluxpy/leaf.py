@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .binding import Bindings
 from .context import Context
-from .distributed.layout import Layout, is_dtensor
+from .distributed.layout import Layout
+from .distributed.spread import Spread
 from .pytree import Skeleton, apart, partition, register
-from .rule import Rule, at, is_packable, replace, tensors_of, walk
+from .rule import Rule, at, replace, tensors_of, walk
 
 
 class Numbers:
@@ -33,7 +34,7 @@ class Numbers:
         return Numbers(self.count, self.skeleton)
 
 
-class Record:
+class Record(Spread):
     """The contents of a leaf. `tensors` are those of the rule's state, None where there is no state yet.
 
     `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
@@ -71,7 +72,7 @@ class Record:
             self.tensors, skeleton = partition(self.rule.restart(self.pending.bare(), state))
         self.spread = None
         if layout is not None:
-            self.tensors = self._parts(layout, self.tensors)
+            self.take_shown(self.tensors)
         self.numbers, self.pending = Numbers(self.numbers.count, skeleton), None
 
     def fresh_state(self, x: Tensor, path: str) -> Any:
@@ -79,77 +80,6 @@ class Record:
         assert self.rule is not None
         state = init_state(self.rule, x, self.numbers.count, path)
         return state if self.pending is None else self.rule.restart(self.pending.bare(), state)
-
-    # --- On several processes -----------------------------------------------------------------------------------------
-
-    @property
-    def needs_whole(self) -> bool:
-        """Whether its parameter must be put together for a step."""
-        return (
-            self.layout is not None and bool(self.layout.dims) and self.rule is not None and not is_packable(self.rule)
-        )
-
-    @property
-    def local_shape(self) -> torch.Size:
-        """The shape of what this process holds of the parameter."""
-        return self.shape if self.layout is None else self.layout.local_shape
-
-    def spread_tensors(self) -> list[tuple[Tensor, bool]]:
-        """The tensors, and whether each is spread like the parameter."""
-        tensors, layout = self.tensors or [], self.layout
-        if layout is None:
-            return [(t, False) for t in tensors]
-        known = self.spread is not None and len(self.spread) == len(tensors)
-        flags = self.spread if known and self.spread is not None else map(layout.is_spread, tensors)
-        return list(zip(tensors, flags, strict=True))
-
-    def shown_tensors(self) -> list[Tensor]:
-        """The tensors as a user sees them: those that are spread as DTensors."""
-        if self.layout is None:
-            return self.tensors or []
-        return [self.layout.show(t) if spread else t for t, spread in self.spread_tensors()]
-
-    @property
-    def shown_state(self) -> Any:
-        """The state as a user sees it."""
-        skeleton = self.numbers.skeleton
-        if self.layout is None or self.tensors is None or skeleton is None:
-            return self.state
-        return skeleton.combine(self.shown_tensors())
-
-    def take_shown(self, tensors: list[Tensor]) -> None:
-        """Take over tensors as a user gives them: DTensors, or whole ones."""
-        layout, self.spread, self.tensors = self.layout, None, tensors
-        if layout is not None:
-            self.tensors = self._parts(layout, tensors)
-        elif any(map(is_dtensor, tensors)):
-            self.tensors = [t.full_tensor() if is_dtensor(t) else t for t in tensors]  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _parts(self, layout: Layout, tensors: list[Tensor]) -> list[Tensor]:
-        self.spread = [is_dtensor(t) or layout.is_whole(t) for t in tensors]
-        pairs = zip(tensors, self.spread, strict=True)
-        return [layout.localise(t, "a tensor of the state") if spread else t for t, spread in pairs]
-
-    def put_together(self) -> "Record":
-        """A copy with whole tensors."""
-        assert self.layout is not None
-        tensors = [self.layout.whole(t) if spread else t for t, spread in self.spread_tensors()]
-        other = self.copy(self.numbers.copy(), None if self.tensors is None else tensors)
-        other.layout = other.spread = None
-        return other
-
-    def lay_out(self, layout: Layout | None) -> bool:
-        """Move the state to where the parameter is now; whether it was elsewhere."""
-        if layout == self.layout:
-            return False
-        if self.tensors is not None:
-            tensors = self.tensors if self.layout is None else self.put_together().tensors or []
-            self.layout = layout
-            self.take_shown(tensors)
-        self.layout = layout
-        return True
-
-    # --- Stepping -----------------------------------------------------------------------------------------------------
 
     @property
     def waits(self) -> bool:

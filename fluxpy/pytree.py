@@ -37,6 +37,13 @@ def fsdp_module() -> Any:
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
 
 
+def put_back(module: Any) -> None:
+    """Let FSDP2 put parameters where they belong: after a forward pass without a backward one, whole tensors stand in
+    their places."""
+    if isinstance(module, fsdp_module()):
+        module.reshard()
+
+
 class Level(NamedTuple):
     """One level of a model: what it holds, under which keys, and how to make another one like it."""
 
@@ -49,8 +56,7 @@ class Level(NamedTuple):
 def level(x: Any) -> Level | None:
     """The children of a container; None of anything else."""
     if isinstance(x, nn.Module):
-        if isinstance(x, fsdp_module()):
-            x.reshard()  # after a forward pass without a backward one, other tensors stand in its parameters' places
+        put_back(x)
         sequence = isinstance(x, nn.Sequential | nn.ModuleList | nn.ParameterList)
         # A sequence with parameters of its own keeps the positions of its layers.
         inside = {**x._modules, **x._parameters} if sequence else {**x._parameters, **x._modules}

@@ -27,7 +27,7 @@ class GatheredUnit(ReferenceUnit):
             self.whole = self.record.put_together(), layout.whole(self.x), None if dx is None else layout.whole(dx)
         record, x, dx = self.whole
         inner = ReferenceUnit(record, x, self.place, self.path, self.context)
-        yield from inner.prepare({self.place: dx})
+        yield from inner.prepare([None] * self.place + [dx])
         self.moved, self.skeleton = inner.moved, inner.skeleton
         self.value = layout.part(inner.value)
         self.spread = [layout.is_whole(t) for t in inner.news]

@@ -108,7 +108,7 @@ class Layout:
             return self.part(t)
         if t.placements != self.placements:
             t = t.redistribute(self.mesh, self.placements)
-        local = held(t)
+        local: Any = held(t)
         return local if type(local) is Tensor else local.wait()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..pytree import fsdp_module, level, tensors_in
+from ..pytree import fsdp_module, level, put_back, tensors_in
 from ..text import names_of
 from .layout import any_dtensor, is_dtensor
 
@@ -153,10 +153,8 @@ def modules_in(model: Any) -> dict[nn.Module, None]:
 def reshard(model: Any) -> None:
     """Put the parameters of FSDP2 back in their places: after a forward pass without a backward one, whole tensors
     stand there."""
-    kind = fsdp_module()
     for module in modules_in(model):
-        if isinstance(module, kind):
-            module.reshard()  # pyright: ignore[reportAttributeAccessIssue]
+        put_back(module)
 
 
 def parallel_of(model: Any, params: Sequence[Tensor], paths: Sequence[str]) -> Parallel | None:
