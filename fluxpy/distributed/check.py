@@ -13,6 +13,7 @@ from ..pytree import HOLE, entries_of
 from ..saving.format import Encoder
 from ..saving.record import read_leaf
 from ..state import State, each_leaf
+from .layout import all_gather
 
 _DEVICES = {"nccl": "cuda", "xccl": "xpu"}  # of backends that take no tensors of the CPU
 
@@ -33,8 +34,7 @@ def assert_same_on_all_ranks(state: State | Leaf) -> None:
     sent = torch.tensor(
         [int.from_bytes(digest[:8], "little", signed=True)], device=_DEVICES.get(torch.distributed.get_backend(), "cpu")
     )
-    received = sent.new_empty(torch.distributed.get_world_size())
-    torch.distributed.all_gather_into_tensor(received, sent)
+    received = all_gather(sent)
     if len(set(received.tolist())) > 1:
         every: list[Any] = [None] * len(received)
         torch.distributed.all_gather_object(every, mine)

@@ -127,6 +127,16 @@ def is_dtensor(x: Any) -> bool:
     return isinstance(x, _dtensor())
 
 
+def all_gather(sent: Tensor, group: Any = None) -> Tensor:
+    """A tensor of one dimension, of all processes of a group one after another."""
+    size = torch.distributed.get_world_size(group)
+    received = sent.new_empty(size * len(sent))
+    # Its older name is deprecated since PyTorch 2.13.
+    run: Any = getattr(torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor)
+    run(received, sent, group=group)
+    return received
+
+
 def any_dtensor(params: Sequence[Any]) -> bool:
     """Whether any of these is spread over processes."""
     kind = _dtensor()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..leaf import Record
 from ..rule import ReducingRule
+from .layout import all_gather
 
 
 class Gather(NamedTuple):
@@ -94,9 +95,7 @@ def _rows(parts: Tensor, groups: tuple[Any, ...], device: Any) -> Tensor:
     rest = found.shape[1:]
     found = found.unsqueeze(1)
     for group in groups:
-        sent = found.contiguous().view(-1)
-        everyone = sent.new_empty(group.size() * len(sent))
-        torch.distributed.all_gather_into_tensor(everyone, sent, group=group)
+        everyone = all_gather(found.contiguous().view(-1), group)
         found = everyone.view(group.size(), *found.shape).movedim(0, 1).flatten(1, 2)
     rows = found.reshape(-1, *rest)
     return torch.view_as_complex(rows.contiguous()) if parts.is_complex() else rows
