@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .binding import Binding, Bindings
 from .context import Context, SkipUpdate
+from .distributed.layout import local_gradients
 from .engine.cohort import Member
 from .engine.layout import is_dense
 from .engine.plan import Plan, Route
@@ -149,10 +150,7 @@ def _local(binding: Binding, grads: list[Any]) -> list[Any]:
         )
     # Writes to local tensors are to be seen by autograd.
     torch.autograd.graph.increment_version(binding.originals)
-    return [
-        dx if dx is None or record.layout is None else record.layout.localise(dx, f"the gradient of {path!r}")
-        for record, dx, path in zip(binding.records, grads, binding.paths, strict=True)
-    ]
+    return local_gradients([record.layout for record in binding.records], grads, binding.paths)
 
 
 def _step_in_inference_mode(binding: Binding, context: Context, grads: list[Any]) -> None:

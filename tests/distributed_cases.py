@@ -19,9 +19,15 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import fluxpy
@@ -577,6 +583,8 @@ def refused_in_words() -> None:
         pickle.dumps(run.state)
     with pytest.raises(ValueError, match=r"the gradient of 'head.weight' must have the shape \(3, 5\)"):
         fluxpy.update(run.state, run.model, {"head.weight": torch.zeros(1, 5, dtype=torch.float64)})
+    with pytest.raises(ValueError, match="the gradient of 'head.weight' must be a tensor"):
+        fluxpy.update(run.state, run.model, {"head.weight": 3.0})
     with pytest.raises(ValueError, match="create_graph"):
         fluxpy.gradient(loss, run.model, *mine(0), create_graph=True)
     with pytest.raises(ValueError, match="replicate_with_fsdp"):
@@ -643,6 +651,56 @@ def trees_of_shards() -> None:
     run.step(2).check()
 
 
+def sharpness_is_over_all_shards() -> None:
+    for spread in (shard, copies, DistributedDataParallel):
+        run = Both(Momentum(0.05), spread)
+        for turn in range(2):
+            for model, state, data in ((run.model, run.state, mine(turn)), (run.alone, run.state_alone, batch(turn))):
+                fluxpy.update(state, model, fluxpy.sharpened(loss, model, 0.1, *data, state=state)[1])
+        run.check(1e-11)
+
+
+def bytes_on_each_process() -> None:
+    """What the page on scaling says: momenta are shared out, but for rounding up to whole rows."""
+    size = dist.get_world_size()
+    for rule, each in (
+        (Momentum(), 1),
+        (Adam(), 2),
+        (fluxpy.AMSGrad(), 3),
+        (MixedPrecision(Adam()), 3),
+        (Descent(), 0),
+    ):
+        for spread, share in ((copies, 1), (fully_shard, size), (DistributedDataParallel, 1)):
+            model = spread(nn.Sequential(nn.Linear(64, 32 * size), nn.Linear(32 * size, 4 * size)))
+            state = fluxpy.setup(rule, model)
+            numbers = sum(x.numel() for x in fluxpy.trainables(model))
+            held = [t.to_local() if isinstance(t, DTensor) else t for t in fluxpy_tensors(state)]
+            assert sum(t.untyped_storage().nbytes() for t in held) == 4 * each * numbers // share
+
+
+def sequence_parallel() -> None:
+    """Gradients that are still to be summed over processes, and parameters that are copies."""
+    plan = {
+        "norm": SequenceParallel(sequence_dim=0),
+        "up": ColwiseParallel(input_layouts=Shard(0)),
+        "down": RowwiseParallel(),
+    }
+    size = dist.get_world_size()
+    inputs = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(0), use_local_output=True)
+    for rule in (OptimiserChain(ClipGlobalNorm(0.3), Adam(0.05)), OptimiserChain(ClipNorm(0.3), Momentum(0.05))):
+
+        def spread(model: nn.Module) -> nn.Module:
+            mesh = init_device_mesh("cpu", (size,))
+            parallelize_module(model.norm, mesh, inputs)
+            return parallelize_module(model, mesh, plan)
+
+        run = Both(rule, spread, net=Wide)
+        for turn in range(3):  # each process has the whole batch
+            for model, state in ((run.model, run.state), (run.alone, run.state_alone)):
+                fluxpy.trainstep(loss, model, batch(turn), state)
+        run.check()
+
+
 SPREAD = [
     every_rule_when_sharded,
     norms_over_shards,
@@ -665,6 +723,9 @@ SPREAD = [
     rules_of_ones_own,
     wrappers_are_no_part_of_a_path,
     trees_of_shards,
+    sharpness_is_over_all_shards,
+    bytes_on_each_process,
+    sequence_parallel,
 ]
 
 

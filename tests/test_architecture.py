@@ -168,6 +168,7 @@ PYTORCH = {
     "_non_persistent_buffers_set": "what is not saved",
     "_orig_mod": "inside torch.compile's module",
     "_parameters": "a module's own",
+    "_spec": "whether a DTensor is laid out as the one before",
     "_version": "whether a tensor was written to",
 }
 PYTORCH_MODULES = {"torch._C._dynamo.guards", "torch._inductor", "torch._inductor.compile_fx"}

@@ -37,6 +37,7 @@ class Layout:
         self.shape, self.stride, self.local_shape = x.shape, x.stride(), held(x).shape
         spread = (i for i, placement in enumerate(self.placements) if not placement.is_replicate())
         self.dims = tuple(i for i in spread if self.mesh.size(i) > 1)
+        self.accepted: Any = None  # what was last found to describe a tensor that is laid out like this
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Layout):
@@ -98,6 +99,8 @@ class Layout:
 
     def localise(self, t: Any, what: str) -> Tensor:
         """What this process holds of a DTensor as large as the parameter, or of a whole tensor."""
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{what} must be a tensor, but is {type(t).__name__}")
         if not self.is_whole(t) or (is_dtensor(t) and t.device_mesh != self.mesh):
             where = f" on {t.device_mesh}" if is_dtensor(t) else ""
             raise ValueError(
@@ -108,6 +111,8 @@ class Layout:
             return self.part(t)
         if t.placements != self.placements:
             t = t.redistribute(self.mesh, self.placements)
+        elif t.shape == self.shape:
+            self.accepted = t._spec
         local: Any = held(t)
         return local if type(local) is Tensor else local.wait()
 
@@ -141,6 +146,18 @@ def any_dtensor(params: Sequence[Any]) -> bool:
     """Whether any of these is spread over processes."""
     kind = _dtensor()
     return bool(kind) and any(isinstance(x, kind) for x in params)
+
+
+def local_gradients(layouts: Sequence[Layout | None], grads: Sequence[Any], paths: Sequence[str]) -> list[Any]:
+    """What this process holds of each gradient. Those laid out as the ones before cost next to nothing."""
+    kind, found = _dtensor(), []
+    for layout, dx, path in zip(layouts, grads, paths, strict=True):
+        if layout is not None and dx is not None:
+            known = type(dx) is kind and dx._spec is layout.accepted
+            local = held(dx) if known else dx
+            dx = local if known and type(local) is Tensor else layout.localise(dx, f"the gradient of {path!r}")
+        found.append(dx)
+    return found
 
 
 def local_tensors(params: Sequence[Any]) -> list[Tensor]:

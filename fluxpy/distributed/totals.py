@@ -23,8 +23,8 @@ from .layout import all_gather
 class Gather(NamedTuple):
     """How the parts of some leaves are gathered."""
 
-    classes: list[tuple[Any, list[int], tuple[Any, ...]]]  # device of the mesh, leaves, process groups
-    order: list[int]  # of the rows gathered, class by class: that of the model, without those of empty parts
+    classes: list[tuple[Any, Tensor, tuple[Any, ...]]]  # device of the mesh, leaves, process groups
+    order: Tensor  # of the rows gathered, class by class: that of the model, without those of empty parts
     owners: list[int]  # which of the leaves each of them is of
 
 
@@ -51,7 +51,7 @@ class Totals:
         key = tuple(places)
         how = self.gathers.get(key)
         if how is None:
-            how = self.gathers[key] = self._plan(key)
+            how = self.gathers[key] = self._plan(key, parts.device)
         if self.used == len(self.known):
             rows = [_rows(parts[index], groups, device) for device, index, groups in how.classes]
             self.known.append(torch.cat([found.to(parts.device) for found in rows])[how.order])
@@ -66,15 +66,15 @@ class Totals:
             found[leaf].append(row)
         return torch.stack([rule.combine(rows[own]) if len(own) > 1 else rows[own[0]] for own in found])
 
-    def _plan(self, places: tuple[int, ...]) -> Gather:
+    def _plan(self, places: tuple[int, ...], device: torch.device) -> Gather:
         classes: dict[Any, tuple[Any, list[int], tuple[Any, ...]]] = {}
         present: list[list[bool]] = []
         for i, place in enumerate(places):
             record = self.records[place]
             layout = None if record.needs_whole else record.layout
             groups = () if layout is None else layout.groups
-            device = None if layout is None or not groups else layout.mesh.device_type
-            classes.setdefault((device, *map(id, groups)), (device, [], groups))[1].append(i)
+            kind = None if layout is None or not groups else layout.mesh.device_type
+            classes.setdefault((kind, *map(id, groups)), (kind, [], groups))[1].append(i)
             found = [True] if layout is None else layout.present
             present.append(found if any(found) else [True])  # of an array without elements, one part
         rows: list[tuple[int, int]] = []
@@ -85,7 +85,8 @@ class Totals:
             rows += [(i, shard) for i in index for shard in range(size)]
         kept = [n for n, (i, shard) in enumerate(rows) if shard < len(present[i]) and present[i][shard]]
         order = sorted(kept, key=rows.__getitem__)
-        return Gather(list(classes.values()), order, [rows[n][0] for n in order])
+        found = [(kind, torch.tensor(index, device=device), groups) for kind, index, groups in classes.values()]
+        return Gather(found, torch.tensor(order, device=device), [rows[n][0] for n in order])
 
 
 def _rows(parts: Tensor, groups: tuple[Any, ...], device: Any) -> Tensor:
