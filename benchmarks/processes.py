@@ -18,8 +18,8 @@ import fluxpy
 from .harness import Column, Meter, figure, ratios
 
 TITLE = "DTensors"
-NOTE = """148 matrices, each cut in two by rows, on two processes of one thread each that talk by gloo: AdamW, as ratios to
-`torch.optim.AdamW(fused=True)` on the same DTensors, with clipping to that and `clip_grad_norm_`. And the collective
+NOTE = """148 matrices, each cut in two by rows, on two processes of one thread each that talk by gloo: AdamW, as ratios
+to `torch.optim.AdamW(fused=True)` on the same DTensors, with clipping to that and `clip_grad_norm_`; and the collective
 operations of one step."""
 COLUMNS = {"2 processes": ("two", 1)}
 TARGETS = {32: (0.10, 0.15), 256: (0.75, 0.85)}
