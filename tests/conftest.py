@@ -1,5 +1,4 @@
-"""Every test starts from one seed, on one thread; those marked `cuda` are skipped where there is no such device, and
-those marked `nightly` unless pytest is given `-m nightly`."""
+"""Every test starts from one seed, on one thread; those marked `cuda` are skipped where there is no such device."""
 
 import pytest
 import torch
@@ -14,11 +13,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "nightly" not in config.option.markexpr:
-        for item in items:
-            if "nightly" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="nightly"))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if "cuda" in item.keywords:
