@@ -16,6 +16,7 @@ from . import rules as rules
 from . import schedules
 from .adjust import adjust, freeze, reset, scale, thaw
 from .data import DataLoader
+from .distributed.check import assert_same_on_all_ranks
 from .explain import explain
 from .gradient import Gradients, gradient, withgradient
 from .leaf import Leaf
@@ -44,6 +45,7 @@ __all__ = [
     "Learner",
     "State",
     "adjust",
+    "assert_same_on_all_ranks",
     "check_finite",
     "depths",
     "destructure",

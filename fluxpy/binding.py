@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .distributed.layout import any_dtensor, local_tensors
+from .distributed.parallel import Parallel, parallel_of, reshard
 from .text import names_of
 from .tree import TreeSpec, explore
 
@@ -36,12 +38,16 @@ class Binding:
         self.walked, values, containers = explore(model)
         if self.walked != spec:
             raise ValueError(difference(spec, self.walked, ""))
-        self.params: list[Tensor] = [values[j] for j in self.walked.leaves]
+        self.originals: list[Tensor] = [values[j] for j in self.walked.leaves]
+        # Whether any is spread over processes; then `params` are what this one holds of them.
+        self.spread = any_dtensor(self.originals)
+        self.params = local_tensors(self.originals) if self.spread else self.originals
         self.indices = list(spec.leaves)  # of each parameter's leaf among the values of the state
         self.paths = tuple(spec.leaves.values())
         self.records = [records[index] for index in self.indices] if records else []
         self.unasked = self._unasked()
         self.warned = False
+        self.parallel: Parallel | None = parallel_of(model, self.originals, self.paths)
         self.plan: Any = None  # how the engine steps these parameters
         self.model: Callable[[], Any] = _reference(model, forget)
         dicts = [x for x in containers if isinstance(x, dict)]
@@ -54,7 +60,7 @@ class Binding:
 
     def _unasked(self) -> list[Tensor]:
         """What its flag froze when the state was made: whoever sets one of these later wants it to train."""
-        return [x for x, record in zip(self.params, self.records, strict=False) if record.asked is False]
+        return [x for x, record in zip(self.originals, self.records, strict=False) if record.asked is False]
 
     def warn_of_flags(self) -> None:
         """Warn, once, of each `requires_grad` that was changed after the state was made and contradicts it."""
@@ -62,7 +68,7 @@ class Binding:
             return
         changed = [
             path
-            for path, x, record in zip(self.paths, self.params, self.records, strict=True)
+            for path, x, record in zip(self.paths, self.originals, self.records, strict=True)
             if record.asked is not None and x.requires_grad is not record.asked and x.requires_grad is record.frozen
         ]
         if changed:
@@ -92,13 +98,24 @@ class Binding:
             )
             other.held = other._look()[1]
         other.params, other.records, other.plan = plan.params, plan.records, plan
+        other.originals, other.parallel = other.params, None  # a copy is without its wrappers
         other.unasked = other._unasked()
         return other
 
     def matches(self, model: Any) -> bool:
+        """Whether a model is still this one."""
         if model is not self.model() or not self.transparent:
             return False
+        if self._holds():
+            return True
+        if self.spread:
+            reshard(model)
+        return self.spread and self._holds()
+
+    def _holds(self) -> bool:
         if any(self.empty) or [*map(len, self.filled)] != self.sizes:
+            return False
+        if self.spread and not all(map(is_, local_tensors(self.originals), self.params)):
             return False
         keys, held = self._look()
         return len(held) == len(self.held) and all(map(is_, held, self.held)) and keys == self.keys

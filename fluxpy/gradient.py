@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .binding import Binding
 from .containers import open_data
+from .distributed.parallel import Parallel, parallel_of
 from .leaf import Leaf
 from .pytree import is_transforming
 from .state import State, bind
@@ -111,7 +112,8 @@ def withgradient(
     trains = [x.requires_grad or not isinstance(x, torch.nn.Parameter) for x in params]
     # A tensor of a container trains even where it does not require grad; of a module, flags decide.
     flips = [x for x, wants in zip(params, trains, strict=True) if wants and not x.requires_grad and x.is_leaf]
-    return _differentiate(f, model, args, _Wanted(spec, params, trains, flips), create_graph)
+    parallel = parallel_of(model, params, tuple(spec.leaves.values()))
+    return _differentiate(f, model, args, _Wanted(spec, params, trains, flips, parallel), create_graph)
 
 
 def differentiate(
@@ -121,11 +123,12 @@ def differentiate(
     trains = [not record.frozen for record in binding.records]
     # A tensor with a history of its own stays as it is: its flag cannot be cleared, and differentiating through it is
     # wanted.
-    pairs = zip(binding.params, trains, strict=True)
+    pairs = zip(binding.originals, trains, strict=True)
     flips = [x for x, wants in pairs if x.requires_grad != wants and x.is_leaf]
     if flips and not binding.warned:
         binding.warn_of_flags()
-    return _differentiate(f, model, args, _Wanted(binding.walked, binding.params, trains, flips), create_graph)
+    wanted = _Wanted(binding.walked, binding.originals, trains, flips, binding.parallel)
+    return _differentiate(f, model, args, wanted, create_graph)
 
 
 class _Wanted(NamedTuple):
@@ -135,20 +138,24 @@ class _Wanted(NamedTuple):
     params: list[Tensor]
     trains: list[bool]
     flips: list[Tensor]
+    parallel: Parallel | None
 
 
 def _differentiate(
     f: Callable[..., Any], model: Any, args: Iterable[Any], wanted: _Wanted, create_graph: bool
 ) -> tuple[Any, Any]:
-    spec, params, trains, flips = wanted
+    spec, params, trains, flips, parallel = wanted
     if not params:
         raise ValueError("the model has no parameter, so no loss can depend on it")
     tracking = nullcontext() if torch.is_grad_enabled() else torch.enable_grad()
     with tracking, _flipped(flips) if flips else nullcontext():
-        value = f(model, *args)
-        loss = _loss(value)
         places = [i for i, wants in enumerate(trains) if wants]
-        found = _backward(loss, [params[i] for i in places], create_graph) if places else []
+        if parallel is None:
+            value = f(model, *args)
+            loss = _loss(value)
+            found = _backward(loss, [params[i] for i in places], create_graph) if places else []
+        else:
+            value, found = parallel.differentiate(lambda: f(model, *args), _loss, args, trains, create_graph)
     if all(g is None for g in found):
         why = _WHY if any(trains) else "all of them are frozen; thaw some, or let some require grad"
         raise ValueError(f"the loss depends on no parameter of the model: {why}")

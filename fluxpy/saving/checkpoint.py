@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed.layout import any_dtensor, is_dtensor
 from ..leaf import Leaf
-from ..state import State
+from ..state import State, tree_context
 from .file import read, write
 from .format import SCALARS, plain_scalar
 from .model import match_tensors, model_tensors
@@ -36,6 +37,7 @@ def save(path: str | os.PathLike[str], *, model: Any = None, state: State | Leaf
     >>> load(path, model=model, state=state)
     {'epoch': 3}
     """
+    _require_one_process("save", model, state)
     data: dict[str, Any] = {"model": None, "state": None if state is None else state_dict(state)}
     if model is not None:
         shared: dict[int, Tensor] = {}
@@ -62,6 +64,7 @@ def load(
     A file that is truncated, altered, of another kind or of a newer fluxpy is a ValueError that names file and cause.
     Nothing in a file is ever run.
     """
+    _require_one_process("load", model, state)
     where = f"load: {os.fsdecode(path)!r}"
     data = read(os.fsdecode(path), where)
     if not _is_checkpoint(data):
@@ -94,6 +97,17 @@ def load(
     return data["extra"]
 
 
+def _require_one_process(verb: str, model: Any, state: State | Leaf | None) -> None:
+    """ValueError for tensors of which each process has a part: one file of one process holds them not."""
+    spread = isinstance(state, State | Leaf) and tree_context(state).spread
+    if spread or (model is not None and any_dtensor([t for _, t in model_tensors(model)])):
+        raise ValueError(
+            f"{verb} is for one process, and these tensors are spread over several: give "
+            '{"model": model.state_dict(), "state": fluxpy.state_dict(state)} to torch.distributed.checkpoint'
+            + (", then load_state_dict what it fills" if verb == "load" else "")
+        )
+
+
 def _is_checkpoint(data: Any) -> bool:
     """Whether this is laid out as `save` does it. The state is checked by `load_state_dict`."""
     if not isinstance(data, dict) or data.keys() != {"model", "state", "extra"} or not isinstance(data["extra"], dict):
@@ -110,6 +124,8 @@ def _dense(place: str, t: Tensor, shared: dict[int, Tensor]) -> Tensor:
 
     `shared` has those done before, by the id of the tensor: a tied one is saved once.
     """
+    if is_dtensor(t):
+        raise ValueError(f"save: {place} is spread over processes; save it by torch.distributed.checkpoint")
     data = t.detach().resolve_conj().resolve_neg()
     if type(data) is not Tensor or data.layout is not torch.strided or data.is_meta:
         raise ValueError(f"save: {place} must be a dense tensor with numbers, but is {type(t).__name__}, {t.layout}")

@@ -8,12 +8,13 @@ import torch
 from ..leaf import Leaf
 from ..pytree import tensors_in
 from ..rule import Rule
-from ..state import State, paths_and_leaves
+from ..state import State, paths_and_leaves, tree_context
 from ..text import names_of
 from .changes import changes
 from .decode import Decoder, Misfit
 from .format import Encoder
 from .record import LeafRecord, read_leaf, write_leaf
+from .spread import for_checkpoint, from_checkpoint
 from .values import malformed
 
 VERSION = 2
@@ -70,14 +71,20 @@ def state_dict(state: State | Leaf) -> dict[str, Any]:
     not change them. Schedules of `fluxpy.schedules` are saved whole, any other callable is only noted. ValueError where
     a rule or its state has something else that cannot be saved.
 
+    Of parameters that are spread over processes (DTensors) the momenta are DTensors too, and so is what stands for
+    those of a leaf that waits for some: `torch.distributed.checkpoint` saves and fills the dict, on any number of
+    processes, where the same leaves have momenta.
+
     >>> d = state_dict(setup(Adam(0.1), {"w": torch.zeros(2)}))
     >>> d["leaves"]["w"]["rule"], d["leaves"]["w"]["state"]["m"]
     ({'type': 'Adam', 'lr': 0.1, 'betas': [0.9, 0.999], 'eps': 1e-08}, tensor([0., 0.]))
     """
     encoder, leaves = Encoder(), {}
+    spread = tree_context(state).spread if isinstance(state, State | Leaf) else False
     for leaf, names in _named_leaves(state, "state_dict"):
         try:
-            leaves[names[0]] = encoder.leaf(read_leaf(leaf), names)
+            entry = encoder.leaf(read_leaf(leaf), names)
+            leaves[names[0]] = for_checkpoint(entry, leaf) if spread else entry
         except ValueError as error:
             raise ValueError(f"state_dict: the leaf {names[0]!r}: {error}") from error
     return {"version": VERSION, "leaves": leaves}
@@ -211,6 +218,7 @@ def _entries(d: Any, prefix: str, rename: Mapping[str, str]) -> dict[str, NamedE
         if not isinstance(key, str):
             raise malformed("load_state_dict: leaves", "a string as name", key)
         place = f"load_state_dict: leaves[{key!r}]"
+        entry = from_checkpoint(entry, place)
         _check_entry(key, entry, place)
         for saved_name in entry["names"]:
             name = _new_name(saved_name, prefix, rename)
