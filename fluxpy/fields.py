@@ -13,12 +13,13 @@ Hyper = Any
 
 
 def hyper(
-    *, default: Any = dataclasses.MISSING, allowed: str | tuple[str, ...] | None = None, fixed: bool = False
+    *, default: Any = dataclasses.MISSING, allowed: str | tuple[Any, ...] | None = None, fixed: bool = False
 ) -> Any:
     """Declare a field with the values it allows.
 
     `allowed` is an interval in the notation of the docs (`"[0, 1)"`, for a tuple: of each element), `"1, 2, ..."` or
-    `"0, 1, ..."` for whole numbers, or a tuple of words. A `fixed` field shapes a rule's state, so `adjust` refuses it.
+    `"0, 1, ..."` for whole numbers, or a tuple of words (or of True, False and None). A `fixed` field shapes a rule's
+    state, so `adjust` refuses it.
 
     >>> class Halve(Rule):
     ...     lr: float = hyper(default=0.5, allowed="(0, 1]")

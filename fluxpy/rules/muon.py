@@ -67,7 +67,7 @@ def orthogonal(x: Tensor, steps: int) -> Tensor:
     A batch of matrices gives what each gives alone, under `torch.func.vmap` too: bit for bit, but where PyTorch has
     another product for very small ones.
     """
-    return _Orthogonal.apply(x, steps)  # pyright: ignore[reportReturnType]
+    return _Orthogonal.apply(x, steps)
 
 
 def _newton_schulz(x: Tensor, steps: int) -> Tensor:
@@ -107,5 +107,6 @@ class _Orthogonal(torch.autograd.Function):
         return torch.func.vjp(lambda x: _newton_schulz(x, steps), x)[1](slopes[0])[0], None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, x: Tensor, steps: int) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        x, steps = args
         return _Orthogonal.apply(x.movedim(in_dims[0], 0), steps), 0
