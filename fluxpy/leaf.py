@@ -276,14 +276,17 @@ def _new_state(rule: Rule, x: Tensor, count: int, path: str) -> tuple[list[Tenso
 def miss_update(record: Record, x: Tensor, path: str) -> None:
     """Tell an accumulating rule of an update in which its leaf was frozen."""
     assert record.rule is not None
-    skeleton = record.pending or record.numbers.skeleton
-    if skeleton is None:
-        try:
-            template = init_state(record.rule, torch.empty_like(x, device="meta"), 0, path)
-        except (RuntimeError, NotImplementedError):  # an init that reads its parameter
-            template = init_state(record.rule, x, 0, path)
-        skeleton = partition(template)[1]
+    skeleton = record.pending or record.numbers.skeleton or first_numbers(record.rule, x, path)
     record.pending = skeleton.map(at(record.rule, record.numbers.count).skip_frozen)
+
+
+def first_numbers(rule: Rule, x: Tensor, path: str) -> Skeleton:
+    """The numbers that a state for the parameter `x` begins with."""
+    try:
+        template = init_state(rule, torch.empty_like(x, device="meta"), 0, path)
+    except (RuntimeError, NotImplementedError):  # an init that reads its parameter
+        template = init_state(rule, x, 0, path)
+    return partition(template)[1]
 
 
 def _compact(t: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ given. None of them needs the model.
 import copy
 import fnmatch
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeVar, overload
 
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from .binding import Binding, Bindings
 from .context import Context
-from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, record_of
-from .rule import Rule, no_hyperparameter, title_key, values_at
+from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of
+from .pytree import Skeleton
+from .rule import Rule, no_hyperparameter, rule_key, title_key, values_at
 from .show import describe_tree, table
-from .text import near
+from .text import form, near
 from .tree import Mirror, TreeSpec, rooted, spec_of, values_of, walk
 
 AnyState = TypeVar("AnyState", bound="State | Leaf")
@@ -111,7 +113,8 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
 
     `keep` is an older state: rule, momenta, counts and frozenness of each leaf whose path, shape and dtype are still
     there are taken over (copied), as for a new head on a trained encoder; `rule` is for the others, and None freezes
-    for good all the same. A new head of the old one's shape takes its momenta too, unless you `reset` it.
+    for good all the same. A new head of the old one's shape takes its momenta too, unless you `reset` it. One warning
+    lists the leaves whose shape or dtype changed, which start anew; `fluxpy.surgery` takes momenta along.
 
     With `compile`, elementwise rules, your own included, are compiled by `torch.compile` into one kernel for the whole
     chain: seconds at the first update, once for a chain, dtype and device, whatever hyperparameters, schedules, counts
@@ -148,6 +151,13 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
             new.append(index)
     with torch.inference_mode(False), torch.no_grad():
         _begin(leaves, new, params, names)
+    if changed := _changed(kept, [i for i in new if rules[i] is not None], params, names):
+        warnings.warn(
+            f"setup(keep=) starts anew where shape or dtype changed: {'; '.join(changed[:8])}"
+            f"{f' ({len(changed)} in all)' if len(changed) > 8 else ''}. Rows that are still meant can "
+            "keep their momenta: change the old model and state together by fluxpy.surgery (take, grow)",
+            stacklevel=2,
+        )
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
 
 
@@ -173,6 +183,16 @@ def _kept(kept: dict[str, Leaf], names: list[str], x: Tensor) -> Record | None:
     return None
 
 
+def _changed(kept: dict[str, Leaf], new: list[int], params: list[Tensor], names: dict[int, list[str]]) -> list[str]:
+    """What could not be taken over, since its shape or dtype is another now."""
+    pairs = [(next((name for name in names[index] if name in kept), None), params[index]) for index in new]
+    return [
+        f"{name!r} was {form(kept[name].shape, kept[name].dtype)} and is {form(x.shape, x.dtype)}"
+        for name, x in pairs
+        if name is not None and kept[name].rule is not None
+    ]
+
+
 def _copy(before: Record, x: Tensor, numbers: dict[int, Numbers]) -> Record:
     own = numbers.setdefault(id(before.numbers), before.numbers.copy())
     record = before.clone(own)
@@ -183,19 +203,44 @@ def _copy(before: Record, x: Tensor, numbers: dict[int, Numbers]) -> Record:
 def _begin(leaves: list[Leaf], new: list[int], params: list[Tensor], names: dict[int, list[str]]) -> None:
     """Make the states of new leaves that train, in the same place of an accumulation window as those that are kept."""
     records = [record_of(leaf) for leaf in leaves]
-    windows = {
-        title_key(r.rule): r.pending or r.numbers.skeleton
-        for r in records
-        if r.rule is not None and r.rule.accumulates and (r.pending or r.numbers.skeleton) is not None
-    }
+    windows: dict[Any, Skeleton] = {}  # of leaves with a rule of the same kind
+    inner: dict[Any, Any] = {}  # of each accumulating rule, by what equal ones have in common
+    for r in records:
+        numbers = r.pending or r.numbers.skeleton
+        if r.rule is not None and r.rule.accumulates and numbers is not None:
+            if title_key(r.rule) not in windows:
+                _map_windows(r.rule, numbers.bare(), inner.setdefault)
+            windows[title_key(r.rule)] = numbers
     for index in new:
-        record = records[index]
+        record, path = records[index], names[index][0]
         if record.rule is None:
             continue
         if record.rule.accumulates:
             record.pending = windows.get(title_key(record.rule))
+            if record.pending is None and inner:
+                record.pending = _in_step(record.rule, first_numbers(record.rule, params[index], path), inner)
         if not record.frozen:
-            record.begin(params[index], names[index][0])
+            record.begin(params[index], path)
+
+
+def _in_step(rule: Rule, numbers: Skeleton, windows: dict[Any, Any]) -> Skeleton:
+    """The numbers in which each accumulating rule is in step with its equal in other chains."""
+    return numbers.map(lambda s: _map_windows(rule, s, lambda key, own: windows.get(key, own)))
+
+
+def _map_windows(rule: Rule, state: Any, f: Callable[[Any, Any], Any]) -> Any:
+    """The state with `f(key, part)` in place of the part of each accumulating rule inside. A key is what rules have in
+    common that are equal, and at the same place among their equals."""
+    seen: Counter[Any] = Counter()
+
+    def visit(rule: Rule, state: Any) -> Any:
+        if rule.inner or not rule.accumulates:
+            return rule.map_inner_states(visit, state)
+        key = rule_key(rule)
+        seen[key] += 1
+        return f((key, seen[key]), state)
+
+    return visit(rule, state)
 
 
 _GLOB = frozenset("*?[")

@@ -1,5 +1,6 @@
 """Rules made of rules, and rules that hold a step back: chains, accumulation, master copies."""
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,6 +22,12 @@ class Wrapper(Rule):
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         return run_alone(self, state, x, dx)
+
+    def skip_frozen(self, state: Any) -> Any:
+        return self.map_inner_states(lambda rule, s: rule.skip_frozen(s), state)
+
+    def restart(self, before: Any, state: Any) -> Any:
+        return self.map_inner_states(lambda rule, b, s: rule.restart(b, s), before, state)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in (names := _names(self)):
@@ -125,11 +132,14 @@ class OptimiserChain(Wrapper):
                 break
         return tuple(new), dx
 
-    def skip_frozen(self, state: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(rule.skip_frozen(s) for rule, s in zip(self.rules, state, strict=True))
+    def map_inner_states(self, f: Callable[..., Any], *states: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(f(*parts) for parts in zip(self.rules, *states, strict=True))
 
-    def restart(self, before: tuple[Any, ...], state: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(rule.restart(b, s) for rule, b, s in zip(self.rules, before, state, strict=True))
+    def take(self, state: tuple[Any, ...], x: Tensor, index: Tensor, dim: int) -> tuple[Any, ...]:
+        return self.map_inner_states(lambda rule, s: rule.take(s, x, index, dim), state)
+
+    def grow(self, state: tuple[Any, ...], x: Tensor, rows: Tensor, dim: int) -> tuple[Any, ...]:
+        return self.map_inner_states(lambda rule, s: rule.grow(s, x, rows, dim), state)
 
 
 class Accumulated(NamedTuple):
@@ -231,8 +241,12 @@ class MixedPrecision(Wrapper):
         """The master copy of `x`: as it was, but where somebody wrote to the parameter."""
         return torch.where(master.to(x.dtype) != x, x.to(self.dtype), master)
 
-    def skip_frozen(self, state: Master) -> Master:
-        return state._replace(state=self.rule.skip_frozen(state.state))
+    def map_inner_states(self, f: Callable[..., Any], *states: Master) -> Master:
+        return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))
 
-    def restart(self, before: Master, state: Master) -> Master:
-        return state._replace(state=self.rule.restart(before.state, state.state))
+    def take(self, state: Master, x: Tensor, index: Tensor, dim: int) -> Master:
+        return Master(state.x.index_select(dim, index), self.rule.take(state.state, state.x, index, dim))
+
+    def grow(self, state: Master, x: Tensor, rows: Tensor, dim: int) -> Master:
+        rows = rows.to(self.dtype)
+        return Master(torch.cat([state.x, rows], dim), self.rule.grow(state.state, state.x, rows, dim))
