@@ -31,6 +31,7 @@ from .update import check_finite, update
 if typing.TYPE_CHECKING:  # when running, these are imported at their first use
     from . import interop as interop
     from . import learner as learner
+    from . import surgery as surgery
     from . import testing as testing
     from .learner import Learner
 
@@ -75,13 +76,13 @@ __all__ += rules.__all__
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__", "interop", "learner", "rules", "testing"]
+    return [*__all__, "__version__", "interop", "learner", "rules", "surgery", "testing"]
 
 
 if not typing.TYPE_CHECKING:  # a type checker would take any name
 
     def __getattr__(name: str) -> object:
-        if name in ("interop", "learner", "testing"):
+        if name in ("interop", "learner", "surgery", "testing"):
             return importlib.import_module(f".{name}", __name__)
         if name == "Learner":
             return importlib.import_module(".learner", __name__).Learner

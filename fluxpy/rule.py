@@ -388,8 +388,8 @@ def _has_rows(rule: Rule, t: Tensor, x: Tensor) -> bool:
     number. ValueError where it is neither."""
     if t.ndim and t.shape != x.shape and not (x.is_complex() and t.shape == (*x.shape, 2)):
         raise ValueError(
-            f"{title(rule)} keeps {form(t.shape, t.dtype)} for a parameter of shape {list(x.shape)}, whose rows it does "
-            f"not say how to change: a rule with such a state must define take(self, state, x, index, dim) and "
+            f"{title(rule)} keeps {form(t.shape, t.dtype)} for a parameter of shape {list(x.shape)}, and does not say "
+            "how its rows change: a rule with such a state defines take(self, state, x, index, dim) and "
             "grow(self, state, x, rows, dim)"
         )
     return t.ndim > 0

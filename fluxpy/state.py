@@ -21,7 +21,7 @@ from .pytree import Skeleton
 from .rule import Rule, no_hyperparameter, rule_key, title_key, values_at
 from .show import describe_tree, table
 from .text import form, near
-from .tree import Mirror, TreeSpec, rooted, spec_of, values_of, walk
+from .tree import Mirror, TreeSpec, relaid, respec, rooted, spec_of, values_of, walk
 
 AnyState = TypeVar("AnyState", bound="State | Leaf")
 Rules: TypeAlias = Rule | Mapping[str, Rule | None]  # one rule, or rules by glob patterns over paths
@@ -95,7 +95,15 @@ def bind(state: State | Leaf, model: Any) -> Binding:
     known = binding is not None and binding.spec is spec and binding.matches(model)
     if binding is not None and known and (alone is None or binding.records[0] is alone):
         return binding
-    return bindings.add(key, spec, model, [record_of(leaf) for leaf in leaf_list(state)])
+    records = [record_of(leaf) for leaf in leaf_list(state)]
+    try:
+        return bindings.add(key, spec, model, records)
+    except ValueError:
+        other = relaid(spec, walk(model)[0]) if isinstance(state, State) else None
+        if other is None:
+            raise
+        respec(state, other)  # it has all that the model has, in another order
+    return bindings.add(id(other), other, model, records)
 
 
 @overload

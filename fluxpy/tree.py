@@ -274,6 +274,22 @@ def values_of(tree: Mirror) -> list[Any]:
     return tree._values
 
 
+def respec(tree: Mirror, spec: TreeSpec) -> None:
+    """Give a tree another shape for the same values."""
+    tree._spec = spec
+
+
+def relaid(spec: TreeSpec, other: TreeSpec) -> TreeSpec | None:
+    """The shape `other` with the numbers of `spec`; None unless both have parameters at the same paths, and the same
+    ties. What has none, and the order of names, may differ."""
+    numbers, order = dict(spec.paths), dict[int, int]()
+    if spec.kind in ("slice", "selection") or numbers.keys() != dict(other.paths).keys():
+        return None
+    if any(order.setdefault(index, numbers[path]) != numbers[path] for path, index in other.paths):
+        return None
+    return other.renumbered(order) if len({*order.values()}) == len(order) else None
+
+
 def rooted(tree: Mirror) -> tuple[TreeSpec, list[Any]]:
     """The spec and values of a view as those of a tree of its own, with nothing of what lies outside the view."""
     order = {index: i for i, index in enumerate(tree._spec.leaves)}

@@ -287,10 +287,10 @@ def test_each_public_name_is_listed_once_and_in_order() -> None:
 
 
 def test_dir_shows_the_public_names_and_no_inner_modules() -> None:
-    shown = {*fluxpy.__all__, "__version__", "interop", "learner", "rules", "testing"}
+    shown = {*fluxpy.__all__, "__version__", "interop", "learner", "rules", "surgery", "testing"}
     assert set(dir(fluxpy)) == shown
     modules = {name for name in shown if isinstance(getattr(fluxpy, name), ModuleType)}
-    assert modules == {"interop", "learner", "rules", "schedules", "testing"}
+    assert modules == {"interop", "learner", "rules", "schedules", "surgery", "testing"}
 
 
 def test_a_misspelt_name_is_answered_by_the_right_one() -> None:
