@@ -102,7 +102,7 @@ def bind(state: State | Leaf, model: Any) -> Binding:
         other = relaid(spec, walk(model)[0]) if isinstance(state, State) else None
         if other is None:
             raise
-        respec(state, other)  # it has all that the model has, in another order
+        respec(state, other)  # all that the model has, in the order of the model
     return bindings.add(id(other), other, model, records)
 
 

@@ -63,10 +63,10 @@ def resize_embedding(
 def prune(state: AnyState, model: Model, layer: str, keep: Any, readers: Sequence[str] = ()) -> tuple[AnyState, Model]:
     """Keep some outputs of a linear layer or convolution, and the inputs of all that read them. Returns both, changed.
 
-    `keep` is a mask over the outputs or has their numbers, as in `take`. `readers` are the paths of all modules that the
-    outputs go through, up to the next ones that mix them: norms, depthwise convolutions, `nn.PReLU`, and linear layers
-    and convolutions, whose inputs follow. A linear layer may read several numbers of each output, as after a pooling
-    that is flattened.
+    `keep` is a mask over the outputs or has their numbers, as in `take`. `readers` are the paths of all modules with
+    parameters that the outputs go through, up to the next ones that mix them: norms, depthwise convolutions,
+    `nn.PReLU`, and linear layers and convolutions, whose inputs follow. A linear layer may read several numbers of each
+    output, as of flattened images.
 
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 9, 2))
     >>> state = fluxpy.setup(fluxpy.Adam(), model)

@@ -16,8 +16,8 @@ def rename(state: State, names: Mapping[str, str]) -> State:
     A path is that of a branch, with all under it, or of one leaf. All are renamed at once, so that two may change
     places; of several that fit, the longest counts. Views that were taken before keep the old names.
 
-    The order of names does not matter: the state takes that of the model when it is next used with one. ValueError where
-    there is no such path, where two leaves would have one path, or for a view of a part of the state.
+    The order of names does not matter: the state takes that of the model when it is next used with one. ValueError
+    where there is no such path, where two leaves would have one path, or for a view of a part of the state.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
     >>> state = fluxpy.setup(fluxpy.Adam(), model)
@@ -96,4 +96,4 @@ def _built(tree: Any, keys: tuple[Any, ...], kinds: dict[tuple[Any, ...], str]) 
         return tree
     children = tuple(_built(child, (*keys, key), kinds) for key, child in tree.items())
     kind = kinds.get(keys, "record")
-    return TreeSpec("record" if kind in ("leaf", "empty") else kind, tuple(tree), children)
+    return TreeSpec("record" if kind in ("leaf", "empty") else kind, tuple(tree), children, loose=True)

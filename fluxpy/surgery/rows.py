@@ -202,12 +202,12 @@ def made_rows(verb: str, model: Any, cuts: Sequence[Cut], resizes: Sequence[Resi
         if make is not None:
             make()
     rows = {id(x): new.detach().narrow(dim, x.shape[dim], count) for (x, dim), new in zip(cuts, room, strict=True)}
-    for x, dim in cuts:
-        new = rows[id(x)]
+    for cut in cuts:
+        new = rows[id(cut.x)]
         if not new.is_meta and new.isnan().any():
             raise ValueError(
-                f"{verb}: no module's reset_parameters makes rows for a parameter of shape {list(x.shape)}; give a tensor "
-                "for each parameter instead of a number"
+                f"{verb}: no module's reset_parameters makes rows for a parameter of shape {list(cut.x.shape)}; "
+                "give a tensor for each parameter instead of a number"
             )
     return rows
 
