@@ -1,7 +1,8 @@
 """Edit: a change of a model and its state, worked out in full, then written, or undone where writing fails."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from ..rule import Rule, at, field_of, hyperparameters, walk
 from ..state import bind, tree_context
 from ..text import form
 from .modules import Cut, Resize, concerned, is_known, modules_in, own_tensors, set_size
+
+Undo: TypeAlias = Callable[[], None]
 
 
 class Draft:
@@ -120,22 +123,9 @@ class Edit:
         return self.drafts[id(x)]
 
     def write(self) -> None:
-        """Write all that was worked out. Where something raises all the same, as a module's setter, it is undone."""
+        """Write all that was worked out, or nothing."""
         writes = [write for draft in self.drafts.values() for write in _writes(draft)]
-        undo: list[Callable[[], None]] = []
-        try:
-            for write in writes:
-                undo.append(write())
-            for module, name, value in self.attributes:
-                old = getattr(module, name)
-                undo.append(lambda module=module, name=name, old=old: setattr(module, name, old))
-                setattr(module, name, value)
-        except BaseException:
-            for back in reversed(undo):
-                back()
-            raise
-        finally:
-            self.context.structure += 1
+        perform([*writes, *(partial(_set, *attribute) for attribute in self.attributes)], self.context)
         # A graph from before holds the old numbers: let its backward pass raise instead of using the new ones.
         torch.autograd.graph.increment_version([draft.x for draft in self.drafts.values()])
 
@@ -183,14 +173,34 @@ def _require_no_rows(draft: Draft, dim: int) -> None:
 # --- Writing ------------------------------------------------------------------------------------------------------
 
 
-def _writes(draft: Draft) -> list[Callable[[], Callable[[], None]]]:
-    """What remains to be done for a draft: functions that write, and return one that takes it back."""
+def perform(writes: Iterable[Callable[[], Undo]], context: Context) -> None:
+    """Do writes that each give what takes it back. Where one raises, as the setter of a module may, none was done."""
+    undo: list[Undo] = []
+    try:
+        for write in writes:
+            undo.append(write())
+    except BaseException:
+        for back in reversed(undo):
+            back()
+        raise
+    finally:
+        context.structure += 1
+
+
+def _set(module: nn.Module, name: str, value: Any) -> Undo:
+    old = getattr(module, name)
+    setattr(module, name, value)
+    return lambda: setattr(module, name, old)
+
+
+def _writes(draft: Draft) -> list[Callable[[], Undo]]:
+    """What remains to be done for a draft."""
     x, record = draft.x, draft.record
     value = _laid_out(draft.value, x)
-    if memory_is(value, x):
+    if value.data_ptr() == x.data_ptr():
         value = value.clone()
     grad = None if draft.grad is None else _laid_out(draft.grad, x)
-    writes: list[Callable[[], Callable[[], None]]] = [lambda: _assign(x, value, grad)]
+    writes: list[Callable[[], Undo]] = [lambda: _assign(x, value, grad)]
     if record is not None:
         new = None
         if record.tensors is not None:
@@ -200,11 +210,7 @@ def _writes(draft: Draft) -> list[Callable[[], Callable[[], None]]]:
     return writes
 
 
-def memory_is(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr()
-
-
-def settle(record: Record, shape: torch.Size, state: tuple[list[Tensor], Numbers] | None) -> Callable[[], None]:
+def settle(record: Record, shape: torch.Size, state: tuple[list[Tensor], Numbers] | None) -> Undo:
     """Give a record another shape and, where it has one, state. Returns what takes it back."""
     old = record.shape, record.tensors, record.numbers
 
@@ -217,7 +223,7 @@ def settle(record: Record, shape: torch.Size, state: tuple[list[Tensor], Numbers
     return back
 
 
-def _assign(x: Tensor, value: Tensor, grad: Tensor | None) -> Callable[[], None]:
+def _assign(x: Tensor, value: Tensor, grad: Tensor | None) -> Undo:
     """Put other numbers into a tensor, of any shape. Returns what takes it back."""
     old, old_grad = x.detach(), x.grad
 

@@ -1,6 +1,7 @@
 """take, grow and reset: some rows of parameters, and of all that the state has of their shape."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from ..rebuild import Copies, like_parameter
 from ..rule import Rule, at, title
 from ..state import AnyState, bind, each_leaf, shape_of, tree_context
 from ..text import form, names_of
-from .edit import Change, Draft, Edit, settle
+from .edit import Change, Draft, Edit, perform, settle
 from .modules import Cut, Resize, modules_in, own_tensors, set_size
 
 Model = TypeVar("Model")
@@ -105,9 +106,8 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
                 tensors, skeleton = partition(emptied)
                 tensors = _in_place_of(record.tensors or [], tensors)
                 new.append((record, (tensors, Numbers(record.numbers.count, skeleton))))
-        for record, replacement in new:
-            settle(record, record.shape, replacement)
-        tree_context(state).structure += 1
+        writes = [partial(settle, record, record.shape, replacement) for record, replacement in new]
+        perform(writes, tree_context(state))
     return state
 
 
