@@ -99,8 +99,7 @@ def bind(state: State | Leaf, model: Any) -> Binding:
     try:
         return bindings.add(key, spec, model, records)
     except ValueError:
-        other = relaid(spec, walk(model)[0]) if isinstance(state, State) else None
-        if other is None:
+        if isinstance(state, Leaf) or (other := relaid(spec, walk(model)[0])) is None:
             raise
         respec(state, other)  # all that the model has, in the order of the model
     return bindings.add(id(other), other, model, records)

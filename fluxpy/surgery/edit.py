@@ -133,6 +133,9 @@ class Edit:
 # --- What may be changed ------------------------------------------------------------------------------------------
 
 
+_DISPATCH = "__torch_dispatch__"  # which subclasses define whose numbers are not in their own memory
+
+
 def _require_changeable(x: Tensor, path: str, record: Record | None, verb: str) -> None:
     """ValueError where other numbers cannot be put in place of a tensor's."""
     if record is not None and (x.shape, x.dtype) != (record.shape, record.dtype):
@@ -148,7 +151,7 @@ def _require_changeable(x: Tensor, path: str, record: Record | None, verb: str) 
         why = "it was made in inference mode; clone it"
     elif x._is_view():
         why = "it is a view of another tensor, which would not follow; clone it"
-    elif type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    elif getattr(type(x), _DISPATCH) is not getattr(Tensor, _DISPATCH):
         why = f"it is a {type(x).__name__}"
     elif x.grad is not None and x.grad.layout != torch.strided:
         why = "its .grad is sparse; set that to None"

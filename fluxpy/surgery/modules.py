@@ -110,7 +110,7 @@ def concerned(module: nn.Module, dim: int | str, verb: str) -> tuple[list[Cut], 
     return cuts, _resizes(module, name, cuts, verb)
 
 
-def _resizes(module: nn.Module, name: Any, cuts: list[Cut], verb: str) -> list[Resize]:
+def _resizes(module: Any, name: Any, cuts: list[Cut], verb: str) -> list[Resize]:
     """The attributes that follow. A depthwise convolution has as many groups as channels; other groups are refused."""
     if isinstance(name, int):
         return [Resize(module, name, module.normalized_shape[name])]
