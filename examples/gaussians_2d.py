@@ -20,12 +20,7 @@ import fluxpy
 from fluxpy import surgery
 
 SIZE = 48
-RULES = {
-    "place": fluxpy.Adam(4e-3),
-    "scale": fluxpy.Adam(2e-2),
-    "angle": fluxpy.Adam(2e-2),
-    "colour": fluxpy.Adam(2e-2),
-}
+RULES = {"place": fluxpy.Adam(4e-3, betas=(0.9, 0.99)), "*": fluxpy.Adam(2e-2, betas=(0.9, 0.99))}
 
 
 class Scene(nn.Module):

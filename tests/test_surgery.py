@@ -484,6 +484,19 @@ def test_modules_that_keep_channels_apart(module: nn.Module, shape: Any, names: 
     assert module(x[:, :5]).shape == (shape[0], 5, *([1, 1] if isinstance(module, nn.Conv2d) else shape[2:]))
 
 
+def test_one_slope_for_all_channels_stays() -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.PReLU(), nn.Linear(4, 1))
+    state = setup(Adam(), model)
+    surgery.prune(state, model, "0", [0, 3], readers=["1", "2"])
+    assert model[1].weight.shape == (1,) and forward(model, 3, 2).shape == (3, 1)
+
+
+def test_a_wrapper_that_keeps_old_shapes_is_refused() -> None:
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    with pytest.raises(ValueError, match="DistributedDataParallel keeps old shapes"):
+        surgery.take(setup(Adam(), torch.ones(2)), wrapped, [0])
+
+
 def test_given_rows_of_a_batch_norm_get_fresh_statistics() -> None:
     model = nn.BatchNorm1d(2)
     state = setup(Adam(), model)

@@ -95,6 +95,8 @@ def concerned(module: nn.Module, dim: int | str, verb: str) -> tuple[list[Cut], 
             f"{verb} does not know what the dimensions of {odd!r} of a {kind} mean; change its parameters one by one, "
             f"as {verb}(state.{odd}, module.{odd}, ...)"
         )
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        return [], []  # one slope for all channels
     first = next(iter(names.values()))
     if isinstance(dim, str):
         name = dim
@@ -126,8 +128,6 @@ def _resizes(module: Any, name: Any, cuts: list[Cut], verb: str) -> list[Resize]
         if module.num_groups != module.num_channels:
             raise ValueError(f"{verb} cannot change the channels of a GroupNorm of {module.num_groups} groups")
         also = ["num_groups"]
-    elif isinstance(module, nn.PReLU) and module.num_parameters == 1:
-        return []  # one slope for all channels
     return [Resize(module, key, size) for key in (name, *also)]
 
 
