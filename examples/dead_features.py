@@ -66,7 +66,7 @@ def fit(images: Tensor, way: str, seed: int, updates: int, every: int) -> tuple[
     """The loss on all images `every // 10` updates after each time of reviving, and at the end; and the dead then."""
     torch.manual_seed(seed)
     model = Autoencoder(64, 256)
-    state = fluxpy.setup(fluxpy.Adam(3e-3), model)
+    state = fluxpy.setup(fluxpy.Adam(3e-3, betas=(0.9, 0.95)), model)
     losses = []
     for i in range(1, updates + 1):
         batch = images[torch.randint(len(images), (128,))]
