@@ -74,6 +74,28 @@ class Adafactor(Rule):
         rate = smaller(self.lr, t**-0.5) * larger(_rms(x), eps2) / larger(_rms(u) / self.d, 1.0)
         return state, decayed(rate * u, self.lr * self.weight_decay, x).to(dtype)
 
+    def take(self, state: Any, x: Tensor, index: Tensor, dim: int) -> Any:
+        """Averages of what stays; those over a dimension that is changed stay as they were."""
+        if isinstance(state, Variance):
+            return super().take(state, x, index, dim)
+        if not len(index):
+            return self.init(x.index_select(dim, index))._replace(t=state.t)
+        row = state.row if dim == x.ndim - 1 else state.row.index_select(dim, index)
+        column = state.column if dim == x.ndim - 2 else state.column.index_select(dim, index)
+        return Factors(row, column, state.t)
+
+    def grow(self, state: Any, x: Tensor, rows: Tensor, dim: int) -> Any:
+        if not rows.numel():
+            return state
+        new = self.init(rows)
+        if isinstance(new, Variance):
+            return super().grow(state, x, rows, dim)
+        if isinstance(state, Variance):  # of a matrix that had no element
+            return self.init(torch.cat([x, rows], dim))._replace(t=state.t)
+        row = state.row if dim == x.ndim - 1 else torch.cat([state.row, new.row], dim)
+        column = state.column if dim == x.ndim - 2 else torch.cat([state.column, new.column], dim)
+        return Factors(row, column, state.t)
+
 
 def _rms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x) / max(x.numel(), 1) ** 0.5

@@ -1,9 +1,10 @@
 """Rules around one other rule that change what its step does: Lookahead, Cautious."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..fields import Hyper, hyper
@@ -65,11 +66,16 @@ class Lookahead(Wrapper):
         """The weights to evaluate with: the slow ones."""
         return like(state.slow, x)
 
-    def skip_frozen(self, state: Slow) -> Slow:
-        return state._replace(state=self.rule.skip_frozen(state.state))
+    def map_inner_states(self, f: Callable[..., Any], *states: Slow) -> Slow:
+        return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))
 
-    def restart(self, before: Slow, state: Slow) -> Slow:
-        return state._replace(state=self.rule.restart(before.state, state.state))
+    def take(self, state: Slow, x: Tensor, index: Tensor, dim: int) -> Slow:
+        slow = state.slow.index_select(dim, index)
+        return Slow(slow, state.steps, self.rule.take(state.state, x, index, dim))
+
+    def grow(self, state: Slow, x: Tensor, rows: Tensor, dim: int) -> Slow:
+        slow = torch.cat([state.slow, real(rows)], dim)
+        return Slow(slow, state.steps, self.rule.grow(state.state, x, rows, dim))
 
 
 class Cautious(Wrapper, ReducingRule):
@@ -104,6 +110,15 @@ class Cautious(Wrapper, ReducingRule):
 
     def init(self, x: Tensor) -> Any:
         return self.rule.init_any(x)
+
+    def map_inner_states(self, f: Callable[..., Any], *states: Any) -> Any:
+        return f(self.rule, *states)
+
+    def take(self, state: Any, x: Tensor, index: Tensor, dim: int) -> Any:
+        return self.rule.take(state, x, index, dim)
+
+    def grow(self, state: Any, x: Tensor, rows: Tensor, dim: int) -> Any:
+        return self.rule.grow(state, x, rows, dim)
 
     def part(self, value: Tensor) -> Tensor:
         value = real(value)
