@@ -7,6 +7,9 @@ features. Some features die: they fire on no image, get no gradient and never co
 gets new weights, from an image that is reconstructed badly, and `surgery.reset` empties the momenta of its row of the
 encoder and of its column of the decoder. Beside it: all momenta started anew, the momenta of the dead left as they are,
 and no reviving. A minute on a laptop; needs scikit-learn.
+
+Reviving pays. What is done with the momenta hardly matters here: over three seeds the differences are smaller than those
+between seeds. The example shows how to do it; measure on your own data.
 """
 
 import argparse
@@ -66,7 +69,7 @@ def fit(images: Tensor, way: str, seed: int, updates: int, every: int) -> tuple[
     """The loss on all images `every // 10` updates after each time of reviving, and at the end; and the dead then."""
     torch.manual_seed(seed)
     model = Autoencoder(64, 256)
-    state = fluxpy.setup(fluxpy.Adam(3e-3), model)
+    state = fluxpy.setup(fluxpy.Adam(3e-3, betas=(0.9, 0.95)), model)
     losses = []
     for i in range(1, updates + 1):
         batch = images[torch.randint(len(images), (128,))]

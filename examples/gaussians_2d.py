@@ -7,6 +7,9 @@ they are large, and cloned where they are small, and those that hardly show are 
 [Kerbl et al. 2023]. `surgery.grow` and `surgery.take` change all parameters and the state of Adam together: what stays
 keeps its momenta. Beside it the same fit, with all momenta thrown away at each change. A few minutes on a laptop; the
 picture needs matplotlib.
+
+Over three seeds following is ahead by 0.4 dB on average, which is little more than the seeds differ. With Adam's usual
+longer memory it is ahead on the way but not at the end: at a constant rate it pays to forget.
 """
 
 import argparse
@@ -79,7 +82,7 @@ def psnr(scene: Scene, points: Tensor, colours: Tensor) -> float:
 
 
 def fit(seed: int, updates: int, every: int, most: int, *, follow: bool) -> tuple[Scene, list[float]]:
-    """The scene, and the PSNR before each change and at the end. With `follow`, momenta go along with their rows."""
+    """The scene, and the PSNR before each change and after. With `follow`, momenta go along with their rows."""
     torch.manual_seed(seed)
     points, colours = picture(SIZE)
     scene = Scene(16)
@@ -126,7 +129,7 @@ def main(updates: int, every: int, most: int, seeds: int, out: str | None) -> No
         gains.append([a - b for a, b in zip(reached, without, strict=True)])
         print(f"{seed:4}  {len(scene.place):9}  {reached[-1]:16.2f} dB  {without[-1]:16.2f} dB")
     means = [sum(column) / seeds for column in zip(*gains, strict=True)]
-    print("gain before each change, mean over seeds:", "  ".join(f"{gain:+.2f}" for gain in means[:-1]), "dB")
+    print(f"gain every {every} updates, mean over seeds:", "  ".join(f"{gain:+.2f}" for gain in means[:-1]), "dB")
     print(f"gain at the end, mean over seeds: {means[-1]:+.2f} dB")
     if out:
         draw(scenes, out)

@@ -136,7 +136,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(VERBS), st.sampled_from("abcd")), max
 
 
 @pytest.mark.parametrize("layout", ["apart", "flat"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(
     seed=st.integers(0, 2**32), what=st.lists(st.tuples(st.sampled_from(VERBS), st.sampled_from("abcd")), max_size=25)
 )

@@ -1,6 +1,5 @@
 """Adafactor: Adam's division, in the memory of a row and a column for each matrix."""
 
-from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
 
@@ -58,19 +57,6 @@ class Adafactor(Rule):
             return Factors(torch.zeros_like(x[..., :1]), torch.zeros_like(x[..., :1, :]), 0)
         return Variance(torch.zeros_like(x), 0)
 
-    # Rows that come or go leave the average over the rows as it is: what each gave to it is not known.
-    def take(self, state: Any, x: Tensor, index: Tensor, dim: int) -> Any:
-        if isinstance(state, Variance):
-            return super().take(state, x, index, dim)
-        return _along(state, x, dim, lambda t: t.index_select(dim, index))
-
-    def grow(self, state: Any, x: Tensor, rows: Tensor, dim: int) -> Any:
-        if isinstance(state, Variance):
-            return super().grow(state, x, rows, dim)
-        sizes = [-1] * x.ndim
-        sizes[dim] = rows.shape[dim]
-        return _along(state, x, dim, lambda t: torch.cat([t, torch.zeros_like(t.narrow(dim, 0, 1)).expand(sizes)], dim))
-
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         eps1, eps2 = self.eps
         eps1 = torch.finfo(x.dtype).eps if eps1 is None else eps1
@@ -88,12 +74,27 @@ class Adafactor(Rule):
         rate = smaller(self.lr, t**-0.5) * larger(_rms(x), eps2) / larger(_rms(u) / self.d, 1.0)
         return state, decayed(rate * u, self.lr * self.weight_decay, x).to(dtype)
 
+    def take(self, state: Any, x: Tensor, index: Tensor, dim: int) -> Any:
+        """Averages of what stays; those over a dimension that is changed stay as they were."""
+        if isinstance(state, Variance):
+            return super().take(state, x, index, dim)
+        if not len(index):
+            return self.init(x.index_select(dim, index))._replace(t=state.t)
+        row = state.row if dim == x.ndim - 1 else state.row.index_select(dim, index)
+        column = state.column if dim == x.ndim - 2 else state.column.index_select(dim, index)
+        return Factors(row, column, state.t)
 
-def _along(state: Factors, x: Tensor, dim: int, change: Callable[[Tensor], Tensor]) -> Factors:
-    """The state with a change of what has the rows of `x` along a dimension."""
-    row = state.row if dim == x.ndim - 1 else change(state.row)
-    column = state.column if dim == x.ndim - 2 else change(state.column)
-    return Factors(row, column, state.t)
+    def grow(self, state: Any, x: Tensor, rows: Tensor, dim: int) -> Any:
+        if not rows.numel():
+            return state
+        new = self.init(rows)
+        if isinstance(new, Variance):
+            return super().grow(state, x, rows, dim)
+        if isinstance(state, Variance):  # of a matrix that had no element
+            return self.init(torch.cat([x, rows], dim))._replace(t=state.t)
+        row = state.row if dim == x.ndim - 1 else torch.cat([state.row, new.row], dim)
+        column = state.column if dim == x.ndim - 2 else torch.cat([state.column, new.column], dim)
+        return Factors(row, column, state.t)
 
 
 def _rms(x: Tensor) -> Tensor:
