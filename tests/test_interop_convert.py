@@ -309,9 +309,8 @@ def test_plain_descent_goes_to_an_optimiser_with_momentum() -> None:
 @pytest.mark.parametrize("kind", [opt.Muon, opt.Adafactor])
 def test_matrices(kind: Any) -> None:
     """Both ways, the stacks and factors of matrices, with options that are not the defaults."""
-    options = (
-        {"momentum": 0.8, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"} if kind is opt.Muon else {"d": 0.5}
-    )
+    of_muon = {"momentum": 0.8, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}
+    options = of_muon if kind is opt.Muon else {"d": 1.5, "beta2_decay": -0.7}
 
     def model() -> nn.Sequential:
         torch.manual_seed(1)
