@@ -30,6 +30,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "NAdam": (opt.NAdam, {"lr": 0.05, "momentum_decay": 0.01, "weight_decay": 0.1}),
     "RAdam": (opt.RAdam, {"lr": 0.05, "betas": (0.8, 0.9)}),
     "Adamax": (opt.Adamax, {"lr": 0.05}),
+    "Adafactor": (opt.Adafactor, {"lr": 0.1, "weight_decay": 0.1}),
     "Adadelta": (opt.Adadelta, {"lr": 0.9, "rho": 0.8}),
 }
 rows = pytest.mark.parametrize("name", RUNS)
@@ -224,6 +225,7 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda p: opt.NAdam(p, decoupled_weight_decay=True), "NAdam with decoupled_weight_decay=True"),
     (lambda p: opt.RAdam(p, decoupled_weight_decay=True), "RAdam with decoupled_weight_decay=True"),
     (lambda p: opt.RMSprop(p, momentum=0.5), "RMSprop with momentum=0.5"),
+    (lambda p: opt.Muon([x for x in p if x.ndim == 2], ns_steps=4, eps=1e-6), "Muon with eps=1e-06"),
     (lambda p: opt.Adagrad(p, lr_decay=0.5), "Adagrad with lr_decay=0.5"),
     (opt.ASGD, "torch.optim.ASGD has no rule that does the same; known are Adadelta, .*, SGD"),
     (opt.LBFGS, "torch.optim.LBFGS has no rule"),
@@ -302,6 +304,32 @@ def test_plain_descent_goes_to_an_optimiser_with_momentum() -> None:
     updates(state, ours)
     steps(optimizer, theirs)
     assert_same_change(ours, theirs, net())
+
+
+@pytest.mark.parametrize("kind", [opt.Muon, opt.Adafactor])
+def test_matrices(kind: Any) -> None:
+    """Both ways, the stacks and factors of matrices, with options that are not the defaults."""
+    of_muon = {"momentum": 0.8, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}
+    options = of_muon if kind is opt.Muon else {"d": 1.5, "beta2_decay": -0.7}
+
+    def model() -> nn.Sequential:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(3, 5, bias=False), nn.Tanh(), nn.Linear(5, 2, bias=False))
+
+    theirs, ours = model(), model()
+    optimizer = kind(theirs.parameters(), lr=0.05, weight_decay=0.2, **options)
+    steps(optimizer, theirs)
+    fresh = kind(ours.parameters())
+    ours.load_state_dict(theirs.state_dict())
+    fresh.load_state_dict(optimizer.state_dict())
+    state = from_torch(fresh, ours)
+    updates(state, ours)
+    steps(optimizer, theirs)
+    assert_same_change(theirs, ours, model())
+    back = to_torch(state, ours, kind(ours.parameters()))
+    steps(back, ours)
+    steps(optimizer, theirs)
+    assert_same_change(theirs, ours, model())
 
 
 def test_tied_parameters_and_wrapped_models() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import needs_compiler
+from rule_table import ROWS
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim import lr_scheduler
@@ -856,6 +857,51 @@ def test_a_state_dict_of_torch_that_fits_no_leaf() -> None:
     with pytest.raises(ValueError, match="the state of 'encoder.2.bias' has no 'exp_avg', which Adam needs"):
         optimizer.load_state_dict(d)
     assert optimizer.tree.left.bias.count == 0
+
+
+class Matrices(nn.Module):
+    """For rules that take nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x.double()).tanh())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_rule(name: str) -> None:
+    """The numbers of `update`, also resumed from a file and unpickled; and whatever a group shows can be written."""
+    rule = ROWS[name].rule
+    ours, twin = Matrices(), Matrices()
+    optimizer, state = TorchOptimizer(rule, ours), fluxpy.setup(rule, twin)
+    for i in range(6):
+        turn(optimizer, ours)
+        loss_of(twin).backward()
+        fluxpy.update(state, twin)
+        twin.zero_grad()
+        if i == 2:
+            saved = _saved(optimizer)
+            optimizer = TorchOptimizer(rule, ours)
+            optimizer.load_state_dict(torch.load(io.BytesIO(saved), weights_only=True))
+        if i == 4:
+            ours, optimizer = pickle.loads(pickle.dumps((ours, optimizer)))
+    for x, y in zip(ours.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(x, y)
+    group = optimizer.param_groups[0]
+    before = group["names"], optimizer.tree.first.weight.rule
+    for key, shown in list(group.items()):
+        if key not in ("params", "names"):
+            group[key] = shown
+    assert before[1] == optimizer.tree.first.weight.rule
+    for key, other in ROWS[name].adjusted.items():
+        if key in group:
+            group[key] = other
+            assert group[key] == other and fluxpy.value(optimizer.tree.first.weight, key) == other
+    assert len(optimizer.param_groups) == 1
 
 
 # --- GradScaler ---------------------------------------------------------------------------------------------------

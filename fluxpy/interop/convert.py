@@ -29,10 +29,11 @@ class _Content(NamedTuple):
 def from_torch(optimizer: torch.optim.Optimizer, model: Any) -> Any:
     """The state for going on here with a run of `torch.optim`: hyperparameters, momenta and counts of an optimiser.
 
-    Adam, AdamW, SGD, RMSprop, Rprop, Adagrad, Adadelta, Adamax, NAdam and RAdam have rules with their numbers. A weight
-    decay that is a penalty becomes a chain, `OptimiserChain(WeightDecay(λ), Adam(...))`. A parameter that the optimiser
-    does not have gets no rule (None); one with `requires_grad=False` is frozen. SGD counts no steps, so its leaves
-    start at count 0. Neither the optimiser nor the model is changed, and nothing is shared with them.
+    Adam, AdamW, SGD, RMSprop, Rprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, Adafactor and Muon have rules with their
+    numbers. A weight decay that is a penalty becomes a chain, `OptimiserChain(WeightDecay(λ), Adam(...))`. A parameter
+    that the optimiser does not have gets no rule (None); one with `requires_grad=False` is frozen. SGD and Muon count
+    no steps, so their leaves start at count 0. Neither the optimiser nor the model is changed, and nothing is shared
+    with them.
 
     Raises ValueError, with the name, for another class, for modes that no rule has (`maximize`, `dampening`,
     `lr_decay`, ...), and where the optimiser has parameters that are not in the model.

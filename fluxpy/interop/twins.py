@@ -14,6 +14,7 @@ from ..pytree import skeleton_of
 from ..rule import Rule, hyperparameters
 from ..rules import (
     AdaDelta,
+    Adafactor,
     AdaGrad,
     Adam,
     AdaMax,
@@ -22,6 +23,7 @@ from ..rules import (
     Descent,
     MixedPrecision,
     Momentum,
+    Muon,
     NAdam,
     Nesterov,
     OptimiserChain,
@@ -70,6 +72,8 @@ TWINS: dict[type[Rule], Twin] = {
         Twin(AdaDelta, ("Adadelta",), {"v": "square_avg", "u": "acc_delta"}),
         Twin(RMSProp, ("RMSprop",), {"v": "square_avg", "m": "grad_avg"}, {"momentum": 0}),
         Twin(Rprop, ("Rprop",), {"dx": "prev", "size": "step_size"}),
+        Twin(Adafactor, ("Adafactor",), {"row": "row_var", "column": "col_var", "v": "variance", "t": "step"}),
+        Twin(Muon, ("Muon",), {"": "momentum_buffer"}, {"ns_coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7}),
     )
 }
 
@@ -179,7 +183,7 @@ def write_state(rule: Rule, state: Any, count: int, x: Tensor) -> dict[str, Any]
         elif x.is_complex():
             part = torch.view_as_complex(part.contiguous())
         saved[twin.parts[place.removeprefix(".")]] = part.detach().clone()
-    if "SGD" in twin.classes:
+    if twin.classes in (("SGD",), ("Muon",)):  # which do not count
         del saved["step"]
     return saved
 
