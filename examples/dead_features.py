@@ -8,8 +8,8 @@ gets new weights, from an image that is reconstructed badly, and `surgery.reset`
 encoder and of its column of the decoder. Beside it: all momenta started anew, the momenta of the dead left as they are,
 and no reviving. A minute on a laptop; needs scikit-learn.
 
-Reviving pays. What is done with the momenta hardly matters here: over three seeds the differences are smaller than those
-between seeds. The example shows how to do it; measure on your own data.
+Reviving pays. What is done with the momenta hardly matters here: over three seeds the differences are smaller than
+those between seeds. The example shows how to do it; measure on your own data.
 """
 
 import argparse
