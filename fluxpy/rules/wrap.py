@@ -245,7 +245,11 @@ class MixedPrecision(Wrapper):
 
     def master_for(self, master: Tensor, x: Tensor) -> Tensor:
         """The master copy of `x`: as it was, but where somebody wrote to the parameter."""
-        return torch.where(master.to(x.dtype) != x, x.to(self.dtype), master)
+        new = torch.where(master.to(x.dtype) != x, x.to(self.dtype), master)
+        if not torch.is_grad_enabled() or master.requires_grad:
+            return new
+        wide = x.to(self.dtype)  # a copy without a history has that of the parameter: what is added is zero
+        return new.detach() + (wide - wide.detach())
 
     def map_inner_states(self, f: Callable[..., Any], *states: Master) -> Master:
         return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))
