@@ -17,6 +17,7 @@ from . import schedules
 from .adjust import adjust, freeze, reset, scale, thaw
 from .data import DataLoader
 from .explain import explain
+from .follow import follow
 from .gradient import Gradients, gradient, withgradient
 from .leaf import Leaf
 from .parameters import destructure, flatten_parameters, trainables
@@ -49,6 +50,7 @@ __all__ = [
     "destructure",
     "explain",
     "flatten_parameters",
+    "follow",
     "freeze",
     "gradient",
     "leaves",

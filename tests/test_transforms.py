@@ -5,12 +5,27 @@ from typing import Any
 import pytest
 import rule_table
 import torch
+import torch._dynamo
 from rule_table import ROWS, Row
-from torch import Tensor
-from torch.func import grad, hessian, jacfwd, vmap
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.func import functional_call, grad, hessian, jacfwd, vmap
 
 import fluxpy
-from fluxpy import Adam, ClipGlobalNorm, Descent, MixedPrecision, Momentum, OptimiserChain, RMSProp, setup, update
+from fluxpy import (
+    Adam,
+    AdamW,
+    ClipGlobalNorm,
+    ClipNorm,
+    Descent,
+    Lion,
+    MixedPrecision,
+    Momentum,
+    OptimiserChain,
+    RMSProp,
+    setup,
+    update,
+)
 
 F64 = torch.float64
 
@@ -91,3 +106,171 @@ def test_forward_mode_and_second_derivatives(rule: Any) -> None:
     torch.testing.assert_close(jacfwd(outer)(w), slope, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(hessian(outer)(w), bend, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(vmap(grad(outer))(torch.stack([w, -w]))[0], grad(outer)(w))
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------------
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 1)).double()
+
+
+INPUT, TARGET = drawn(6, 3), drawn(6, 1, seed=1)
+
+
+def squared(m: Any) -> Tensor:
+    return (m(INPUT) - TARGET).square().mean()
+
+
+def by_name(params: dict[str, Tensor]) -> Tensor:
+    return (functional_call(NET, params, (INPUT,)) - TARGET).square().mean()
+
+
+NET = small()
+
+
+def pure_step(state: Any, params: Any) -> Any:
+    return update(state, params, grad(by_name)(params), inplace=False)
+
+
+COMPILED = {
+    "chain": (OptimiserChain(ClipNorm(1.0), ClipGlobalNorm(0.1), AdamW(fluxpy.schedules.linear(0.1, 0.01, 4))), 4),
+    "master": (MixedPrecision(Lion(0.01)), 2),
+}
+
+
+@pytest.mark.parametrize(("rule", "most"), COMPILED.values(), ids=COMPILED)
+def test_a_whole_step_is_one_graph(rule: Any, most: int) -> None:
+    """From the loss to the new state, and used again from step to step: counts are no constants."""
+    torch.compiler.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(pure_step, fullgraph=True, backend=graphs)
+    params: Any = {name: x.detach().clone() for name, x in NET.named_parameters()}
+    a, b = [setup(rule, params), params], [setup(rule, params), params]
+    for _ in range(5):
+        a, b = compiled(*a), pure_step(*b)
+    assert graphs.frame_count <= most
+    for name, x in b[1].items():
+        torch.testing.assert_close(a[1][name], x, rtol=1e-12, atol=1e-14)
+    assert [leaf.count for _, leaf in fluxpy.leaves(a[0])] == [leaf.count for _, leaf in fluxpy.leaves(b[0])]
+    # What comes out of a graph is a state like any other.
+    assert str(fluxpy.state_dict(a[0]).keys()) == str(fluxpy.state_dict(b[0]).keys())
+    for state, model in (a, b):
+        update(state, model, grad(by_name)(model))
+    for name, x in b[1].items():
+        torch.testing.assert_close(a[1][name], x, rtol=1e-12, atol=1e-14)
+
+
+@torch._dynamo.config.patch(trace_autograd_ops=True)
+def test_a_module_is_stepped_in_place_in_one_graph() -> None:
+    for compiled in (
+        torch.compile(fluxpy.trainstep, fullgraph=True, backend="aot_eager"),
+        torch.compile(lambda f, m, _, s: update(s, m, fluxpy.withgradient(f, m, state=s)[1]), backend="eager"),
+    ):
+        torch.compiler.reset()
+        a, b = small(), small()
+        rule = OptimiserChain(ClipGlobalNorm(0.1), Adam(0.1))
+        state_a, state_b = setup(rule, a), setup(rule, b)
+        for _ in range(4):
+            compiled(squared, a, (), state_a)
+            fluxpy.trainstep(squared, b, (), state_b)
+        for x, y in zip(a.parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+        assert state_a["0"].weight.count == 4
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # PyTorch's own, of what is between two graphs
+def test_a_graph_that_breaks_gives_the_same_numbers() -> None:
+    """As PyTorch is set up, it does not follow `autograd.grad`: it compiles what is before and after."""
+    torch.compiler.reset()
+    a, b = small(), small()
+    state_a, state_b = setup(Adam(0.1), a), setup(Adam(0.1), b)
+    compiled = torch.compile(fluxpy.trainstep, backend="eager")
+    for _ in range(3):
+        torch.testing.assert_close(compiled(squared, a, (), state_a), fluxpy.trainstep(squared, b, (), state_b))
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+
+
+def test_what_a_graph_cannot_do_is_said() -> None:
+    torch.compiler.reset()
+    model = small()
+    state = setup(Adam(0.1), model)
+    grads = fluxpy.gradient(squared, model)
+    step = torch.compile(lambda s, m, g: update(s, m, g, inplace=False), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="a pure update takes the parameters as a dict of tensors"):
+        step(state, model, grads)
+    state = setup(OptimiserChain(ClipNorm(1.0, nonfinite="skip"), Adam(0.1)), model)
+    with pytest.raises(Exception, match="no number"):
+        torch.compile(update, fullgraph=True, backend="eager")(state, model, grads)
+
+
+def test_in_a_graph_a_flag_goes_up_for_what_is_not_finite() -> None:
+    torch.compiler.reset()
+    params: Any = {name: x.detach().clone() for name, x in NET.named_parameters()}
+    state = setup(OptimiserChain(ClipGlobalNorm(1.0), Adam(0.1)), params)
+    compiled = torch.compile(lambda s, p, g: update(s, p, g, inplace=False), fullgraph=True, backend="eager")
+    grads = {name: torch.ones_like(x) for name, x in params.items()}
+    state, params = compiled(state, params, grads)
+    before = {name: x.clone() for name, x in params.items()}
+    state, params = compiled(state, params, grads | {"0.bias": grads["0.bias"] * torch.nan})
+    state, params = compiled(state, params, grads)
+    assert all(torch.equal(x, before[name]) for name, x in params.items())
+    with pytest.raises(FloatingPointError, match=r"'0\.bias' is not finite, in update 1"):
+        fluxpy.check_finite(state)
+
+
+# --- Memory -------------------------------------------------------------------------------------------------------
+
+
+def steps_back(x: Tensor) -> int:
+    """How many nodes of a graph hang on a tensor."""
+    todo, seen = [x.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [below for below, _ in node.next_functions]
+    return len(seen)
+
+
+def run(model: Any, grads: Any, steps: int = 120) -> Tensor:
+    state = setup(Adam(0.01), model)
+    for _ in range(steps):
+        state, model = update(state, model, grads(model), inplace=False)
+    return model["w"]
+
+
+def total(m: Any) -> Tensor:
+    return m["w"].square().sum()
+
+
+def test_a_pure_loop_keeps_nothing() -> None:
+    by_fluxpy = lambda m: fluxpy.gradient(total, m)  # noqa: E731
+    for start in (torch.ones(3), nn.Parameter(torch.ones(3))):
+        assert steps_back(run({"w": start}, by_fluxpy)) == 0
+    assert steps_back(run({"w": torch.ones(3)}, grad(total))) == 0
+    with torch.no_grad():
+        assert steps_back(run({"w": torch.ones(3, requires_grad=True)}, by_fluxpy)) == 0
+
+
+@pytest.mark.parametrize("grads", [grad(total), lambda m: fluxpy.gradient(total, m)], ids=["func", "fluxpy"])
+def test_a_pure_loop_that_keeps_all_is_warned_of(grads: Any) -> None:
+    with pytest.warns(UserWarning, match="100 updates in a row were recorded") as found:
+        run({"w": torch.ones(3, requires_grad=True)}, grads, 250)
+    assert len(found) == 1 and found[0].filename == __file__
+    run({"w": torch.ones(3, requires_grad=True)}, grads, 100)  # is meant, perhaps
+
+
+def test_cutting_the_history_is_no_reason_to_warn() -> None:
+    rate = torch.tensor(0.01, requires_grad=True)
+    model: Any = {"w": torch.ones(3)}
+    state: Any = setup(Momentum(rate), model)
+    for step in range(150):
+        state, model = update(state, model, fluxpy.gradient(total, model, create_graph=True), inplace=False)
+        if step % 10 == 9:
+            total(model).backward()
+            model = {"w": model["w"].detach()}
+            state = setup(Momentum(rate), model, keep=None)
+    assert rate.grad is not None and rate.grad != 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..fields import Hyper, hyper
-from ..rule import Assign, Rule, Steps, hyperparameters, run_alone, walk
+from ..rule import Assign, Rule, Run, Steps, hyperparameters, run_alone, walk
 
 
 class Wrapper(Rule):
@@ -139,7 +139,10 @@ class OptimiserChain(Wrapper):
         for i, rule in enumerate(self.rules):
             if dx is None and not rule.accumulates:
                 continue  # no gradient: nothing to do before a member that accumulates
-            new[i], dx = yield from rule.steps(state[i], x, dx)
+            run = Run(rule.steps(state[i], x, dx))
+            while run.asks is not None:
+                run.tell((yield run.asks))
+            new[i], dx = run.result
             if dx is None:
                 break
         return tuple(new), dx
@@ -237,7 +240,10 @@ class MixedPrecision(Wrapper):
 
     def steps(self, state: Master, x: Tensor, dx: Any) -> Steps:
         master = self.master_for(state.x, x)
-        inner, change = yield from self.rule.steps(state.state, master, None if dx is None else dx.to(self.dtype))
+        run = Run(self.rule.steps(state.state, master, None if dx is None else dx.to(self.dtype)))
+        while run.asks is not None:
+            run.tell((yield run.asks))
+        inner, change = run.result
         if change is None:
             return Master(master, inner), None
         master = change.value if isinstance(change, Assign) else master - change
