@@ -354,7 +354,7 @@ def at(rule: Rule, count: int) -> Rule:
     for field in dataclasses.fields(rule):
         old = getattr(rule, field.name)
         new = fresh.__dict__[field.name] = value(old)
-        if new is not old and not torch.compiler.is_compiling() and field.metadata.get("allowed"):
+        if not torch.compiler.is_compiling() and new is not old and field.metadata.get("allowed"):
             check(type(rule).__name__, field, new)
     if type(rule).__post_init__ is not Rule.__post_init__:  # which would check the others again
         fresh.__post_init__()
