@@ -18,6 +18,7 @@ from .adjust import adjust, freeze, reset, scale, thaw
 from .data import DataLoader
 from .distributed.check import assert_same_on_all_ranks
 from .explain import explain
+from .follow import follow
 from .gradient import Gradients, gradient, withgradient
 from .leaf import Leaf
 from .parameters import destructure, flatten_parameters, trainables
@@ -51,6 +52,7 @@ __all__ = [
     "destructure",
     "explain",
     "flatten_parameters",
+    "follow",
     "freeze",
     "gradient",
     "leaves",

@@ -9,9 +9,11 @@ from operator import is_, methodcaller
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .distributed.layout import any_dtensor, local_tensors
 from .distributed.parallel import Parallel, parallel_of, reshard
+from .pytree import level, unwrap
 from .text import names_of
 from .tree import TreeSpec, explore
 
@@ -26,19 +28,20 @@ class Binding:
     dies, `forget` is called. `records` are what the whole tree holds for each number; here, for each parameter.
     """
 
-    def __init__(
-        self, spec: TreeSpec, model: Any, records: Sequence[Any] = (), forget: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, spec: TreeSpec, model: Any, records: Sequence[Any] = ()) -> None:
         if spec.kind in ("slice", "selection"):
             raise ValueError(
                 "a slice or a selection of the state has no matching branch of a model; "
                 "pass the whole state or a branch of it (frozen leaves are passed by)"
             )
-        self.spec = spec
-        self.walked, values, containers = explore(model)
-        if self.walked != spec:
-            raise ValueError(difference(spec, self.walked, ""))
-        self.originals: list[Tensor] = [values[j] for j in self.walked.leaves]
+        self.spec = self.walked = spec
+        if is_compiling():  # which would check by the identity of each object whether a graph can be used again
+            self.originals = parameters_at(spec, model)
+        else:
+            self.walked, values, self.containers = explore(model)
+            if self.walked != spec:
+                raise ValueError(difference(spec, self.walked, ""))
+            self.originals: list[Tensor] = [values[j] for j in self.walked.leaves]
         # Whether any is spread over processes; then `params` are what this one holds of them.
         self.spread = any_dtensor(self.originals)
         self.params = local_tensors(self.originals) if self.spread else self.originals
@@ -47,9 +50,13 @@ class Binding:
         self.records = [records[index] for index in self.indices] if records else []
         self.unasked = self._unasked()
         self.warned = False
-        self.parallel: Parallel | None = parallel_of(model, self.originals, self.paths)
+        self.parallel: Parallel | None = None if is_compiling() else parallel_of(model, self.originals, self.paths)
         self.plan: Any = None  # how the engine steps these parameters
+
+    def watch(self, model: Any, forget: Callable[[], None]) -> "Binding":
+        """From here on, `matches` can tell."""
         self.model: Callable[[], Any] = _reference(model, forget)
+        containers, self.containers = self.containers, []
         dicts = [x for x in containers if isinstance(x, dict)]
         self.filled, self.empty = [x for x in dicts if x], [x for x in dicts if not x]
         self.sizes = [*map(len, self.filled)]
@@ -57,6 +64,7 @@ class Binding:
         # Else some container cannot be looked into, and a model never matches.
         self.transparent = len(dicts) + len(self.lists) == len(containers)
         self.keys, self.held = self._look()
+        return self
 
     def _unasked(self) -> list[Tensor]:
         """What its flag froze when the state was made: whoever sets one of these later wants it to train."""
@@ -88,7 +96,7 @@ class Binding:
     ) -> "Binding":
         """The binding of a copy of the model."""
         if any(id(x) not in containers for x in (*self.filled, *self.empty, *self.lists)):
-            other = Binding(spec, model, (), forget)  # a wrapper was left out of the copy
+            other = Binding(spec, model).watch(model, forget)  # a wrapper was left out of the copy
         else:
             other = copy.copy(self)
             other.spec, other.model = spec, _reference(model, forget)
@@ -130,7 +138,7 @@ class Bindings(dict[int, Binding]):
         """Bind a model. When a module dies all are forgotten: parts of it, and tensors, may be among the others."""
         if len(self) >= self.MOST:
             self.clear()
-        binding = self[key] = Binding(spec, model, records, self._forgetting())
+        binding = self[key] = Binding(spec, model, records).watch(model, self._forgetting())
         return binding
 
     def renew(self, binding: Binding, spec: TreeSpec, model: Any, containers: dict[int, Any], plan: Any) -> None:
@@ -153,6 +161,23 @@ def _reference(model: Any, forget: Callable[[], None] | None) -> Callable[[], An
     if isinstance(model, nn.Module):
         return weakref.ref(model, None if forget is None else lambda _: forget())
     return lambda: model
+
+
+def parameters_at(spec: TreeSpec, model: Any) -> list[Tensor]:
+    """The parameters of a model at the places of `spec`, in order."""
+    found: dict[int, Tensor] = {}
+    todo = [(spec, model)]
+    while todo:
+        place, x = todo.pop()
+        x = unwrap(x)
+        if place.kind == "leaf":
+            found[place.index] = x
+        elif place.kind != "empty":
+            here = level(x)
+            if here is None or here.keys != place.keys:
+                raise ValueError(f"the model does not fit the state: the state has {describe(place)} where it has not")
+            todo += zip(place.children, here.children, strict=True)
+    return [found[index] for index in spec.leaves]
 
 
 def difference(ours: TreeSpec, other: TreeSpec, path: str) -> str:

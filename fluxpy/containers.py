@@ -50,7 +50,7 @@ def open_data(tree: Any) -> tuple[list[Tensor], Opened]:
     tensors: list[Tensor] = []
     skeleton = skeleton_of(tree)
     parts = [_opened(part, tensors) for part in skeleton.parts]
-    return tensors, Opened(skeleton.spec, parts, skeleton.spec.unflatten)
+    return tensors, Opened(skeleton.spec, parts, skeleton.spec.build)
 
 
 def _opened(x: Any, tensors: list[Tensor]) -> Any:

@@ -16,8 +16,8 @@ class SkipUpdate(Exception):
 
 
 def reads_at_once(x: Tensor) -> bool:
-    """Whether the host may read a number without waiting for a device."""
-    return x.is_cpu
+    """Whether the host may read a number without waiting for a device; under `torch.compile` it cannot read any."""
+    return x.is_cpu and not torch.compiler.is_compiling()
 
 
 class FiniteFlag:
@@ -75,6 +75,7 @@ class Context:
         self.compile, self.size = compile, size
         self.spread = False  # whether any parameter is spread over processes
         self.structure = self.hyper = self.updates = 0
+        self.recorded = 0  # pure updates in a row whose history is kept
         self.flag = FiniteFlag()
         self.reference_only: set[Any] = set()  # rules that only the reference path can run
         self.uncompiled: set[Any] = set()  # rules that cannot be compiled
@@ -84,7 +85,7 @@ class Context:
     def fork(self, size: int | None = None) -> "Context":
         """A context for another tree, with the same options."""
         other = Context(self.compile, self.size if size is None else size)
-        other.updates, other.flag = self.updates, self.flag.copy()
+        other.updates, other.recorded, other.flag = self.updates, self.recorded, self.flag.copy()
         other.reference_only, other.uncompiled = set(self.reference_only), set(self.uncompiled)
         other.not_shared, other.spread = set(self.not_shared), self.spread
         return other
@@ -106,9 +107,13 @@ def require_finite(
 
     `shares` gives the paths of the leaves and what each gave to the total.
     """
-    if reduce.nonfinite == "ignore" or is_wrapped(total):
+    if reduce.nonfinite == "ignore" or (not torch.compiler.is_compiling() and is_wrapped(total)):
         return
     what = f"{type(reduce.rule).__name__}: the norm of the gradient"
+    if torch.compiler.is_compiling() and reduce.nonfinite == "skip":
+        raise ValueError(
+            'under torch.compile no number can be read: nonfinite is "raise" or "ignore" there, not "skip"'
+        )
     if reduce.nonfinite == "raise" and not reads_at_once(total):
         paths, parts = shares()
         context.flag.require(total.isfinite().all(), context.updates, what, tuple(paths), _first_bad(parts))
@@ -118,7 +123,7 @@ def require_finite(
 
 def require_all_finite(parts: Tensor, reduce: Reduce, context: Context, paths: Sequence[str]) -> None:
     """`require_finite` of totals that each concern one leaf."""
-    if reduce.nonfinite == "ignore" or is_wrapped(parts):
+    if reduce.nonfinite == "ignore" or (not torch.compiler.is_compiling() and is_wrapped(parts)):
         return
     if reads_at_once(parts):
         bad = (~parts.isfinite()).nonzero()

@@ -10,6 +10,7 @@ from torch import Tensor
 # A hyperparameter as the user writes it is a number, a tuple, a tensor or a schedule (count -> value);
 # by the time a rule's `apply` sees it, schedules have become values. No static type says both.
 Hyper = Any
+_NUMPY = np.generic, np.ndarray
 
 
 def hyper(
@@ -35,7 +36,7 @@ def plain(value: Any) -> Any:
     """Lists become tuples and NumPy's numbers Python's own, so that what holds them can be saved and compared."""
     if isinstance(value, list | tuple):
         return tuple(plain(v) for v in value)
-    return plain(value.tolist()) if isinstance(value, np.generic | np.ndarray) else value
+    return plain(value.tolist()) if isinstance(value, _NUMPY) else value
 
 
 def validate(owner: Any) -> None:

@@ -170,7 +170,8 @@ def _differentiate(
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
         # What is, or views, a parameter would change with the next update.
-        return value.detach().clone() if value.is_leaf or value._is_view() else value.detach()
+        own = torch.compiler.is_compiling() or value.is_leaf or value._is_view()
+        return value.detach().clone() if own else value.detach()
     if type(value) is tuple:
         return tuple(map(_detached, value))
     tensors, opened = open_data(value)
@@ -186,6 +187,8 @@ _WHY = (
 @contextmanager
 def _flipped(tensors: list[Tensor]) -> Iterator[None]:
     """With the other `requires_grad`."""
+    if is_transforming():
+        raise TypeError("inside torch.func transforms and torch.compile, take torch.func.grad of a function of tensors")
     old = [x.requires_grad for x in tensors]
     try:
         for x in tensors:

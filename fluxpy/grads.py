@@ -41,7 +41,8 @@ class _Scattered:
     """Values by the number of their parameter."""
 
     def __init__(self, what: str) -> None:
-        self.what, self.values = what, dict[int, Any]()
+        self.what = what
+        self.values: dict[int, Any] = {}
 
     def put(self, spec: TreeSpec, value: Any, path: str) -> None:
         if value is None:

@@ -17,6 +17,7 @@ from .distributed.layout import Layout
 from .distributed.spread import Spread
 from .pytree import Skeleton, apart, partition, register
 from .rule import Rule, at, replace, tensors_of, walk
+from .text import note
 
 
 class Numbers:
@@ -95,6 +96,15 @@ class Record(Spread):
     def takes_part(self, dx: Tensor | None) -> bool:
         """Whether an update with this gradient steps the leaf."""
         return not self.frozen and self.rule is not None and (dx is not None or self.rule.accumulates)
+
+    def move(self, dtype: torch.dtype, tensors: list[Tensor] | None) -> None:
+        """Hold other tensors for a parameter that has another dtype by now; None: make a state at the next update."""
+        numbers = self.numbers.copy()  # no longer shared with those it stepped with
+        if tensors is None and self.tensors is not None:
+            if self.rule is not None and self.rule.accumulates and self.pending is None:
+                self.pending = numbers.skeleton
+            numbers.skeleton = None
+        self.dtype, self.tensors, self.numbers = dtype, tensors, numbers
 
     def clone(self, numbers: Numbers) -> "Record":
         """A copy with tensors of its own."""
@@ -296,7 +306,7 @@ def _new_state(rule: Rule, x: Tensor, count: int, path: str) -> tuple[list[Tenso
     try:
         tensors, skeleton = partition(at(rule, count).init_any(x))
     except Exception as error:
-        error.add_note(f"in the rule {rule!r} of the parameter {path!r}")
+        note(error, f"in the rule {rule!r} of the parameter {path!r}")
         raise
     return apart(tensors, [x]), skeleton
 

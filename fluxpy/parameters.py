@@ -40,7 +40,7 @@ def destructure(model: Model) -> tuple[Tensor, Callable[[Tensor], Model]]:
     >>> rebuild(2 * flat + 1)
     {'w': tensor([3., 3.]), 'b': tensor([1.])}
     """
-    _, values = walk(model)
+    spec, values = walk(model)
     _require_one_process("destructure", values)
     sizes = [x.numel() for x in values]
     dtype = torch.get_default_dtype() if not values else values[0].dtype
@@ -58,7 +58,7 @@ def destructure(model: Model) -> tuple[Tensor, Callable[[Tensor], Model]]:
         ]
         # Parts of a vector without a history would share its memory with the new model.
         parts = [p if p.requires_grad else p.clone() for p in parts]
-        return rebuild(model, values, [like_parameter(p, x) for p, x in zip(parts, values, strict=True)])
+        return rebuild(model, spec, values, [like_parameter(p, x) for p, x in zip(parts, values, strict=True)])
 
     return flat, back
 

@@ -1,8 +1,8 @@
 """What a model is made of: parameters, modules and the containers of optree. Only this file imports optree."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import optree
 import torch
@@ -70,6 +70,93 @@ def level(x: Any) -> Level | None:
     return Level(kind, keys, list(children), lambda new: make(metadata, new))
 
 
+class Structure:
+    """How a pytree is put together of its leaves. One object for each structure, but where `torch.compile` makes one.
+
+    `plan` is nested tuples `(class, keys, children)` with a number for each leaf, which `torch.compile` can follow, or
+    the spec of optree where other containers than tuples, lists and dicts are in it.
+    """
+
+    __slots__ = ("plan",)
+    known: ClassVar[dict[Any, "Structure"]] = {}  # by the spec of optree
+    specs: ClassVar[dict[Any, Any]] = {}  # of optree, by plan
+    MOST: ClassVar[int] = 10_000  # are kept: what users hand around may be different each time
+
+    def __init__(self, plan: Any) -> None:
+        self.plan = plan
+
+    @staticmethod
+    def of(spec: Any) -> "Structure":
+        """The structure with a spec of optree."""
+        found = Structure.known.get(spec)
+        if found is None:
+            try:
+                plan = take_apart(optree.tree_unflatten(spec, range(spec.num_leaves)), [])
+            except TypeError:
+                plan = spec
+            if len(Structure.known) >= Structure.MOST:
+                Structure.known.clear()
+                Structure.specs.clear()
+            found = Structure.known[spec] = Structure(plan)
+            Structure.specs[plan] = spec
+        return found
+
+    @property
+    def spec(self) -> Any:
+        """The spec of optree."""
+        if not isinstance(self.plan, int | tuple):
+            return self.plan
+        if self.plan not in Structure.specs:
+            example = build(self.plan, range(1_000_000))
+            Structure.specs[self.plan] = optree.tree_structure(example, none_is_leaf=True, namespace=NAMESPACE)
+        return Structure.specs[self.plan]
+
+    def build(self, parts: list[Any]) -> Any:
+        """The pytree of these leaves."""
+        return build(self.plan, parts) if torch.compiler.is_compiling() else optree.tree_unflatten(self.spec, parts)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Structure) and self.plan == other.plan)
+
+    def __hash__(self) -> int:
+        return hash(self.plan)
+
+
+def flatten(tree: Any) -> tuple[list[Any], Structure]:
+    """The leaves of a pytree, and how it is put together."""
+    if torch.compiler.is_compiling():
+        parts: list[Any] = []
+        return parts, Structure(take_apart(tree, parts))
+    parts, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    return parts, Structure.of(spec)
+
+
+def take_apart(tree: Any, parts: list[Any]) -> Any:
+    """The plan of a pytree; its leaves are added to `parts`."""
+    kind: Any = type(tree)
+    if kind in (tuple, list) or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
+        return kind, (), tuple([take_apart(child, parts) for child in tree])
+    if kind is dict:
+        return kind, tuple(sorted(tree)), tuple([take_apart(tree[key], parts) for key in sorted(tree)])
+    if not optree.tree_is_leaf(tree, none_is_leaf=True, namespace=NAMESPACE):
+        raise TypeError(f"torch.compile can follow rules whose state is made of tuples, lists and dicts, not {kind}")
+    parts.append(tree)
+    return len(parts) - 1
+
+
+def build(plan: Any, parts: Sequence[Any]) -> Any:
+    """The pytree with a plan."""
+    if isinstance(plan, int):
+        return parts[plan]
+    if not isinstance(plan, tuple):
+        raise TypeError(f"torch.compile can follow rules whose state is made of tuples, lists and dicts, not {plan}")
+    kind, keys, plans = plan
+    inside = [build(child, parts) for child in plans]
+    if kind is dict:
+        return dict(zip(keys, inside, strict=True))
+    return kind(inside) if kind in (tuple, list) else kind(*inside)
+
+
 class Skeleton:
     """A pytree without its tensors. Two are equal where the same tensors fit both; other data do not count.
 
@@ -78,7 +165,7 @@ class Skeleton:
 
     __slots__ = ("parts", "spec")
 
-    def __init__(self, spec: Any, parts: list[Any]) -> None:
+    def __init__(self, spec: Structure, parts: list[Any]) -> None:
         self.spec, self.parts = spec, parts
 
     def __repr__(self) -> str:
@@ -87,19 +174,19 @@ class Skeleton:
     def combine(self, tensors: Iterable[Any]) -> Any:
         """The pytree again, with other tensors."""
         source = iter(tensors)
-        return optree.tree_unflatten(self.spec, [next(source) if part is HOLE else part for part in self.parts])
+        return self.spec.build([next(source) if part is HOLE else part for part in self.parts])
 
     def bare(self) -> Any:
         """The pytree with `HOLE` in place of its tensors."""
-        return optree.tree_unflatten(self.spec, self.parts)
+        return self.spec.build(self.parts)
 
     def places(self) -> list[str]:
         """Where each part is, written as in Python: `[1].m`."""
-        return [accessor.codify("") for accessor in self.spec.accessors()]
+        return [accessor.codify("") for accessor in self.spec.spec.accessors()]
 
     def map(self, f: Callable[[Any], Any]) -> "Skeleton":
         """The skeleton of `f` of the pytree, for an `f` that changes numbers and passes tensors on."""
-        parts, spec = optree.tree_flatten(f(self.bare()), none_is_leaf=True, namespace=NAMESPACE)
+        parts, spec = flatten(f(self.bare()))
         return Skeleton(spec, parts)
 
     def fits(self, other: "Skeleton") -> bool:
@@ -121,7 +208,7 @@ class HOLE:
 
 def partition(tree: Any) -> tuple[list[Tensor], Skeleton]:
     """The tensors of a pytree, and the skeleton to put them back into."""
-    parts, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    parts, spec = flatten(tree)
     tensors = []
     for i, part in enumerate(parts):
         if isinstance(part, Tensor):
@@ -132,7 +219,7 @@ def partition(tree: Any) -> tuple[list[Tensor], Skeleton]:
 
 def skeleton_of(tree: Any) -> Skeleton:
     """A pytree as a skeleton with everything still in it, tensors too."""
-    parts, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    parts, spec = flatten(tree)
     return Skeleton(spec, parts)
 
 
@@ -173,15 +260,22 @@ def is_transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def is_unseen(x: Tensor) -> bool:
+    """Whether the numbers and the memory of a tensor cannot be seen: a transform or `torch.compile` is looking on."""
+    return torch.compiler.is_compiling() or is_wrapped(x)
+
+
 def overlaps_itself(x: Tensor) -> bool:
     """Whether elements share memory, as in an expanded tensor: it cannot be written in place."""
-    if is_wrapped(x) or x.is_contiguous():
+    if is_unseen(x) or x.is_contiguous():
         return False
     return torch._debug_has_internal_overlap(x) == 1  # pyright: ignore[reportPrivateImportUsage]
 
 
 def unwritable(x: Tensor) -> bool:
     """Whether a tensor cannot be written in place: expanded, or made in inference mode."""
+    if torch.compiler.is_compiling():
+        return False
     return overlaps_itself(x) or (x.is_inference() and not torch.is_inference_mode_enabled())
 
 
@@ -190,8 +284,17 @@ def memory(x: Tensor) -> int:
     return id(x) if is_wrapped(x) or not x.numel() or x.is_meta else x.untyped_storage().data_ptr()
 
 
+def shares(x: Tensor, others: Iterable[Tensor]) -> bool:
+    """Whether a tensor is in the memory of others. `torch.compile`, which sees no memory, knows the same tensor."""
+    if torch.compiler.is_compiling():
+        return any(x is other for other in others)
+    return memory(x) in set(map(memory, others))
+
+
 def apart(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> list[Tensor]:
     """The tensors, cloned where they share memory with `others`, with each other, or within themselves."""
+    if torch.compiler.is_compiling():
+        return [t.clone() if shares(t, others) else t for t in tensors]
     taken, found = set(map(memory, others)), []
     for t in tensors:
         place = memory(t)

@@ -4,17 +4,42 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .pytree import is_wrapped, level, unwrap
+from .pytree import is_unseen, level, unwrap
+from .rebind import Rebinding
+from .tree import TreeSpec
 
 _HOOKS = (dict, OrderedDict, set)
-_SIMPLE = (bool, int, float, str, type(None))  # what can hold neither parameters nor modules
+_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)  # what can hold neither parameters nor modules
 
 
-def rebuild(model: Any, old: Sequence[Tensor], new: Sequence[Any]) -> Any:
-    """A structural copy of a model with other parameters, `new` for `old`. See `Copies`."""
+def rebuild(model: Any, spec: TreeSpec, old: Sequence[Tensor], new: Sequence[Any]) -> Any:
+    """A structural copy of a model of a shape with other parameters, `new` for `old`. See `Copies`."""
+    if torch.compiler.is_compiling():
+        return _refilled(model, spec, dict(zip(spec.leaves, new, strict=True)))
     return Copies(model, old, new).model
+
+
+def _refilled(x: Any, spec: TreeSpec, new: dict[int, Any]) -> Any:
+    """What `torch.compile` can follow: no identity is asked for, and no module made."""
+    x = unwrap(x)
+    if spec.kind == "leaf":
+        return new[spec.index]
+    if isinstance(x, nn.Module):
+        raise TypeError(_NO_MODULE)
+    inside = level(x)
+    if inside is None:
+        return x
+    pairs = zip(inside.children, spec.children, strict=True)
+    return inside.make([_refilled(child, place, new) for child, place in pairs])
+
+
+_NO_MODULE = (
+    "torch.compile cannot make modules: inside it, a pure update takes the parameters as a dict of tensors "
+    "(dict(model.named_parameters()), with torch.func.functional_call), or compile the loss alone"
+)
 
 
 class Copies:
@@ -43,7 +68,9 @@ class Copies:
                 return x
             other = self.containers[id(x)] = inside.make(list(map(self.of, inside.children)))
             return other
-        new = self.known[id(x)] = x.__new__(type(x))
+        if isinstance(x, torch.jit.ScriptModule):
+            raise TypeError(f"a scripted module ({type(x).__name__}) cannot be copied in parts; update in place")
+        new = self.known[id(x)] = object.__new__(type(x))  # some classes make another class when they are called
         self.modules.append(new)
         held = new.__dict__
         held.update(x.__dict__)
@@ -59,25 +86,39 @@ class Copies:
         return new
 
     def finish(self) -> None:
-        """Let parameters and modules that occur a second time in plain attributes (as in nn.LSTM) follow."""
-        registered = ("_parameters", "_buffers", "_modules")
+        """Let what is bound to the model follow: parameters and modules in plain attributes (as in nn.LSTM), hooks,
+        methods, functions. TypeError, with the path, where that cannot be."""
+        rebinding = Rebinding(self.known)
         for module in self.modules:
-            for key, value in module.__dict__.items():
-                if type(value) in _SIMPLE or not value or key in registered:
+            held = module.__dict__
+            held.pop("_compiled_call_impl", None)  # of module.compile(), bound to the old one
+            left = _REGISTERED if not isinstance(module, torch.fx.GraphModule) else (*_REGISTERED, "_graph")
+            for key, value in held.items():
+                kind = type(value)
+                if kind in _SIMPLE or (kind in _EMPTIABLE and not value) or key in left or "state_dict" in key:
                     continue
-                module.__dict__[key] = self.swapped(value)  # no key is new
+                try:
+                    held[key] = rebinding.of(value)  # no key is new
+                except TypeError as error:
+                    raise TypeError(f"{self._path(module)}.{key} {error}: {_STAYS}") from None
 
-    def swapped(self, x: Any) -> Any:
-        if type(x) in (list, tuple):
-            return type(x)([self.swapped(value) for value in x])
-        if type(x) is dict:
-            return {key: self.swapped(value) for key, value in x.items()}
-        return self.known.get(id(x), x) if isinstance(x, Tensor | nn.Module) else x
+    def _path(self, module: nn.Module) -> str:
+        found = self.model.named_modules() if isinstance(self.model, nn.Module) else ()
+        names = [name for name, x in found if x is module]
+        return ".".join(filter(None, (type(self.model).__name__, *names))) if names else type(module).__name__
+
+
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+_EMPTIABLE = (dict, OrderedDict, set, list, tuple)
+_STAYS = (
+    "a copy of the model would go on with the old numbers. Update in place, or take the parameters as a dict of "
+    "tensors, with torch.func.functional_call"
+)
 
 
 def like_parameter(new: Tensor, old: Tensor) -> Tensor:
     """`new` as a parameter in place of `old`; a tensor with a history stays as it is, to be differentiated through."""
-    if new.requires_grad or is_wrapped(new):
+    if new.requires_grad or is_unseen(new):
         return new
     if isinstance(old, nn.Parameter):
         return nn.Parameter(new, requires_grad=old.requires_grad)

@@ -13,12 +13,12 @@ rule's class.
 import copy
 import dataclasses
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
-from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, dataclass_transform
 
 import torch
 from torch import Tensor
 
+from .cached import cached
 from .fields import Hyper, check, hyper, plain, validate
 from .pytree import partition
 from .text import form, unknown
@@ -151,17 +151,17 @@ class Rule:
         directly inside. Defined by rules around others whose states can be told apart."""
         return states[-1]
 
-    @cached_property
+    @cached
     def inner(self) -> tuple["Rule", ...]:
         """The rules directly inside it."""
         return tuple(v for _, value in _items(self) for v in _elements(value) if isinstance(v, Rule))
 
-    @cached_property
+    @cached
     def traced(self) -> bool:
         """Whether a tensor stands for any hyperparameter, of inner rules too."""
         return any(isinstance(v, Tensor) for rule in walk(self) for _, value in _items(rule) for v in _elements(value))
 
-    @cached_property
+    @cached
     def scheduled(self) -> bool:
         """Whether any hyperparameter, of inner rules too, is a schedule."""
         return any(callable(v) for rule in walk(self) for _, value in _items(rule) for v in _elements(value))
@@ -242,15 +242,31 @@ def run_alone(
     rule: Rule, state: Any, x: Tensor, dx: Any, check: Callable[[Reduce, Tensor], None] | None = None
 ) -> tuple[Any, Any]:
     """Run `rule.steps` on one tensor that is its own whole tree: `(state, change)`."""
-    steps, answer = rule.steps(state, x, dx), None
-    while True:
-        try:
-            reduce = steps.send(answer)
-        except StopIteration as done:
-            return done.value
-        answer = total_of(reduce, reduce.rule.parts([reduce.value]))
+    run = Run(rule.steps(state, x, dx))
+    while run.asks is not None:
+        answer = total_of(run.asks, run.asks.rule.parts([run.asks.value]))
         if check is not None:
-            check(reduce, answer)
+            check(run.asks, answer)
+        run.tell(answer)
+    return run.result
+
+
+class Run:
+    """The steps of a rule on their way: what they ask for now, or, where that is None, their result.
+
+    For rules around others, in place of `yield from`, of which `torch.compile` loses the result.
+    """
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps, self.result = steps, None
+        self.tell(None)
+
+    def tell(self, answer: Any) -> None:
+        self.asks: Reduce | None = None
+        try:
+            self.asks = self.steps.send(answer)
+        except StopIteration as done:
+            self.result: Any = done.args[0] if done.args else None
 
 
 def walk(rule: Rule) -> Iterator[Rule]:
@@ -338,7 +354,7 @@ def at(rule: Rule, count: int) -> Rule:
     for field in dataclasses.fields(rule):
         old = getattr(rule, field.name)
         new = fresh.__dict__[field.name] = value(old)
-        if new is not old and field.metadata.get("allowed"):
+        if not torch.compiler.is_compiling() and new is not old and field.metadata.get("allowed"):
             check(type(rule).__name__, field, new)
     if type(rule).__post_init__ is not Rule.__post_init__:  # which would check the others again
         fresh.__post_init__()

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .binding import Binding, Bindings
 from .context import Context
@@ -90,6 +91,8 @@ def tree_bindings(state: State | Leaf) -> Bindings:
 def bind(state: State | Leaf, model: Any) -> Binding:
     """The model's parameters as they fit the state; of the same model as last time, at next to no cost."""
     spec, bindings = shape_of(state), tree_bindings(state)
+    if is_compiling():
+        return Binding(spec, model, [record_of(leaf) for leaf in leaf_list(state)])
     alone = record_of(state) if isinstance(state, Leaf) else None
     key = id(alone or spec)
     binding = bindings.get(key)

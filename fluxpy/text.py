@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+import torch
+
 # What other libraries call a hyperparameter -> what it may be called here.
 WORDS = {
     **dict.fromkeys(("eta", "learning_rate", "step_size", "alpha", "rate"), ("lr",)),
@@ -45,3 +47,9 @@ def unknown(title: str, have: Iterable[str], name: str) -> str:
     known = [word for word in WORDS.get(name, ()) if word in have]
     hint = f"here it is called {known[0]!r}" if known else near(name, have)
     return f"{title} has no hyperparameter {name!r}; {hint}"
+
+
+def note(error: BaseException, where: str) -> None:
+    """Add to an error where it happened; `torch.compile` cannot follow that."""
+    if not torch.compiler.is_compiling():
+        error.add_note(where)

@@ -8,12 +8,13 @@ Parameters are numbered in depth-first order; a tied one has one number and stan
 """
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self, overload
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 
+from .cached import cached
 from .pytree import is_parameter, level, register, unwrap
 from .text import names_of, near
 
@@ -66,7 +67,7 @@ class TreeSpec:
     def __deepcopy__(self, memo: Any) -> "TreeSpec":
         return self
 
-    @cached_property
+    @cached
     def signature(self) -> Any:
         """What two equal specs have in common."""
         order = {index: i for i, index in enumerate(self.leaves)}
@@ -78,7 +79,7 @@ class TreeSpec:
     def __hash__(self) -> int:
         return hash(len(self.paths))
 
-    @cached_property
+    @cached
     def paths(self) -> tuple[tuple[str, int], ...]:
         """(path, number) of every place of a parameter, ties at each of their places, depth first."""
         found: list[tuple[str, int]] = []
@@ -91,7 +92,7 @@ class TreeSpec:
                 todo.append((f"{path}.{key}" if path else str(key), child))
         return tuple(found)
 
-    @cached_property
+    @cached
     def leaves(self) -> dict[int, str]:
         """Number -> path of each parameter, ties under the first of their paths."""
         found: dict[int, str] = {}
@@ -99,7 +100,7 @@ class TreeSpec:
             found.setdefault(index, path)
         return found
 
-    @cached_property
+    @cached
     def duplicate(self) -> str | None:
         """A path that two parameters have, if there is one."""
         seen: set[str] = set()
@@ -109,7 +110,7 @@ class TreeSpec:
             seen.add(path)
         return None
 
-    @cached_property
+    @cached
     def by_name(self) -> dict[Any, "TreeSpec"]:
         """Leaves by path; and children by key and its type, for 1 is not True."""
         children = zip(self.keys, self.children, strict=True)
@@ -186,6 +187,8 @@ def explore(model: Any) -> tuple[TreeSpec, list[Tensor], list[Any]]:
     spec = _known(places)
     if spec.duplicate is not None:
         raise ValueError(f"two parameters of the model have one path, {spec.duplicate!r}; rename one of them")
+    if torch.compiler.is_compiling():
+        return spec, values, holders
     for path, index in spec.paths:
         if nn.parameter.is_lazy(values[index]):
             raise ValueError(f"the parameter {path!r} is lazy and has no shape yet; run the model once first")
@@ -197,6 +200,8 @@ _SPECS: WeakValueDictionary[Any, TreeSpec] = WeakValueDictionary()
 
 def _known(places: list[tuple[str, tuple[Any, ...], int]]) -> TreeSpec:
     """The spec of these places. One for all models of a shape, so that comparing, naming and numbering is done once."""
+    if torch.compiler.is_compiling():
+        return TreeSpec.build(places)
     types = tuple(type(key) for kind, keys, _ in places if kind not in ("record", "leaf") for key in keys)
     key = tuple(places), types  # 1, 1.0 and True are equal, but not one key
     found = _SPECS.get(key)
@@ -237,6 +242,8 @@ class Mirror:
         return self._values[spec.index] if spec.kind == "leaf" else type(self)(spec, self._values)
 
     def __getattr__(self, name: str) -> Any:
+        if name in Mirror.__slots__:  # of a tree that is only being made
+            raise AttributeError(name)
         found = None if name.startswith("__") else self._spec.child(name)
         if found is None:
             raise AttributeError(f"this {self._what} has no {name!r} here; {near(name, map(str, self._spec.keys))}")

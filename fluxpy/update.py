@@ -4,6 +4,7 @@ In place, a plan of the engine does it, made at the first update and kept. A pur
 plan. Where one may differentiate through it, it runs the reference path: each rule's `apply`, leaf by leaf.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from .engine.reference import ReferenceUnit
 from .engine.step import FallBack, Unit, run_to_results
 from .grads import in_order
 from .leaf import Leaf, Record, miss_update
-from .pytree import is_transforming, is_wrapped, memory, unwritable
+from .pytree import is_transforming, is_unseen, is_wrapped, memory, unwritable
 from .rebuild import Copies, like_parameter, rebuild
 from .rule import Rule, tensors_of
 from .state import AnyState, State, bind, shape_of, tree_context
@@ -235,6 +236,7 @@ def _pure_by_reference(state: Any, binding: Binding, context: Context, model: An
     _check(binding, found, inplace=False)
     with torch.set_grad_enabled(torch.is_grad_enabled() and _has_history(binding, found)):
         fork = context.fork(len(binding.params))
+        _watch_history(binding, fork)
         units = _reference_units(binding, fork, found, inplace=False)
         try:
             run_to_results(units, found, fork)
@@ -254,7 +256,7 @@ def _pure_by_reference(state: Any, binding: Binding, context: Context, model: An
         if not skipped:
             _sit_out(binding, records)
         new = [like_parameter(value, x) for value, x in zip(new, binding.params, strict=True)]
-        return _tree(state, binding, records, fork)[0], rebuild(model, binding.params, new)
+        return _tree(state, binding, records, fork)[0], rebuild(model, binding.spec, binding.params, new)
 
 
 def _tree(state: Any, binding: Binding, records: list[Record], context: Context) -> tuple[Any, Bindings]:
@@ -273,15 +275,30 @@ def _has_history(binding: Binding, grads: Sequence[Any]) -> bool:
     if not torch.is_grad_enabled():
         return False
     records = binding.records
-    rules = {id(record.rule): record.rule for record in records if record.rule is not None}.values()
     held = [t for record in records for t in record.tensors or ()]
-    held += [t for rule in rules for t in tensors_of(rule)]
+    held += [t for record in records if record.rule is not None and record.rule.traced for t in tensors_of(record.rule)]
     if any([t.requires_grad for t in (*grads, *held) if t is not None]):
         return True
     # Of most parameters it is enough to know that they are leaves.
-    return any([is_wrapped(x) for x in binding.params]) or any(
+    wrapped = not torch.compiler.is_compiling() and any([is_wrapped(x) for x in binding.params])
+    return wrapped or any(
         [x.requires_grad and not (x.is_leaf and isinstance(x, torch.nn.Parameter)) for x in binding.params]
     )
+
+
+_MANY = 100  # updates to differentiate through
+
+
+def _watch_history(binding: Binding, fork: Context) -> None:
+    """Warn where the memory of an ordinary loop grows with each step, for gradients that nobody will ask for."""
+    before = None if is_transforming() else next((x for x in binding.params if x.grad_fn is not None), None)
+    fork.recorded = 0 if before is None else fork.recorded + 1
+    if fork.recorded == _MANY:
+        warnings.warn(
+            f"{_MANY} updates in a row were recorded to differentiate through them, and all are kept in memory. If "
+            "that is not wanted: detach the parameters, update in place, or update inside torch.no_grad()",
+            stacklevel=5,
+        )
 
 
 # --- What does not fit --------------------------------------------------------------------------------------------
@@ -295,7 +312,7 @@ def _check(binding: Binding, grads: Sequence[Any], inplace: bool) -> None:
             raise ValueError(
                 f"{path!r} cannot be written in place (expanded, or made in inference mode); clone it first"
             )
-    if not any(map(is_wrapped, binding.params)):
+    if not any(map(is_unseen, binding.params)):
         _check_overlap(binding)
 
 
@@ -303,7 +320,7 @@ def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
     if (x.shape, x.dtype) != (record.local_shape, record.dtype):
         raise ValueError(
             f"the model does not fit the state: {path!r} was {form(record.shape, record.dtype)} at setup and is now "
-            f"{form(x.shape, x.dtype)}; call setup again after changing a model"
+            f"{form(x.shape, x.dtype)}; after model.to(...) write fluxpy.follow(state, model), else call setup again"
         )
     if dx is None:
         return
@@ -319,8 +336,8 @@ def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
     for t in record.tensors or ():
         if t.device != x.device and t.ndim:
             raise ValueError(
-                f"the momenta of {path!r} are on {t.device}, the parameter on {x.device}: after model.to(...), "
-                "move the state too: optree.tree_map(lambda t: t.to(device), state, namespace='fluxpy')"
+                f"the momenta of {path!r} are on {t.device}, the parameter on {x.device}: after model.to(...) write "
+                "fluxpy.follow(state, model)"
             )
 
 

@@ -26,6 +26,11 @@ SHOWN = {
         r"^   0  revive, reset their rows  +\d+\.\d{4}  +\d+\.\d{4} +\d+$",
         r"^never revive: loss [+-]\d+\.\d{4} soon after, [+-]\d+\.\d{4} at the end, against resetting rows$",
     ],
+    "ensemble_vmap": [
+        r"^lr 0\.00010  loss \d\.\d{4}$",
+        r"^best: lr 0\.\d{5}, loss 0\.\d{4}$",
+        r"^16 rates at once: \d+\.\d\d s; one by one: \d+\.\d\d s; speed-up \d+\.\d$",
+    ],
     "finetune_digits": [
         r"^encoder\.0\.0\.weight .* Adam  0\.003   +1,152$",
         r"^encoder\.0\.0\.weight .* Adam  0\.003  frozen +1,152$",
@@ -50,6 +55,10 @@ SHOWN = {
         r"^   0  state follows(  \d\.\d{3}){4}    \d\.\d{3}$",
         r"^new state: the loss on old text rises by up to \d\.\d{3}, mean over seeds$",
     ],
+    "learned_rates": [
+        r"^One rate for all, the best of 6: 0\.\d+, loss [23]\.\d{4}$",
+        r"^Found: loud 0\.00\d+, quiet \d\.\d+, loss 0\.0\d{3}$",
+    ],
     "lenet_mnist": [
         r"^Epoch 3/3 · train 20/20 \[====\] loss \d\.\d{4} accuracy 0\.\d{4}$",
         r"^    2 +\d\.\d{4} +0\.\d{4} +\d\.\d{4} +0\.\d{4}$",
@@ -63,6 +72,7 @@ SHOWN = {
         r"^Epoch  9: {35}Epoch  9:\n     W = ([23]\.\d\d, b = [12]\.\d\d, loss=0\.\d{5}) {2,}W = \1$",
         r"^wrote line\.png$",
     ],
+    "maml_sine": [r"^5 steps on 200 new tasks: MAML \d\.\d{3}, baseline \d\.\d{3}$"],
     "training_loop": [
         r"UserWarning: epoch 1: the loss of batch 3 is nan; skipped",
         r"^epoch 2: lr 0\.003, train accuracy 0\.\d+, test accuracy 0\.\d+$",

@@ -99,7 +99,7 @@ class Layout:
 
     def localise(self, t: Any, what: str) -> Tensor:
         """What this process holds of a DTensor as large as the parameter, or of a whole tensor."""
-        if not isinstance(t, Tensor):
+        if not _is_tensor(t):
             raise ValueError(f"{what} must be a tensor, but is {type(t).__name__}")
         if not self.is_whole(t) or (is_dtensor(t) and t.device_mesh != self.mesh):
             where = f" on {t.device_mesh}" if is_dtensor(t) else ""
@@ -130,6 +130,10 @@ def layout_of(x: Any) -> Layout | None:
 def is_dtensor(x: Any) -> bool:
     """Whether a tensor is spread over processes."""
     return isinstance(x, _dtensor())
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
 
 
 def all_gather(sent: Tensor, group: Any = None) -> Tensor:

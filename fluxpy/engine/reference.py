@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..context import Context, require_finite
 from ..leaf import Numbers, Record
-from ..pytree import apart, memory, partition
+from ..pytree import apart, partition, shares
 from ..rule import Assign, Reduce, Rule, at
+from ..text import note
 from .step import Prepare, Request
 
 
@@ -42,10 +43,10 @@ class ReferenceUnit:
                 reduce = steps.send(answer)
                 parts = self._parts(reduce)
             except StopIteration as done:
-                self._work_out(done.value)
+                self._work_out(done.args[0] if done.args else None)
                 return
             except Exception as error:
-                error.add_note(f"in the rule {self.rule!r} of the parameter {self.path!r}")
+                note(error, f"in the rule {self.rule!r} of the parameter {self.path!r}")
                 raise
             if reduce.rule.over == "tree":
                 answer = yield Request(self.rule, reduce, parts, (self.place,), (self.path,))
@@ -68,7 +69,7 @@ class ReferenceUnit:
         try:
             return at(rule, count)
         except Exception as error:
-            error.add_note(f"in a schedule of the parameter {self.path!r}, at its count {count}")
+            note(error, f"in a schedule of the parameter {self.path!r}, at its count {count}")
             raise
 
     def _state(self) -> Any:
@@ -90,8 +91,8 @@ class ReferenceUnit:
         dx = [] if self.dx is None else [self.dx]
         news = apart(news, [self.x, *dx, *([] if self.olds and self.inplace else olds)])
         if self.olds:
-            mine = set(map(memory, olds)) if self.inplace else set()  # a rule may let its buffers change places
-            news = [t.clone() if memory(t) in mine and t is not old else t for old, t in zip(olds, news, strict=True)]
+            if self.inplace:  # a rule may let its buffers change places
+                news = [t.clone() if t is not old and shares(t, olds) else t for old, t in zip(olds, news, strict=True)]
             news = [t.to(old.dtype) for old, t in zip(olds, news, strict=True)]
         self.news = news
 
@@ -140,4 +141,4 @@ def _share(path: str, parts: Tensor) -> tuple[list[str], Tensor]:
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.can_cast(b.dtype, a.dtype)
+    return a.shape == b.shape and (a.dtype == b.dtype or torch.can_cast(b.dtype, a.dtype))

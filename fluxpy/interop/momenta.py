@@ -46,7 +46,7 @@ class LeafMomenta(LiveDict):
                 raise ValueError(f"optimizer.state: {name!r} is {_kind(old[name])}, but got {_kind(value)}")
         if any(value is not old[name] for name, value in values.items()):
             spec = skeleton_of(self._leaf.state).spec
-            replace_leaf(self._leaf, state=spec.unflatten({**old, **values}.values()))
+            replace_leaf(self._leaf, state=spec.build([*{**old, **values}.values()]))
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("optimizer.state: a part of a state cannot be deleted; fluxpy.reset(leaf) empties all")

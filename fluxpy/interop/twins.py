@@ -145,7 +145,7 @@ def _read(twin: Twin, fresh: Any, saved: dict[str, Any], x: Tensor, path: str) -
         if saved.get(name) is None:
             raise ValueError(f"the state of {path!r} has no {name!r}, which {twin.rule.__name__} needs")
         parts.append(_part(part, saved[name], x, f"{name!r} of {path!r}"))
-    return skeleton.spec.unflatten(parts)
+    return skeleton.spec.build(parts)
 
 
 def _part(example: Any, value: Any, x: Tensor, what: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..fields import Hyper, hyper
-from ..rule import Assign, Reduce, ReducingRule, Rule, Steps
+from ..rule import Assign, Reduce, ReducingRule, Rule, Run, Steps
 from .average import average, like, real
 from .wrap import Wrapper, inner_accumulates, refuse_inner
 
@@ -54,7 +54,10 @@ class Lookahead(Wrapper):
     init_any = init  # the rule inside sees complex parameters in its own way
 
     def steps(self, state: Slow, x: Tensor, dx: Any) -> Steps:
-        inner, change = yield from self.rule.steps(state.state, x, dx)
+        run = Run(self.rule.steps(state.state, x, dx))
+        while run.asks is not None:
+            run.tell((yield run.asks))
+        inner, change = run.result
         if change is None or state.steps + 1 < self.k:
             return Slow(state.slow, state.steps + (change is not None), inner), change
         fast = change.value if isinstance(change, Assign) else x - change
@@ -113,7 +116,10 @@ class Cautious(Wrapper, ReducingRule):
         return real(values).flatten(1).mean(1) if isinstance(values, Tensor) else super().parts(values)
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
-        state, change = yield from self.rule.steps(state, x, dx)
+        run = Run(self.rule.steps(state, x, dx))
+        while run.asks is not None:
+            run.tell((yield run.asks))
+        state, change = run.result
         if change is None:
             return state, None
         change = real(x - change.value if isinstance(change, Assign) else change)

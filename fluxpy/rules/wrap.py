@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..fields import Hyper, hyper
-from ..rule import Assign, Rule, Steps, hyperparameters, run_alone, walk
+from ..rule import Assign, Rule, Run, Steps, hyperparameters, run_alone, walk
 
 
 class Wrapper(Rule):
@@ -139,7 +139,10 @@ class OptimiserChain(Wrapper):
         for i, rule in enumerate(self.rules):
             if dx is None and not rule.accumulates:
                 continue  # no gradient: nothing to do before a member that accumulates
-            new[i], dx = yield from rule.steps(state[i], x, dx)
+            run = Run(rule.steps(state[i], x, dx))
+            while run.asks is not None:
+                run.tell((yield run.asks))
+            new[i], dx = run.result
             if dx is None:
                 break
         return tuple(new), dx
@@ -237,7 +240,10 @@ class MixedPrecision(Wrapper):
 
     def steps(self, state: Master, x: Tensor, dx: Any) -> Steps:
         master = self.master_for(state.x, x)
-        inner, change = yield from self.rule.steps(state.state, master, None if dx is None else dx.to(self.dtype))
+        run = Run(self.rule.steps(state.state, master, None if dx is None else dx.to(self.dtype)))
+        while run.asks is not None:
+            run.tell((yield run.asks))
+        inner, change = run.result
         if change is None:
             return Master(master, inner), None
         master = change.value if isinstance(change, Assign) else master - change
@@ -245,7 +251,11 @@ class MixedPrecision(Wrapper):
 
     def master_for(self, master: Tensor, x: Tensor) -> Tensor:
         """The master copy of `x`: as it was, but where somebody wrote to the parameter."""
-        return torch.where(master.to(x.dtype) != x, x.to(self.dtype), master)
+        new = torch.where(master.to(x.dtype) != x, x.to(self.dtype), master)
+        if not torch.is_grad_enabled() or master.requires_grad:
+            return new
+        wide = x.to(self.dtype)  # a copy without a history has that of the parameter: what is added is zero
+        return new.detach() + (wide - wide.detach())
 
     def map_inner_states(self, f: Callable[..., Any], *states: Master) -> Master:
         return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))

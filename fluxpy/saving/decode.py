@@ -114,7 +114,7 @@ class Decoder:
             _decode_part(name, saved[name], example, device)
             for name, example in zip(template.names, template.parts, strict=True)
         ]
-        return template.spec.unflatten(parts)
+        return template.spec.build(parts)
 
     def _pending(self, own: LeafRecord, rule: Rule, saved: dict[str, Any]) -> Skeleton:
         """The numbers that a state goes on with, or one that is still to be made."""

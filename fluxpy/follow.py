@@ -1,0 +1,51 @@
+"""follow: a state goes where its model went."""
+
+from typing import Any
+
+from torch import Tensor
+
+from .leaf import Record, context_of, init_state
+from .pytree import partition
+from .state import AnyState, bind, leaf_list
+from .text import form
+
+
+def follow(state: AnyState, model: Any) -> AnyState:
+    """Bring a state to the devices and dtypes of its model, after `model.to(...)`, `model.double()` and their like.
+
+    Momenta get the device of their parameter and the dtype in which their rule would start them now: a master copy
+    keeps its own. Counts, hyperparameters and frozen flags stay. Momenta on `meta` hold no numbers: those leaves
+    start anew. Changes the state in place and returns it; ValueError where the model has another structure or another
+    shape, and then nothing is changed.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> state = setup(Momentum(0.1), model)
+    >>> model = model.double()
+    >>> follow(state, model).weight.state.dtype
+    torch.float64
+    """
+    binding = bind(state, model)
+    pairs = list(zip(binding.records, binding.params, binding.paths, strict=True))
+    for record, x, path in pairs:
+        if record.shape != x.shape:
+            was, now = form(record.shape, record.dtype), form(x.shape, x.dtype)
+            raise ValueError(
+                f"follow: {path!r} was {was} at setup and is now {now}; call setup(rule, model, keep=state)"
+            )
+    moved = [_moved(*pair) for pair in pairs]
+    for (record, x, _), tensors in zip(pairs, moved, strict=True):
+        record.move(x.dtype, tensors)
+    for leaf in leaf_list(state)[:1]:
+        context_of(leaf).structure += 1
+    return state
+
+
+def _moved(record: Record, x: Tensor, path: str) -> list[Tensor] | None:
+    """The tensors of a state as they belong to the parameter; None where they have to be made anew."""
+    old = record.tensors
+    if old is None or record.rule is None or (not x.is_meta and any(t.is_meta for t in old)):
+        return None
+    like, _ = partition(init_state(record.rule, x, record.numbers.count, path))
+    if [t.shape for t in like] != [t.shape for t in old]:
+        raise ValueError(f"follow: the state of {path!r} no longer has the shape in which {record.rule!r} starts it")
+    return [t.to(device=x.device, dtype=new.dtype) for t, new in zip(old, like, strict=True)]
