@@ -246,6 +246,9 @@ def every_rule_when_sharded() -> None:
     for name, rule in rules.items():
         if name.startswith(("Clip", "WeightDecay", "SignDecay")):  # which would make steps of the gradient's size
             rule = OptimiserChain(rule, Descent(0.05))
+        if name in ROWS and ROWS[name].matrices:
+            matrices = [path for path, x in Net().named_parameters() if x.ndim == 2]
+            rule = {**dict.fromkeys(matrices, rule), "*": Descent(0.05)}
         run = Both(rule, shard)
         run.what = name
         run.step(8).check()

@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Assign, Reduce, ReducingRule, Rule, Run, Steps
-from .average import average, like, real
+from .average import average, like, real, wide
 from .wrap import Wrapper, inner_accumulates, refuse_inner
 
 
@@ -109,11 +110,10 @@ class Cautious(Wrapper, ReducingRule):
         return f(self.rule, *states)
 
     def part(self, value: Tensor) -> Tensor:
-        value = real(value)
-        return value.mean() if value.numel() else value.sum()
+        return wide(real(value)).sum()
 
     def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
-        return real(values).flatten(1).mean(1) if isinstance(values, Tensor) else super().parts(values)
+        return wide(real(values)).flatten(1).sum(1) if isinstance(values, Tensor) else super().parts(values)
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         run = Run(self.rule.steps(state, x, dx))
@@ -124,5 +124,8 @@ class Cautious(Wrapper, ReducingRule):
             return state, None
         change = real(x - change.value if isinstance(change, Assign) else change)
         agrees = (change * real(dx) > 0).to(change.dtype)
-        share = yield Reduce(self, agrees)
-        return state, like(change * agrees / share.clamp(min=1e-3), x)
+        moving = yield Reduce(self, agrees)
+        # A total too: of an array that is spread over processes, each has a part.
+        size = yield Reduce(self, torch.ones_like(agrees))
+        share = (moving / size.clamp(min=1)).clamp(min=1e-3)
+        return state, like(change * agrees / share.to(change.dtype), x)
