@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CHAINS, grads_of, model_of
+from helpers import CHAINS, grads_of, model_of, tensors_of
 from torch import nn
 
 import fluxpy
@@ -33,8 +33,7 @@ def test_a_run_goes_on_in_another_dtype(rule: Any) -> None:
     fresh = setup(rule, model)
     for path, leaf in fluxpy.leaves(state):
         assert leaf.dtype == torch.float64
-        got, want = torch.utils._pytree.tree_leaves(leaf.state), torch.utils._pytree.tree_leaves(fresh[path].state)
-        assert [getattr(t, "dtype", 0) for t in got] == [getattr(t, "dtype", 0) for t in want]
+        assert [t.dtype for t in tensors_of(leaf.state)] == [t.dtype for t in tensors_of(fresh[path].state)]
     for turn in range(3, 8):
         grads = grads_of(model, turn)
         update(state, model, grads)

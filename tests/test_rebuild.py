@@ -22,7 +22,7 @@ class Net(nn.Module):
     def __init__(self, extra: Callable[["Net"], Any] = lambda net: None) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.inner = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        self.inner: Any = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
         self.extra = extra(self)
 
     def body(self, x: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ REFUSED = {
     "an object": (lambda: Net(lambda net: Helper(net.inner[0])), r"Net\.extra holds .* object of .*Helper"),
     "inside": (lambda: nn.Sequential(Net(lambda net: Helper(0, {"a": [net.body]}))), r"Sequential\.0\.extra holds"),
     "with slots": (lambda: Net(lambda net: Wrapped(net)), r"Net\.extra holds .*Wrapped"),
-    "in a closure": (lambda: Net(lambda net: functools.partial(Helper(net.inner), 1)), r"Net\.extra holds"),
+    "in a closure": (lambda: Net(lambda net: functools.partial(Helper(net.inner), torch.ones(1))), r"Net\.extra holds"),
     "a script": (lambda: torch.jit.trace(Net().eval(), INPUT), "scripted module"),
 }
 
@@ -194,7 +194,7 @@ def test_ordinary_attributes_are_no_alarm_and_stay_shared() -> None:
     }
     for name, value in others.items():
         setattr(net, name, value)
-    net.handle = net.register_forward_hook(lambda module, args, out: out)
+    setattr(net, "handle", net.register_forward_hook(lambda module, args, out: out))  # noqa: B010
     net.register_load_state_dict_pre_hook(lambda module, *args: None)
     _, copy = update(setup(Descent(0.5), net), net, gradient(loss, net), inplace=False)
     assert all(getattr(copy, name) is value for name, value in others.items() if name != "method")

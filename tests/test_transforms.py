@@ -54,7 +54,7 @@ def reals(row: Row) -> dict[str, Any]:
 COPIES = [ROWS[name].rule for name in ("Lookahead", "ScheduleFreeAdamW", "ScheduleFreeSGD") if name in ROWS]
 
 
-def after_steps(row: Row, w: Tensor, b: Tensor, numbers: Tensor, steps: int = 10) -> Tensor:
+def after_steps(row: Row, w: Tensor, b: Tensor, numbers: Tensor) -> Tensor:
     """The loss after some steps, by the parameters at first and the hyperparameters."""
     left = iter(numbers)
     given = {
@@ -67,7 +67,7 @@ def after_steps(row: Row, w: Tensor, b: Tensor, numbers: Tensor, steps: int = 10
     # What a rule copies from the parameters is a constant: a state has no history when it is made.
     first = row.rule in COPIES
     state = setup(rule, {"w": drawn(1, 5, seed=1), "b": drawn(1, 3, seed=2)} if first else model)
-    for _ in range(steps):
+    for _ in range(10):
         state, model = update(state, model, fluxpy.gradient(curved, model, create_graph=True), inplace=False)
     return curved(model)
 
