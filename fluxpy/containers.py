@@ -12,6 +12,7 @@ from torch import Tensor
 from .pytree import HOLE, Skeleton, skeleton_of
 
 Make = Callable[[list[Any]], Any]
+MAX_DEPTH = 20  # of such containers in each other
 
 
 class Opened(Skeleton):
@@ -45,31 +46,30 @@ def open_data(tree: Any) -> tuple[list[Tensor], Opened]:
     """The tensors of a batch or an output in order, and what is left, to put others into.
 
     Looks into pytrees of optree and of PyTorch's own registry (as the outputs of Hugging Face's models), into
-    dataclasses and `UserDict`s.
+    dataclasses and `UserDict`s, but not for ever: they may hold each other.
     """
     tensors: list[Tensor] = []
+    return tensors, _open(tree, tensors, 0)
+
+
+def _open(tree: Any, tensors: list[Tensor], depth: int) -> Opened:
     skeleton = skeleton_of(tree)
-    parts = [_opened(part, tensors) for part in skeleton.parts]
-    return tensors, Opened(skeleton.spec, parts, skeleton.spec.build)
+    parts = [_part(part, tensors, depth) for part in skeleton.parts]
+    return Opened(skeleton.spec, parts, skeleton.spec.build)
 
 
-def _opened(x: Any, tensors: list[Tensor]) -> Any:
+def _part(x: Any, tensors: list[Tensor], depth: int) -> Any:
     """What stands for `x` among the parts of a container. Its tensors are added to the list."""
     if isinstance(x, Tensor):
         tensors.append(x)
         return HOLE
     if x is None or isinstance(x, bool | int | float | str):
         return x
-    found = _inside(x)
+    found = _inside(x) if depth < MAX_DEPTH else None
     if found is None:
         return x
     spec, children, make = found
-    parts = []
-    for child in children:
-        own, opened = open_data(child)
-        tensors += own
-        parts.append(opened)
-    return Opened((type(x), spec), parts, make)
+    return Opened((type(x), spec), [_open(child, tensors, depth + 1) for child in children], make)
 
 
 def _inside(x: Any) -> tuple[Any, list[Any], Make] | None:

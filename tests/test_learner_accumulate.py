@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import like_a_device
 from torch import nn
 from torch.nn import functional as F
 
@@ -227,3 +228,20 @@ def test_autocast_is_around_the_steps_and_not_around_the_update():
 def test_what_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Learner(net(), F.cross_entropy, Adam(), **options)
+
+
+def test_on_a_device_nothing_is_read_and_the_mean_is_the_same(monkeypatch):
+    """There the number of targets stays a tensor, and a loss that is not finite holds back what comes after it."""
+    x, y = arrays(22)
+    data = DataLoader((x, y), batch_size=4)
+    one, many = net(), net()
+    Learner(one, F.cross_entropy, Adam(0.05), accumulate=3).fit(data)
+    like_a_device(monkeypatch)
+    learner = Learner(many, F.cross_entropy, Adam(0.05), accumulate=3)
+    learner.fit(data)
+    assert torch.allclose(change(many), change(one), rtol=1e-9, atol=1e-12)
+    bad = list(data)
+    bad[3] = bad[3][0] * float("nan"), bad[3][1]
+    with pytest.warns(UserWarning, match="the loss is not finite"):
+        learner.fit(bad)
+    assert all(p.isfinite().all() for p in many.parameters())

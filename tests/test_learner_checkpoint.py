@@ -420,19 +420,6 @@ def test_reduce_on_plateau_refuses(wrong):
         ReduceOnPlateau(**wrong)
 
 
-def test_a_checkpoint_of_another_model_says_what_to_do(tmp_path):
-    learner(Checkpoint(tmp_path)).fit(data(), epochs=1)
-    other = Learner(nn.Linear(2, 2), F.mse_loss, Descent(0.1), callbacks=[Checkpoint(tmp_path)])
-    with pytest.raises(ValueError, match=r"'weight': expected float32\[2, 2\]") as caught:
-        other.fit(data(), epochs=1)
-    [note] = caught.value.__notes__
-    assert str(tmp_path) in note and "resume=False" in note
-    rule = Learner(nn.Linear(2, 1), F.mse_loss, Adam(), callbacks=[Checkpoint(tmp_path)])
-    with pytest.raises(ValueError, match="expected Adam") as caught:
-        rule.fit(data(), epochs=1)
-    assert "resume=False" in caught.value.__notes__[0]
-
-
 def test_stop_on_nan():
     batches = data()
     batches[1] = batches[1][0] * float("nan"), batches[1][1]

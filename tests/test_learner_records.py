@@ -296,7 +296,7 @@ learner.validate(data)
 """
 LINES = [*[rf"Epoch {e}/2 · {phase} 12/12 \[=+\]" for e in (1, 2) for phase in ("train", "validation")]]
 LINES += [r"Epoch 1/1 · train 12", r"Validation 12/12 \[=+\]"]
-LINES = [line + r" loss \d\.\d{4} accuracy \d\.\d{4} · \d\.\d s" for line in LINES]
+LINES = [line + r" loss \d\.\d{4} accuracy \d\.\d{4}" for line in LINES]
 
 
 def in_terminal(columns):
@@ -326,6 +326,7 @@ def test_in_a_terminal_a_line_a_phase_in_place(columns):
     last = [line[-1].rstrip() for line in drawn]
     assert len(last) == len(LINES)
     for line, pattern in zip(last, LINES, strict=True):
+        pattern += r" · \d\.\d s"
         assert re.fullmatch(pattern if columns != 60 else r"(Epoch|Validation) .*12.* loss \d.*", line), line
     assert all(len(each) < (columns or 80) for line in drawn for each in line)
     assert all(len(line) >= 3 for line in drawn), "not redrawn"
@@ -350,7 +351,7 @@ def test_in_a_pipe_plain_lines(encoding):
 def test_default_and_file(capsys):
     Learner(nn.Linear(3, 4), F.cross_entropy, Adam(), metrics=["accuracy"]).fit(TRAIN)
     out, err = capsys.readouterr()
-    assert out == "" and re.fullmatch(r"Epoch 1/1 · train 5/5 \[====\] loss \S+ accuracy \S+ · \d\.\d s\n", err)
+    assert out == "" and re.fullmatch(r"Epoch 1/1 · train 5/5 \[====\] loss \S+ accuracy \S+\n", err)
     file = io.StringIO()
     learn(ProgressBar(file=file)).fit(TRAIN, VALID)
     assert file.getvalue().count("\n") == 2 and capsys.readouterr() == ("", "")
@@ -361,7 +362,7 @@ def test_a_phase_cut_short_says_how_far_it_came(error):
     file = io.StringIO()
     with contextlib.suppress(RuntimeError):
         learn(ProgressBar(file=file), At("update_start", throw(error), batch=2), metrics=()).fit(TRAIN)
-    assert re.fullmatch(r"Epoch 1/1 · train 3/5 \[==>\.\] loss \S+ · \d\.\d s\n", file.getvalue())
+    assert re.fullmatch(r"Epoch 1/1 · train 3/5 \[==>\.\] loss \S+\n", file.getvalue())
 
 
 def test_in_a_notebook_a_bar_of_tqdm(monkeypatch, capsys):

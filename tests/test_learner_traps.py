@@ -132,6 +132,26 @@ def test_batches_of_other_libraries_are_moved(kind):
     assert place(batch, torch.device("cpu")) is batch
 
 
+@dataclasses.dataclass
+class Node:
+    value: torch.Tensor
+    other: "Node | None" = None
+
+
+def test_containers_that_hold_themselves_are_handed_on():
+    node = Node(torch.ones(2, 3))
+    node.other = node
+    seen = []
+
+    class Reads(_Learner):
+        def training_step(self, model, input, target):
+            seen.append(input)
+            return self.loss(model(input.value), target)
+
+    Reads(nn.Linear(3, 4), F.cross_entropy, Adam(), default_callbacks=False).fit([(node, torch.tensor([0, 1]))])
+    assert seen == [node]
+
+
 def test_a_dict_batch_with_one_key_is_passed_by_keyword():
     class Named(nn.Module):
         def __init__(self):

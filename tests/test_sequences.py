@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
@@ -629,7 +630,9 @@ class Run:
             for _, x in cases.places(model):
                 x.add_(1)
         state = fluxpy.setup(self.other_rules(), model, compile=self.way == "compiled")
-        assert fluxpy.load(path, model=model, state=state) == {"turn": self.updates}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*set up with other rules")
+            assert fluxpy.load(path, model=model, state=state) == {"turn": self.updates}
         self.park("what was saved", partial(image, self.state, self.model))
         self.model, self.state = model, state
 

@@ -63,7 +63,8 @@ class Source:
             self.loader = self.data[epoch]
         elif self.makes:
             self.loader = self.data(epoch) if _takes_one(self.data) else self.data()
-            require_batches(self.loader, f"what {self.name} gave for epoch {epoch}")
+        if self.each or self.makes:
+            require_batches(self.loader, f"what {self.name} has for epoch {epoch}")
 
     def batches(self, skip: int = 0) -> Iterator[Any]:
         """The batches of this epoch after the first `skip`. The first is fetched at once, so that the order of the data

@@ -33,6 +33,7 @@ class Loop:
         self.run = run
         self.dispatcher = Dispatcher(learner, [*learner.callbacks, *run.callbacks])
         self.predicted = False  # whether the present batch of validation has told its output
+        self.compared: set[str] = set()  # the phases whose data was compared with that of the saved run
 
     # --- Epochs -------------------------------------------------------------------------------------------------------
 
@@ -93,16 +94,10 @@ class Loop:
         source.make(self.learner.epoch_index)
         if rng is not None:
             set_data_state(run.sources, rng["data"])
-        if progress.resumed and source.keeps_workers():
-            warnings.warn(
-                f"{source.name} has persistent_workers=True, whose random numbers nobody can save: the resumed run is "
-                "not exactly the one that was saved; with persistent_workers=False it is",
-                stacklevel=2,
-            )
         run.rng_at_start["data"] = data_state(run.sources)
         self._start_phase("train" if level == "training" else level, source)
         progress.phase, progress.within = self.learner.phase or "", level
-        self._note_length(level, source)
+        self._compare(level, source)
         self.run.window.clear()
         if saved is not None:
             self.run.window.load_state_dict(saved["window"], parameters(self.learner.state, self.learner.model))
@@ -110,17 +105,25 @@ class Loop:
             self.learner.batch_index, self.learner.step_index = max(progress.batch - 1, 0), max(progress.step - 1, 0)
         return source.batches(progress.batch)
 
-    def _note_length(self, level: str, source: Source) -> None:
-        """Keep how many batches the phase has, and warn where the saved run had another number."""
-        run, now = self.run, source.length()
-        before = run.lengths.get(level)
-        if self.learner.progress.resumed and not source.each and None not in (before, now) and before != now:
+    def _compare(self, level: str, source: Source) -> None:
+        """Keep how many batches the phase has. When a resumed run first comes to its data, warn of what is inexact."""
+        before, now = self.run.lengths.get(level), source.length()
+        self.run.lengths[level] = now
+        if level in self.compared or not self.learner.progress.resumed:
+            return
+        self.compared.add(level)
+        if None not in (before, now) and before != now and not source.each:
             warnings.warn(
                 f"{source.name} has {now} batches, but in the saved run it had {before}: the resumed run goes on with "
                 "other data, and a schedule over the fit has another length",
                 stacklevel=2,
             )
-        run.lengths[level] = now
+        if source.keeps_workers():
+            warnings.warn(
+                f"{source.name} has persistent_workers=True, whose random numbers nobody can save: the resumed run is "
+                "not exactly the one that was saved; with persistent_workers=False it is",
+                stacklevel=2,
+            )
 
     def _training(self) -> None:
         learner, source, progress = self.learner, self.run.train, self.learner.progress

@@ -98,12 +98,9 @@ class Decoder:
         return self._rules[key]
 
     def _made(self, own: LeafRecord, saved: Any) -> Rule | None:
-        """The rule that the run was set up with; this script's, where that counts or the saved one is another kind."""
+        """The rule that the run was set up with; this script's, where that counts."""
         assert own.rule is not None
-        try:
-            return own.made if self._keep or saved is None else self._rule(own.rule, saved, own.shape)[0]
-        except Misfit:
-            return own.made
+        return own.made if self._keep or saved is None else self._rule(own.rule, saved, own.shape)[0]
 
     def _state(self, own: LeafRecord, rule: Rule, saved: dict[str, Any]) -> Any:
         template = self._template(own, rule)

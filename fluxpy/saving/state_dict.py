@@ -152,7 +152,7 @@ def changed_rules(changed: dict[str, str], option: str) -> str | None:
     if not paths:
         return None
     lines = [f"{names_of(names)}: {change}" for change, names in paths.items()]
-    first = "the saved run was set up with other rules than this one; those of the file count"
+    first = 'the saved run was set up with other rules than this one; those of the file count (hyperparameters="load")'
     return "\n  ".join([f"{first}, those of the script with {option}", *lines])
 
 

@@ -64,12 +64,13 @@ class ProgressBar(Callback):
             if not learner.fitting:
                 self._close()
         elif self._terminal:
-            self._draw(learner, learner.stats, last=True)
-            self._unguard()
+            try:
+                self._draw(learner, learner.stats, last=True)
+            finally:
+                self._unguard()
             print(file=self._out, flush=True)
         elif self._out is not None:
-            line = self._line(learner, learner.stats, cells=4, end=_seconds(learner.seconds))
-            print(line, file=self._out, flush=True)
+            print(self._line(learner, learner.stats, cells=4), file=self._out, flush=True)
 
     on_validation_end = on_training_end
 

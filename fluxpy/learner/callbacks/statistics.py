@@ -120,10 +120,6 @@ class StatisticsRecorder(Rows):
         one_of("phase", phase, ("train", "validation"))
         return [row[name] for row in self.records if row["phase"] == phase]
 
-    def more(self, learner: Learner) -> dict[str, Any]:
-        """What else a row has; tensors in it are read with the metrics."""
-        return {}
-
     def keep(self, rows: list[dict[str, Any]]) -> None:
         self.records += rows
 
