@@ -501,10 +501,23 @@ def test_one_slope_for_all_channels_stays() -> None:
     assert model[1].weight.shape == (1,) and forward(model, 3, 2).shape == (3, 1)
 
 
-def test_a_wrapper_that_keeps_old_shapes_is_refused() -> None:
-    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
-    with pytest.raises(ValueError, match="DistributedDataParallel keeps old shapes"):
-        surgery.take(setup(Adam(), torch.ones(2)), wrapped, [0])
+def test_what_is_spread_over_processes_is_refused() -> None:
+    """Each process of several, of which there is one here, would be told apart."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for model in (nn.parallel.DistributedDataParallel(nn.Linear(2, 4)), fully_shard(nn.Linear(2, 4), mesh=mesh)):
+            state: Any = setup(Adam(), model)
+            for call in (lambda s, m: surgery.take(s, m, [0]), lambda s, m: surgery.grow(s, m, 1)):
+                with pytest.raises(ValueError, match="is for one process"):
+                    call(state, model)
+        with pytest.raises(ValueError, match="reset of rows is for one process"):
+            surgery.reset(state, rows=[0])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_given_rows_of_a_batch_norm_get_fresh_statistics() -> None:

@@ -63,13 +63,10 @@ class Edit:
     def __init__(self, verb: str, state: Any, model: Any) -> None:
         if is_transforming():
             raise RuntimeError(f"{verb} changes a model in place, which torch.func and torch.compile do not allow")
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                f"{verb}: DistributedDataParallel keeps old shapes; change the module inside, then wrap it"
-            )
         self.verb = verb
         self.binding: Binding = bind(state, model)
         self.context: Context = tree_context(state)
+        require_one_process(verb, self.context, self.binding)
         self.drafts: dict[int, Draft] = {}
         self.attributes: list[tuple[nn.Module, str, Any]] = []
         triples = zip(self.binding.params, self.binding.records, self.binding.paths, strict=True)
@@ -134,6 +131,15 @@ class Edit:
 
 
 _DISPATCH = "__torch_dispatch__"  # which subclasses define whose numbers are not in their own memory
+
+
+def require_one_process(verb: str, context: Context, binding: Binding | None = None) -> None:
+    """ValueError where other processes, or the wrappers that speak to them, would keep the old shapes."""
+    if context.spread or (binding is not None and binding.parallel is not None):
+        raise ValueError(
+            f"{verb} is for one process: DistributedDataParallel and fully_shard keep the shapes that they were given. "
+            "Change model and state before the model is wrapped, or save, change them in one process, and go on"
+        )
 
 
 def _require_changeable(x: Tensor, path: str, record: Record | None, verb: str) -> None:

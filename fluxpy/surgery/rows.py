@@ -15,7 +15,7 @@ from ..rebuild import Copies, like_parameter
 from ..rule import Rule, at, title
 from ..state import AnyState, bind, each_leaf, shape_of, tree_context
 from ..text import form, names_of
-from .edit import Change, Draft, Edit, perform, settle
+from .edit import Change, Draft, Edit, perform, require_one_process, settle
 from .modules import Cut, Resize, modules_in, own_tensors, set_size
 
 Model = TypeVar("Model")
@@ -93,6 +93,7 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
     tensor([1., 0., 1.])
     """
     with torch.inference_mode(False), torch.no_grad():
+        require_one_process("reset of rows", tree_context(state))
         values = {} if model is None else dict(zip(*_bound(state, model), strict=True))
         new = []
         for path, leaf in each_leaf(state, "surgery.reset"):
