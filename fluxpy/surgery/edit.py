@@ -13,7 +13,7 @@ from ..leaf import Numbers, Record
 from ..parameters import trainables
 from ..pytree import apart, is_transforming, partition
 from ..rule import Rule, at, field_of, hyperparameters, walk
-from ..state import bind, tree_context
+from ..state import bind, leaves_of, tree_context
 from ..text import form
 from .modules import Cut, Resize, concerned, is_known, modules_in, own_tensors, set_size
 
@@ -63,6 +63,7 @@ class Edit:
     def __init__(self, verb: str, state: Any, model: Any) -> None:
         if is_transforming():
             raise RuntimeError(f"{verb} changes a model in place, which torch.func and torch.compile do not allow")
+        leaves_of(state, f"surgery.{verb}")  # TypeError for what is no state
         self.verb = verb
         self.binding: Binding = bind(state, model)
         self.context: Context = tree_context(state)
