@@ -257,6 +257,15 @@ def test_the_compiled_path(tmp_path: Any) -> None:
         twin.step(2).equals(run, 1e-9)
 
 
+def test_on_the_meta_device_too() -> None:
+    model = nn.Linear(3, 4, device="meta")
+    state = setup(Adam(), model)
+    surgery.take(state, model, [0, 1])
+    surgery.grow(state, model, 2)
+    surgery.reset(state, rows=[0])
+    assert model.weight.shape == state.weight.state.m.shape == (4, 3)
+
+
 def test_a_stack_of_whole_arrays() -> None:
     from helpers import Whole
 
@@ -442,7 +451,7 @@ def forward(module: nn.Module, *shape: int) -> Tensor:
 def test_a_linear_layer_follows_in_both_directions() -> None:
     model, x = nn.Linear(3, 4), draw(5, 3, dtype=torch.float32)
     state, old, columns = setup(Adam(), model), model(x), model.weight.detach()[:, [2, 0]].clone()
-    surgery.take(state, model, [3, 1])
+    surgery.take(state, model, torch.tensor([3, 1], dtype=torch.uint8))
     torch.testing.assert_close(model(x), old[:, [3, 1]])
     surgery.take(state, model, [2, 0], dim=1)
     assert model.in_features == 2 and torch.equal(model.weight, columns[[3, 1]]) and model.bias.shape == (2,)
@@ -501,10 +510,23 @@ def test_one_slope_for_all_channels_stays() -> None:
     assert model[1].weight.shape == (1,) and forward(model, 3, 2).shape == (3, 1)
 
 
-def test_a_wrapper_that_keeps_old_shapes_is_refused() -> None:
-    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
-    with pytest.raises(ValueError, match="DistributedDataParallel keeps old shapes"):
-        surgery.take(setup(Adam(), torch.ones(2)), wrapped, [0])
+def test_what_is_spread_over_processes_is_refused() -> None:
+    """Each process of several, of which there is one here, would be told apart."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for model in (nn.parallel.DistributedDataParallel(nn.Linear(2, 4)), fully_shard(nn.Linear(2, 4), mesh=mesh)):
+            state: Any = setup(Adam(), model)
+            for call in (lambda s, m: surgery.take(s, m, [0]), lambda s, m: surgery.grow(s, m, 1)):
+                with pytest.raises(ValueError, match="is for one process"):
+                    call(state, model)
+        with pytest.raises(ValueError, match="reset of rows is for one process"):
+            surgery.reset(state, rows=[0])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_given_rows_of_a_batch_norm_get_fresh_statistics() -> None:
@@ -756,6 +778,25 @@ def test_what_is_refused_changes_nothing(make: Any, call: Any, match: str) -> No
         call(state, model)
     assert_alike(image(state, model), before)
     assert repr(model) == shown
+
+
+def test_the_wrong_thing_in_a_place_says_so() -> None:
+    model = nn.Linear(2, 4)
+    state = setup(Adam(), model)
+    calls: list[tuple[Any, str]] = [
+        (lambda: surgery.take(model, state, [0]), "surgery.take takes the state tree .* but got the model"),
+        (lambda: surgery.grow(Adam(), model, 1), "surgery.grow takes the state tree .* but got a rule"),
+        (lambda: surgery.reset(model, rows=[0]), "surgery.reset takes the state tree"),
+        (lambda: surgery.rename(model, {}), "rename takes the whole state"),
+        (lambda: surgery.take(state, model, "ab"), "a list of whole numbers, or a mask, but got 'ab'"),
+        (lambda: surgery.grow(state, model, 2.5), "rows must be a whole number, or a tensor"),
+        (lambda: surgery.grow(state, model, True), "rows must be a whole number, or a tensor"),
+    ]
+    for call, match in calls:
+        with pytest.raises(TypeError, match=match):
+            call()
+    surgery.take(state, model, slice(None, None, -2))
+    assert model.out_features == 2
 
 
 def test_where_rows_cannot_follow_it_says_so() -> None:

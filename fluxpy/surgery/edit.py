@@ -13,7 +13,7 @@ from ..leaf import Numbers, Record
 from ..parameters import trainables
 from ..pytree import apart, is_transforming, partition
 from ..rule import Rule, at, field_of, hyperparameters, walk
-from ..state import bind, tree_context
+from ..state import bind, leaves_of, tree_context
 from ..text import form
 from .modules import Cut, Resize, concerned, is_known, modules_in, own_tensors, set_size
 
@@ -63,13 +63,11 @@ class Edit:
     def __init__(self, verb: str, state: Any, model: Any) -> None:
         if is_transforming():
             raise RuntimeError(f"{verb} changes a model in place, which torch.func and torch.compile do not allow")
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                f"{verb}: DistributedDataParallel keeps old shapes; change the module inside, then wrap it"
-            )
+        leaves_of(state, f"surgery.{verb}")  # TypeError for what is no state
         self.verb = verb
         self.binding: Binding = bind(state, model)
         self.context: Context = tree_context(state)
+        require_one_process(verb, self.context, self.binding)
         self.drafts: dict[int, Draft] = {}
         self.attributes: list[tuple[nn.Module, str, Any]] = []
         triples = zip(self.binding.params, self.binding.records, self.binding.paths, strict=True)
@@ -134,6 +132,15 @@ class Edit:
 
 
 _DISPATCH = "__torch_dispatch__"  # which subclasses define whose numbers are not in their own memory
+
+
+def require_one_process(verb: str, context: Context, binding: Binding | None = None) -> None:
+    """ValueError where other processes, or the wrappers that speak to them, would keep the old shapes."""
+    if context.spread or (binding is not None and binding.parallel is not None):
+        raise ValueError(
+            f"{verb} is for one process: DistributedDataParallel and fully_shard keep the shapes that they were given. "
+            "Change model and state before the model is wrapped, or save, change them in one process, and go on"
+        )
 
 
 def _require_changeable(x: Tensor, path: str, record: Record | None, verb: str) -> None:

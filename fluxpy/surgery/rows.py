@@ -15,7 +15,7 @@ from ..rebuild import Copies, like_parameter
 from ..rule import Rule, at, title
 from ..state import AnyState, bind, each_leaf, shape_of, tree_context
 from ..text import form, names_of
-from .edit import Change, Draft, Edit, perform, settle
+from .edit import Change, Draft, Edit, perform, require_one_process, settle
 from .modules import Cut, Resize, modules_in, own_tensors, set_size
 
 Model = TypeVar("Model")
@@ -25,8 +25,8 @@ def take(state: AnyState, model: Model, index: Any, dim: int = 0) -> tuple[AnySt
     """Keep these rows of every parameter under matching branches of state and model. Returns both, changed in place.
 
     `index` has whole numbers, negative ones counted from the end, repeated or permuted as you like, or is a mask of
-    bools; a tensor, a list or an array. What the state has of a parameter's shape, and its `.grad`, are taken alike;
-    counts and other numbers stay. Parameters stay the same objects, ties and frozen leaves included.
+    bools; a tensor, a list, an array or a slice. What the state has of a parameter's shape, and its `.grad`, are taken
+    alike; counts and other numbers stay. Parameters stay the same objects, ties and frozen leaves included.
 
     Of PyTorch's own modules `dim` is one of their weight, and what goes with it follows: dim 0 of an `nn.Linear` are
     its outputs, bias and `out_features` with them, dim 1 its inputs. Of other modules and containers it is the dim of
@@ -68,7 +68,9 @@ def grow(state: AnyState, model: Model, rows: Any, dim: int = 0) -> tuple[AnySta
     with torch.inference_mode(False), torch.no_grad():
         edit = Edit("grow", state, model)
         cuts, resizes = edit.places(model, dim)
-        if isinstance(rows, int) and not isinstance(rows, bool):
+        if isinstance(rows, bool | float | str):
+            raise TypeError(f"grow: rows must be a whole number, or a tensor for each parameter, but got {rows!r}")
+        if isinstance(rows, int):
             change = Growing("grow", rows, made_rows("grow", model, cuts, resizes, rows))
         else:
             change = given_rows(edit, shape_of(state), model, cuts, rows)
@@ -93,9 +95,11 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
     tensor([1., 0., 1.])
     """
     with torch.inference_mode(False), torch.no_grad():
+        found = each_leaf(state, "surgery.reset")
+        require_one_process("reset of rows", tree_context(state))
         values = {} if model is None else dict(zip(*_bound(state, model), strict=True))
         new = []
-        for path, leaf in each_leaf(state, "surgery.reset"):
+        for path, leaf in found:
             record = record_of(leaf)
             try:
                 emptied = _emptied(path, record, values.get(id(record)), rows, dim)
@@ -116,19 +120,21 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
 
 def row_numbers(index: Any, size: int) -> Tensor:
     """The rows that an index means, of so many: whole numbers from 0."""
-    found = torch.as_tensor(index)
+    try:
+        found = torch.as_tensor(list(range(size)[index]) if isinstance(index, slice) else index)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"the rows must be a list of whole numbers, or a mask, but got {index!r}") from error
     if found.ndim != 1:
         raise ValueError(f"the rows must be a list of whole numbers, or a mask of {size} bools, but got {index!r}")
     if found.dtype == torch.bool:
         if len(found) != size:
             raise ValueError(f"the mask has {len(found)} bools, but there are {size} rows")
         return found.nonzero()[:, 0]
-    if found.is_floating_point() or found.is_complex():
-        if len(found):
-            raise ValueError(f"the rows must be whole numbers or bools, but are {found.dtype}")
-    elif ((found < -size) | (found >= size)).any():
-        raise ValueError(f"a row number lies outside the {size} rows there are")
+    if len(found) and (found.is_floating_point() or found.is_complex()):
+        raise ValueError(f"the rows must be whole numbers or bools, but are {found.dtype}")
     found = found.long()
+    if ((found < -size) | (found >= size)).any():
+        raise ValueError(f"a row number lies outside the {size} rows there are")
     return torch.where(found < 0, found + size, found)
 
 
@@ -293,7 +299,7 @@ def _stand_in(record: Record, rule: Rule, count: int, dim: int) -> Tensor:
     x = torch.zeros(record.shape, dtype=record.dtype, device=record.tensors[0].device)
     rows = x.narrow(dim, 0, count)
     pairs = zip(partition(rule.init_any(rows))[0], partition(rule.init_any(rows + 1))[0], strict=True)
-    if any(not torch.equal(a, b) for a, b in pairs):
+    if not x.is_meta and any(not torch.equal(a, b) for a, b in pairs):
         raise ValueError(
             f"the state of {title(rule)} starts from the parameter itself, so reset needs it: "
             "write surgery.reset(state, rows, model=model)"
