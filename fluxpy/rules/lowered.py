@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fields import hyper
 from ..pytree import Skeleton, skeleton_of
-from ..rule import Assign, Rule, Steps
+from ..rule import Assign, Rule, Run, Steps
 from .wrap import Wrapper, inner_accumulates, inner_elementwise, refuse_inner
 
 
@@ -59,7 +59,10 @@ class Lowered(Wrapper):
         wide = _wide(x)
         real = wide.to_real()
         raised = _map_floats(lambda part: _to(part, real) if part.dtype == self.dtype else part, state)
-        new, change = yield from self.rule.steps(raised, _to(x, wide), None if dx is None else _to(dx, wide))
+        run = Run(self.rule.steps(raised, _to(x, wide), None if dx is None else _to(dx, wide)))
+        while run.asks is not None:
+            run.tell((yield run.asks))
+        new, change = run.result
         before, after = skeleton_of(state), skeleton_of(new)
         if before.spec != after.spec:
             raise ValueError(f"Lowered takes rules whose states keep their structure, unlike {self.rule!r}")

@@ -332,7 +332,10 @@ class Averaged(Wrapper):
     init_any = init  # the rule inside sees complex parameters in its own way
 
     def steps(self, state: Average, x: Tensor, dx: Any) -> Steps:
-        inner, change = yield from self.rule.steps(state.state, x, dx)
+        run = Run(self.rule.steps(state.state, x, dx))
+        while run.asks is not None:
+            run.tell((yield run.asks))
+        inner, change = run.result
         if change is None:
             return state._replace(state=inner), None
         new = real(change.value if isinstance(change, Assign) else x - change)
