@@ -33,6 +33,7 @@ TABLES = [
     "tree",
     "frozen",
     "memory",
+    "step",
     "packages",
     "processes",
     "peers",
@@ -72,6 +73,7 @@ def measure(name: str, column: str, given: argparse.Namespace) -> Column:
         command = [sys.executable, "-m", __package__ or "benchmarks", name, "--device", given.device]
         command += ["--worker", column, str(file), "--only", given.only]
         command += ["--quick"] if given.quick else []
+        pools |= getattr(module_of(name), "ENVIRONMENT", {}).get(column, {})
         done = subprocess.run(command, env=os.environ | pools, stdout=sys.stderr)
         if done.returncode:
             raise SystemExit(f"the table {name!r} failed in its column {column!r}; see above")

@@ -17,6 +17,7 @@ from . import schedules
 from .adjust import adjust, freeze, reset, scale, thaw
 from .data import DataLoader
 from .distributed.check import assert_same_on_all_ranks
+from .evaluation import averaged
 from .explain import explain
 from .follow import follow
 from .gradient import Gradients, gradient, withgradient
@@ -28,7 +29,7 @@ from .saving import load, load_state_dict, save, state_dict
 from .sharpen import sharpened
 from .state import State, leaves, select, setup, summary, value
 from .train import train, trainstep
-from .update import check_finite, update
+from .update import check_finite, flush, update
 
 if typing.TYPE_CHECKING:  # when running, these are imported at their first use
     from . import interop as interop
@@ -47,12 +48,14 @@ __all__ = [
     "State",
     "adjust",
     "assert_same_on_all_ranks",
+    "averaged",
     "check_finite",
     "depths",
     "destructure",
     "explain",
     "flatten_parameters",
     "follow",
+    "flush",
     "freeze",
     "gradient",
     "leaves",

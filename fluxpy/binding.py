@@ -52,6 +52,7 @@ class Binding:
         self.warned = False
         self.parallel: Parallel | None = None if is_compiling() else parallel_of(model, self.originals, self.paths)
         self.plan: Any = None  # how the engine steps these parameters
+        self.groups: Any = None  # how they are stepped within a backward pass
 
     def watch(self, model: Any, forget: Callable[[], None]) -> "Binding":
         """From here on, `matches` can tell."""
@@ -105,9 +106,18 @@ class Binding:
                 [containers[id(x)] for x in held] for held in (self.filled, self.empty, self.lists)
             )
             other.held = other._look()[1]
-        other.params, other.records, other.plan = plan.params, plan.records, plan
+        other.params, other.records, other.plan, other.groups = plan.params, plan.records, plan, None
         other.originals, other.parallel = other.params, None  # a copy is without its wrappers
         other.unasked = other._unasked()
+        return other
+
+    def part(self, places: Sequence[int]) -> "Binding":
+        """Some of the parameters, with a plan of their own."""
+        other = copy.copy(self)
+        other.params, other.records = [self.params[i] for i in places], [self.records[i] for i in places]
+        other.paths, other.indices = tuple(self.paths[i] for i in places), [self.indices[i] for i in places]
+        other.originals = [self.originals[i] for i in places]
+        other.plan = other.groups = None
         return other
 
     def matches(self, model: Any) -> bool:

@@ -1,7 +1,8 @@
 """Context: what all leaves of one state tree share. A copy of a tree, or the result of a pure update, has its own."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ class Context:
 
     `structure` counts the changes of anything but hyperparameters (frozen flags, states, what steps together), and
     `hyper` those of hyperparameters: a plan is valid while both are what they were. `updates` counts the updates asked
-    for. `size` is the number of leaves.
+    for. `size` is the number of leaves. `aside` are the training weights of the parameters that hold their weights to
+    evaluate with, by the identity of their records.
     """
 
     def __init__(self, compile: bool = False, size: int = 1) -> None:
@@ -77,6 +79,8 @@ class Context:
         self.structure = self.hyper = self.updates = 0
         self.recorded = 0  # pure updates in a row whose history is kept
         self.flag = FiniteFlag()
+        self.aside: dict[int, Tensor] = {}
+        self.partial = False  # whether an update comes leaf by leaf, so that no total over the tree is to be had
         self.reference_only: set[Any] = set()  # rules that only the reference path can run
         self.uncompiled: set[Any] = set()  # rules that cannot be compiled
         self.not_shared: set[Any] = set()  # rules whose kernel cannot take a number for each leaf
@@ -89,6 +93,23 @@ class Context:
         other.reference_only, other.uncompiled = set(self.reference_only), set(self.uncompiled)
         other.not_shared, other.spread = set(self.not_shared), self.spread
         return other
+
+    @contextmanager
+    def in_parts(self) -> Iterator[None]:
+        """One update that comes leaf by leaf."""
+        self.partial = True
+        try:
+            yield
+        finally:
+            self.partial = False
+
+    def require_training_weights(self, records: Iterable[Any], what: str) -> None:
+        """RuntimeError where one of these leaves' parameters holds its weights to evaluate with."""
+        if self.aside and any(id(record) in self.aside for record in records):
+            raise RuntimeError(
+                f"{what} is refused within fluxpy.averaged(...), where the parameters hold the weights to evaluate "
+                "with; do it after the block"
+            )
 
     def __reduce__(self) -> Any:
         return _restored, (self.compile, 1, self.updates, self.flag)

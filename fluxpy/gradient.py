@@ -120,6 +120,28 @@ def differentiate(
     f: LossFunction[Model, Value], model: Model, args: Iterable[Any], binding: Binding, create_graph: bool = False
 ) -> tuple[Value, Gradients | Tensor]:
     """`withgradient` of a model bound to a state, which decides who trains."""
+    return _differentiate(f, model, args, _wanted(binding), create_graph)
+
+
+@contextmanager
+def recorded(f: Callable[..., Any], model: Any, args: Iterable[Any], binding: Binding) -> Iterator[tuple[Tensor, Any]]:
+    """`(loss, value)`: the loss with its graph, whose backward pass may be run in the block, where the state decides
+    who trains; and what `f` returned, detached."""
+    wanted = _wanted(binding)
+    with torch.enable_grad(), _flipped(wanted.flips):
+        value = f(model, *args)
+        loss = _loss(value)
+        if not loss.requires_grad:
+            raise independent_loss(binding)
+        yield loss, _detached(value)
+
+
+def independent_loss(binding: Binding) -> ValueError:
+    """The error for a loss that depends on no parameter that trains."""
+    return _independent_loss([not record.frozen for record in binding.records])
+
+
+def _wanted(binding: Binding) -> "_Wanted":
     trains = [not record.frozen for record in binding.records]
     # A tensor with a history of its own stays as it is: its flag cannot be cleared, and differentiating through it is
     # wanted.
@@ -127,8 +149,7 @@ def differentiate(
     flips = [x for x, wants in pairs if x.requires_grad != wants and x.is_leaf]
     if flips and not binding.warned:
         binding.warn_of_flags()
-    wanted = _Wanted(binding.walked, binding.originals, trains, flips, binding.parallel)
-    return _differentiate(f, model, args, wanted, create_graph)
+    return _Wanted(binding.walked, binding.originals, trains, flips, binding.parallel)
 
 
 class _Wanted(NamedTuple):
@@ -157,8 +178,7 @@ def _differentiate(
         else:
             value, found = parallel.differentiate(lambda: f(model, *args), _loss, args, trains, create_graph)
     if all(g is None for g in found):
-        why = _WHY if any(trains) else "all of them are frozen; thaw some, or let some require grad"
-        raise ValueError(f"the loss depends on no parameter of the model: {why}")
+        raise _independent_loss(trains)
     grads: list[Tensor | None] = list(found)
     if len(places) < len(params):
         grads = [None] * len(params)
@@ -176,6 +196,11 @@ def _detached(value: Any) -> Any:
         return tuple(map(_detached, value))
     tensors, opened = open_data(value)
     return opened.combine(map(_detached, tensors)) if tensors else value
+
+
+def _independent_loss(trains: list[bool]) -> ValueError:
+    why = _WHY if any(trains) else "all of them are frozen; thaw some, or let some require grad"
+    return ValueError(f"the loss depends on no parameter of the model: {why}")
 
 
 _WHY = (
@@ -218,12 +243,18 @@ def _backward(loss: Tensor, params: list[Tensor], create_graph: bool) -> tuple[T
         if "use_reentrant" not in str(error):
             raise
         hidden = error
-    if hidden or (any(g is None for g in found) and _has_checkpoint(loss)):
+    if hidden or any(g is None for g in found):
+        require_no_checkpoint(loss, hidden)
+    return found
+
+
+def require_no_checkpoint(loss: Tensor, hidden: Exception | None = None) -> None:
+    """RuntimeError where reentrant checkpointing may hide parameters, as it does for sure where that `hidden` came."""
+    if hidden or _has_checkpoint(loss):
         raise RuntimeError(
             "reentrant activation checkpointing hides parameters from the gradient; "
             "pass use_reentrant=False to torch.utils.checkpoint"
         ) from hidden
-    return found
 
 
 def _grad(loss: Tensor, params: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:

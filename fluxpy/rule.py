@@ -73,6 +73,10 @@ class Rule:
     # first tensor of the state; `master_for(copy, x)` brings it up to date, and the parameter becomes the rounded copy.
     keeps_master: ClassVar[bool] = False
 
+    # True for a rule around one other (`rule`) that steps as that does, and then brings an average of the parameter up
+    # to date: `follow(average, weight, x)` gives both anew. Its state is (average, weight, the state of `rule`).
+    follows: ClassVar[bool] = False
+
     def __new__(cls, *args: Any, **kwargs: Any) -> "Rule":
         for name in kwargs:
             if name not in cls.__dataclass_fields__:
@@ -123,6 +127,34 @@ class Rule:
         `before`. Called only of a rule that `accumulates`."""
         return state
 
+    def evaluation(self, state: Any, x: Tensor) -> Tensor:
+        """The weights to evaluate with, which `averaged` puts in the place of the parameter `x`. Default: `x` itself.
+
+        Nobody writes to what is returned, so it may be a tensor of the state. A rule around others passes it on.
+        """
+        if any(rule.evaluates for rule in self.inner):
+            inside = ", ".join(title(rule) for rule in self.inner if rule.evaluates)
+            raise NotImplementedError(
+                f"{type(self).__name__} holds {inside}, which has weights to evaluate with, and does not say which "
+                "these are: define evaluation(self, state, x)"
+            )
+        return x
+
+    def evaluation_any(self, state: Any, x: Tensor) -> Tensor:
+        """`evaluation` as it is called: an elementwise rule sees a complex parameter as a real one."""
+        if not (self.elementwise and x.is_complex()):
+            return self.evaluation(state, x)
+        real = torch.view_as_real(x.resolve_conj())
+        value = self.evaluation(state, real)
+        return x if value is real else torch.view_as_complex(value)
+
+    def flushing(self) -> "Rule":
+        """The rule that `flush` runs once, without a gradient, in this one's place: what it still holds is passed on.
+        Called only of a rule that `accumulates`."""
+        if not self.inner:
+            raise NotImplementedError(f"{type(self).__name__} does not say how it is flushed: define flushing(self)")
+        return map_inner(self, lambda rule: rule.flushing() if rule.accumulates else rule)
+
     def take(self, state: Any, x: Tensor, index: Tensor, dim: int) -> Any:
         """The state for `x.index_select(dim, index)`, made of that for `x`: what `fluxpy.surgery` asks for.
 
@@ -155,6 +187,21 @@ class Rule:
     def inner(self) -> tuple["Rule", ...]:
         """The rules directly inside it."""
         return tuple(v for _, value in _items(self) for v in _elements(value) if isinstance(v, Rule))
+
+    @property
+    def follower(self) -> "Rule | None":
+        """The rule that follows what steps, where there is one: it, or the last of a chain."""
+        return self if self.follows else None
+
+    def without_follower(self, state: Any) -> tuple["Rule", Any]:
+        """What steps, and its part of the state, if one is given. Called only where there is a follower."""
+        (rule,) = self.inner
+        return rule, None if state is None else state[2]
+
+    @cached
+    def evaluates(self) -> bool:
+        """Whether it, or a rule inside it, has weights to evaluate with."""
+        return type(self).evaluation is not Rule.evaluation or any(rule.evaluates for rule in self.inner)
 
     @cached
     def traced(self) -> bool:
@@ -202,6 +249,9 @@ class ReducingRule(Rule):
     def init_any(self, x: Tensor) -> Any:
         """`init`: the steps of a reducing rule see complex parameters as they are, and so does its state."""
         return self.init(x)
+
+    def evaluation_any(self, state: Any, x: Tensor) -> Tensor:
+        return self.evaluation(state, x)
 
     def part(self, value: Tensor) -> Tensor:
         """What one array gives to the total, 0-dim. Default: the sum of its elements."""

@@ -80,6 +80,11 @@ def tree_context(state: State | Leaf) -> Context:
     return context_of(leaves[0]) if leaves else Context()
 
 
+def require_training_weights(state: State | Leaf, what: str) -> None:
+    """RuntimeError where parameters of these leaves hold their weights to evaluate with."""
+    tree_context(state).require_training_weights(map(record_of, leaves_of(state, what)), what)
+
+
 def tree_bindings(state: State | Leaf) -> Bindings:
     """The models that views of the tree were used with, by the identity of the view's spec."""
     if isinstance(state, Leaf):
@@ -165,6 +170,8 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     names = names_by_number(spec)
     rules = _assign(rule, names) if params else {}
     kept = {} if keep is None else {path: leaf for path, leaf in paths_and_leaves(keep, "setup(..., keep=)")}
+    if keep is not None:
+        require_training_weights(keep, "setup(..., keep=)")
     context, bindings = Context(compile, len(params)), Bindings()
     context.spread = any_dtensor(params)
     numbers: dict[int, Numbers] = {}

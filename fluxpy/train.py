@@ -18,6 +18,7 @@ from .distributed.parallel import is_first_process
 from .gradient import LossFunction, Model, Value, differentiate
 from .leaf import Leaf
 from .pytree import level, unwrap
+from .release import release_step
 from .state import State, bind, leaves, tree_context
 from .update import apply_gradients, check_finite
 
@@ -29,14 +30,16 @@ def train(
     state: State | Leaf,
     *,
     progress: bool | None = None,
+    release: bool = False,
     **refused: Never,  # caught for a better message; a type checker refuses them all the same
 ) -> list[float]:
     """Train `model` once over `data`; returns the losses, each measured before its update.
 
     `loss(model, *batch)` where the batch is a tuple or list, else `loss(model, batch)`, as `withgradient` takes it.
     Batches are moved to the model's device. `progress` shows a bar with the running loss; by default where a person is
-    watching. Modules are put into training mode, wholly frozen ones into evaluation mode. For epochs, call it again;
-    for callbacks and metrics write the loop with `trainstep`, or take the `Learner`.
+    watching. Modules are put into training mode, wholly frozen ones into evaluation mode. `release` steps within
+    the backward pass, see `trainstep`. For epochs, call it again; for callbacks and metrics write the loop with
+    `trainstep`, or take the `Learner`.
 
     Where the model runs on several processes each is given its own batches, as many as the others; losses are means
     over the processes, and the first of them shows the bar.
@@ -57,7 +60,7 @@ def train(
     watched, drawn = is_first_process() and (_watched() if progress is None else progress), 0.0
     with tqdm(data, disable=not watched, unit="batch") as bar:
         for batch in bar:
-            losses.append(_turn(loss, model, batch, state)[1])
+            losses.append(_turn(loss, model, batch, state, release)[1])
             if reads_at_once(losses[-1]) and not math.isfinite(losses[-1].item()):
                 break
             if watched and time.monotonic() > drawn + 0.1:  # reading the loss more often would make a device wait
@@ -76,21 +79,36 @@ def train(
     return numbers
 
 
-def trainstep(loss: LossFunction[Model, Value], model: Model, batch: Any, state: State | Leaf) -> Value:
+def trainstep(
+    loss: LossFunction[Model, Value], model: Model, batch: Any, state: State | Leaf, *, release: bool = False
+) -> Value:
     """One turn of `train`: gradient and update on one batch. Returns what the loss returned, detached.
 
     Where the loss is not finite nothing is updated; the caller decides what to do. Where the model runs on several
     processes, none updates if the loss of one is not finite.
+
+    With `release`, each parameter is stepped within the backward pass as soon as its gradient is there, and that is
+    freed, so that only a few gradients exist at once. The numbers are the same. ValueError for what such a step cannot
+    do: a rule that needs a total over all gradients (`ClipGlobalNorm`), `nonfinite="skip"`, several ranks. It is not
+    all or nothing: where an error comes in the middle of the pass (in a rule, from a gradient that is not finite or
+    sparse, an interrupt), each parameter is either stepped or as it was, with its momenta and its count, and a note
+    says how many were stepped. `.grad` is as before.
     """
-    return _turn(loss, model, batch, state)[0]
+    return _turn(loss, model, batch, state, release)[0]
 
 
-def _turn(loss: LossFunction[Model, Value], model: Model, batch: Any, state: State | Leaf) -> tuple[Value, Tensor]:
+def _turn(
+    loss: LossFunction[Model, Value], model: Model, batch: Any, state: State | Leaf, release: bool
+) -> tuple[Value, Tensor]:
     """What the loss returned; and the loss, on several processes their mean."""
     binding, context = bind(state, model), tree_context(state)
+    context.require_training_weights(binding.records, "trainstep")
     batch = to_device(batch, binding.params)
     args = batch if isinstance(batch, tuple | list) else (batch,)
     try:
+        if release:
+            value = release_step(loss, model, args, binding, context)
+            return value, value[0] if isinstance(value, tuple) else value
         value, grads = differentiate(loss, model, args, binding)
     except TypeError as error:
         error.add_note("the loss is called as loss(model, *batch), as in: lambda m, x, y: cross_entropy(m(x), y)")

@@ -6,6 +6,7 @@ plan. Where one may differentiate through it, it runs the reference path: each r
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -55,6 +56,7 @@ def update(state: AnyState, model: Model, grads: Any = None, *, inplace: bool = 
         what = "a rule; call state = setup(rule, model) first" if isinstance(state, Rule) else f"{type(state).__name__}"
         raise TypeError(f"update takes (state, model, grads), but the first is {what}")
     binding, context = bind(state, model), tree_context(state)
+    context.require_training_weights(binding.records, "update")
     if inplace:
         apply_gradients(binding, context, grads)
         return state, model
@@ -89,6 +91,58 @@ def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
     finally:
         torch.set_grad_enabled(tracked)
     context.updates += 1
+
+
+def require_steppable(binding: Binding) -> None:
+    """ValueError, with the path, for a parameter that does not fit the state or cannot be written."""
+    _check(binding, [None] * len(binding.params), inplace=True)
+
+
+def step_alone(binding: Binding, context: Context, grads: list[Any]) -> None:
+    """Step some parameters in place, as a part of an update that is not done with that."""
+    with torch.no_grad():
+        _step(binding, context, grads)
+
+
+def flush(state: AnyState, model: Model) -> tuple[AnyState, Model]:
+    """End the window of `AccumGrad` now, in place: step by the mean over the updates that it holds. Returns
+    `(state, model)`.
+
+    For the end of the data, where a window is only partly filled: each leaf is stepped by the sum of its gradients over
+    the number of updates in the window, and a new window begins. A window that holds nothing stays as it is, and so do
+    leaves whose rules do not accumulate. As at the end of a full window, what frozen leaves hold is dropped. Takes the
+    view that `update` was called with, and is as `update` in all else: all or nothing, and no count but of those leaves
+    that are stepped.
+
+    >>> model = {"w": torch.ones(2)}
+    >>> state = setup(OptimiserChain(AccumGrad(4), Descent(0.1)), model)
+    >>> for _ in range(3):
+    ...     _ = update(state, model, {"w": torch.tensor([1.0, 2.0])})
+    >>> _ = flush(state, model)
+    >>> model["w"]
+    tensor([0.9000, 0.8000])
+    """
+    if not isinstance(state, State | Leaf):
+        raise TypeError(f"flush takes (state, model), but the first is {type(state).__name__}")
+    binding, context = bind(state, model), tree_context(state)
+    context.require_training_weights(binding.records, "flush")
+    rules = {id(r.rule): r.rule for r in binding.records if r.rule is not None and r.rule.accumulates}
+    if not rules:
+        return state, model
+    ends = {key: rule.flushing() for key, rule in rules.items()}
+    records = [record for record in binding.records if id(record.rule) in ends]
+    grads: list[Any] = [None] * len(binding.params)
+    require_steppable(binding)
+    try:
+        for record in records:
+            record.rule = ends[id(record.rule)]
+        with torch.inference_mode(False), torch.no_grad(), suppress(SkipUpdate):
+            _reference_step(binding, context, grads)
+    finally:
+        own = {id(end): rules[key] for key, end in ends.items()}
+        for record in records:
+            record.rule = own.get(id(record.rule), record.rule)
+    return state, model
 
 
 def _step(binding: Binding, context: Context, grads: list[Any]) -> None:

@@ -66,6 +66,12 @@ def accumulated_momentum(memory: Any, x: Array, g: Array, n: int, lr: float, mom
 
 
 @each
+def averaged_momentum(memory: Any, x: Array, g: Array, decay: float, lr: float, momentum: float) -> Array:
+    """An average beside the steps changes none of them."""
+    return reference.momentum(memory, x, g, lr, momentum)
+
+
+@each
 def ademamix(
     memory: Any, x: Array, g: Array, lr: float, betas: Any, eps: float, alpha: float, weight_decay: float
 ) -> Array:

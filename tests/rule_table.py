@@ -139,6 +139,12 @@ ROWS: dict[str, Row] = {
         oracle=oracles.accumulated_momentum,
         window=7,
     ),
+    "Averaged": paper_row(
+        fluxpy.Averaged(fluxpy.Momentum()), oracles.averaged_momentum, {"decay": 0.5, "lr": 0.3, "momentum": 0.5}
+    ),
+    "Lowered": torch_row(
+        fluxpy.Lowered(fluxpy.AdamW()), opt.AdamW, {**ADAM, "weight_decay": 0.3}, {"dtype": torch.float64}
+    ),
     "Lookahead": paper_row(fluxpy.Lookahead(fluxpy.Adam()), oracles.lookahead, {**ADAM, "k": 3, "alpha": 0.8}),
     "Cautious": paper_row(fluxpy.Cautious(fluxpy.Adam()), oracles.cautious, ADAM),
     "MixedPrecision": torch_row(

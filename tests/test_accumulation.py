@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from helpers import SHAPES, Own, Run, assert_alike, every_layout
+from helpers import SHAPES, Own, Run, assert_alike, every_layout, without
 from torch import nn
 
 from fluxpy import (
@@ -21,7 +21,9 @@ from fluxpy import (
     MixedPrecision,
     Momentum,
     OptimiserChain,
+    Rule,
     adjust,
+    flush,
     freeze,
     leaves,
     load_state_dict,
@@ -273,3 +275,79 @@ def test_random_windows(seed, layout):
         for name, x in run.model.items():
             torch.testing.assert_close(x.detach(), expected[name], rtol=1e-12, atol=1e-12, msg=name)
             assert run.state[name].count == counts[name]
+
+
+# --- A window that is ended early ---------------------------------------------------------------------------------
+
+
+@every_way
+@pytest.mark.parametrize("held", [1, 2, 3])
+def test_a_flush_is_the_end_of_a_window_of_so_many_updates(chain, layout, held):
+    """In step by step and in all that follows, against a run whose window is as long as what is held."""
+    run, twin = Run(chain(4), layout), Run(chain(4), layout)
+    run.step(4 + held)
+    adjust(twin.step(4).state, n=held)
+    twin.step(held)
+    adjust(twin.state, n=4)
+    assert flush(run.state, run.model) == (run.state, run.model)
+    run.equals(twin, room=1e-12)
+    run.step(5).equals(twin.step(5), room=1e-12)
+    assert all(leaf.rule == chain(4) for _, leaf in leaves(run.state))
+
+
+@every_way
+def test_a_flush_of_nothing_changes_nothing(chain, layout):
+    for begun in (0, 3):
+        run, twin = Run(chain(3), layout).step(begun), Run(chain(3), layout).step(begun)
+        flush(run.state, run.model)
+        run.step(4).equals(twin.step(4), room=1e-12)
+    plain = Run(Adam(0.1)).step(2)
+    before = plain.image()
+    flush(plain.state, plain.model)
+    assert_alike(before, plain.image())
+
+
+@every_way
+def test_a_flush_and_leaves_that_are_frozen_or_have_no_gradient(chain, layout):
+    run = Run(chain(4), layout)
+    run.step(1, without("c"))
+    freeze(run.state.b)
+    run.step(1, without("c"))
+    before = {name: x.detach().clone() for name, x in run.model.items()}
+    flush(run.state, run.model)
+    moved = "".join(name for name, x in run.model.items() if not torch.equal(x, before[name]))
+    assert moved == "ade"
+    assert [run.state[name].count for name in "abc"] == [1, 0, 0]
+    thaw(run.state)
+    in_step(run)
+
+
+def test_a_flush_that_fails_changes_nothing():
+    run = Run(OptimiserChain(AccumGrad(3), ClipGlobalNorm(0.5), Momentum(0.1)))
+    run.step(2, lambda grads: grads | {"d": grads["d"].abs() * math.inf})
+    before = run.image()
+    with pytest.raises(FloatingPointError, match="'d'"):
+        flush(run.state, run.model)
+    assert_alike(before, run.image())
+    skips = Run(OptimiserChain(AccumGrad(3), ClipGlobalNorm(0.5, nonfinite="skip"), Momentum(0.1)))
+    skips.step(2, lambda grads: grads | {"d": grads["d"].abs() * math.inf})
+    before = skips.image()
+    flush(skips.state, skips.model)
+    assert_alike(before, skips.image())
+
+
+class Hoarder(Rule):
+    """A user's rule that accumulates and says nothing of a flush."""
+
+    accumulates = True
+
+    def apply(self, state, x, dx):
+        return state, dx
+
+
+def test_a_flush_is_refused_where_a_rule_does_not_know_it():
+    run = Run(OptimiserChain(Hoarder(), Descent(0.1))).step()
+    with pytest.raises(NotImplementedError, match=r"Hoarder does not say how it is flushed: define flushing\(self\)"):
+        flush(run.state, run.model)
+    with pytest.raises(TypeError, match="flush takes"):
+        flush(run.model, run.state)

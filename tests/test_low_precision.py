@@ -1,11 +1,15 @@
 """bfloat16 and float16: what is rounded, and where."""
 
+import math
+
 import pytest
 import torch
-from helpers import Own, Run, grads_of, model_of, needs_compiler
-from torch import Tensor
+from helpers import Own, Run, assert_alike, assert_close, grads_of, image, model_of, needs_compiler
+from torch import Tensor, nn
 
 from fluxpy import (
+    AccumGrad,
+    Adam,
     AdamW,
     ClipGlobalNorm,
     Lion,
@@ -16,7 +20,9 @@ from fluxpy import (
     Rule,
     WeightDecay,
     flatten_parameters,
+    flush,
     setup,
+    trainstep,
     update,
 )  # fmt: skip
 
@@ -140,3 +146,50 @@ def test_a_rule_may_rely_on_its_own_rounding(layout, options):
         torch.testing.assert_close(run.model[name].detach(), x, rtol=1e-6, atol=1e-7, msg=name)
         assert state.abs().max() > 0
         torch.testing.assert_close(run.state[name].state, state, rtol=1e-2, atol=1e-8, msg=name)
+
+
+# --- A scaled loss, and a window of uneven batches ----------------------------------------------------------------
+
+
+class Unscale(Rule):
+    scale: float = 1.0
+    elementwise = True
+
+    def apply(self, state, x, dx):
+        return state, dx / self.scale
+
+
+def test_a_loss_in_float16_is_scaled_and_gradients_are_divided_in_float32():
+    """Gradients of 1e-9 are zero in float16, and zero again where they are divided there."""
+    size, scale = 1e-9, 2.0**16
+    exact, model = {"w": torch.zeros(4)}, {"w": torch.zeros(4, dtype=torch.float16)}
+    slopes = torch.tensor([1.0, -2.0, 3.0, 0.5])
+    chain = OptimiserChain(ClipGlobalNorm(math.inf, nonfinite="skip"), Unscale(scale), AdamW(1e-2, eps=1e-12))
+    state, other = setup(MixedPrecision(chain), model), setup(AdamW(1e-2, eps=1e-12), exact)
+    for turn in range(5):
+        grads = (slopes * (turn + 1) * size * scale).half()
+        assert not (grads / scale).any()
+        update(state, model, {"w": grads})
+        update(other, exact, {"w": grads.float() / scale})
+    torch.testing.assert_close(state["w"].state.x, exact["w"], rtol=1e-5, atol=1e-7)
+    before = image(state, model)
+    update(state, model, {"w": torch.tensor([1.0, math.inf, 0.0, 0.0], dtype=torch.float16)})
+    assert_alike(before, image(state, model))
+
+
+@pytest.mark.parametrize("n, sizes", [(4, (7, 3, 5, 1)), (4, (7, 3)), (2, (4, 9))])
+def test_a_window_of_uneven_batches_weighted_by_their_share_is_one_large_batch(n, sizes):
+    """By AccumGrad and a flush, where the window is not full: each loss times its tokens over the mean tokens."""
+    data = [(torch.randn(k, 3, dtype=torch.float64), torch.randn(k, 1, dtype=torch.float64)) for k in sizes]
+    rules = Adam(0.1), OptimiserChain(AccumGrad(n), Adam(0.1))
+    large, small = nn.Linear(3, 1).double(), nn.Linear(3, 1).double()
+    small.load_state_dict(large.state_dict())
+    one, other = setup(rules[0], large), setup(rules[1], small)
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    trainstep(lambda m, x, y: (m(x) - y).square().mean(), large, (x, y), one)
+    mean = sum(sizes) / len(sizes)
+    for x, y in data:
+        trainstep(lambda m, x, y: (m(x) - y).square().mean() * len(x) / mean, small, (x, y), other)
+    flush(other, small)
+    assert other.weight.count == 1
+    assert_close(small, large)

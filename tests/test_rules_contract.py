@@ -65,7 +65,7 @@ def test_every_rule_has_a_row_that_names_all_its_hyperparameters() -> None:
         assert all(v != values(row.rule)[n] for n, v in (row.adjusted | row.fixed).items())
         assert {f.name for f in FIELDS[name]} - {f.name for f in HYPERS[name]} <= {"rule", "rules"}
         first, *rest = dataclasses.fields(getattr(fluxpy, name))
-        assert not first.kw_only and all(f.kw_only != (f.name in ("betas", "momentum")) for f in rest)
+        assert not first.kw_only and all(f.kw_only != (f.name in ("betas", "momentum", "decay")) for f in rest)
 
 
 def test_the_docs_say_what_each_rule_costs() -> None:
@@ -200,6 +200,8 @@ def test_one_can_differentiate_by_every_hyperparameter(row: Row) -> None:
         state, model = fluxpy.update(state, model, {"matrix": slope * model["matrix"]}, inplace=False)
         fluxpy.update(plain, same, {"matrix": slope * same["matrix"]})
     torch.testing.assert_close(model["matrix"].detach(), same["matrix"], rtol=1e-12, atol=0)
-    slopes = torch.autograd.grad(model["matrix"].sum(), list(tensors.values()))
+    leaf = state["matrix"]
+    evaluated = leaf.rule.evaluation(leaf.state, model["matrix"])
+    slopes = torch.autograd.grad((model["matrix"] + evaluated).sum(), list(tensors.values()))
     for name, slope in zip(tensors, slopes, strict=True):
         assert slope.isfinite().all(), name

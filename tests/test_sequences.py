@@ -809,8 +809,10 @@ def test_every_rule_takes_part() -> None:
     alone = {
         "AdEMAMix",
         "Adafactor",
+        "Averaged",
         "Cautious",
         "Lookahead",
+        "Lowered",
         "Muon",
         "Prodigy",
         "ScheduleFreeAdamW",

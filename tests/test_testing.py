@@ -340,6 +340,19 @@ class DependsOnThePlace(Sgd):
         return state, self.lr * dx * torch.ones_like(dx).cumsum(-1)
 
 
+class EvaluatesToANumber(Sgd):
+    def evaluation(self, state, x):
+        return x.abs().sum()
+
+
+class EvaluatesInPlace(Sgd):
+    def init(self, x):
+        return torch.zeros_like(x)
+
+    def evaluation(self, state, x):
+        return state.add_(x)
+
+
 class SharesItsBuffers(Sgd):
     def init(self, x):
         return [torch.zeros_like(x)] * 2
@@ -384,6 +397,8 @@ class CannotBeSaved(Sgd):
 
 
 BROKEN = {
+    EvaluatesToANumber: r"the evaluation is \[\('float64', \[\]\)\]",
+    EvaluatesInPlace: "the evaluation wrote to the state",
     OnlyMatrices: r"takes parameters of all .* shapes.*float64 parameter of shape \(\): IndexError",
     DividesByZero: "finite change .*NaN or Inf",
     OtherShape: r"a finite change of that shape.*shape \(3, 4\): the change is \(\)",

@@ -95,7 +95,12 @@ class Cohort:
         for low, high, _, _ in chunks_of(self.sizes, False, breaks):
             for row in self.momenta:
                 row[low:high] = pack(row[low:high])
-        for record, *tensors in zip(self.records, *self.momenta, strict=True):
+        self.hold(self.momenta)
+
+    def hold(self, momenta: list[list[Tensor]]) -> None:
+        """Give the leaves these momenta."""
+        self.momenta = momenta
+        for record, *tensors in zip(self.records, *momenta, strict=True):
             record.tensors = tensors
         self.tensors = [record.tensors for record in self.records]
 

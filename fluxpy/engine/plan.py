@@ -6,7 +6,7 @@ split only where a route needs a part of it. So models whose parts take turns so
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..distributed.totals import Totals
 from ..leaf import Record, miss_update
 from ..pytree import HOLE, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
-from . import fused
+from . import following, fused
 from .cohort import Cohort, Member, arranged, fits_packed, fits_stacked
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
@@ -296,8 +296,8 @@ class Plan:
             raise
 
     def _kind(self, record: Record, x: Tensor, dx: Tensor | None, ways: dict[Any, str | None]) -> str | None:
-        """How a leaf can be stepped: "compiled", "fused", "eager", "stack", or None: by itself. `ways` remembers what
-        hangs on the rule and the dtypes alone."""
+        """How a leaf can be stepped: "compiled", "fused", "following", "eager", "stack", or None: by itself. `ways`
+        remembers what hangs on the rule and the dtypes alone."""
         rule, tensors = record.rule, record.tensors
         assert rule is not None and tensors is not None
         if type(x) not in _PLAIN or (dx is not None and type(dx) not in _PLAIN):
@@ -307,13 +307,13 @@ class Plan:
         packs = fits_packed(x, tensors)
         key = id(rule), x.dtype, x.device, x.numel() > 1, tuple([t.dtype for t in tensors]), packs
         if key not in ways:
-            ways[key] = self._way(rule, x, tensors, packs)
+            ways[key] = self._way(record, rule, x, packs)
         way = ways[key]
         if way == "stack":
             return "stack" if fits_stacked(x, tensors) else None
         return None if x.is_complex() and x.is_conj() else way
 
-    def _way(self, rule: Rule, x: Tensor, tensors: list[Tensor], packs: bool) -> str | None:
+    def _way(self, record: Record, rule: Rule, x: Tensor, packs: bool) -> str | None:
         """How leaves of this rule, like `x`, can be stepped; `packs` where the state is like `x` too."""
         if rule.traced or title_key(rule) in self.context.reference_only:
             return None
@@ -323,7 +323,9 @@ class Plan:
             return None
         if self.context.compile and x.numel() > 1 and title_key(rule) not in self.context.uncompiled:
             return "compiled"
-        return "fused" if fused.takes(rule, x, tensors) else "eager"
+        if fused.takes(rule, x, record.tensors or []):
+            return "fused"
+        return "following" if following.takes(record, x) else "eager"
 
     def _regroup(self, members: list[Member], kinds: dict[int, str], grads: Sequence[Any]) -> None:
         """Make cohorts of all leaves that step, so that those which became alike go together again."""
@@ -345,8 +347,7 @@ class Plan:
     def add(self, members: list[Member], static: Any) -> None:
         cohort, kind = Cohort(members, self.context, static), static[0]
         self.context.structure += 1
-        makers = {"compiled": CompiledUnit, "fused": fused.fused_unit, "eager": EagerUnit, "stack": _stack}
-        self.units[id(cohort)] = makers[kind](cohort)
+        self.units[id(cohort)] = _MAKERS[kind](cohort)
         self.cohorts.append(cohort)
         self.routes.clear()  # in which these leaves may go another way
         self.structure = self.context.structure
@@ -381,6 +382,15 @@ def _stack(cohort: Cohort) -> EagerUnit:
     return EagerUnit(cohort, stack=True)
 
 
+_MAKERS: dict[str, Callable[[Cohort], CohortUnit]] = {
+    "compiled": CompiledUnit,
+    "fused": fused.fused_unit,
+    "following": following.FollowingUnit,
+    "eager": EagerUnit,
+    "stack": _stack,
+}
+
+
 def _whole(rule: Rule) -> Iterable[Rule]:
     """The rules inside one that need whole arrays."""
     if is_packable(rule):
@@ -392,6 +402,8 @@ def _rule_key(kind: str | None, rule: Any, context: Context) -> Any:
     """What rules must have in common for their leaves to go together."""
     if kind == "fused":
         return fused.bucket_key(rule)
+    if kind == "following":
+        return following.bucket_key(rule)
     return compiled_key(rule, context) if kind == "compiled" else rule_key(rule)
 
 

@@ -131,6 +131,8 @@ def _advance(run: tuple[Unit, Prepare], answer: Any) -> Request | None:
 
 def _total(requests: list[Request], context: Context, totals: Totals | None) -> Tensor:
     _, reduce, parts, places, paths = requests[0]
+    if context.partial:
+        raise ValueError(f"release=True: {type(reduce.rule).__name__} needs a total over all gradients; leave it out")
     if len(requests) > 1:
         parts, places, paths = _merged(requests)
     if totals is not None:

@@ -59,9 +59,11 @@ def updates_of(leaf: Leaf) -> int:
     return leaf.count
 
 
-def model_dict(model: Any) -> dict[str, Tensor]:
-    """A copy of each tensor of the model by name: parameters and buffers."""
-    return {name: t.detach().clone() for name, t in model_tensors(model)}
+def model_dict(model: Any, state: State | Leaf) -> dict[str, Tensor]:
+    """A copy of each tensor of the model by name: parameters, by their training weights, and buffers."""
+    binding, aside = bind(state, model), tree_context(state).aside
+    own = {id(x): aside.get(id(record), x) for x, record in zip(binding.params, binding.records, strict=True)}
+    return {name: own.get(id(t), t).detach().clone() for name, t in model_tensors(model)}
 
 
 def match_model(model: Any, saved: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:

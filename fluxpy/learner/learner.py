@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import setup
+from .. import averaged, setup
 from . import events, resume
 from .callbacks.progress_bar import ProgressBar
 from .collection import Metrics
@@ -34,6 +34,8 @@ class Learner:
     batches (`update_start` comes with those updates), by the mean over their samples, as one batch of them all would:
     over the targets that are not ignored where these are classes; `step.weight` says otherwise. So does the last window
     of an epoch, which may have fewer batches.
+
+    Where the rule has weights to evaluate with (`Averaged`), validation and `predict` run with these.
 
     What callbacks may read stands in `__init__` below; what they may change is said in `Step`.
 
@@ -179,7 +181,8 @@ class Learner:
         source.make(0)
         outputs: list[list[Tensor]] = []
         others: list[Any] = []
-        with evaluation_mode(self.model), torch.no_grad(), self.casting():
+        evaluating = evaluation_mode(self.model), averaged(self.state, self.model)
+        with evaluating[0], evaluating[1], torch.no_grad(), self.casting():
             for batch in source.batches():
                 input, _ = split(place(batch, self.device))
                 tensors, opened = open_data(call(self.model, input))

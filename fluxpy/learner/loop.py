@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import update, withgradient
+from .. import averaged, update, withgradient
 from .core import as_gradients, gradients_in_order, note_loss, parameters, place, reads_at_once, training_mode
 from .data import Source, evaluation_mode, samples_of, split
 from .dispatcher import Dispatcher
@@ -158,7 +158,7 @@ class Loop:
         def body() -> None:
             if phase is not None:
                 self._restore("validation")
-            with evaluation_mode(learner.model), torch.no_grad():
+            with evaluation_mode(learner.model), averaged(learner.state, learner.model), torch.no_grad():
                 for index, batch in enumerate(batches, 0 if phase is None else learner.progress.batch):
                     learner.batch_index = index
                     self._batch(batch, self._validation_batch)

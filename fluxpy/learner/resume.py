@@ -57,7 +57,7 @@ def save(learner: "Learner", run: Run) -> dict[str, Any]:
     in_phase = progress.within in ("training", "validation")
     return {
         "version": _VERSION,
-        "model": model_dict(learner.model),
+        "model": model_dict(learner.model, learner.state),
         "state": state_dict(learner.state),
         "position": progress.position(),
         "within": progress.within,

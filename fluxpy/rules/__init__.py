@@ -14,11 +14,12 @@ from .around import Cautious, Lookahead
 from .clip import ClipGlobalNorm, ClipGrad, ClipNorm
 from .decay import SignDecay, WeightDecay
 from .descent import Descent, Momentum, Nesterov
+from .lowered import Lowered
 from .muon import Muon
 from .prodigy import Prodigy
 from .schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from .sign import Lion, Rprop
-from .wrap import AccumGrad, MixedPrecision, OptimiserChain
+from .wrap import AccumGrad, Averaged, MixedPrecision, OptimiserChain
 
 # These are names of `fluxpy` too, and on the API page.
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Adafactor",
     "Adam",
     "AdamW",
+    "Averaged",
     "Cautious",
     "ClipGlobalNorm",
     "ClipGrad",
@@ -40,6 +42,7 @@ __all__ = [
     "Descent",
     "Lion",
     "Lookahead",
+    "Lowered",
     "MixedPrecision",
     "Momentum",
     "Muon",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Assign, Rule, Run, Steps, hyperparameters, run_alone, walk
+from .average import average, like, real
 
 
 class Wrapper(Rule):
@@ -54,6 +55,10 @@ class Wrapper(Rule):
 
 # For wrappers that accumulate where the rules inside do.
 inner_accumulates: Any = property(lambda wrapper: any(rule.accumulates for rule in wrapper.inner))
+# For wrappers whose weights to evaluate with are those of the rules inside.
+inner_evaluates: Any = property(lambda wrapper: any(rule.evaluates for rule in wrapper.inner))
+# For wrappers that are elementwise where the rules inside are.
+inner_elementwise: Any = property(lambda wrapper: all(rule.elementwise for rule in wrapper.inner))
 
 
 def _names(wrapper: Wrapper) -> dict[str, list[Any]]:
@@ -90,7 +95,7 @@ class OptimiserChain(Wrapper):
 
     rules: tuple[Rule, ...]
     delegates = True
-    accumulates = inner_accumulates
+    accumulates, evaluates, elementwise = inner_accumulates, inner_evaluates, inner_elementwise
 
     def __init__(self, *rules: Rule) -> None:
         object.__setattr__(self, "rules", rules)
@@ -125,10 +130,6 @@ class OptimiserChain(Wrapper):
     def __len__(self) -> int:
         return len(self.rules)
 
-    @property
-    def elementwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return all(rule.elementwise for rule in self.rules)
-
     def init(self, x: Tensor) -> tuple[Any, ...]:
         return tuple(rule.init_any(x) for rule in self.rules)
 
@@ -146,6 +147,21 @@ class OptimiserChain(Wrapper):
             if dx is None:
                 break
         return tuple(new), dx
+
+    def evaluation(self, state: tuple[Any, ...], x: Tensor) -> Tensor:
+        for rule, own in zip(self.rules, state, strict=True):
+            x = rule.evaluation_any(own, x)
+        return x
+
+    evaluation_any = evaluation
+
+    @property
+    def follower(self) -> Rule | None:
+        return self.rules[-1].follower if self.rules else None
+
+    def without_follower(self, state: tuple[Any, ...] | None) -> tuple[Rule, Any]:
+        last, own = self.rules[-1].without_follower(state and state[-1])
+        return OptimiserChain(*self.rules[:-1], last), state and (*state[:-1], own)
 
     def map_inner_states(self, f: Callable[..., Any], *states: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(f(*parts) for parts in zip(self.rules, *states, strict=True))
@@ -199,6 +215,17 @@ class AccumGrad(Rule):
     def restart(self, before: Accumulated, state: Accumulated) -> Accumulated:
         return state._replace(updates=before.updates)
 
+    def flushing(self) -> Rule:
+        return WindowEnd(1)
+
+
+class WindowEnd(AccumGrad):
+    """`AccumGrad` where a window is ended early, which is no update: the mean over those that it holds."""
+
+    def apply(self, state: Accumulated, x: Tensor, dx: Tensor | None) -> tuple[Any, Any]:
+        mean = state.total / state.updates if state.gradients else None
+        return Accumulated(state.total, 0, 0), mean
+
 
 class Master(NamedTuple):
     """State of `MixedPrecision`: the parameter in `dtype`, and the state of the rule that steps it."""
@@ -219,7 +246,7 @@ class MixedPrecision(Wrapper):
     _: KW_ONLY
     dtype: torch.dtype = hyper(default=torch.float32, fixed=True)
     delegates = keeps_master = assigns = True
-    accumulates = inner_accumulates
+    accumulates, evaluates = inner_accumulates, inner_evaluates
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -257,5 +284,74 @@ class MixedPrecision(Wrapper):
         wide = x.to(self.dtype)  # a copy without a history has that of the parameter: what is added is zero
         return new.detach() + (wide - wide.detach())
 
+    def evaluation(self, state: Master, x: Tensor) -> Tensor:
+        master = self.master_for(state.x, x)
+        value = self.rule.evaluation_any(state.state, master)
+        return x if value is master else value.to(x.dtype)
+
     def map_inner_states(self, f: Callable[..., Any], *states: Master) -> Master:
+        return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))
+
+
+class Average(NamedTuple):
+    """State of `Averaged`: the average, the weight of all that is in it, and the state of the rule that steps."""
+
+    x: Tensor
+    weight: Any
+    state: Any
+
+
+class Averaged(Wrapper):
+    """`rule`, with an exponential average of the parameter beside it: the weights to evaluate with, see `averaged`.
+
+    After step `t` the average is that of the parameter after each step, the step `k` weighted by `decay^(t-k)`. It is
+    one of steps alone: the weights before the first, mostly random, have no part in it, so it may be used from the
+    first step on. (The recursion that starts at these would keep `decay^t` of them, a third after 1,000 steps.) With
+    `decay=1` it is the mean of all steps [Polyak and Juditsky 1992].
+
+    What makes no step, as an `AccumGrad` inside does, does not count. The average is in float32 at least, whatever the
+    parameter is. Last in a chain; `MixedPrecision(Averaged(...))` averages the master copy.
+    """
+
+    rule: Rule
+    decay: Hyper = hyper(default=0.999, allowed="[0, 1]")
+    delegates = follows = assigns = True
+    accumulates, elementwise = inner_accumulates, inner_elementwise
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_inner(self, self.rule)
+        if self.rule.evaluates:
+            raise ValueError(f"Averaged: {self.rule!r} has weights of its own to evaluate with")
+
+    def init(self, x: Tensor) -> Average:
+        own = real(x).detach()
+        start = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
+        return Average(start, 0.0, self.rule.init_any(x))
+
+    init_any = init  # the rule inside sees complex parameters in its own way
+
+    def steps(self, state: Average, x: Tensor, dx: Any) -> Steps:
+        run = Run(self.rule.steps(state.state, x, dx))
+        while run.asks is not None:
+            run.tell((yield run.asks))
+        inner, change = run.result
+        if change is None:
+            return state._replace(state=inner), None
+        new = real(change.value if isinstance(change, Assign) else x - change)
+        return Average(*self.follow(state.x, state.weight, new), inner), change
+
+    def follow(self, old: Tensor, weight: Any, x: Tensor) -> tuple[Tensor, Any]:
+        """The average with one more step in it, and the weight of all."""
+        weight = self.decay * weight + 1
+        # At the first step all of the average, exactly, is the parameter.
+        return average(1 - 1 / weight, old, x if x.dtype == old.dtype else x.to(old.dtype)), weight
+
+    def evaluation(self, state: Average, x: Tensor) -> Tensor:
+        value = state.x.to(real(x).dtype)
+        return like(value, x)
+
+    evaluation_any = evaluation
+
+    def map_inner_states(self, f: Callable[..., Any], *states: Average) -> Average:
         return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..distributed.layout import any_dtensor, is_dtensor
 from ..leaf import Leaf
-from ..state import State, tree_context
+from ..state import State, require_training_weights, tree_context
 from .file import read, write
 from .format import SCALARS, plain_scalar
 from .model import match_tensors, model_tensors
@@ -38,6 +38,8 @@ def save(path: str | os.PathLike[str], *, model: Any = None, state: State | Leaf
     {'epoch': 3}
     """
     _require_one_process("save", model, state)
+    if model is not None and state is not None:
+        require_training_weights(state, "save(..., model=, state=)")
     data: dict[str, Any] = {"model": None, "state": None if state is None else state_dict(state)}
     if model is not None:
         shared: dict[int, Tensor] = {}

@@ -8,7 +8,7 @@ import torch
 from ..leaf import Leaf
 from ..pytree import tensors_in
 from ..rule import Rule
-from ..state import State, paths_and_leaves, tree_context
+from ..state import State, paths_and_leaves, require_training_weights, tree_context
 from ..text import names_of
 from .changes import changes
 from .decode import Decoder, Misfit
@@ -119,6 +119,7 @@ def load_state_dict(
     if hyperparameters not in ("load", "keep"):
         raise ValueError(f"load_state_dict: hyperparameters={hyperparameters!r} must be 'load' or 'keep'")
     leaves = _named_leaves(state, "load_state_dict")
+    require_training_weights(state, "load_state_dict")
     entries = _entries(d, prefix, rename or {})
     report, records = _decode(leaves, entries, keep=hyperparameters == "keep")
     if strict and not report.complete:

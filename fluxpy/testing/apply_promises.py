@@ -58,6 +58,15 @@ def keeps_no_reference(trial: Trial) -> None:
             require(not shared, f"{call.where}: the state keeps a view of the {name}")
 
 
+def evaluates_in_form(trial: Trial) -> None:
+    for call in trial.calls:
+        x, before = call.inputs.parameter, contents(call.state)
+        value = trial.rule.evaluation_any(call.state, x)
+        fits = isinstance(value, Tensor) and value.shape == x.shape
+        require(fits, f"{call.where}: the evaluation is {_forms([value]) if isinstance(value, Tensor) else value!r}")
+        require(contents(call.state) == before, f"{call.where}: the evaluation wrote to the state")
+
+
 def is_deterministic(trial: Trial) -> None:
     for call in trial.calls:
         state, change = apply_once(trial.rule, *call.inputs)

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from ... import save
+from ... import averaged, save
 from ..core import read_file, remove_leftovers
 from ..events import Callback, CancelFit
 from ..learner import Learner
@@ -33,6 +33,10 @@ class Checkpoint(Callback):
     of validation (of training, where there is no validation); `"train.accuracy"` names another phase. `mode` says
     whether `"min"` or `"max"` is best, for metrics that fluxpy does not know. `fluxpy.load(path, model=model)`
     reads a file.
+
+    `last.flux` has the training weights. Where the rule has weights to evaluate with (`Averaged`), a file of a best
+    epoch has those, which were scored, and no state: it is for use, not for training on. What `load` returns says under
+    `"weights"` which they are: `"training"` or `"evaluation"`.
 
     On SIGTERM and SIGINT (Ctrl-C) the present batch is finished and saved, and the fit ends with a reason; a second
     SIGINT interrupts at once. A kill at any instant leaves whole files. While a fit runs, no other may use the
@@ -150,10 +154,14 @@ class Checkpoint(Callback):
     # --- Files --------------------------------------------------------------------------------------------------------
 
     def _save(self, learner: Learner, path: Path) -> None:
+        if path != self.last:
+            with averaged(learner.state, learner.model) as exchanged:
+                if exchanged:
+                    return save(path, model=learner.model, weights="evaluation")
         run = learner.state_dict()
         del run["model"], run["state"]
         run.pop("hyperparameters", None)
-        save(path, model=learner.model, state=learner.state, run=run, fits=self._fits)
+        save(path, model=learner.model, state=learner.state, run=run, fits=self._fits, weights="training")
         if path == self.last:
             self._batches, self._place = 0, self._where(learner)
 

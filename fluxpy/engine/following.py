@@ -1,0 +1,114 @@
+"""Following units: a rule that a kernel of PyTorch's can step, and an average of the parameter that follows it.
+
+What steps goes its way as if nobody followed: over records of its own, which share the momenta of the leaves.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..leaf import Numbers, Record
+from ..pytree import HOLE, Skeleton, partition
+from ..rule import Rule, hyperparameters, title_key, value_key
+from . import fused
+from .cohort import Cohort
+from .layout import Row, Scratch, chunks_of, pack
+from .packed import rule_now
+from .step import FallBack, Prepare
+
+
+def takes(record: Record, x: Any) -> bool:
+    """Whether the rule of a leaf is followed, and a kernel of PyTorch's computes it."""
+    if record.rule is None or record.rule.follower is None:
+        return False
+    rule, state = record.rule.without_follower(record.state)
+    return fused.takes(rule, x, partition(state)[0])
+
+
+def bucket_key(rule: Rule) -> Any:
+    """What rules must have in common to go together."""
+    return fused.bucket_key(rule.without_follower(None)[0]), _own_key(rule)
+
+
+def _own_key(rule: Rule) -> Any:
+    assert rule.follower is not None
+    return tuple([value_key(value) for value in hyperparameters(rule.follower).values()])
+
+
+class FollowingUnit:
+    """A cohort of rules that are followed: what steps, by a unit of its own, and the averages."""
+
+    laid_out = True
+
+    def __init__(self, cohort: Cohort) -> None:
+        self.cohort, self.context = cohort, cohort.context
+        self.bare: dict[int, tuple[Rule, Rule]] = {}  # by the id of a rule, that, and what steps in it
+        self.stepping = [self._bare_record(record) for record in cohort.records]
+        first, its = cohort.records[0].tensors or [], self.stepping[0].tensors or []
+        row = next((i for i, (t, own) in enumerate(zip(first, its, strict=False)) if t is not own), len(its))
+        holes = [i for i, part in enumerate(cohort.skeleton.parts) if part is HOLE]
+        self.place = holes[row]  # of the average among the parts of the state; its weight comes next
+        averages = cohort.momenta[row]
+        for low, high, _, _ in chunks_of(cohort.sizes, split=False):
+            averages[low:high] = pack(averages[low:high])
+        members = [m._replace(record=own) for m, own in zip(cohort.members, self.stepping, strict=True)]
+        inner = Cohort(members, cohort.context, cohort.static_key)
+        self.inner = fused.fused_unit(inner)
+        cohort.hold([*inner.momenta[:row], averages, *inner.momenta[row:]])
+        scratch = Scratch()
+        self.rows = [
+            (
+                Row(averages[low:high], scratch, "average", start, size),
+                Row(cohort.reals[low:high], scratch, "x", start, size),
+            )
+            for low, high, start, size in chunks_of(cohort.sizes, split=True)
+        ]
+        self.follower: Any = None
+
+    def _bare_rule(self, rule: Rule | None) -> Rule:
+        assert rule is not None
+        if id(rule) not in self.bare:
+            self.bare[id(rule)] = rule, rule.without_follower(None)[0]
+        return self.bare[id(rule)][1]
+
+    def _bare_record(self, record: Record) -> Record:
+        """What steps in a leaf."""
+        assert record.rule is not None
+        own = Record(self._bare_rule(record.rule), False, record.shape, record.dtype)
+        own.tensors, skeleton = partition(record.rule.without_follower(record.state)[1])
+        own.numbers = Numbers(record.numbers.count, skeleton)
+        return own
+
+    def adopt_rules(self) -> Any:
+        """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
+        rules = [rule for rule in self.cohort.rules() if rule is not None]
+        keys = {_own_key(rule) for rule in rules if rule.follower is not None}
+        if len(keys) != 1 or any(rule.traced for rule in rules):
+            return None
+        self.bare = {}
+        for record, own in zip(self.cohort.records, self.stepping, strict=True):
+            own.rule = self._bare_rule(record.rule)
+        key = self.inner.adopt_rules()
+        return None if key is None else (key, keys.pop())
+
+    def prepare(self, grads: Sequence[Any]) -> Prepare:
+        self.follower = rule_now(self.cohort).follower
+        self.inner.cohort.odd = self.cohort.odd
+        try:
+            yield from self.inner.prepare(grads)
+        except FallBack as fallback:
+            raise FallBack(fallback.reason and title_key(self.cohort.rule)) from fallback
+
+    def drop(self) -> None:
+        """Let go of a step's gradients and results."""
+        self.inner.drop()
+
+    def commit(self) -> None:
+        own, mask = self.inner.cohort, self.context.flag.mask
+        count, weight = own.numbers.count, self.cohort.skeleton.parts[self.place + 1]
+        self.inner.commit()
+        moved, after = own.numbers.count > count, weight
+        for average, x in self.rows if moved else ():
+            new, after = self.follower.follow(average.read(), weight, x.read())
+            average.write(mask(average.buffer, new))
+        parts = [*own.skeleton.parts[: self.place], HOLE, after, *own.skeleton.parts[self.place :]]
+        self.cohort.advance(Skeleton(self.cohort.skeleton.spec, parts), moved)
