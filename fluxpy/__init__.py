@@ -13,13 +13,13 @@ import sys
 import typing
 
 from . import rules as rules
-from . import schedules
+from . import schedules, text
 from .adjust import adjust, freeze, reset, scale, thaw
 from .data import DataLoader
 from .explain import explain
 from .gradient import Gradients, gradient, withgradient
 from .leaf import Leaf
-from .parameters import destructure, flatten_parameters, trainables
+from .parameters import destructure, flatten_parameters, module_paths, trainables, tree_map
 from .roles import depths, roles
 from .rules import *  # noqa: F403
 from .saving import load, load_state_dict, save, state_dict
@@ -52,6 +52,7 @@ __all__ = [
     "leaves",
     "load",
     "load_state_dict",
+    "module_paths",
     "reset",
     "roles",
     "save",
@@ -66,6 +67,7 @@ __all__ = [
     "train",
     "trainables",
     "trainstep",
+    "tree_map",
     "update",
     "value",
     "withgradient",
@@ -86,4 +88,7 @@ if not typing.TYPE_CHECKING:  # a type checker would take any name
             return importlib.import_module(".learner", __name__).Learner
         if name == "__version__":
             return importlib.metadata.version("fluxpy")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+        hint = f"; write {text.ELSEWHERE[name]}" if name in text.ELSEWHERE else ""
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}{hint}", name=name, obj=sys.modules[__name__]
+        )

@@ -1,6 +1,7 @@
 """Binding: a model bound to the shape of a state, so that from step to step nobody walks the model again."""
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -40,6 +41,8 @@ class Binding:
         self.paths = tuple(spec.leaves.values())
         self.records = [records[index] for index in self.indices] if records else []
         self.plan: Any = None  # how the engine steps these parameters
+        self.flags: list[bool] = []  # `requires_grad` of each, when last looked at
+        self.warned = False  # of flags that were changed
         self.model: Callable[[], Any] = _reference(model, forget)
         dicts = [x for x in containers if isinstance(x, dict)]
         self.filled, self.empty = [x for x in dicts if x], [x for x in dicts if not x]
@@ -69,6 +72,31 @@ class Binding:
             other.held = other._look()[1]
         other.params, other.records, other.plan = plan.params, plan.records, plan
         return other
+
+    def flags_now(self) -> list[bool]:
+        """`requires_grad` of each parameter. Warns once where somebody changed it after `setup`, so that it says
+        something else than the state does."""
+        now = [x.requires_grad for x in self.params]
+        if now != self.flags:
+            self.flags = now
+            if not self.warned:
+                self._compare_flags()
+        return now
+
+    def _compare_flags(self) -> None:
+        off, on = [], []
+        for path, record, flag in zip(self.paths, self.records, self.flags, strict=True):
+            if record.required_grad is (not flag) and record.frozen is flag:
+                (on if flag else off).append(path)
+        self.warned = bool(off or on)
+        parts = [f"it is now False of {names_of(off)}, which the state trains"] if off else []
+        parts += [f"it is now True of {names_of(on)}, which the state has frozen"] if on else []
+        if parts:
+            warnings.warn(
+                f"requires_grad was changed after setup, and the state still decides who trains: {'; '.join(parts)}. "
+                "Write fluxpy.freeze and fluxpy.thaw on the state instead, or beside it",
+                stacklevel=4,
+            )
 
     def matches(self, model: Any) -> bool:
         if model is not self.model() or not self.transparent:

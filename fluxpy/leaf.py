@@ -14,7 +14,8 @@ from torch import Tensor
 from .binding import Bindings
 from .context import Context
 from .pytree import Skeleton, apart, partition, register
-from .rule import Rule, at, replace, tensors_of, walk
+from .rule import Rule, at, hyperparameters, replace, tensors_of, walk
+from .text import OF_STATES, WORDS
 
 
 class Numbers:
@@ -37,15 +38,26 @@ class Record:
 
     `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
     accumulating rule, which missed updates meanwhile.
+
+    `begun` is what the numbers were when the state was made, None where that is not known. `required_grad` is whether
+    the parameter required grad at `setup`; None of what is no `nn.Parameter`, which trains anyway.
     """
 
-    __slots__ = ("dtype", "frozen", "numbers", "pending", "rule", "shape", "tensors")
+    __slots__ = ("begun", "dtype", "frozen", "numbers", "pending", "required_grad", "rule", "shape", "tensors")
 
     def __init__(self, rule: Rule | None, frozen: bool, shape: torch.Size, dtype: torch.dtype) -> None:
         self.rule, self.frozen, self.shape, self.dtype = rule, frozen, shape, dtype
         self.tensors: list[Tensor] | None = None
         self.numbers = Numbers()
         self.pending: Skeleton | None = None
+        self.begun: tuple[int, list[Any]] | None = None
+        self.required_grad: bool | None = None
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it has a state, and no update has changed that."""
+        skeleton = self.numbers.skeleton
+        return self.tensors is not None and skeleton is not None and self.begun == (self.numbers.count, skeleton.parts)
 
     @property
     def state(self) -> Any:
@@ -62,6 +74,7 @@ class Record:
             state = skeleton.combine(self.tensors)
             self.tensors, skeleton = partition(self.rule.restart(self.pending.bare(), state))
         self.numbers, self.pending = Numbers(self.numbers.count, skeleton), None
+        self.begun = self.numbers.count, skeleton.parts
 
     def fresh_state(self, x: Tensor, path: str) -> Any:
         """A new state for the parameter `x`, in step with the pending numbers."""
@@ -85,6 +98,7 @@ class Record:
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
         other = Record(self.rule, self.frozen, self.shape, self.dtype)
         other.numbers, other.tensors, other.pending = numbers, tensors, self.pending
+        other.begun, other.required_grad = self.begun, self.required_grad
         return other
 
 
@@ -192,6 +206,23 @@ _read_only("shape", "fluxpy.setup(rule, model) for another model")
 _read_only("dtype", "fluxpy.setup(rule, model) for another model")
 
 
+def _no_such_name(leaf: Leaf, name: str) -> NoReturn:
+    hint = ""
+    if not name.startswith("_"):
+        names = {own for inner in walk(leaf.rule) for own in hyperparameters(inner)} if leaf.rule is not None else set()
+        if name in names or set(WORDS.get(name, ())) & names:
+            word = name if name in names else next(word for word in WORDS[name] if word in names)
+            hint = f". Write leaf.rule.{word}, or fluxpy.value(leaf, {word!r}) for what the next update uses"
+        elif name in OF_STATES:
+            hint = f". {OF_STATES[name]}"
+        else:
+            hint = "; a leaf has rule, state, frozen, count, shape and dtype"
+    raise AttributeError(f"a leaf has no {name!r}{hint}" if hint else name, name=name, obj=leaf)
+
+
+Leaf.__getattr__ = _no_such_name  # pyright: ignore[reportAttributeAccessIssue]  # in the class it would hide misspellings
+
+
 def record_of(leaf: Leaf) -> Record:
     """The contents of a leaf, for the verbs and the engine."""
     return leaf._record
@@ -238,15 +269,17 @@ def replace_leaf(
         record.numbers, record.pending = Numbers(record.numbers.count, record.pending), None
     if state is KEEP and count is KEEP:
         return
-    numbers = record.numbers.copy()
+    numbers, untrained = record.numbers.copy(), record.untrained
     if count is not KEEP:
         numbers.count = count
+    record.begun = (numbers.count, numbers.skeleton.parts) if untrained and numbers.skeleton else None
     if state is None:
         if pending is KEEP and record.pending is None and record.rule is not None and record.rule.accumulates:
             record.pending = numbers.skeleton  # its place in the window
         record.tensors = numbers.skeleton = None
     elif state is not KEEP:
         record.tensors, numbers.skeleton = partition(state)
+        record.begun = None
     record.numbers = numbers
 
 
@@ -325,6 +358,7 @@ def _flatten(leaf: Leaf) -> tuple[tuple[Any, ...], _LeafShape]:
 
 def _unflatten(shape: _LeafShape, tensors: Any) -> Leaf:
     record = shape.record.copy(shape.record.numbers.copy(), None)
+    record.begun = None  # tensors of the user's own
     size = shape.size or 0
     if shape.size is not None:
         record.tensors = list(tensors[:size])

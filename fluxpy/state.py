@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from .binding import Binding, Bindings
 from .context import Context
 from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, record_of
-from .rule import Rule, no_hyperparameter, title_key, values_at
-from .show import describe_tree, table
-from .text import near
-from .tree import Mirror, TreeSpec, rooted, spec_of, values_of, walk
+from .rule import Rule, at, holders_of, hyperparameters, title_key
+from .rule import walk as walk_rule
+from .show import describe_tree, table, tree_as_html
+from .text import OF_STATES, WORDS, Table, form, named, near
+from .tree import Mirror, TreeSpec, check_model, rooted, spec_of, values_of, walk
 
 AnyState = TypeVar("AnyState", bound="State | Leaf")
 Rules: TypeAlias = Rule | Mapping[str, Rule | None]  # one rule, or rules by glob patterns over paths
@@ -30,6 +31,7 @@ class State(Mirror):
 
     __slots__ = ()
     _what = "state"
+    _of_several = "write fluxpy.select(state, *patterns)"
 
     @classmethod
     def _rebuilt(cls, spec: TreeSpec, values: list[Any]) -> "State":
@@ -53,6 +55,25 @@ class State(Mirror):
 
     def __repr__(self) -> str:
         return describe_tree(self)
+
+    def _repr_html_(self) -> str:
+        return tree_as_html(self)
+
+    @classmethod
+    def _hint(cls, name: str, here: "State") -> str:
+        """For a hyperparameter or verb that somebody looked for on a branch."""
+        leaf_names = ("rule", "state", "frozen", "count", "shape", "dtype")
+        rules = {id(leaf.rule): leaf.rule for _, leaf in each_leaf(here, "leaves") if leaf.rule is not None}
+        names = {own for rule in rules.values() for inner in walk_rule(rule) for own in hyperparameters(inner)}
+        word = next((word for word in (name, *WORDS.get(name, ())) if word in names), None)
+        if word is not None:
+            return (
+                f"Hyperparameters are the leaves': fluxpy.adjust(branch, {word}=...) sets them, "
+                f"fluxpy.value(leaf, {word!r}) tells one, fluxpy.summary(branch) all"
+            )
+        if name in leaf_names:
+            return f"Leaves have it: state['a.path'].{name}, or fluxpy.leaves(branch) for all of them"
+        return OF_STATES.get(name, "")
 
 
 _ALONE = TreeSpec("leaf", index=0)
@@ -111,7 +132,9 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
 
     `keep` is an older state: rule, momenta, counts and frozenness of each leaf whose path, shape and dtype are still
     there are taken over (copied), as for a new head on a trained encoder; `rule` is for the others, and None freezes
-    for good all the same. A new head of the old one's shape takes its momenta too, unless you `reset` it.
+    for good all the same. A warning names the leaves that start anew because their shape or dtype is another. A new
+    head of the old one's shape goes on with the old momenta, unless you `reset` it; in the same module, where that can
+    be told, a warning says so.
 
     With `compile`, elementwise rules, your own included, are compiled by `torch.compile` into one kernel for the whole
     chain: seconds at the first update, once for a chain, dtype and device, whatever hyperparameters, schedules, counts
@@ -132,6 +155,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
         raise TypeError("setup takes the model, not a state; to take a state over: setup(rule, model, keep=state)")
     spec, params = walk(model)
     if not params:
+        check_model(model, "setup(rule, model)")
         warnings.warn("setup found no parameters in this model", stacklevel=2)
     names = names_by_number(spec)
     rules = _assign(rule, names) if params else {}
@@ -139,15 +163,19 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     context, bindings = Context(compile, len(params)), Bindings()
     numbers: dict[int, Numbers] = {}
     leaves: list[Leaf] = []
-    new: list[int] = []
+    taken: dict[int, Record] = {}
     for index, x in enumerate(params):
         before = _kept(kept, names[index], x) if rules[index] is not None else None
+        if before is not None:
+            taken[index] = before
         record = _new(rules[index], x) if before is None else _copy(before, x, numbers)
+        record.required_grad = x.requires_grad if isinstance(x, nn.Parameter) else None
         leaves.append(Leaf(record, context, bindings))
-        if before is None:
-            new.append(index)
+    new = [index for index in range(len(params)) if index not in taken]
     with torch.inference_mode(False), torch.no_grad():
         _begin(leaves, new, params, names)
+    if keep is not None:
+        _say_what_was_kept(keep, kept, taken, params, {index: names[index] for index in new if rules[index]})
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
 
 
@@ -178,6 +206,39 @@ def _copy(before: Record, x: Tensor, numbers: dict[int, Numbers]) -> Record:
     record = before.clone(own)
     record.frozen = record.frozen or (isinstance(x, nn.Parameter) and not x.requires_grad)
     return record
+
+
+def _say_what_was_kept(
+    keep: State | Leaf,
+    kept: dict[str, Leaf],
+    taken: dict[int, Record],
+    params: list[Tensor],
+    new: dict[int, list[str]],
+) -> None:
+    """Warn of leaves that start anew, and of new tensors that go on with the momenta of others."""
+    pairs = [(kept[name], params[index], name) for index, names in new.items() for name in names if name in kept]
+    changed = [
+        f"{name!r} ({form(leaf.shape, leaf.dtype)} before, {form(x.shape, x.dtype)} now)"
+        for leaf, x, name in pairs
+        if (leaf.shape, leaf.dtype) != (x.shape, x.dtype)
+    ]
+    if changed:
+        warnings.warn(
+            f"setup(..., keep=): another shape or dtype, so these start anew: {', '.join(changed)}", stacklevel=3
+        )
+    known = {id(r): x for b in tree_bindings(keep).values() for r, x in zip(b.records, b.params, strict=True)}
+    others = {index: known.get(id(record)) is not params[index] for index, record in taken.items()}
+    if all(id(record) in known for record in taken.values()) and not all(others.values()):
+        paths = {id(record_of(leaf)): path for path, leaf in reversed(kept.items())}
+        new_tensors = [
+            paths[id(taken[index])] for index, other in others.items() if other and taken[index].numbers.count
+        ]
+        if new_tensors:
+            warnings.warn(
+                f"setup(..., keep=): {', '.join(map(repr, new_tensors))} are new tensors of the old shape, and go on "
+                "with the old momenta and counts; fluxpy.reset that branch for them to start anew",
+                stacklevel=3,
+            )
 
 
 def _begin(leaves: list[Leaf], new: list[int], params: list[Tensor], names: dict[int, list[str]]) -> None:
@@ -230,12 +291,7 @@ def _assign(rule: Any, names: dict[int, list[str]]) -> dict[int, Rule | None]:
 def _rule(rule: Any, need: str) -> Rule:
     if isinstance(rule, Rule):
         return rule
-    hint = ""
-    if isinstance(rule, type) and issubclass(rule, Rule):
-        hint = f"; write {rule.__name__}()"
-    elif isinstance(rule, list | tuple):
-        hint = "; write fluxpy.OptimiserChain(...)"
-    raise TypeError(f"{need}, but got {rule!r}{hint}")
+    raise TypeError(f"{need}, but got {named(rule)}")
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------
@@ -277,21 +333,36 @@ def each_leaf(state: Any, verb: str) -> list[tuple[str, Leaf]]:
     return [(path, values[index]) for index, path in spec_of(state).leaves.items()]
 
 
-def select(state: State | Leaf, what: str | Callable[[str, Leaf], bool]) -> State:
-    """A view of all leaves whose path matches a glob pattern, or for which `what(path, leaf)` is true.
+def select(state: State | Leaf, *what: str | Callable[[str, Leaf], bool]) -> State:
+    """A view of all leaves that one of `what` finds: a glob pattern over their paths, or a predicate `(path, leaf) ->
+    bool`. They come in the order of the model.
 
-    A tied leaf is found by any of its names. Raises ValueError where nothing matches.
+    A tied leaf is found by any of its names. Raises ValueError where one of `what` finds nothing.
 
     >>> state = setup(Adam(), torch.nn.Linear(2, 3))
     >>> _ = adjust(select(state, "*bias"), 0.1)
     >>> state.bias.rule.lr, state.weight.rule.lr
     (0.1, 0.001)
+    >>> [path for path, leaf in leaves(select(state, "*bias", lambda path, leaf: leaf.shape == (3, 2)))]
+    ['weight', 'bias']
     """
     places = list(paths_and_leaves(state, "select"))
-    match = (lambda path, leaf: fnmatch.fnmatchcase(path, what)) if isinstance(what, str) else what
-    hits = [path for path, leaf in places if match(path, leaf)]
-    if not hits:
-        raise ValueError(f"select: {what!r} matches no leaf; {near(what, (path for path, _ in places))}")
+    found: set[str] = set()
+    for one in what:
+        if not isinstance(one, str) and not callable(one):
+            spread = "; write select(state, *patterns)" if isinstance(one, list | tuple | set) else ""
+            raise TypeError(f"select takes glob patterns and predicates (path, leaf) -> bool, but got {one!r}{spread}")
+        some = {
+            path
+            for path, leaf in places
+            if (fnmatch.fnmatchcase(path, one) if isinstance(one, str) else one(path, leaf))
+        }
+        if not some:
+            raise ValueError(f"select: {one!r} matches no leaf; {near(one, (path for path, _ in places))}")
+        found |= some
+    if not what:
+        raise TypeError("select needs a pattern or a predicate: select(state, 'encoder.*')")
+    hits = [path for path, _ in places if path in found]
     if isinstance(state, Leaf):
         return State(TreeSpec("selection", ("",), (TreeSpec("leaf", index=0),)), [state])
     numbers = dict(spec_of(state).paths)
@@ -301,8 +372,11 @@ def select(state: State | Leaf, what: str | Callable[[str, Leaf], bool]) -> Stat
     return State(TreeSpec("selection", paths, specs), values_of(state))
 
 
-def value(leaf: Leaf, name: str) -> Any:
+def value(leaf: Leaf, name: str, *, member: Any = None) -> Any:
     """The hyperparameter that the next update of this leaf will use: a schedule's value at the leaf's count.
+
+    Where it stands more than once in a chain, with different values, `member` says which is meant: a rule class, or an
+    index in the chain.
 
     >>> leaf = setup(Descent(lambda count: 0.5 / (1 + count)), torch.zeros(2))
     >>> _ = update(leaf, torch.zeros(2), torch.ones(2))
@@ -313,17 +387,15 @@ def value(leaf: Leaf, name: str) -> Any:
         raise TypeError("value takes one leaf, as state.encoder.weight or state['encoder.weight']")
     if leaf.rule is None:
         raise ValueError("this leaf was set up with no rule (None), so it has no hyperparameters")
-    found = values_at(leaf.rule, name, leaf.count)
-    if not found:
-        raise ValueError(no_hyperparameter(leaf.rule, name))
-    if any(other is not found[0] and other != found[0] for other in found[1:]):
-        raise ValueError(f"{name!r} stands more than once in {leaf.rule!r}; ask one member, as leaf.rule[0].{name}")
-    return found[0]
+    return hyperparameters(holders_of(at(leaf.rule, leaf.count), name, member)[0])[name]
 
 
-def summary(state: State | Leaf) -> str:
+def summary(state: State | Leaf, depth: int | None = None) -> Table:
     """A table with a line for each leaf under this view: path, shape, dtype, rule, the rate that the next update will
-    use, whether it is frozen, and the bytes of its momenta.
+    use, every other hyperparameter that is not its default or not the same for all, whether it is frozen, and the bytes
+    of its momenta. It is a string; a notebook shows it as a table.
+
+    With `depth`, a branch that many names below the view is one line, which says what is true of all its leaves.
 
     >>> print(summary(setup(Adam(), torch.nn.Linear(2, 3))))
     path    shape   dtype    rule  lr     frozen  state bytes
@@ -331,4 +403,4 @@ def summary(state: State | Leaf) -> str:
     bias    [3]     float32  Adam  0.001                   24
     2 parameters, 9 numbers, 0 frozen                      72
     """
-    return table(each_leaf(state, "summary"))
+    return table(each_leaf(state, "summary"), depth)

@@ -81,7 +81,8 @@ def test_keep_takes_over_what_is_still_there():
     step(state, model, 3)
     freeze(state[0])
     model[2] = nn.Linear(3, 5)
-    new = setup(Descent(), model, keep=state)
+    with pytest.warns(UserWarning, match=r"start anew: '2.weight' \(float32\[1, 3\] before, float32\[5, 3\] now\), '2.bias'"):
+        new = setup(Descent(), model, keep=state)
     assert new[0].weight.rule.lr == 0.02 and new[0].weight.state.t == 3 and new[0].weight.frozen
     assert new[0].weight.state.m is not state[0].weight.state.m
     assert new[2].weight.rule == new[2].bias.rule == Descent()
@@ -120,7 +121,9 @@ def test_adjust_a_branch_keeps_momenta_and_counts():
     assert_hyper(state, "0.*", lr=3e-4, betas=(0.8, 0.99))
     assert_hyper(state, "2.*", lr=1e-3, betas=(0.9, 0.999))
     assert all(map(operator.is_, optree.tree_leaves(state[0].weight.state), optree.tree_leaves(kept)))
-    adjust(state, weight_decay=0.3)
+    with pytest.raises(ValueError, match="member=WeightDecay or member=AdamW"):
+        adjust(state, weight_decay=0.3)
+    adjust(adjust(state, weight_decay=0.3, member=0), weight_decay=0.3, member=AdamW)
     assert [r.weight_decay for r in (state[0].bias.rule[0], state[0].bias.rule[2])] == [0.3, 0.3]
     adjust(select(state, "*bias"), weight_decay=0.0, max_norm=1.0)
     assert state[0].weight.rule.weight_decay == 0.3 and state[2].bias.rule.max_norm == 1.0
