@@ -43,6 +43,7 @@ class Binding:
         self.plan: Any = None  # how the engine steps these parameters
         self.flags: list[bool] = []  # `requires_grad` of each, when last looked at
         self.warned = False  # of flags that were changed
+        self.unasked = self._unasked()
         self.model: Callable[[], Any] = _reference(model, forget)
         dicts = [x for x in containers if isinstance(x, dict)]
         self.filled, self.empty = [x for x in dicts if x], [x for x in dicts if not x]
@@ -71,7 +72,12 @@ class Binding:
             )
             other.held = other._look()[1]
         other.params, other.records, other.plan = plan.params, plan.records, plan
+        other.unasked = other._unasked()
         return other
+
+    def _unasked(self) -> list[Tensor]:
+        """What its flag froze when the state was made: whoever sets one of these later wants it to train."""
+        return [x for x, record in zip(self.params, self.records, strict=False) if record.asked is False]
 
     def flags_now(self) -> list[bool]:
         """`requires_grad` of each parameter. Warns once where somebody changed it after `setup`, so that it says
@@ -86,7 +92,7 @@ class Binding:
     def _compare_flags(self) -> None:
         off, on = [], []
         for path, record, flag in zip(self.paths, self.records, self.flags, strict=True):
-            if record.required_grad is (not flag) and record.frozen is flag:
+            if record.asked is (not flag) and record.frozen is flag:
                 (on if flag else off).append(path)
         self.warned = bool(off or on)
         parts = [f"it is now False of {names_of(off)}, which the state trains"] if off else []

@@ -39,11 +39,11 @@ class Record:
     `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
     accumulating rule, which missed updates meanwhile.
 
-    `begun` is what the numbers were when the state was made, None where that is not known. `required_grad` is whether
-    the parameter required grad at `setup`; None of what is no `nn.Parameter`, which trains anyway.
+    `begun` is what the numbers were when the state was made, None where that is not known. `asked` is whether
+    the parameter required grad when `setup` saw it; None where that is not known, or does not count.
     """
 
-    __slots__ = ("begun", "dtype", "frozen", "numbers", "pending", "required_grad", "rule", "shape", "tensors")
+    __slots__ = ("asked", "begun", "dtype", "frozen", "numbers", "pending", "rule", "shape", "tensors")
 
     def __init__(self, rule: Rule | None, frozen: bool, shape: torch.Size, dtype: torch.dtype) -> None:
         self.rule, self.frozen, self.shape, self.dtype = rule, frozen, shape, dtype
@@ -51,7 +51,7 @@ class Record:
         self.numbers = Numbers()
         self.pending: Skeleton | None = None
         self.begun: tuple[int, list[Any]] | None = None
-        self.required_grad: bool | None = None
+        self.asked: bool | None = None
 
     @property
     def untrained(self) -> bool:
@@ -98,7 +98,7 @@ class Record:
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
         other = Record(self.rule, self.frozen, self.shape, self.dtype)
         other.numbers, other.tensors, other.pending = numbers, tensors, self.pending
-        other.begun, other.required_grad = self.begun, self.required_grad
+        other.begun, other.asked = self.begun, self.asked
         return other
 
 

@@ -169,7 +169,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
         if before is not None:
             taken[index] = before
         record = _new(rules[index], x) if before is None else _copy(before, x, numbers)
-        record.required_grad = x.requires_grad if isinstance(x, nn.Parameter) else None
+        record.asked = x.requires_grad if isinstance(x, nn.Parameter) else None
         leaves.append(Leaf(record, context, bindings))
     new = [index for index in range(len(params)) if index not in taken]
     with torch.inference_mode(False), torch.no_grad():
