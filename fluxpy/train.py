@@ -110,7 +110,11 @@ def why_it_failed(
 ) -> Iterator[str]:
     """What may be behind an error from within a loss that was called so: another signature, batches of NumPy arrays,
     or batches in float64."""
-    if isinstance(error, TypeError) and (not _takes(loss, args) or f"not {type(args[0]).__name__}" in str(error)):
+    if (
+        loss is not None
+        and isinstance(error, TypeError)
+        and (not _takes(loss, args) or f"not {type(args[0]).__name__}" in str(error))
+    ):
         example = "lambda m, x, y: cross_entropy(m(x), y)" if "model" in called_as else "cross_entropy(output, target)"
         yield f"the loss is called as {called_as}, as in: {example}"
     inside = [part for arg in args for part in (arg if isinstance(arg, tuple | list) else (arg,))]

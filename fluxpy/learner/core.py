@@ -10,13 +10,14 @@ from ..context import reads_at_once
 from ..grads import in_order
 from ..leaf import Leaf
 from ..pytree import level, partition, tensors_in
-from ..rule import hyperparameters
+from ..rule import hyperparameters, members_of
 from ..rule import walk as members
 from ..saving.file import read as read_file
 from ..saving.model import match_tensors, model_tensors
 from ..state import Rules, State, bind, tree_context
 from ..text import near
-from ..train import place, training_mode
+from ..tracebacks import leave_to_the_user
+from ..train import place, training_mode, why_it_failed
 from ..update import check_finite
 
 
@@ -36,9 +37,15 @@ def note_loss(state: State | Leaf, finite: Tensor, what: str) -> None:
     context.flag.require(finite, context.updates, what)
 
 
-def rates(leaf: Leaf) -> list[Any]:
-    """The learning rate of each member of the leaf's rule that has one."""
-    found = [] if leaf.rule is None else [hyperparameters(rule) for rule in members(leaf.rule)]
+def rates(leaf: Leaf, member: Any = None) -> list[Any]:
+    """The learning rate of each member of the leaf's rule that has one; with `member`, of those in that member."""
+    if leaf.rule is None:
+        return []
+    try:
+        chosen = [leaf.rule] if member is None else members_of(leaf.rule, member)
+    except ValueError:  # the rule has no such member
+        return []
+    found = [hyperparameters(rule) for outer in chosen for rule in members(outer)]
     return [own["lr"] for own in found if "lr" in own]
 
 

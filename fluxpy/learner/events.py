@@ -127,6 +127,10 @@ class Callback:
     def load_state_dict(self, d: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
 
+    def saved_where(self) -> str:
+        """Where the saved run is and how to begin anew, for an error message: " in 'run'; ..."."""
+        return ""
+
     def saved_run(self) -> dict[str, Any] | None:
         """What a Learner's `state_dict` gave, for a fit to go on with. Asked for before `fit_start`."""
         return None

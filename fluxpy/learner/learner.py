@@ -1,6 +1,7 @@
 """The Learner: epochs of training and validation, whose every turn callbacks can see and change."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,18 @@ from .. import setup
 from . import events, resume
 from .callbacks.progress_bar import ProgressBar
 from .collection import Metrics
-from .core import Leaf, Rules, State, check_finite, parameters, partition, place, reads_at_once
+from .core import (
+    Leaf,
+    Rules,
+    State,
+    check_finite,
+    leave_to_the_user,
+    parameters,
+    partition,
+    place,
+    reads_at_once,
+    why_it_failed,
+)
 from .data import Source, call, evaluation_mode, kind, move, split
 from .events import EVENTS, History
 from .loop import LOSS, Loop
@@ -67,8 +79,7 @@ class Learner:
         self.history = History()
         self.progress = Progress()  # what comes next, and whether the fit was resumed or is being cancelled
         self.has_validation = False  # whether there is validation data
-        self.epoch_index = 0
-        self.epoch_count = 0
+        self.epoch_index = self.epoch_count = 0
         self.step_index = 0  # training batches before the present one
         self.step_count: int | None = None  # training batches in all, if known
         # Of the phase:
@@ -82,6 +93,7 @@ class Learner:
         self.step = Step()
         self._run = Run()
         self._loop: Loop | None = None  # while one runs
+        _check_signature(self)
 
     @property
     def fitting(self) -> bool:
@@ -125,6 +137,9 @@ class Learner:
         self._loop = Loop(self, self._run)
         try:
             self._loop.fit()
+        except Exception as error:
+            leave_to_the_user(error)
+            raise
         finally:
             self._loop, self._run.saved, self._run.callbacks = None, None, []
         return self.history
@@ -135,7 +150,13 @@ class Learner:
             if self._run.saved is None and isinstance(callback, events.Callback):
                 saved = callback.saved_run()
                 if saved is not None:
-                    self.load_state_dict(saved)
+                    try:
+                        self.load_state_dict(saved)
+                    except ValueError as error:
+                        where = f"the run that {events.name_of(callback)} has{callback.saved_where()}"
+                        raise ValueError(
+                            f"{where} is not that of this Learner, and nothing was loaded: {error}"
+                        ) from error
         return self._run.saved
 
     def _start_fit(self, progress: Progress, epochs: int) -> None:
@@ -196,8 +217,14 @@ class Learner:
                 f"cannot tell input and target of a batch that is {kind(input)}; a batch is (input, target), or a dict "
                 "with a 'target', 'label' or 'y'; for others override training_step(self, model, input, target)"
             )
-        output = self.predicted(call(model, input))
-        return self.loss(output, self.step.target), output
+        try:
+            output = self.predicted(call(model, input))
+            return self.loss(output, self.step.target), output
+        except (TypeError, RuntimeError) as error:
+            args, params = (self.step.output, target, input), parameters(self.state, self.model)
+            for note in why_it_failed(error, None, args, "loss(output, target)", params):
+                error.add_note(note)
+            raise
 
     def validation_step(self, model: Any, input: Any, target: Any) -> Any:
         """As `training_step`, for validation."""
@@ -268,6 +295,22 @@ class Learner:
         other.history, other.progress, other.step, other.stats = History(), Progress(), Step(), {}
         other._run, other._loop = Run(), None
         return other
+
+
+def _check_signature(learner: Learner) -> None:
+    """TypeError for a loss that cannot be called with two arguments, as far as can be told."""
+    if type(learner).training_step is not Learner.training_step:
+        return
+    loss = learner.loss
+    try:
+        inspect.signature(loss).bind(None, None)
+    except ValueError:  # it has no signature to look at
+        return
+    except TypeError as error:
+        raise TypeError(
+            f"the loss is called as loss(output, target), as those of PyTorch are, but {loss!r} takes other arguments "
+            f"({error}); loss(model, x, y) is for fluxpy.train, and what needs more is an overridden training_step"
+        ) from None
 
 
 def _check_loss(loss: Any) -> None:

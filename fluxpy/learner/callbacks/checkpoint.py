@@ -68,6 +68,9 @@ class Checkpoint(Callback):
         """Value and file of the best epochs, best first."""
         return [(value, self.directory / name) for value, name in self._best]
 
+    def saved_where(self) -> str:
+        return f" in {str(self.last)!r} (another directory, or resume=False, begins anew)"
+
     def saved_run(self) -> dict[str, Any] | None:
         if not self.resume or not self.last.exists():
             return None
