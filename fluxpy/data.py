@@ -1,7 +1,7 @@
 """DataLoader: batches of arrays that are in memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
 import torch
@@ -29,16 +29,19 @@ class DataLoader(Generic[Batch]):
     (3, [[0, 1], [2, 3], [4]])
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "DataLoader[Any]":  # what does not fit is said in words of its own
-        if len(args) > 1 and isinstance(args[1], Tensor | np.ndarray | list):
-            raise TypeError("DataLoader takes all arrays in one tuple: DataLoader((x, y), batch_size=32)")
-        names = ("data", "batch_size", "shuffle", "drop_last", "generator")
-        if other := next((name for name in kwargs if name not in names), None):
-            raise TypeError(
-                f"DataLoader has no argument {other!r}; {near(other, names)}. It is for arrays in memory; for data "
-                "sets, workers and samplers there is torch.utils.data.DataLoader"
-            )
-        return super().__new__(cls)
+    if not TYPE_CHECKING:  # it would hide the types below
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            """What does not fit is refused in words of its own."""
+            if len(args) > 1 and isinstance(args[1], Tensor | np.ndarray | list):
+                raise TypeError("DataLoader takes all arrays in one tuple: DataLoader((x, y), batch_size=32)")
+            names = ("data", "batch_size", "shuffle", "drop_last", "generator")
+            if other := next((name for name in kwargs if name not in names), None):
+                raise TypeError(
+                    f"DataLoader has no argument {other!r}; {near(other, names)}. It is for arrays in memory; for data "
+                    "sets, workers and samplers there is torch.utils.data.DataLoader"
+                )
+            return super().__new__(cls)
 
     @overload
     def __init__(

@@ -44,7 +44,7 @@ class Gradients(Mirror):
         return reversed(list(self))
 
     @classmethod
-    def _hint(cls, name: str, _inside: object) -> str:
+    def _hint(cls, name: str, here: Any) -> str:
         return OF_GRADIENTS.get(name, "")
 
     def __repr__(self) -> str:

@@ -19,7 +19,7 @@ from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, record_
 from .rule import Rule, at, holders_of, hyperparameters, title_key
 from .rule import walk as walk_rule
 from .show import describe_tree, table, tree_as_html
-from .text import OF_STATES, WORDS, Table, form, named, near
+from .text import OF_STATES, WORDS, form, named, near
 from .tree import Mirror, TreeSpec, check_model, rooted, spec_of, values_of, walk
 
 AnyState = TypeVar("AnyState", bound="State | Leaf")
@@ -390,7 +390,7 @@ def value(leaf: Leaf, name: str, *, member: Any = None) -> Any:
     return hyperparameters(holders_of(at(leaf.rule, leaf.count), name, member)[0])[name]
 
 
-def summary(state: State | Leaf, depth: int | None = None) -> Table:
+def summary(state: State | Leaf, depth: int | None = None) -> str:
     """A table with a line for each leaf under this view: path, shape, dtype, rule, the rate that the next update will
     use, every other hyperparameter that is not its default or not the same for all, whether it is frozen, and the bytes
     of its momenta. It is a string; a notebook shows it as a table.

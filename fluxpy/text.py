@@ -139,7 +139,7 @@ class Table(str):
     the end of the line below the table, `foot`, which has a beginning and an end."""
 
     __slots__ = ("_parts",)
-    _parts: tuple[list[str], list[list[str]], tuple[str, str]]
+    _parts: tuple[list[str], list[list[str]], tuple[str, str], Any]
 
     def __new__(
         cls, header: Iterable[str], rows: Iterable[Iterable[str]], foot: tuple[str, str] = ("", ""), right: Any = ()
@@ -154,9 +154,12 @@ class Table(str):
         if any(foot):
             lines.append(foot[0] + foot[1].rjust(max(map(len, lines)) - len(foot[0])))
         table = super().__new__(cls, "\n".join(lines))
-        table._parts = head, body, foot
+        table._parts = head, body, foot, right
         return table
 
+    def __reduce__(self) -> Any:
+        return Table, self._parts
+
     def _repr_html_(self) -> str:
-        head, body, foot = self._parts
+        head, body, foot, _ = self._parts
         return html_table(head, body, " ".join(filter(None, foot)))

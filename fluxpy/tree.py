@@ -294,6 +294,16 @@ class Mirror:
         return type(self), rooted(self)
 
 
+def _refuse_assignment(tree: Mirror, name: str, value: Any) -> None:
+    if name not in Mirror.__slots__:
+        raise AttributeError(_with(f"nothing is assigned in a {tree._what}", tree._hint(name, tree)))
+    object.__setattr__(tree, name, value)
+
+
+# Not in the class, where a type checker would then take any assignment.
+Mirror.__setattr__ = _refuse_assignment
+
+
 def _with(message: str, hint: str) -> str:
     return f"{message}. {hint}" if hint else message
 

@@ -116,6 +116,8 @@ MISTAKES = {
     "Adagrad": (lambda h: fluxpy.Adagrad, AttributeError, "fluxpy.AdaGrad"),
     "RMSprop": (lambda h: fluxpy.RMSprop, AttributeError, "fluxpy.RMSProp"),
     "clip_grad_norm_": (lambda h: fluxpy.clip_grad_norm_, AttributeError, "ClipGlobalNorm"),
+    "assign a rate": (lambda h: setattr(h.state.encoder, "lr", 0.1), AttributeError, r"adjust\(branch, lr=\.\.\.\)"),
+    "assign a leaf": (lambda h: setattr(h.state.head, "weight", 0), AttributeError, "nothing is assigned"),
     # Two members with one name.
     "two rates": (lambda h: adjust(h.two, 0.005), ValueError, r"1.0, 0.01.*member=RMSProp or member=Momentum.*'head"),
     "scale two": (lambda h: adjust(h.two, scale(0.1)), ValueError, "member="),

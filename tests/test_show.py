@@ -1,6 +1,7 @@
 """print and summary: all that differs is shown, nothing unequal is merged, many layers fit on a screen; HTML."""
 
 import copy
+import pickle
 import re
 from html.parser import HTMLParser
 
@@ -222,3 +223,26 @@ def test_a_state_of_ten_thousand_leaves_is_described_once():
     adjust(state, lambda count: calls.append(count) or 0.1)
     assert len(str(state).splitlines()) == 3001 and len(calls) == 1
     assert optree.tree_leaves(state, namespace="fluxpy") and len(list(leaves(state))) == 3000
+
+
+def test_a_learner_and_its_history_in_a_notebook():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    data = fluxpy.DataLoader((torch.ones(8, 2), torch.zeros(8, dtype=torch.int64)), batch_size=4)
+    loss = torch.nn.functional.cross_entropy
+    learner = fluxpy.Learner(model, loss, Adam(), metrics=["accuracy"], default_callbacks=False)
+    freeze(learner.state[0])
+    assert "cross_entropy" in Reader(learner._repr_html_()).text
+    history = learner.fit(data, data, epochs=3)
+    page = Reader(history._repr_html_())
+    assert page.text[:5] == ["epoch", "train loss", "train accuracy", "validation loss", "validation accuracy"]
+    assert f"{history[2]['validation']['loss']:.6g}" in page.text and len(page.text) == 5 + 3 * 5
+    whole = Reader(learner._repr_html_())
+    assert {"epochs done", "3", "train loss"} < set(whole.text) and "0" in whole.frozen
+    one = fluxpy.Learner(torch.zeros(2), loss, Adam(), default_callbacks=False)
+    assert any("[2]" in text for text in Reader(one._repr_html_()).text)
+
+
+def test_a_table_is_copied_as_one():
+    table = summary(setup(Adam(), nn.Linear(2, 3)))
+    for other in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+        assert other == table and other._repr_html_() == table._repr_html_()

@@ -14,8 +14,9 @@ from ..rule import hyperparameters, members_of
 from ..rule import walk as members
 from ..saving.file import read as read_file
 from ..saving.model import match_tensors, model_tensors
+from ..show import tree_as_html
 from ..state import Rules, State, bind, tree_context
-from ..text import near
+from ..text import html_table, near
 from ..tracebacks import leave_to_the_user
 from ..train import place, training_mode, why_it_failed
 from ..update import check_finite

@@ -15,6 +15,7 @@ import difflib
 from typing import Any, ClassVar
 
 from .core import near
+from .html import history_as_html
 
 EVENTS = (
     "fit_start",
@@ -174,3 +175,6 @@ class History(list[dict[str, Any]]):
     """
 
     stop_reason: str | None = None
+
+    def _repr_html_(self) -> str:
+        return history_as_html(self, self.stop_reason)

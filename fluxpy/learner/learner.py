@@ -26,6 +26,7 @@ from .core import (
 )
 from .data import Source, call, evaluation_mode, kind, move, split
 from .events import EVENTS, History
+from .html import learner_as_html
 from .loop import LOSS, Loop
 from .progress import Progress
 from .resume import Run
@@ -253,6 +254,9 @@ class Learner:
                     raise
                 self.nonfinite = str(error)
         return self.nonfinite
+
+    def _repr_html_(self) -> str:
+        return learner_as_html(self)
 
     def explain(self, callbacks: Iterable[Any] = ()) -> str:
         """Which callbacks act at which event, in their order, as text."""
