@@ -23,7 +23,20 @@ import torch
 
 from .harness import Column, Figure, Meter, machine, require_idle, table, worked
 
-TABLES = ("update", "rules", "rates", "cliff", "loop", "loader", "tree", "frozen", "memory", "peers")
+TABLES = [
+    "update",
+    "rules",
+    "rates",
+    "cliff",
+    "loop",
+    "loader",
+    "tree",
+    "frozen",
+    "memory",
+    "packages",
+    "processes",
+    "peers",
+]
 
 
 def arguments() -> argparse.Namespace:

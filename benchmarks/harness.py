@@ -12,7 +12,17 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("fluxpy", "torch", "numpy", "torch-optimi", "torchopt", "heavyball", "pytorch-optimizer")
+PACKAGES = (
+    "fluxpy",
+    "torch",
+    "numpy",
+    "torch-optimi",
+    "torchopt",
+    "heavyball",
+    "pytorch-optimizer",
+    "schedulefree",
+    "prodigyopt",
+)
 
 
 @dataclass

@@ -26,7 +26,7 @@ TARGETS = {"AdamW": 1.0, "OptimiserChain(ClipGlobalNorm, AdamW)": 1.0}
 def elementwise() -> list[fluxpy.Rule]:
     """Each with its defaults. Those that have none are wrappers of others."""
     kinds = [k for k in vars(fluxpy).values() if isinstance(k, type) and issubclass(k, fluxpy.Rule)]
-    wrappers = (fluxpy.OptimiserChain, fluxpy.AccumGrad, fluxpy.MixedPrecision)
+    wrappers = (fluxpy.OptimiserChain, fluxpy.AccumGrad, fluxpy.MixedPrecision, fluxpy.Lookahead, fluxpy.Cautious)
     return [kind() for kind in kinds if kind.elementwise and kind not in wrappers]
 
 

@@ -33,11 +33,8 @@ def make_state(model: Classifier, lr: float = 2e-3) -> fluxpy.State:
     return state
 
 
-class HalfLearner(Learner):
-    def training_step(self, model: Any, input: Tensor, target: Tensor) -> Any:
-        with torch.autocast("cpu", torch.bfloat16):
-            output = self.predicted(model(input))
-        return self.loss(output.float(), target), output
+def loss(score: Tensor, target: Tensor) -> Tensor:
+    return binary_cross_entropy_with_logits(score.float(), target)
 
 
 def fit(model: Classifier, train: Any, test: Any, out: Path, epochs: int, every: int = 5, kill: int = -1) -> None:
@@ -51,8 +48,10 @@ def fit(model: Classifier, train: Any, test: Any, out: Path, epochs: int, every:
     factor = segments([Segment("linear", start=0.1, end=1.0, steps=max(1, steps // 10)), Segment("cosine", end=0.0)])
     callbacks = [FreezeUntil("encoder.layers.[45].*", epoch=1), LearningRateScheduler(scale=factor)]
     callbacks += [TensorBoardLogger(out / "tensorboard"), Checkpoint(out, every=every), die]
-    rule, loss = make_state(model), binary_cross_entropy_with_logits
-    HalfLearner(model, loss, rule, metrics=["accuracy"], callbacks=callbacks).fit(train, test, epochs=epochs)
+    learner = Learner(
+        model, loss, make_state(model), metrics=["accuracy"], callbacks=callbacks, autocast=torch.bfloat16
+    )
+    learner.fit(train, test, epochs=epochs)
     fluxpy.save(out / "done.flux", model=model)
 
 

@@ -16,6 +16,7 @@ from . import rules as rules
 from . import schedules, text
 from .adjust import adjust, freeze, reset, scale, thaw
 from .data import DataLoader
+from .distributed.check import assert_same_on_all_ranks
 from .explain import explain
 from .gradient import Gradients, gradient, withgradient
 from .leaf import Leaf
@@ -29,7 +30,9 @@ from .train import train, trainstep
 from .update import check_finite, update
 
 if typing.TYPE_CHECKING:  # when running, these are imported at their first use
+    from . import interop as interop
     from . import learner as learner
+    from . import surgery as surgery
     from . import testing as testing
     from .learner import Learner
 
@@ -42,6 +45,7 @@ __all__ = [
     "Learner",
     "State",
     "adjust",
+    "assert_same_on_all_ranks",
     "check_finite",
     "depths",
     "destructure",
@@ -76,13 +80,13 @@ __all__ += rules.__all__
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__", "learner", "rules", "testing"]
+    return [*__all__, "__version__", "interop", "learner", "rules", "surgery", "testing"]
 
 
 if not typing.TYPE_CHECKING:  # a type checker would take any name
 
     def __getattr__(name: str) -> object:
-        if name in ("learner", "testing"):
+        if name in ("interop", "learner", "surgery", "testing"):
             return importlib.import_module(f".{name}", __name__)
         if name == "Learner":
             return importlib.import_module(".learner", __name__).Learner

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .distributed.layout import any_dtensor, local_tensors
+from .distributed.parallel import Parallel, parallel_of, reshard
 from .text import names_of
 from .tree import TreeSpec, explore
 
@@ -36,14 +38,18 @@ class Binding:
         self.walked, values, containers = explore(model)
         if self.walked != spec:
             raise ValueError(difference(spec, self.walked, ""))
-        self.params: list[Tensor] = [values[j] for j in self.walked.leaves]
+        self.originals: list[Tensor] = [values[j] for j in self.walked.leaves]
+        # Whether any is spread over processes; then `params` are what this one holds of them.
+        self.spread = any_dtensor(self.originals)
+        self.params = local_tensors(self.originals) if self.spread else self.originals
         self.indices = list(spec.leaves)  # of each parameter's leaf among the values of the state
         self.paths = tuple(spec.leaves.values())
         self.records = [records[index] for index in self.indices] if records else []
-        self.plan: Any = None  # how the engine steps these parameters
-        self.flags: list[bool] = []  # `requires_grad` of each, when last looked at
-        self.warned = False  # of flags that were changed
         self.unasked = self._unasked()
+        self.warned = False
+        self.parallel: Parallel | None = parallel_of(model, self.originals, self.paths)
+        self.plan: Any = None  # how the engine steps these parameters
+        self.flips = 0  # how many flags were other than the state says, when last looked at
         self.model: Callable[[], Any] = _reference(model, forget)
         dicts = [x for x in containers if isinstance(x, dict)]
         self.filled, self.empty = [x for x in dicts if x], [x for x in dicts if not x]
@@ -52,6 +58,27 @@ class Binding:
         # Else some container cannot be looked into, and a model never matches.
         self.transparent = len(dicts) + len(self.lists) == len(containers)
         self.keys, self.held = self._look()
+
+    def _unasked(self) -> list[Tensor]:
+        """What its flag froze when the state was made: whoever sets one of these later wants it to train."""
+        return [x for x, record in zip(self.originals, self.records, strict=False) if record.asked is False]
+
+    def warn_of_flags(self) -> None:
+        """Warn, once, of each `requires_grad` that was changed after the state was made and contradicts it."""
+        if self.warned:
+            return
+        changed = [
+            path
+            for path, x, record in zip(self.paths, self.originals, self.records, strict=True)
+            if record.asked is not None and x.requires_grad is not record.asked and x.requires_grad is record.frozen
+        ]
+        if changed:
+            self.warned = True
+            warnings.warn(
+                f"requires_grad of {names_of(changed)} was changed after setup, and is not looked at: "
+                "the state decides what trains. Write fluxpy.thaw or fluxpy.freeze of that branch of the state",
+                stacklevel=4,
+            )
 
     def _look(self) -> tuple[list[Any], list[Any]]:
         inside = chain.from_iterable(map(_VALUES, self.filled))
@@ -72,42 +99,24 @@ class Binding:
             )
             other.held = other._look()[1]
         other.params, other.records, other.plan = plan.params, plan.records, plan
+        other.originals, other.parallel = other.params, None  # a copy is without its wrappers
         other.unasked = other._unasked()
         return other
 
-    def _unasked(self) -> list[Tensor]:
-        """What its flag froze when the state was made: whoever sets one of these later wants it to train."""
-        return [x for x, record in zip(self.params, self.records, strict=False) if record.asked is False]
-
-    def flags_now(self) -> list[bool]:
-        """`requires_grad` of each parameter. Warns once where somebody changed it after `setup`, so that it says
-        something else than the state does."""
-        now = [x.requires_grad for x in self.params]
-        if now != self.flags:
-            self.flags = now
-            if not self.warned:
-                self._compare_flags()
-        return now
-
-    def _compare_flags(self) -> None:
-        off, on = [], []
-        for path, record, flag in zip(self.paths, self.records, self.flags, strict=True):
-            if record.asked is (not flag) and record.frozen is flag:
-                (on if flag else off).append(path)
-        self.warned = bool(off or on)
-        parts = [f"it is now False of {names_of(off)}, which the state trains"] if off else []
-        parts += [f"it is now True of {names_of(on)}, which the state has frozen"] if on else []
-        if parts:
-            warnings.warn(
-                f"requires_grad was changed after setup, and the state still decides who trains: {'; '.join(parts)}. "
-                "Write fluxpy.freeze and fluxpy.thaw on the state instead, or beside it",
-                stacklevel=4,
-            )
-
     def matches(self, model: Any) -> bool:
+        """Whether a model is still this one."""
         if model is not self.model() or not self.transparent:
             return False
+        if self._holds():
+            return True
+        if self.spread:
+            reshard(model)
+        return self.spread and self._holds()
+
+    def _holds(self) -> bool:
         if any(self.empty) or [*map(len, self.filled)] != self.sizes:
+            return False
+        if self.spread and not all(map(is_, local_tensors(self.originals), self.params)):
             return False
         keys, held = self._look()
         return len(held) == len(self.held) and all(map(is_, held, self.held)) and keys == self.keys

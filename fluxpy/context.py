@@ -73,6 +73,7 @@ class Context:
 
     def __init__(self, compile: bool = False, size: int = 1) -> None:
         self.compile, self.size = compile, size
+        self.spread = False  # whether any parameter is spread over processes
         self.structure = self.hyper = self.updates = 0
         self.flag = FiniteFlag()
         self.reference_only: set[Any] = set()  # rules that only the reference path can run
@@ -85,7 +86,7 @@ class Context:
         other = Context(self.compile, self.size if size is None else size)
         other.updates, other.flag = self.updates, self.flag.copy()
         other.reference_only, other.uncompiled = set(self.reference_only), set(self.uncompiled)
-        other.not_shared = set(self.not_shared)
+        other.not_shared, other.spread = set(self.not_shared), self.spread
         return other
 
     def __reduce__(self) -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from .text import form, html_table, near
 
@@ -130,6 +130,32 @@ class DataLoader(Generic[Batch]):
             make: Any = getattr(self._like, "_make", tuple)  # a namedtuple stays one
             return make(tensors)
         return tensors[0] if self._like is None else list(tensors)
+
+
+def require_batches(data: Any, name: str) -> None:
+    """TypeError for what is no iterable of batches: arrays, a data set that gives single samples, and other things."""
+    if is_pair_of_arrays(data) or isinstance(data, Tensor | np.ndarray | Mapping):
+        what = "a pair of arrays" if isinstance(data, tuple | list) else type(data).__name__
+        raise TypeError(f"{name} must be an iterable of batches, not {what}: fluxpy.DataLoader((X, Y), batch_size=32)")
+    by_index = hasattr(data, "__getitem__") and not hasattr(data, "__iter__")
+    if by_index or (isinstance(data, Dataset) and not isinstance(data, IterableDataset)):
+        raise TypeError(
+            f"{name} gives single samples: torch.utils.data.DataLoader(data, batch_size=32) makes batches of them "
+            "(with batch_size=None, where each is a batch already)"
+        )
+    if isinstance(data, str | bytes) or not hasattr(data, "__iter__"):
+        raise TypeError(f"{name} must be an iterable of batches, but got {data!r}")
+
+
+def is_pair_of_arrays(data: Any) -> bool:
+    """Whether this is (X, Y), and no list of two batches."""
+    if (
+        not isinstance(data, tuple | list)
+        or len(data) != 2
+        or not all(isinstance(a, Tensor | np.ndarray) for a in data)
+    ):
+        return False
+    return isinstance(data, tuple) or data[0].shape[1:] != data[1].shape[1:] or data[0].dtype != data[1].dtype
 
 
 def _tensor(name: Any, array: Any) -> Tensor:

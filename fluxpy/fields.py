@@ -15,12 +15,13 @@ Hyper = Any
 
 
 def hyper(
-    *, default: Any = dataclasses.MISSING, allowed: str | tuple[str, ...] | None = None, fixed: bool = False
+    *, default: Any = dataclasses.MISSING, allowed: str | tuple[Any, ...] | None = None, fixed: bool = False
 ) -> Any:
     """Declare a field with the values it allows.
 
     `allowed` is an interval in the notation of the docs (`"[0, 1)"`, for a tuple: of each element), `"1, 2, ..."` or
-    `"0, 1, ..."` for whole numbers, or a tuple of words. A `fixed` field shapes a rule's state, so `adjust` refuses it.
+    `"0, 1, ..."` for whole numbers, or a tuple of words (or of True, False and None). A `fixed` field shapes a rule's
+    state, so `adjust` refuses it.
 
     >>> class Halve(Rule):
     ...     lr: float = hyper(default=0.5, allowed="(0, 1]")
@@ -57,10 +58,14 @@ def check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
     if isinstance(field.default, tuple) and not callable(value):
         value = tuple(value) if isinstance(value, Tensor) and value.ndim else value
         right_size = isinstance(value, tuple) and len(value) == len(field.default)
-        ok = right_size and all(_allows(allowed, v) for v in value)
-        want = f"it must be {len(field.default)} numbers, each in {allowed}"
+        ok = right_size and all(
+            _allows(allowed, v) or (v is None and usual is None) for v, usual in zip(value, field.default, strict=True)
+        )
+        none = f"; {field.name}[{field.default.index(None)}] may be None" if None in field.default else ""
+        want = f"it must be {len(field.default)} numbers, each in {allowed}{none}"
     elif isinstance(allowed, tuple):
-        ok, want = callable(value) or value in allowed, f"it must be one of {', '.join(map(repr, allowed))}"
+        ok = callable(value) or (type(value), value) in [(type(word), word) for word in allowed]  # True is not 1
+        want = f"it must be one of {', '.join(map(repr, allowed))}"
     elif allowed[0] in "[(":
         ok, want = _allows(allowed, value), f"it must lie in {allowed}"
     else:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from .binding import Binding
+from .containers import open_data
+from .distributed.parallel import Parallel, parallel_of
 from .leaf import Leaf
-from .pytree import is_transforming, partition
+from .pytree import is_transforming
 from .state import State, bind
 from .text import OF_GRADIENTS
 from .tree import Mirror, TreeSpec, check_model, spec_of, values_of, walk
@@ -131,7 +133,8 @@ def withgradient(
     trains = [x.requires_grad or not isinstance(x, torch.nn.Parameter) for x in params]
     # A tensor of a container trains even where it does not require grad; of a module, flags decide.
     flips = [x for x, wants in zip(params, trains, strict=True) if wants and not x.requires_grad and x.is_leaf]
-    return _differentiate(f, model, args, _Wanted(spec, params, trains, flips), create_graph)
+    parallel = parallel_of(model, params, tuple(spec.leaves.values()))
+    return _differentiate(f, model, args, _Wanted(spec, params, trains, flips, parallel), create_graph)
 
 
 def differentiate(
@@ -141,11 +144,13 @@ def differentiate(
     trains = [not record.frozen for record in binding.records]
     # A tensor with a history of its own stays as it is: its flag cannot be cleared, and differentiating through it is
     # wanted.
-    flags, flips = binding.flags_now(), list[Tensor]()
-    if flags != trains:
-        triples = zip(binding.params, flags, trains, strict=True)
-        flips = [x for x, flag, wants in triples if flag != wants and x.is_leaf]
-    return _differentiate(f, model, args, _Wanted(binding.walked, binding.params, trains, flips), create_graph)
+    pairs = zip(binding.originals, trains, strict=True)
+    flips = [x for x, wants in pairs if x.requires_grad != wants and x.is_leaf]
+    if len(flips) != binding.flips:
+        binding.flips = len(flips)
+        binding.warn_of_flags()
+    wanted = _Wanted(binding.walked, binding.originals, trains, flips, binding.parallel)
+    return _differentiate(f, model, args, wanted, create_graph)
 
 
 class _Wanted(NamedTuple):
@@ -155,12 +160,13 @@ class _Wanted(NamedTuple):
     params: list[Tensor]
     trains: list[bool]
     flips: list[Tensor]
+    parallel: Parallel | None
 
 
 def _differentiate(
     f: Callable[..., Any], model: Any, args: Iterable[Any], wanted: _Wanted, create_graph: bool
 ) -> tuple[Any, Any]:
-    spec, params, trains, flips = wanted
+    spec, params, trains, flips, parallel = wanted
     if not params:
         if callable(model) and not isinstance(model, torch.nn.Module):
             raise TypeError("the function comes first, then the model: withgradient(f, model)")
@@ -168,10 +174,13 @@ def _differentiate(
         raise ValueError("the model has no parameter, so no loss can depend on it")
     tracking = nullcontext() if torch.is_grad_enabled() else torch.enable_grad()
     with tracking, _flipped(flips) if flips else nullcontext():
-        value = f(model, *args)
-        loss = _loss(value)
         places = [i for i, wants in enumerate(trains) if wants]
-        found = _backward(loss, [params[i] for i in places], create_graph) if places else []
+        if parallel is None:
+            value = f(model, *args)
+            loss = _loss(value)
+            found = _backward(loss, [params[i] for i in places], create_graph) if places else []
+        else:
+            value, found = parallel.differentiate(lambda: f(model, *args), _loss, args, trains, create_graph)
     if all(g is None for g in found):
         why = _WHY if any(trains) else "all of them are frozen; thaw some, or let some require grad"
         raise ValueError(f"the loss depends on no parameter of the model: {why}")
@@ -189,8 +198,8 @@ def _detached(value: Any) -> Any:
         return value.detach().clone() if value.is_leaf or value._is_view() else value.detach()
     if type(value) is tuple:
         return tuple(map(_detached, value))
-    tensors, skeleton = partition(value)
-    return skeleton.combine(map(_detached, tensors)) if tensors else value
+    tensors, opened = open_data(value)
+    return opened.combine(map(_detached, tensors)) if tensors else value
 
 
 _WHY = (

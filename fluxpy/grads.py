@@ -14,7 +14,7 @@ from .tree import Mirror, TreeSpec, spec_of, values_of
 def in_order(binding: Binding, grads: Any) -> list[Any]:
     """The gradients in the order of the parameters, None where there is none."""
     if grads is None:
-        found: list[Any] = [x.grad for x in binding.params]
+        found: list[Any] = [x.grad for x in binding.originals]
         if found and all(g is None for g in found):
             raise ValueError(
                 "update was given no gradients, and no parameter has a .grad: call loss.backward() first, "
@@ -88,8 +88,9 @@ class _Scattered:
     def put_mapping(self, spec: TreeSpec, value: Mapping[Any, Any], path: str) -> None:
         for key, inner in value.items():
             place = spec.find(key)
-            if place is None and isinstance(key, str):  # as a compiled or data-parallel wrapper names it
-                place = spec.find(key.replace("_orig_mod.", "").removeprefix("module."))
+            if place is None and isinstance(key, str):  # as a wrapper names it
+                bare = key.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+                place = spec.find(bare.removeprefix("module."))
             if place is None:
                 known = near(key, (p for p, _ in spec.paths))
                 raise ValueError(f"{self.what} {_at(path)} have an unknown name {key!r}; {known}")

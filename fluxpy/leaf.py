@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .binding import Bindings
 from .context import Context
+from .distributed.layout import Layout
+from .distributed.spread import Spread
 from .pytree import Skeleton, apart, partition, register
 from .rule import Rule, at, hyperparameters, replace, tensors_of, walk
 from .text import OF_STATES, WORDS
@@ -33,25 +35,33 @@ class Numbers:
         return Numbers(self.count, self.skeleton)
 
 
-class Record:
+class Record(Spread):
     """The contents of a leaf. `tensors` are those of the rule's state, None where there is no state yet.
 
     `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
-    accumulating rule, which missed updates meanwhile.
+    accumulating rule, which missed updates meanwhile. `made` is the rule that `setup` was given, and `asked` whether
+    the parameter required grad then, None where that is not known. `begun` is what the numbers were when the state was
+    made, None where that is not known.
 
-    `begun` is what the numbers were when the state was made, None where that is not known. `asked` is whether
-    the parameter required grad when `setup` saw it; None where that is not known, or does not count.
+    Where the parameter is spread over processes, `layout` says how, and `tensors` are local ones; `spread` says which
+    of them are spread like the parameter. The others are the same on all processes.
     """
 
-    __slots__ = ("asked", "begun", "dtype", "frozen", "numbers", "pending", "rule", "shape", "tensors")
+    __slots__ = (
+        *("asked", "begun", "dtype", "frozen", "made", "numbers", "pending", "rule", "shape", "tensors"),
+        *("layout", "spread"),
+    )
 
     def __init__(self, rule: Rule | None, frozen: bool, shape: torch.Size, dtype: torch.dtype) -> None:
         self.rule, self.frozen, self.shape, self.dtype = rule, frozen, shape, dtype
+        self.made = rule
+        self.asked: bool | None = None
         self.tensors: list[Tensor] | None = None
         self.numbers = Numbers()
         self.pending: Skeleton | None = None
         self.begun: tuple[int, list[Any]] | None = None
-        self.asked: bool | None = None
+        self.layout: Layout | None = None
+        self.spread: list[bool] | None = None
 
     @property
     def untrained(self) -> bool:
@@ -69,10 +79,15 @@ class Record:
     def begin(self, x: Tensor, path: str) -> None:
         """Make a state for the parameter `x`."""
         assert self.rule is not None
+        layout = self.layout if self.needs_whole else None
+        x = x if layout is None else layout.whole(x)
         self.tensors, skeleton = _new_state(self.rule, x, self.numbers.count, path)
         if self.pending is not None:
             state = skeleton.combine(self.tensors)
             self.tensors, skeleton = partition(self.rule.restart(self.pending.bare(), state))
+        self.spread = None
+        if layout is not None:
+            self.take_shown(self.tensors)
         self.numbers, self.pending = Numbers(self.numbers.count, skeleton), None
         self.begun = self.numbers.count, skeleton.parts
 
@@ -98,7 +113,8 @@ class Record:
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
         other = Record(self.rule, self.frozen, self.shape, self.dtype)
         other.numbers, other.tensors, other.pending = numbers, tensors, self.pending
-        other.begun, other.asked = self.begun, self.asked
+        other.made, other.asked, other.begun = self.made, self.asked, self.begun
+        other.layout, other.spread = self.layout, self.spread
         return other
 
 
@@ -125,7 +141,7 @@ class Leaf:
     @property
     def state(self) -> Any:
         """The rule's momenta."""
-        return self._record.state
+        return self._record.shown_state
 
     @property
     def frozen(self) -> bool:
@@ -157,15 +173,21 @@ class Leaf:
         if id(context) not in memo:
             memo[id(context)] = context.fork(1), Bindings()
         copied = record.copy(numbers, tensors)
-        copied.rule = copy.deepcopy(record.rule, memo)
+        copied.rule, copied.made = copy.deepcopy((record.rule, record.made), memo)
         other = memo[id(self)] = Leaf(copied, *memo[id(context)])
         return other
 
     def __getstate__(self) -> Any:
         record = self._record
+        if record.layout is not None:
+            raise TypeError(
+                "a state whose tensors are spread over processes cannot be pickled: save fluxpy.state_dict(state) by "
+                "torch.distributed.checkpoint"
+            )
         tensors = None if record.tensors is None else [_compact(t) for t in record.tensors]
         return (
             record.rule,
+            record.made,
             record.frozen,
             record.shape,
             record.dtype,
@@ -176,8 +198,9 @@ class Leaf:
         )
 
     def __setstate__(self, held: Any) -> None:
-        rule, frozen, shape, dtype, numbers, pending, tensors, context = held
+        rule, made, frozen, shape, dtype, numbers, pending, tensors, context = held
         self._record = Record(rule, frozen, shape, dtype)
+        self._record.made = made
         self._record.numbers, self._record.pending, self._record.tensors = numbers, pending, tensors
         self._context, self._bindings, self._pending = context, Bindings(), None
 
@@ -278,7 +301,8 @@ def replace_leaf(
             record.pending = numbers.skeleton  # its place in the window
         record.tensors = numbers.skeleton = None
     elif state is not KEEP:
-        record.tensors, numbers.skeleton = partition(state)
+        tensors, numbers.skeleton = partition(state)
+        record.take_shown(tensors)
         record.begun = None
     record.numbers = numbers
 
@@ -309,14 +333,17 @@ def _new_state(rule: Rule, x: Tensor, count: int, path: str) -> tuple[list[Tenso
 def miss_update(record: Record, x: Tensor, path: str) -> None:
     """Tell an accumulating rule of an update in which its leaf was frozen."""
     assert record.rule is not None
-    skeleton = record.pending or record.numbers.skeleton
-    if skeleton is None:
-        try:
-            template = init_state(record.rule, torch.empty_like(x, device="meta"), 0, path)
-        except (RuntimeError, NotImplementedError):  # an init that reads its parameter
-            template = init_state(record.rule, x, 0, path)
-        skeleton = partition(template)[1]
+    skeleton = record.pending or record.numbers.skeleton or first_numbers(record.rule, x, path)
     record.pending = skeleton.map(at(record.rule, record.numbers.count).skip_frozen)
+
+
+def first_numbers(rule: Rule, x: Tensor, path: str) -> Skeleton:
+    """The numbers that a state for the parameter `x` begins with."""
+    try:
+        template = init_state(rule, torch.empty_like(x, device="meta"), 0, path)
+    except (RuntimeError, NotImplementedError):  # an init that reads its parameter
+        template = init_state(rule, x, 0, path)
+    return partition(template)[1]
 
 
 def _compact(t: Tensor) -> Tensor:
@@ -353,14 +380,16 @@ def _flatten(leaf: Leaf) -> tuple[tuple[Any, ...], _LeafShape]:
         return leaf._pending
     record = leaf._record
     hyper = [] if record.rule is None else tensors_of(record.rule)
-    return (*(record.tensors or ()), *hyper), _LeafShape(leaf)
+    return (*record.shown_tensors(), *hyper), _LeafShape(leaf)
 
 
 def _unflatten(shape: _LeafShape, tensors: Any) -> Leaf:
     record = shape.record.copy(shape.record.numbers.copy(), None)
     record.begun = None  # tensors of the user's own
     size = shape.size or 0
-    if shape.size is not None:
+    if shape.size is not None and all(isinstance(t, Tensor) for t in tensors[:size]):
+        record.take_shown(list(tensors[:size]))
+    elif shape.size is not None:
         record.tensors = list(tensors[:size])
     if len(tensors) > size and record.rule is not None:
         source = iter(tensors[size:])

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 import torch
 from torch import Tensor, nn
 
+from .distributed.layout import any_dtensor
 from .engine.layout import views_like
 from .gradient import Gradients
 from .grads import join, scatter
@@ -112,6 +113,7 @@ def destructure(model: Model) -> tuple[Tensor, Callable[[Tensor], Model]]:
     {'w': tensor([3., 3.]), 'b': tensor([1.])}
     """
     _, values = walk(model)
+    _require_one_process("destructure", values)
     sizes = [x.numel() for x in values]
     dtype = torch.get_default_dtype() if not values else values[0].dtype
     for x in values:
@@ -133,6 +135,13 @@ def destructure(model: Model) -> tuple[Tensor, Callable[[Tensor], Model]]:
     return flat, back
 
 
+def _require_one_process(verb: str, values: list[Tensor]) -> None:
+    if any_dtensor(values):
+        raise ValueError(
+            f"{verb} is for one process: these parameters are spread over several, each of which has a part"
+        )
+
+
 def flatten_parameters(model: Model, *, grad: bool = False) -> Model:
     """Lay the parameters of a model side by side in memory, one buffer for each dtype and device; returns the model.
 
@@ -149,6 +158,7 @@ def flatten_parameters(model: Model, *, grad: bool = False) -> Model:
     True
     """
     spec, values = walk(model)
+    _require_one_process("flatten_parameters", values)
     groups: dict[Any, list[Tensor]] = {}
     ends: dict[Any, tuple[int, str]] = {}
     for path, x in sorted(zip(spec.leaves.values(), values, strict=True), key=lambda pair: pair[1].data_ptr()):

@@ -1,5 +1,6 @@
 """What a model is made of: parameters, modules and the containers of optree. Only this file imports optree."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,15 +18,30 @@ def is_parameter(x: Any) -> bool:
 
 
 def unwrap(module: Any) -> Any:
-    """The module inside `torch.compile`, DataParallel and DistributedDataParallel: they are no part of a path."""
+    """The module inside `torch.compile`, DataParallel, DistributedDataParallel and a wrapper that checkpoints
+    activations: they are no part of a path."""
     while isinstance(module, nn.Module):
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             module = module.module
         elif "_orig_mod" in module._modules:  # torch.compile; its class lives in a module that is slow to import
             module = module._orig_mod
+        elif "_checkpoint_wrapped_module" in module._modules:
+            module = module._modules["_checkpoint_wrapped_module"]
         else:
             break
     return module
+
+
+def fsdp_module() -> Any:
+    """The class of what `fully_shard` and `replicate` make of a module; in a program that never imported them, none."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+
+
+def put_back(module: Any) -> None:
+    """Let FSDP2 put parameters where they belong: after a forward pass without a backward one, whole tensors stand in
+    their places."""
+    if isinstance(module, fsdp_module()):
+        module.reshard()
 
 
 class Level(NamedTuple):
@@ -40,6 +56,7 @@ class Level(NamedTuple):
 def level(x: Any) -> Level | None:
     """The children of a container; None of anything else."""
     if isinstance(x, nn.Module):
+        put_back(x)
         sequence = isinstance(x, nn.Sequential | nn.ModuleList | nn.ParameterList)
         # A sequence with parameters of its own keeps the positions of its layers.
         inside = {**x._modules, **x._parameters} if sequence else {**x._parameters, **x._modules}

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .fields import Hyper, check, hyper, plain, validate
-from .text import unknown
+from .pytree import partition
+from .text import form, unknown
 
 
 class Reduce(NamedTuple):
@@ -121,6 +122,34 @@ class Rule:
         """`state` as `init` made it, in the place of one that was reset or missing: what it keeps of the numbers in
         `before`. Called only of a rule that `accumulates`."""
         return state
+
+    def take(self, state: Any, x: Tensor, index: Tensor, dim: int) -> Any:
+        """The state for `x.index_select(dim, index)`, made of that for `x`: what `fluxpy.surgery` asks for.
+
+        By default tensors of the shape of `x` are taken along, numbers and 0-dim tensors stay, and another shape is a
+        ValueError. A rule whose state has other shapes, or for which a row of the state is not one of the parameter,
+        defines this and `grow`; a rule around others passes the call on. The inputs may not be written to.
+        """
+        tensors, skeleton = partition(state)
+        return skeleton.combine(t.index_select(dim, index) if _has_rows(self, t, x) else t for t in tensors)
+
+    def grow(self, state: Any, x: Tensor, rows: Tensor, dim: int) -> Any:
+        """The state for `torch.cat([x, rows], dim)`, made of that for `x`. By default the new rows of each tensor of
+        the shape of `x` are those of `init` for `rows`. See `take`."""
+        return self.joined(state, self.init_any(rows), x, dim)
+
+    def joined(self, state: Any, new: Any, x: Tensor, dim: int) -> Any:
+        """A state for `x`, with the rows of a new one after its own."""
+        tensors, skeleton = partition(state)
+        return skeleton.combine(
+            torch.cat([t, rows.to(t.dtype)], dim) if _has_rows(self, t, x) else t
+            for t, rows in zip(tensors, partition(new)[0], strict=True)
+        )
+
+    def map_inner_states(self, f: Callable[..., Any], *states: Any) -> Any:
+        """The last of `states`, which are of this rule, with `f(rule, *parts)` in place of what belongs to each rule
+        directly inside. Defined by rules around others whose states can be told apart."""
+        return states[-1]
 
     @cached_property
     def inner(self) -> tuple["Rule", ...]:
@@ -392,6 +421,18 @@ def tensors_of(rule: Rule) -> list[Tensor]:
         for v in _elements(value)
         if isinstance(v, Tensor)
     ]
+
+
+def _has_rows(rule: Rule, t: Tensor, x: Tensor) -> bool:
+    """Whether a tensor of the state of `x` has its rows (elementwise rules see a complex `x` as a real one), or is a
+    number. ValueError where it is neither."""
+    if t.ndim and t.shape != x.shape and not (x.is_complex() and t.shape == (*x.shape, 2)):
+        raise ValueError(
+            f"{title(rule)} keeps {form(t.shape, t.dtype)} for a parameter of shape {list(x.shape)}, and does not say "
+            "how its rows change: a rule with such a state defines take(self, state, x, index, dim) and "
+            "grow(self, state, x, rows, dim)"
+        )
+    return t.ndim > 0
 
 
 def eps_for(x: Tensor, eps: Hyper) -> Hyper:

@@ -277,4 +277,4 @@ def _all_of(texts: list[str]) -> str:
 
 
 def _bytes(leaves: list[Leaf]) -> int:
-    return sum(t.nbytes for leaf in leaves for t in record_of(leaf).tensors or ())
+    return sum(t.nbytes for leaf in leaves for t in record_of(leaf).shown_tensors())  # of all processes together

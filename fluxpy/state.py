@@ -7,6 +7,7 @@ given. None of them needs the model.
 import copy
 import fnmatch
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias, TypeVar, overload
 
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 
 from .binding import Binding, Bindings
 from .context import Context
-from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, record_of
-from .rule import Rule, at, holders_of, hyperparameters, title_key
+from .distributed.layout import any_dtensor, layout_of, local_tensors
+from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of
+from .pytree import Skeleton
+from .rule import Rule, at, holders_of, hyperparameters, rule_key, title_key
 from .rule import walk as walk_rule
 from .show import describe_tree, table, tree_as_html
 from .text import OF_STATES, WORDS, form, named, near
-from .tree import Mirror, TreeSpec, check_model, rooted, spec_of, values_of, walk
+from .tree import Mirror, TreeSpec, check_model, relaid, respec, rooted, spec_of, values_of, walk
 
 AnyState = TypeVar("AnyState", bound="State | Leaf")
 Rules: TypeAlias = Rule | Mapping[str, Rule | None]  # one rule, or rules by glob patterns over paths
@@ -114,7 +117,29 @@ def bind(state: State | Leaf, model: Any) -> Binding:
     known = binding is not None and binding.spec is spec and binding.matches(model)
     if binding is not None and known and (alone is None or binding.records[0] is alone):
         return binding
-    return bindings.add(key, spec, model, [record_of(leaf) for leaf in leaf_list(state)])
+    binding = _new_binding(state, spec, model, key)
+    _lay_out(binding, tree_context(state))
+    return binding
+
+
+def _new_binding(state: State | Leaf, spec: TreeSpec, model: Any, key: int) -> Binding:
+    bindings, records = tree_bindings(state), [record_of(leaf) for leaf in leaf_list(state)]
+    try:
+        return bindings.add(key, spec, model, records)
+    except ValueError:
+        if isinstance(state, Leaf) or (other := relaid(spec, walk(model)[0])) is None:
+            raise
+        respec(state, other)  # all that the model has, in the order of the model
+    return bindings.add(id(other), other, model, records)
+
+
+def _lay_out(binding: Binding, context: Context) -> None:
+    """Bring the state to where the parameters are, which may have been spread over processes since."""
+    if not (binding.spread or context.spread):
+        return
+    context.spread = True
+    for record, x in zip(binding.records, binding.originals, strict=True):
+        context.structure += record.lay_out(layout_of(x))
 
 
 @overload
@@ -132,9 +157,9 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
 
     `keep` is an older state: rule, momenta, counts and frozenness of each leaf whose path, shape and dtype are still
     there are taken over (copied), as for a new head on a trained encoder; `rule` is for the others, and None freezes
-    for good all the same. A warning names the leaves that start anew because their shape or dtype is another. A new
-    head of the old one's shape goes on with the old momenta, unless you `reset` it; in the same module, where that can
-    be told, a warning says so.
+    for good all the same. One warning lists the leaves whose shape or dtype changed, which start anew;
+    `fluxpy.surgery` takes momenta along. A new head of the old one's shape goes on with the old momenta, unless you
+    `reset` it; in the same module, where that can be told, a warning says so.
 
     With `compile`, elementwise rules, your own included, are compiled by `torch.compile` into one kernel for the whole
     chain: seconds at the first update, once for a chain, dtype and device, whatever hyperparameters, schedules, counts
@@ -161,6 +186,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     rules = _assign(rule, names) if params else {}
     kept = {} if keep is None else {path: leaf for path, leaf in paths_and_leaves(keep, "setup(..., keep=)")}
     context, bindings = Context(compile, len(params)), Bindings()
+    context.spread = any_dtensor(params)
     numbers: dict[int, Numbers] = {}
     leaves: list[Leaf] = []
     taken: dict[int, Record] = {}
@@ -169,13 +195,21 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
         if before is not None:
             taken[index] = before
         record = _new(rules[index], x) if before is None else _copy(before, x, numbers)
-        record.asked = x.requires_grad if isinstance(x, nn.Parameter) else None
+        if context.spread or record.layout is not None:
+            record.lay_out(layout_of(x))
         leaves.append(Leaf(record, context, bindings))
     new = [index for index in range(len(params)) if index not in taken]
     with torch.inference_mode(False), torch.no_grad():
-        _begin(leaves, new, params, names)
-    if keep is not None:
-        _say_what_was_kept(keep, kept, taken, params, {index: names[index] for index in new if rules[index]})
+        _begin(leaves, new, local_tensors(params), names)
+    if changed := _changed(kept, [i for i in new if rules[i] is not None], params, names):
+        warnings.warn(
+            f"setup(keep=) starts anew where shape or dtype changed: {'; '.join(changed[:8])}"
+            f"{f' ({len(changed)} in all)' if len(changed) > 8 else ''}. Rows that are still meant can "
+            "keep their momenta: change the old model and state together by fluxpy.surgery (take, grow)",
+            stacklevel=2,
+        )
+    if taken and keep is not None:
+        _warn_of_new_tensors(keep, kept, taken, params)
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
 
 
@@ -188,8 +222,16 @@ def names_by_number(spec: TreeSpec) -> dict[int, list[str]]:
 
 
 def _new(rule: Rule | None, x: Tensor) -> Record:
-    frozen = rule is None or (isinstance(x, nn.Parameter) and not x.requires_grad)
-    return Record(rule, frozen, x.shape, x.dtype)
+    record = Record(rule, rule is None, x.shape, x.dtype)
+    _note_flag(record, x)
+    return record
+
+
+def _note_flag(record: Record, x: Tensor) -> None:
+    """A parameter that does not require grad is frozen."""
+    if isinstance(x, nn.Parameter):
+        record.asked = x.requires_grad
+        record.frozen = record.frozen or not x.requires_grad
 
 
 def _kept(kept: dict[str, Leaf], names: list[str], x: Tensor) -> Record | None:
@@ -201,62 +243,82 @@ def _kept(kept: dict[str, Leaf], names: list[str], x: Tensor) -> Record | None:
     return None
 
 
+def _changed(kept: dict[str, Leaf], new: list[int], params: list[Tensor], names: dict[int, list[str]]) -> list[str]:
+    """What could not be taken over, since its shape or dtype is another now."""
+    pairs = [(next((name for name in names[index] if name in kept), None), params[index]) for index in new]
+    return [
+        f"{name!r} was {form(kept[name].shape, kept[name].dtype)} and is {form(x.shape, x.dtype)}"
+        for name, x in pairs
+        if name is not None and kept[name].rule is not None
+    ]
+
+
 def _copy(before: Record, x: Tensor, numbers: dict[int, Numbers]) -> Record:
     own = numbers.setdefault(id(before.numbers), before.numbers.copy())
     record = before.clone(own)
-    record.frozen = record.frozen or (isinstance(x, nn.Parameter) and not x.requires_grad)
+    _note_flag(record, x)
     return record
 
 
-def _say_what_was_kept(
-    keep: State | Leaf,
-    kept: dict[str, Leaf],
-    taken: dict[int, Record],
-    params: list[Tensor],
-    new: dict[int, list[str]],
+def _warn_of_new_tensors(
+    keep: State | Leaf, kept: dict[str, Leaf], taken: dict[int, Record], params: list[Tensor]
 ) -> None:
-    """Warn of leaves that start anew, and of new tensors that go on with the momenta of others."""
-    pairs = [(kept[name], params[index], name) for index, names in new.items() for name in names if name in kept]
-    changed = [
-        f"{name!r} ({form(leaf.shape, leaf.dtype)} before, {form(x.shape, x.dtype)} now)"
-        for leaf, x, name in pairs
-        if (leaf.shape, leaf.dtype) != (x.shape, x.dtype)
-    ]
-    if changed:
+    """Say where, in a model that is otherwise the old one, a new tensor goes on with the momenta of another."""
+    known = {id(r): x for b in tree_bindings(keep).values() for r, x in zip(b.records, b.originals, strict=True)}
+    same = {index: known.get(id(record)) is params[index] for index, record in taken.items()}
+    if not all(id(record) in known for record in taken.values()) or not any(same.values()):
+        return
+    paths = {id(record_of(leaf)): path for path, leaf in reversed(kept.items())}
+    new = [paths[id(taken[index])] for index, is_same in same.items() if not is_same and taken[index].numbers.count]
+    if new:
         warnings.warn(
-            f"setup(..., keep=): another shape or dtype, so these start anew: {', '.join(changed)}", stacklevel=3
+            f"setup(..., keep=): {', '.join(map(repr, new))} are new tensors of the old shape, and go on with the old "
+            "momenta and counts; fluxpy.reset that branch for them to start anew",
+            stacklevel=3,
         )
-    known = {id(r): x for b in tree_bindings(keep).values() for r, x in zip(b.records, b.params, strict=True)}
-    others = {index: known.get(id(record)) is not params[index] for index, record in taken.items()}
-    if all(id(record) in known for record in taken.values()) and not all(others.values()):
-        paths = {id(record_of(leaf)): path for path, leaf in reversed(kept.items())}
-        new_tensors = [
-            paths[id(taken[index])] for index, other in others.items() if other and taken[index].numbers.count
-        ]
-        if new_tensors:
-            warnings.warn(
-                f"setup(..., keep=): {', '.join(map(repr, new_tensors))} are new tensors of the old shape, and go on "
-                "with the old momenta and counts; fluxpy.reset that branch for them to start anew",
-                stacklevel=3,
-            )
 
 
 def _begin(leaves: list[Leaf], new: list[int], params: list[Tensor], names: dict[int, list[str]]) -> None:
     """Make the states of new leaves that train, in the same place of an accumulation window as those that are kept."""
     records = [record_of(leaf) for leaf in leaves]
-    windows = {
-        title_key(r.rule): r.pending or r.numbers.skeleton
-        for r in records
-        if r.rule is not None and r.rule.accumulates and (r.pending or r.numbers.skeleton) is not None
-    }
+    windows: dict[Any, Skeleton] = {}  # of leaves with a rule of the same kind
+    inner: dict[Any, Any] = {}  # of each accumulating rule, by what equal ones have in common
+    for r in records:
+        numbers = r.pending or r.numbers.skeleton
+        if r.rule is not None and r.rule.accumulates and numbers is not None:
+            if title_key(r.rule) not in windows:
+                _map_windows(r.rule, numbers.bare(), inner.setdefault)
+            windows[title_key(r.rule)] = numbers
     for index in new:
-        record = records[index]
+        record, path = records[index], names[index][0]
         if record.rule is None:
             continue
         if record.rule.accumulates:
             record.pending = windows.get(title_key(record.rule))
+            if record.pending is None and inner:
+                record.pending = _in_step(record.rule, first_numbers(record.rule, params[index], path), inner)
         if not record.frozen:
-            record.begin(params[index], names[index][0])
+            record.begin(params[index], path)
+
+
+def _in_step(rule: Rule, numbers: Skeleton, windows: dict[Any, Any]) -> Skeleton:
+    """The numbers in which each accumulating rule is in step with its equal in other chains."""
+    return numbers.map(lambda s: _map_windows(rule, s, lambda key, own: windows.get(key, own)))
+
+
+def _map_windows(rule: Rule, state: Any, f: Callable[[Any, Any], Any]) -> Any:
+    """The state with `f(key, part)` in place of the part of each accumulating rule inside. A key is what rules have in
+    common that are equal, and at the same place among their equals."""
+    seen: Counter[Any] = Counter()
+
+    def visit(rule: Rule, state: Any) -> Any:
+        if rule.inner or not rule.accumulates:
+            return rule.map_inner_states(visit, state)
+        key = rule_key(rule)
+        seen[key] += 1
+        return f((key, seen[key]), state)
+
+    return visit(rule, state)
 
 
 _GLOB = frozenset("*?[")

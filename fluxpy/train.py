@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .containers import open_data
 from .context import reads_at_once
+from .data import require_batches
+from .distributed.parallel import is_first_process
 from .gradient import LossFunction, Model, Value, differentiate
 from .leaf import Leaf
-from .pytree import level, partition, tensors_in, unwrap
+from .pytree import level, unwrap
 from .state import State, bind, leaves, tree_context
 from .update import apply_gradients, check_finite
 
@@ -37,6 +40,9 @@ def train(
     watching. Modules are put into training mode, wholly frozen ones into evaluation mode. For epochs, call it again;
     for callbacks and metrics write the loop with `trainstep`, or take the `Learner`.
 
+    Where the model runs on several processes each is given its own batches, as many as the others; losses are means
+    over the processes, and the first of them shows the bar.
+
     Raises FloatingPointError with the item's index for a loss that is not finite, before that item updated anything,
     and ValueError for data without a batch.
 
@@ -51,11 +57,10 @@ def train(
     bind(state, model)
     training_mode(model, state)
     losses: list[Tensor] = []
-    watched, drawn = _watched() if progress is None else progress, 0.0
+    watched, drawn = is_first_process() and (_watched() if progress is None else progress), 0.0
     with tqdm(data, disable=not watched, unit="batch") as bar:
         for batch in bar:
-            value = trainstep(loss, model, batch, state)
-            losses.append(value[0] if isinstance(value, tuple) else value)
+            losses.append(_turn(loss, model, batch, state)[1])
             if reads_at_once(losses[-1]) and not math.isfinite(losses[-1].item()):
                 break
             if watched and time.monotonic() > drawn + 0.1:  # reading the loss more often would make a device wait
@@ -77,8 +82,14 @@ def train(
 def trainstep(loss: LossFunction[Model, Value], model: Model, batch: Any, state: State | Leaf) -> Value:
     """One turn of `train`: gradient and update on one batch. Returns what the loss returned, detached.
 
-    Where the loss is not finite nothing is updated; the caller decides what to do.
+    Where the loss is not finite nothing is updated; the caller decides what to do. Where the model runs on several
+    processes, none updates if the loss of one is not finite.
     """
+    return _turn(loss, model, batch, state)[0]
+
+
+def _turn(loss: LossFunction[Model, Value], model: Model, batch: Any, state: State | Leaf) -> tuple[Value, Tensor]:
+    """What the loss returned; and the loss, on several processes their mean."""
     _check_order(loss, model)
     binding, context = bind(state, model), tree_context(state)
     batch = to_device(batch, binding.params)
@@ -90,12 +101,14 @@ def trainstep(loss: LossFunction[Model, Value], model: Model, batch: Any, state:
             error.add_note(note)
         raise
     number = value[0] if isinstance(value, tuple) else value
+    if binding.parallel is not None:
+        number = binding.parallel.mean(number)
     if not reads_at_once(number):
         context.flag.require(number.isfinite(), context.updates, "the loss")
     elif not math.isfinite(number.item()):
-        return value
+        return value, number
     apply_gradients(binding, context, grads)
-    return value
+    return value, number
 
 
 def _check_order(loss: Any, model: Any) -> None:
@@ -164,7 +177,7 @@ def to_device(batch: Any, params: list[Tensor]) -> Any:
     parts = batch if isinstance(batch, tuple | list) else (batch,)
     if len(devices) == 1 and all(isinstance(part, Tensor) and part.device in devices for part in parts):
         return batch
-    tensors = tensors_in(batch)
+    tensors, _ = open_data(batch)
     if len(devices) > 1 and tensors:
         raise ValueError(
             f"cannot tell the batch's device: the model's parameters are on {', '.join(sorted(map(str, devices)))}; "
@@ -184,8 +197,10 @@ def place(batch: Any, device: torch.device | None) -> Any:
         return batch if batch.device == device else batch.to(device, non_blocking=batch.is_pinned())
     if type(batch) in (tuple, list):
         return type(batch)([place(part, device) for part in batch])
-    tensors, skeleton = partition(batch)
-    return skeleton.combine(place(t, device) for t in tensors) if tensors else batch
+    tensors, opened = open_data(batch)
+    if all(t.device == device for t in tensors):
+        return batch
+    return opened.combine(place(t, device) for t in tensors)
 
 
 def _watched() -> bool:
@@ -203,10 +218,4 @@ def _refuse(refused: dict[str, Any], data: Any, state: Any) -> None:
         raise TypeError(f"train has no argument {name!r}{hint}")
     if not isinstance(state, State | Leaf):
         raise TypeError(f"train takes the state that setup returns in fourth place, but got {type(state).__name__}")
-    if isinstance(data, dict) or data is None:
-        raise TypeError(
-            f"train takes an iterable of batches, not {type(data).__name__}: DataLoader(data, batch_size=32)"
-        )
-    arrays = isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(a, Tensor | np.ndarray) for a in data)
-    if arrays and (isinstance(data, tuple) or data[0].shape != data[1].shape or data[0].dtype != data[1].dtype):
-        raise TypeError("train takes an iterable of batches, not a pair of arrays: DataLoader((X, Y), batch_size=32)")
+    require_batches(data, "the data of train")

@@ -27,15 +27,23 @@ class TreeSpec:
     "selection". `index` is the parameter's number at a leaf, -1 elsewhere.
     """
 
-    def __init__(self, kind: str, keys: tuple[Any, ...] = (), children: tuple[Any, ...] = (), index: int = -1) -> None:
+    def __init__(
+        self,
+        kind: str,
+        keys: tuple[Any, ...] = (),
+        children: tuple[Any, ...] = (),
+        index: int = -1,
+        loose: bool = False,
+    ) -> None:
         self.kind, self.keys, self.children, self.index = kind, keys, children, index
+        self.loose = loose  # paths alone count, as after a renaming: their order is that of the next model
 
     @staticmethod
-    def build(places: list[tuple[str, tuple[Any, ...], int]]) -> "TreeSpec":
+    def build(places: list[tuple[str, tuple[Any, ...], int]], loose: bool = False) -> "TreeSpec":
         """The spec of (kind, keys, index) of each place in depth-first order. No recursion: trees may be deep."""
         done: list[TreeSpec] = []
         for kind, keys, index in reversed(places):
-            done.append(TreeSpec(kind, keys, tuple([done.pop() for _ in keys]), index))
+            done.append(TreeSpec(kind, keys, tuple([done.pop() for _ in keys]), index, loose))
         return done[0]
 
     @property
@@ -51,10 +59,10 @@ class TreeSpec:
         """The same shape with other numbers for its parameters."""
         if list(order) == list(order.values()):
             return self
-        return TreeSpec.build([(kind, keys, order.get(index, -1)) for kind, keys, index in self.preorder])
+        return TreeSpec.build([(kind, keys, order.get(index, -1)) for kind, keys, index in self.preorder], self.loose)
 
     def __reduce__(self) -> Any:
-        return _known, (self.preorder,)
+        return (TreeSpec.build, (self.preorder, True)) if self.loose else (_known, (self.preorder,))
 
     def __deepcopy__(self, memo: Any) -> "TreeSpec":
         return self
@@ -316,6 +324,22 @@ def spec_of(tree: Mirror) -> TreeSpec:
 def values_of(tree: Mirror) -> list[Any]:
     """The values of the whole tree that a view is of; the numbers in its spec are places in this list."""
     return tree._values
+
+
+def respec(tree: Mirror, spec: TreeSpec) -> None:
+    """Give a tree another shape for the same values."""
+    tree._spec = spec
+
+
+def relaid(spec: TreeSpec, other: TreeSpec) -> TreeSpec | None:
+    """The shape `other` with the numbers of `spec`, which is loose; None unless both have parameters at the same paths,
+    and the same ties."""
+    numbers, order = dict(spec.paths), dict[int, int]()
+    if not spec.loose or numbers.keys() != dict(other.paths).keys():
+        return None
+    if any(order.setdefault(index, numbers[path]) != numbers[path] for path, index in other.paths):
+        return None
+    return other.renumbered(order) if len({*order.values()}) == len(order) else None
 
 
 def rooted(tree: Mirror) -> tuple[TreeSpec, list[Any]]:

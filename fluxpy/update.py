@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .binding import Binding, Bindings
 from .context import Context, SkipUpdate
+from .distributed.layout import local_gradients
 from .engine.cohort import Member
 from .engine.layout import is_dense
 from .engine.plan import Plan, Route
@@ -56,6 +57,11 @@ def update(state: AnyState, model: Model, grads: Any = None, *, inplace: bool = 
     if inplace:
         apply_gradients(binding, context, grads)
         return state, model
+    if binding.spread:
+        raise ValueError(
+            "update(..., inplace=False) is for one process: a model whose parameters are spread over processes cannot "
+            "be copied; update it in place"
+        )
     return _pure(state, binding, context, model, grads)
 
 
@@ -63,10 +69,12 @@ def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
     """`update` in place of a model whose parameters are known."""
     found = in_order(binding, grads)
     if binding.unasked and any(x.requires_grad for x in binding.unasked):
-        binding.flags_now()
+        binding.warn_of_flags()
     tracked = torch.is_grad_enabled()
     torch.set_grad_enabled(False)  # as a context it would cost a tenth of a small model's update
     try:
+        if binding.spread:
+            found = _local(binding, found)
         if is_transforming():  # nothing may be kept from one step to the next
             _check(binding, found, inplace=True)
             _reference_step(binding, context, found)
@@ -74,6 +82,7 @@ def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
             _step_in_inference_mode(binding, context, found)
         else:
             _step(binding, context, found)
+            torch.clear_autocast_cache()  # of an autocast around the loop: it has cast the weights of before
     except SkipUpdate:
         pass
     finally:
@@ -85,10 +94,12 @@ def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
     plan, route, grads = _route_for(binding, context, grads, inplace=True)
     try:
         units = _run(plan, route.units, grads, context)
-    except BaseException:
+    except BaseException as error:
         plan.forget_begun()
         for unit in route.units:
             unit.drop()
+        if plan.totals is not None and not isinstance(error, FloatingPointError | SkipUpdate):
+            error.add_note("raised on this process; others may have made this update, and then differ from it now")
         raise
     plan.begun = []
     plan.sit_out()
@@ -103,7 +114,7 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
         plan = binding.plan = Plan(binding.records, binding.params, binding.paths, context)
     route = plan.current(grads) or plan.find(grads)
     if route is None:
-        binding.flags_now()
+        binding.warn_of_flags()
         _check(binding, grads, inplace)
         grads = _apart_from_parameters(binding, grads)
         try:
@@ -117,17 +128,33 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
 
 def _run(plan: Plan, units: Sequence[Unit], grads: list[Any], context: Context) -> Sequence[Unit]:
     """Take units to their results; the leaves of a unit that cannot take its inputs go one by one."""
+    if plan.totals is not None:
+        plan.totals.start()
     while True:
         try:
-            run_to_results(units, grads, context)
+            run_to_results(units, grads, context, plan.totals)
             return units
         except FallBack as fallback:
+            if plan.totals is not None:
+                plan.totals.start_over()
             context.structure += 1
             if fallback.reason is not None:
                 context.reference_only.add(fallback.reason)
             members: list[Member] = fallback.unit.cohort.members
             alone = [ReferenceUnit(*member, context) for member in members]
             units = [*(unit for unit in units if unit is not fallback.unit), *alone]
+
+
+def _local(binding: Binding, grads: list[Any]) -> list[Any]:
+    """What this process holds of the gradients of parameters that are spread over processes."""
+    if is_transforming() or any(x.is_inference() for x in binding.params):
+        raise ValueError(
+            "parameters that are spread over processes are updated outside of torch.func, torch.compile and "
+            "inference_mode"
+        )
+    # Writes to local tensors are to be seen by autograd.
+    torch.autograd.graph.increment_version(binding.originals)
+    return local_gradients([record.layout for record in binding.records], grads, binding.paths)
 
 
 def _step_in_inference_mode(binding: Binding, context: Context, grads: list[Any]) -> None:
@@ -274,7 +301,7 @@ def _check(binding: Binding, grads: Sequence[Any], inplace: bool) -> None:
 
 
 def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
-    if (x.shape, x.dtype) != (record.shape, record.dtype):
+    if (x.shape, x.dtype) != (record.local_shape, record.dtype):
         raise ValueError(
             f"the model does not fit the state: {path!r} was {form(record.shape, record.dtype)} at setup and is now "
             f"{form(x.shape, x.dtype)}; call setup again after changing a model"

@@ -37,6 +37,7 @@ def clip_norm_change(memory: Any, x: Array, g: Array, max_norm: float, norm_type
 lion = each(reference.lion)
 oadam = each(reference.oadam)
 adabelief = each(reference.adabelief)
+adopt = each(reference.adopt)
 weight_decay = each(reference.weight_decay)
 sign_decay = each(reference.sign_decay)
 clip_grad = each(reference.clip_grad)
@@ -62,3 +63,34 @@ def accumulated_momentum(memory: Any, x: Array, g: Array, n: int, lr: float, mom
     mean = np.mean(window, axis=0)
     window.clear()
     return reference.momentum(memory, x, mean, lr, momentum)
+
+
+@each
+def ademamix(
+    memory: Any, x: Array, g: Array, lr: float, betas: Any, eps: float, alpha: float, weight_decay: float
+) -> Array:
+    """Algorithm 1 of Pagliardini et al. 2024 (arXiv 2409.03137), its decay rates and alpha as they are given."""
+    m, v, t = reference.moments(memory, g, betas)
+    slow = memory["slow"] = betas[2] * memory.get("slow", 0.0) + (1 - betas[2]) * g
+    ahead = m / (1 - betas[0] ** t) + alpha * slow
+    return lr * (ahead / (np.sqrt(v / (1 - betas[1] ** t)) + eps) + weight_decay * x)
+
+
+@each
+def lookahead(memory: Any, x: Array, g: Array, k: int, alpha: float, **adam: Any) -> Array:
+    """Algorithm 1 of Zhang et al. 2019 (arXiv 1907.08610) around Adam, whose memory is kept."""
+    slow = memory.setdefault("slow", x)
+    fast = x - reference.adam(memory, x, g, **adam)
+    memory["steps"] = memory.get("steps", 0) + 1
+    if memory["steps"] < k:
+        return x - fast
+    memory.update(steps=0, slow=slow + alpha * (fast - slow))
+    return x - memory["slow"]
+
+
+@each
+def cautious(memory: Any, x: Array, g: Array, **adam: Any) -> Array:
+    """Liang et al. 2024 (arXiv 2411.16085), the authors' code, around Adam."""
+    u = reference.adam(memory, x, g, **adam)
+    mask = (u * g > 0).astype(float)
+    return u * mask / max(mask.mean(), 1e-3)

@@ -99,6 +99,18 @@ def oadam(memory: Memory, x: Array, g: Array, lr: float, betas: Any, eps: float)
     return 2 * now - before
 
 
+def adopt(memory: Memory, x: Array, g: Array, lr: float, betas: Any, eps: float) -> Array:
+    """Algorithm 2 of Taniguchi et al. 2024 (arXiv 2411.02853, second version, with c_t = t^(1/4))."""
+    if "v" not in memory:
+        memory.update(v=g**2, m=np.zeros_like(g), t=0)
+        return np.zeros_like(x)
+    t = memory["t"] = memory["t"] + 1
+    clipped = np.clip(g / np.maximum(np.sqrt(memory["v"]), eps), -(t**0.25), t**0.25)
+    m = memory["m"] = betas[0] * memory["m"] + (1 - betas[0]) * clipped
+    memory["v"] = betas[1] * memory["v"] + (1 - betas[1]) * g**2
+    return lr * m
+
+
 def adabelief(memory: Memory, x: Array, g: Array, lr: float, betas: Any, eps: float) -> Array:
     """Algorithm 2 of Zhuang et al. 2020 (arXiv 2010.07468)."""
     t = memory["t"] = memory.get("t", 0) + 1
@@ -214,6 +226,7 @@ FORMULAS: dict[str, Callable[..., Array]] = {
     "AdaMax": adamax,
     "OAdam": oadam,
     "AdaBelief": adabelief,
+    "ADOPT": adopt,
     "RMSProp": rmsprop,
     "AdaGrad": adagrad,
     "AdaDelta": adadelta,

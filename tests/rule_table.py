@@ -6,6 +6,8 @@ from functools import partial
 from typing import Any
 
 import oracles
+import prodigyopt
+import schedulefree
 import torch
 
 import fluxpy
@@ -16,8 +18,9 @@ from fluxpy.rule import Rule, hyperparameters, replace, walk
 class Row:
     """`adjusted` has another legal value for every adjustable hyperparameter, `fixed` for every one that is not.
 
-    Either `twin` is the optimiser of `torch.optim`, which takes the rule's hyperparameters by their names, or `oracle`
-    makes a step from the paper in NumPy.
+    Either `twin` is the optimiser of `torch.optim` (or of the rule's own package), which takes the rule's
+    hyperparameters by their names, or `oracle` makes a step from the paper in NumPy. A rule for `matrices` alone gets
+    those in place of scalars and vectors.
     """
 
     rule: Rule
@@ -26,6 +29,11 @@ class Row:
     twin: Callable[..., torch.optim.Optimizer] | None = None
     oracle: Callable[[], oracles.Step] | None = None
     window: int = 1  # updates in one application
+    matrices: bool = False
+
+    def fit(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape that the rule takes: the given one, or a matrix of as many elements."""
+        return (*shape, *[1] * (2 - len(shape))) if self.matrices else shape
 
     def given(self, values: dict[str, Any]) -> Rule:
         return replace(self.rule, lambda _, name, old: values.get(name, old))
@@ -44,8 +52,20 @@ def paper_row(rule: Rule, oracle: Callable[[], oracles.Step], adjusted: dict[str
     return Row(rule, adjusted, oracle=oracle)
 
 
+def schedule_free(kind: Any) -> Callable[..., torch.optim.Optimizer]:
+    """An optimiser of the package, in the mode in which it steps."""
+
+    def make(params: Any, **values: Any) -> torch.optim.Optimizer:
+        optimizer = kind(params, foreach=False, **values)
+        optimizer.train()
+        return optimizer
+
+    return make
+
+
 opt = torch.optim
 ADAM = {"lr": 3e-2, "betas": (0.7, 0.95), "eps": 1e-3}
+SCHEDULE_FREE = {"weight_decay": 0.3, "warmup_steps": 7, "r": 0.5, "weight_lr_power": 1.0}
 NORM = {"max_norm": 0.5, "norm_type": 3.0, "nonfinite": "ignore"}
 
 ROWS: dict[str, Row] = {
@@ -65,6 +85,46 @@ ROWS: dict[str, Row] = {
     "Lion": paper_row(fluxpy.Lion(), oracles.lion, {"lr": 1e-2, "betas": (0.6, 0.95)}),
     "OAdam": paper_row(fluxpy.OAdam(), oracles.oadam, ADAM),
     "AdaBelief": paper_row(fluxpy.AdaBelief(), oracles.adabelief, ADAM),
+    "AdEMAMix": paper_row(
+        fluxpy.AdEMAMix(),
+        oracles.ademamix,
+        {**ADAM, "betas": (0.7, 0.95, 0.99), "alpha": 2.0, "weight_decay": 0.3},
+    ),
+    # An eps above the gradients that check_rule gives, or it would not show.
+    "ADOPT": paper_row(fluxpy.ADOPT(), oracles.adopt, {**ADAM, "eps": 60.0}),
+    "ScheduleFreeSGD": Row(
+        fluxpy.ScheduleFreeSGD(0.5),  # of a rate of 1 no power shows
+        {"lr": 0.3, "momentum": 0.6, **SCHEDULE_FREE},
+        twin=schedule_free(schedulefree.SGDScheduleFree),
+    ),
+    "ScheduleFreeAdamW": Row(
+        fluxpy.ScheduleFreeAdamW(), {**ADAM, **SCHEDULE_FREE}, twin=schedule_free(schedulefree.AdamWScheduleFree)
+    ),
+    "Muon": Row(
+        fluxpy.Muon(),
+        {
+            "lr": 3e-2,
+            "momentum": 0.6,
+            "weight_decay": 0.3,
+            "nesterov": False,
+            "ns_steps": 3,
+            "adjust_lr_fn": "match_rms_adamw",
+        },
+        twin=opt.Muon,
+        matrices=True,
+    ),
+    "Adafactor": torch_row(
+        fluxpy.Adafactor(),
+        opt.Adafactor,
+        # An eps above the numbers that check_rule gives, or it would not show.
+        {"lr": 0.3, "beta2_decay": -0.5, "eps": (20.0, 30.0), "d": 1.5, "weight_decay": 0.3},
+    ),
+    "Prodigy": Row(
+        fluxpy.Prodigy(d0=1e-3),  # first steps well above the rounding of the parameters
+        {**ADAM, "weight_decay": 0.3, "d_coef": 2.0},
+        {"d0": 1e-2},
+        twin=prodigyopt.Prodigy,
+    ),
     "WeightDecay": paper_row(fluxpy.WeightDecay(), oracles.weight_decay, {"weight_decay": 0.3}),
     "SignDecay": paper_row(fluxpy.SignDecay(), oracles.sign_decay, {"sign_decay": 0.3}),
     "ClipGrad": paper_row(fluxpy.ClipGrad(), oracles.clip_grad, {"clip_value": 0.01}),
@@ -79,6 +139,8 @@ ROWS: dict[str, Row] = {
         oracle=oracles.accumulated_momentum,
         window=7,
     ),
+    "Lookahead": paper_row(fluxpy.Lookahead(fluxpy.Adam()), oracles.lookahead, {**ADAM, "k": 3, "alpha": 0.8}),
+    "Cautious": paper_row(fluxpy.Cautious(fluxpy.Adam()), oracles.cautious, ADAM),
     "MixedPrecision": torch_row(
         fluxpy.MixedPrecision(fluxpy.AdamW()), opt.AdamW, {**ADAM, "weight_decay": 0.3}, {"dtype": torch.float64}
     ),

@@ -26,6 +26,7 @@ from fluxpy import (
     leaves,
     load_state_dict,
     reset,
+    select,
     setup,
     state_dict,
     thaw,
@@ -136,6 +137,26 @@ def test_a_new_part_in_the_middle_of_a_window(chain, layout, n):
         run.state = setup(chain(n), run.model, keep=run.state)
         found = in_step(run)
         assert found == rhythm(Run(chain(n)).step(start))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("new", CHAINS.values(), ids=CHAINS.keys())
+@every_chain
+def test_a_new_part_of_another_chain_in_the_middle_of_a_window(chain, new, frozen):
+    """It joins the window of what is kept, though its chain has other members, or has them elsewhere."""
+    for start in range(4):
+        run = Run({"b": new(3), "*": chain(3)}).step(start)
+        if frozen:
+            run.model["b"].requires_grad_(False)
+        run.state = setup({"b": new(3), "*": chain(3)}, run.model, keep=select(run.state, "[acde]"))
+        thaw(run.state)
+        assert in_step(run) == rhythm(Run(chain(3)).step(start))
+
+
+def test_a_new_part_with_a_window_of_its_own_begins_it():
+    run = Run({"b": CHAINS["AdamW"](4), "*": CHAINS["Descent"](3)}).step(2)
+    run.state = setup({"b": CHAINS["AdamW"](4), "*": CHAINS["Descent"](3)}, run.model, keep=select(run.state, "[acde]"))
+    assert rhythm(run, updates=5) == ["acde", "", "", "abcde", ""]
 
 
 @every_way

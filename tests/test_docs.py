@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fluxpy
-from fluxpy import learner, rules, schedules, testing
+from fluxpy import interop, learner, rules, schedules, surgery, testing
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,5 +68,6 @@ def test_every_public_name_is_on_the_api_page() -> None:
     of_schedules = [n for n, x in vars(schedules).items() if getattr(x, "__module__", "") == schedules.__name__]
     of_learner = [name for name in learner.__all__ if name != "Learner"]
     for_rule_writers = ["Assign", "Reduce", "ReducingRule", "Rule", "hyper"]
-    public = [*fluxpy.__all__, *testing.__all__, *of_learner, *for_rule_writers, "rules"]
+    own_modules = [*interop.__all__, *surgery.__all__, *testing.__all__]
+    public = [*fluxpy.__all__, *own_modules, *of_learner, *for_rule_writers, "rules"]
     assert sorted(listed) == sorted([*public, *(name for name in of_schedules if name[0] != "_")])

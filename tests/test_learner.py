@@ -246,7 +246,7 @@ def test_data_of_all_kinds():
         batches(),
         tuple(batches()),
         DataLoader((x, y), batch_size=4),
-        DataLoader({"x": x, "y": y}, batch_size=4),
+        DataLoader({"input": x, "y": y}, batch_size=4),
         DataLoader({"input": x, "label": y}, batch_size=4),
         torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4),
         generator,
@@ -473,7 +473,14 @@ class Saver(Callback):
 
     def __call__(self, learner, event):
         at, epoch, batch = self.where
-        if (event, learner.epoch_index) == (at, epoch) and batch in (None, learner.batch_index) and not self.saved:
+        at, _, phase = at.partition(" ")
+        here = learner.phase == phase if phase else True
+        if (
+            (event, learner.epoch_index) == (at, epoch)
+            and batch in (None, learner.batch_index)
+            and not self.saved
+            and here
+        ):
             buffer = io.BytesIO()
             torch.save(learner.state_dict(), buffer)
             buffer.seek(0)
@@ -498,7 +505,8 @@ def loaders(kind):
 
 
 MOMENTS = [("batch_end", 0, 0), ("batch_end", 1, 3), ("batch_end", 1, 5), ("training_start", 1, None)]
-MOMENTS += [("training_end", 1, None), ("validation_end", 1, None), ("inference_prediction_end", 1, 1)]
+MOMENTS += [("training_end", 1, None), ("validation_end", 1, None), ("validation_start", 1, None)]
+MOMENTS += [("batch_end validation", 1, 0), ("batch_end validation", 1, 1)]
 MOMENTS += [("epoch_end", 0, None), ("fit_end", 2, None), ("epoch_start", 1, None), ("fit_start", 0, None)]
 
 
@@ -523,8 +531,175 @@ def test_resume_is_exact(moment, kind):
     assert all(map(torch.equal, model.parameters(), again.parameters()))
     assert list(history) == list(resumed)
     assert learner.step_index == other.step_index or moment[0] == "fit_end"
-    if "validation" not in moment[0] and "inference" not in moment[0]:  # validation is gone through again
-        assert learner.callbacks[0].n == other.callbacks[0].n
+    assert learner.callbacks[0].n == other.callbacks[0].n
+
+
+class Acts(Callback):
+    """Changes the run at every event: rates, frozen leaves, weights, random numbers, and what it counts itself."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, learner, event):
+        if event == "fit_end":  # of which a resumed run has another one
+            return
+        self.seen += 1
+        fluxpy.adjust(learner.state, fluxpy.scale(1.01))
+        leaf = list(fluxpy.leaves(learner.state))[self.seen % 3][1]  # one of the four always trains
+        (fluxpy.thaw if leaf.frozen else freeze)(leaf)
+        with torch.no_grad():
+            for x in learner.model.parameters():
+                x += 0.01 * random.random() * torch.randn_like(x)
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, d):
+        self.seen = d["seen"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_on_resume_nothing_acts_twice(moment):
+    """Start events come again, but what is changed at them is put back."""
+
+    def run(saved=None):
+        torch.manual_seed(1), random.seed(1)
+        acts, saver = Acts(), Saver(*moment)
+        learner = Learner(net(0.3), F.cross_entropy, Adam(0.01), metrics=["accuracy"], callbacks=[acts, saver])
+        if saved is not None:
+            torch.manual_seed(2), random.seed(2)
+            learner.load_state_dict(saved)
+        history = learner.fit(loaders("ours"), batches(), epochs=3)
+        return learner, list(history), acts.seen, saver.saved
+
+    whole, history, seen, saved = run()
+    again, resumed, seen_again, _ = run(saved)
+    assert resumed == history and seen_again == seen
+    assert fluxpy.value(again.state[0].weight, "lr") == fluxpy.value(whole.state[0].weight, "lr")
+    assert all(map(torch.equal, whole.model.parameters(), again.model.parameters()))
+
+
+@pytest.mark.parametrize("event", ["epoch_start", "training_start", "validation_start"])
+@pytest.mark.parametrize("moment", MOMENTS[:9])
+def test_a_start_event_that_comes_again_cancels_nothing(moment, event):
+    """It had not cancelled the saved run either, even where a callback counts how often it comes."""
+
+    class Limit(Counter):
+        def on_batch_end(self, learner):
+            pass
+
+        def __call__(self, learner, e):
+            if e == event:
+                self.n += 1
+                if self.n == 3:
+                    raise CancelFit("three were enough")
+
+    def run(saved=None):
+        saver = Saver(*moment)
+        learner = Learner(net(0.3), F.cross_entropy, Adam(0.05), callbacks=[Limit(), saver])
+        if saved is not None:
+            learner.load_state_dict(saved)
+        return learner.fit(loaders("ours"), batches(), epochs=4), saver.saved
+
+    history, saved = run()
+    again, _ = run(saved)
+    assert list(again) == list(history) and again.stop_reason == history.stop_reason == "three were enough"
+
+
+class Shuffled(torch.utils.data.Sampler):
+    def __init__(self, n, **attributes):
+        self.n = n
+        vars(self).update(attributes)
+
+    def __iter__(self):
+        for rng in vars(self).values():
+            if isinstance(rng, torch.Generator):
+                return iter(torch.randperm(self.n, generator=rng).tolist())
+            if isinstance(rng, np.random.Generator | np.random.RandomState):
+                return iter(rng.permutation(self.n).tolist())
+            if isinstance(rng, random.Random):
+                return iter(rng.sample(range(self.n), self.n))
+            if isinstance(rng, list):
+                return iter(rng[0])
+        raise AssertionError
+
+    def __len__(self):
+        return self.n
+
+
+class Augmented(torch.utils.data.TensorDataset):
+    rng = None
+
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x + self.rng.normal(), y
+
+
+def hidden(kind):
+    """Loaders whose order or samples are drawn from a generator that is not at its usual place."""
+    data, make = torch.utils.data.TensorDataset(*arrays(22)), torch.utils.data.DataLoader
+    g = torch.Generator().manual_seed(7)
+    if kind == "batch_sampler":
+        inner = torch.utils.data.RandomSampler(data, generator=g)
+        return make(data, batch_sampler=torch.utils.data.BatchSampler(inner, 4, False))
+    if kind == "data set":
+        data = Augmented(*arrays(22))
+        data.rng = np.random.default_rng(7)
+        return make(data, batch_size=4)
+    bits = {
+        "pcg64": np.random.PCG64,
+        "mt19937": np.random.MT19937,
+        "philox": np.random.Philox,
+        "sfc64": np.random.SFC64,
+    }
+    rngs = {
+        "torch": g,
+        "legacy": np.random.RandomState(7),
+        "python": random.Random(7),
+        "list": [Shuffled(22, seed=g)],
+        **{name: np.random.Generator(bit(7)) for name, bit in bits.items()},
+    }
+    return make(data, batch_size=4, sampler=Shuffled(22, own_rng=rngs[kind]))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["batch_sampler", "data set", "torch", "legacy", "python", "list", "pcg64", "mt19937", "philox", "sfc64"],
+)
+@pytest.mark.parametrize("moment", [("batch_end", 1, 3), ("training_end", 0, None), ("epoch_end", 0, None)])
+def test_resume_is_exact_wherever_the_generator_is(moment, kind):
+    def run(saved=None):
+        saver = Saver(*moment)
+        learner = Learner(net(), F.cross_entropy, Adam(0.05), callbacks=[saver])
+        if saved is not None:
+            learner.load_state_dict(saved)
+        return learner.fit(hidden(kind), batches(), epochs=3), saver.saved
+
+    history, saved = run()
+    assert list(run(saved)[0]) == list(history)
+
+
+def test_persistent_workers_are_said_to_resume_inexactly():
+    class Pretends(list):
+        persistent_workers = True
+
+    part = Learner(net(), F.cross_entropy, Adam())
+    part.fit(Pretends(batches()), epochs=1)
+    again = Learner(net(), F.cross_entropy, Adam())
+    again.load_state_dict(part.state_dict())
+    with pytest.warns(UserWarning, match="persistent_workers=True, whose random numbers nobody can save"):
+        again.fit(Pretends(batches()), epochs=2)
+
+
+def test_a_batch_that_failed_is_not_counted_as_done():
+    def fail(learner, event):
+        if event == "update_start" and learner.batch_index == 1:
+            raise OSError("disk")
+
+    learner = Learner(net(), F.cross_entropy, Adam(), callbacks=[fail])
+    with pytest.raises(OSError, match="disk"):
+        learner.fit(batches())
+    assert learner.progress.batch == learner.progress.step == 1
 
 
 def test_resume_after_a_cancel_and_refusals():

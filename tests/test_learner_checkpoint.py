@@ -18,10 +18,13 @@ import fluxpy
 from fluxpy import Adam, Descent
 from fluxpy.learner import (
     Callback,
+    CancelFit,
     CancelTraining,
     Checkpoint,
     EarlyStopping,
     Learner,
+    LearningRateScheduler,
+    ReduceOnPlateau,
     StopOnNaN,
 )
 
@@ -330,6 +333,106 @@ def test_early_stopping_begins_anew_with_each_fit():
     assert len(run.fit(batches, epochs=5)) == 2
 
 
+@pytest.mark.parametrize("end", ["stopped", "all epochs"])
+def test_the_best_weights_come_back(tmp_path, end):
+    values = (3.0, 1.0, 2.0, 2.5, 2.0, 2.0) if end == "stopped" else (3.0, 1.0, 2.0)
+    seen = []
+
+    def watch(run, event):
+        if event == "epoch_end":
+            seen.append(run.model.weight.detach().clone())
+
+    def make():
+        return learner(EarlyStopping(patience=2, restore_best=True), Checkpoint(tmp_path), Score(*values), watch)
+
+    run = make()
+    history = run.fit(data(), data(1), epochs=len(values))
+    assert len(history) == min(len(values), 4) and (history.stop_reason is not None) == (end == "stopped")
+    assert torch.equal(run.model.weight, seen[1]) and not torch.equal(seen[1], seen[-1])
+    model = nn.Linear(2, 1)
+    fluxpy.load(tmp_path / "last.flux", model=model)
+    assert torch.equal(model.weight, seen[-1])  # with which the run would go on
+    again = make()
+    if end == "stopped":
+        again.fit(data(), data(1), epochs=len(values))
+    else:
+        with pytest.warns(UserWarning, match="nothing is left to do"):
+            again.fit(data(), data(1), epochs=len(values))
+    assert torch.equal(again.model.weight, seen[1])
+
+
+def test_weights_stay_where_something_else_stopped_the_fit(tmp_path):
+    def halt(run, event):
+        if event == "batch_end" and run.training and run.step_index == 7:
+            raise CancelFit("signal")
+
+    def make(*more):
+        return learner(EarlyStopping(patience=9, restore_best=True), Checkpoint(tmp_path), Score(*range(9)), *more)
+
+    make(halt).fit(data(), data(1), epochs=4)
+    rest, whole = make(), learner()
+    rest.fit(data(), data(1), epochs=4)
+    whole.fit(data(), data(1), epochs=1)
+    assert torch.equal(rest.model.weight, whole.model.weight)  # that of the best epoch, the first
+
+
+def test_reduce_on_plateau(tmp_path):
+    values = 3.0, 2.0, 2.0, 2.0, 1.0, 1.5, 1.5, 1.5, 1.5, 1.5
+    rule, rates = {"weight": Descent(0.1), "bias": Descent(0.01)}, []
+
+    def watch(run, event):
+        if event == "epoch_end":
+            rates.append([fluxpy.value(leaf, "lr") for _, leaf in fluxpy.leaves(run.state)])
+
+    def make(*more):
+        reduce = ReduceOnPlateau(factor=0.5, patience=2, min_lr=0.004)
+        return learner(reduce, Checkpoint(tmp_path), Score(*values), *more, watch, rule=rule)
+
+    def halt(run, event):
+        if event == "epoch_end" and run.epoch_index == 2:
+            raise CancelFit("killed here")
+
+    make(halt).fit(data(), data(1), epochs=10)
+    make().fit(data(), data(1), epochs=10)
+    # The callback comes before the one that watches: rates are those of the next epoch.
+    first, second, third, fourth = [0.1, 0.01], [0.05, 0.005], [0.025, 0.004], [0.0125, 0.004]
+    assert rates == [first] * 3 + [second] * 3 + [third] * 2 + [fourth] * 2
+
+
+def test_reduce_on_plateau_under_a_scheduler_and_of_a_schedule():
+    rates = []
+
+    def watch(run, event):
+        if event == "update_start":
+            rates.append(fluxpy.value(run.state.weight, "lr"))
+
+    half = lambda n: 0.5  # noqa: E731
+    for rule, more in ((Descent(0.1), [LearningRateScheduler(scale=half)]), (Descent(lambda n: 0.05), [])):
+        rates.clear()
+        run = learner(ReduceOnPlateau(patience=1), *more, Score(1.0, 1.0, 1.0), watch, rule=rule)
+        run.fit(data(1), data(1), epochs=3)
+        assert rates == pytest.approx([0.05, 0.05, 0.005])
+
+
+@pytest.mark.parametrize("wrong", [{"factor": 1.0}, {"factor": 0.0}, {"patience": 0}, {"min_lr": -1.0}])
+def test_reduce_on_plateau_refuses(wrong):
+    with pytest.raises(ValueError, match="is not allowed"):
+        ReduceOnPlateau(**wrong)
+
+
+def test_a_checkpoint_of_another_model_says_what_to_do(tmp_path):
+    learner(Checkpoint(tmp_path)).fit(data(), epochs=1)
+    other = Learner(nn.Linear(2, 2), F.mse_loss, Descent(0.1), callbacks=[Checkpoint(tmp_path)])
+    with pytest.raises(ValueError, match=r"'weight': expected float32\[2, 2\]") as caught:
+        other.fit(data(), epochs=1)
+    [note] = caught.value.__notes__
+    assert str(tmp_path) in note and "resume=False" in note
+    rule = Learner(nn.Linear(2, 1), F.mse_loss, Adam(), callbacks=[Checkpoint(tmp_path)])
+    with pytest.raises(ValueError, match="expected Adam") as caught:
+        rule.fit(data(), epochs=1)
+    assert "resume=False" in caught.value.__notes__[0]
+
+
 def test_stop_on_nan():
     batches = data()
     batches[1] = batches[1][0] * float("nan"), batches[1][1]
@@ -339,3 +442,63 @@ def test_stop_on_nan():
     assert len(history) == 1 and run.model.weight.isfinite().all()
     run = learner(StopOnNaN())
     assert run.fit(data(), batches, epochs=2).stop_reason == "the validation loss of epoch 0 is nan"
+
+
+# --- One run at a time --------------------------------------------------------------------------------------------
+
+
+RIVAL = """
+import sys, torch, fluxpy
+from fluxpy.learner import Checkpoint, Learner
+def wait(learner, event):
+    if event == "batch_end":
+        print("in the fit", flush=True)
+        sys.stdin.readline()
+data = [(torch.ones(4, 2), torch.ones(4, 1))]
+torch.manual_seed(0)
+learner = Learner(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss, fluxpy.Descent(0.1), default_callbacks=False,
+                  callbacks=[Checkpoint(sys.argv[1]), wait])
+learner.fit(data)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
+def test_a_second_run_on_one_directory_is_refused(tmp_path):
+    command = [sys.executable, "-c", RIVAL, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "in the fit\n"
+        writing = tmp_path / f".fluxpy-{first.pid}-{'0' * 16}.tmp"
+        left = tmp_path / f".fluxpy-{2**22 + 1}-{'0' * 16}.tmp"  # of no process: numbers end below
+        writing.touch(), left.touch()
+        with pytest.raises(RuntimeError, match=rf"is in use by process {first.pid} on .* since 20.*; give each run"):
+            learner(Checkpoint(tmp_path)).fit(data(), epochs=1)
+        assert writing.exists() and left.exists()  # the directory is the other's
+        first.stdin.write("\n"), first.stdin.flush()
+        assert first.wait() == 0
+    assert (tmp_path / "last.flux").exists() and not (tmp_path / ".lock").exists()
+    with pytest.warns(UserWarning, match="nothing is left to do"):
+        learner(Checkpoint(tmp_path)).fit(data(1), epochs=1)
+    assert not left.exists() and not writing.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
+def test_a_killed_run_leaves_no_lock(tmp_path):
+    command = [sys.executable, "-c", RIVAL, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "in the fit\n"
+        first.kill()
+    assert (tmp_path / ".lock").exists()
+    learner(Checkpoint(tmp_path)).fit(data(), epochs=1)
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".flux"} == set()
+
+
+def test_a_second_fit_in_one_process_is_refused_too(tmp_path):
+    inner = learner(Checkpoint(tmp_path))
+
+    def nest(outer, event):
+        if event == "epoch_start":
+            inner.fit(data(), epochs=1)
+
+    with pytest.raises(RuntimeError, match="is in use by another fit of this process"):
+        learner(Checkpoint(tmp_path), nest).fit(data(), epochs=1)
+    learner(Checkpoint(tmp_path)).fit(data(), epochs=1)

@@ -100,8 +100,9 @@ def test_a_checkpoint_of_another_model(tmp_path):
         return learner(model, callbacks=[Checkpoint(tmp_path, **options)]).fit(data(), epochs=2)
 
     fit(nn.Linear(4, 2))
-    with pytest.raises(ValueError, match=r"Checkpoint.*last.flux.*resume=False.*nothing was loaded"):
+    with pytest.raises(ValueError) as raised:
         fit(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
+    assert str(tmp_path) in raised.value.__notes__[0] and "resume=False" in raised.value.__notes__[0]
     assert len(fit(nn.Linear(4, 2), resume=False)) == 2
 
 

@@ -6,6 +6,7 @@ import csv
 import fcntl
 import io
 import itertools
+import math
 import os
 import pty
 import re
@@ -295,7 +296,7 @@ learner.validate(data)
 """
 LINES = [*[rf"Epoch {e}/2 · {phase} 12/12 \[=+\]" for e in (1, 2) for phase in ("train", "validation")]]
 LINES += [r"Epoch 1/1 · train 12", r"Validation 12/12 \[=+\]"]
-LINES = [line + r" loss \d\.\d{4} accuracy \d\.\d{4}" for line in LINES]
+LINES = [line + r" loss \d\.\d{4} accuracy \d\.\d{4} · \d\.\d s" for line in LINES]
 
 
 def in_terminal(columns):
@@ -349,7 +350,7 @@ def test_in_a_pipe_plain_lines(encoding):
 def test_default_and_file(capsys):
     Learner(nn.Linear(3, 4), F.cross_entropy, Adam(), metrics=["accuracy"]).fit(TRAIN)
     out, err = capsys.readouterr()
-    assert out == "" and re.fullmatch(r"Epoch 1/1 · train 5/5 \[====\] loss \S+ accuracy \S+\n", err)
+    assert out == "" and re.fullmatch(r"Epoch 1/1 · train 5/5 \[====\] loss \S+ accuracy \S+ · \d\.\d s\n", err)
     file = io.StringIO()
     learn(ProgressBar(file=file)).fit(TRAIN, VALID)
     assert file.getvalue().count("\n") == 2 and capsys.readouterr() == ("", "")
@@ -360,7 +361,7 @@ def test_a_phase_cut_short_says_how_far_it_came(error):
     file = io.StringIO()
     with contextlib.suppress(RuntimeError):
         learn(ProgressBar(file=file), At("update_start", throw(error), batch=2), metrics=()).fit(TRAIN)
-    assert re.fullmatch(r"Epoch 1/1 · train 3/5 \[==>\.\] loss \S+\n", file.getvalue())
+    assert re.fullmatch(r"Epoch 1/1 · train 3/5 \[==>\.\] loss \S+ · \d\.\d s\n", file.getvalue())
 
 
 def test_in_a_notebook_a_bar_of_tqdm(monkeypatch, capsys):
@@ -376,12 +377,14 @@ def test_in_a_notebook_a_bar_of_tqdm(monkeypatch, capsys):
     monkeypatch.setattr(progress_bar, "tqdm", Bar)
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
     learn(ProgressBar()).fit(TRAIN, VALID)
-    assert [(bar.n, bar.total, bar.desc) for bar in made] == [
-        (5, 5, "Epoch 1/1 · train"),
-        (5, 5, "Epoch 1/1 · validation"),
-    ]
+    assert [(bar.n, bar.total, bar.desc) for bar in made] == [(5, 5, "Epoch 1/1 · validation")]
     assert all(re.match("loss 1.* accuracy 0.*", bar.postfix) and bar.disable for bar in made)  # disabled: closed
     assert "5/5" in capsys.readouterr().err
+    learner = learn(ProgressBar())
+    learner.fit(TRAIN, VALID, epochs=3)
+    learner.validate(VALID)
+    titles = [(bar.n, bar.total, bar.desc, bar.disable) for bar in made[1:]]
+    assert titles == [(15, 15, "Epoch 3/3 · validation", True), (5, 5, "Validation", True)]
 
 
 def test_numbers():
@@ -389,11 +392,105 @@ def test_numbers():
     assert progress_bar._text(numbers) == "a 0.0000 b 1.5000 c 1.25e-06 d -1.235e+05 e nan f inf"
 
 
-def test_the_bar_reads_the_metrics_seldom(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    """A screen: what a line shows is what was written to it last."""
 
+    def isatty(self):
+        return True
+
+    def lines(self):
+        shown = []
+        for line in self.getvalue().split("\n"):
+            cells = ""
+            for piece in line.split("\r"):
+                cells = piece + cells[len(piece) :]
+            shown.append(cells.rstrip())
+        return shown
+
+
+@pytest.mark.parametrize("columns", [100, 79, 60, 45, 30, 24])
+def test_no_number_is_lost_in_a_narrow_terminal(monkeypatch, columns):
+    monkeypatch.setattr(progress_bar, "_columns", lambda out: columns + 1)
+    out = Terminal()
+    bar = ProgressBar(file=out, seconds=0.0)
+    learner = learn(bar, metrics=["accuracy", "top5_accuracy"])
+    numbers = {"loss": 0.1234, "accuracy": 0.5678, "matthews_correlation_coefficient": -0.9876}
+    monkeypatch.setattr(learner, "running", lambda: numbers)
+    monkeypatch.setattr(bar, "_started", 0.0)
+    learner.fit([(torch.randn(4, 3), torch.randint(0, 4, (4,)))] * 30)
+    drawn = [line.rstrip() for line in out.getvalue().split("\r")[1:]]
+    assert all(len(line) <= columns for line in drawn)
+    for line in drawn[:-2]:
+        assert [float(x) for x in re.findall(r"-?\d\.\d{4}", line)] == [0.1234, 0.5678, -0.9876], line
+        assert columns == 24 or "loss" in line or "l…" in line
+    if columns >= 79:
+        assert any(re.search(r"· \S+(/s| batches/s| s/batch) · 00:0\d left$", line) for line in drawn), drawn
+
+
+@pytest.mark.parametrize("text", ["one", "two\nlines"])
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_what_is_printed_meanwhile_has_lines_of_its_own(monkeypatch, text, end):
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out), monkeypatch.setattr(sys, "stderr", out)
+
+    def talk(learner, event):
+        if event == "batch_end" and learner.training and learner.batch_index == 2:
+            print(text, end=end)
+
+    learn(ProgressBar(seconds=0.0), talk, metrics=["accuracy"]).fit(TRAIN, VALID)
+    lines = out.lines()
+    assert sys.stdout is out and sys.stderr is out
+    for part in text.split("\n"):
+        assert part in lines, lines
+    assert sum(line.startswith("Epoch 1/1 · train 5/5 [") for line in lines) == 1
+    assert sum(line.startswith("Epoch 1/1 · validation 5/5 [") for line in lines) == 1
+    assert len(lines) == 4 + text.count("\n") + 1, lines  # what was drawn of training before it stays
+
+
+def test_how_long_it_took(tmp_path):
+    def nap(learner, event):
+        if event == "batch_end" and learner.training:
+            time.sleep(0.01)
+
+    log, saved = CSVLogger(tmp_path / "log.csv", per="phase", seconds=True), []
+
+    def save(learner, event):
+        if event == "batch_end" and learner.training and (learner.epoch_index, learner.batch_index) == (1, 3):
+            saved.append(learner.state_dict())
+
+    history = learn(log, nap, save).fit(TRAIN, VALID, epochs=2)
+    assert len(history.seconds) == 2 and history["seconds"] == history.seconds
+    assert all(0.05 <= seconds < 10 for seconds in history.seconds)
+    with open(tmp_path / "log.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0][-1] == "seconds" and all(float(row[-1]) >= 0.05 for row in rows[1::2])
+    again = learn(CSVLogger(tmp_path / "log.csv", per="phase", seconds=True), nap, save)
+    again.load_state_dict(saved[0])
+    resumed = again.fit(TRAIN, VALID, epochs=2)
+    assert resumed.seconds[0] == history.seconds[0] and 0.05 <= resumed.seconds[1] < 10
+    with open(tmp_path / "log.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert len(rows) == 5 and float(rows[3][-1]) >= 0.05
+    with pytest.raises(ValueError, match="per="):
+        CSVLogger(seconds=True)
+
+
+def test_a_history_by_column():
+    def cut(learner, event):
+        if event == "validation_start" and learner.epoch_index == 1:
+            raise CancelEpoch
+
+    history = learn(cut, metrics=["accuracy"]).fit(TRAIN, VALID, epochs=3)
+    assert history["epoch"] == [0, 1, 2] and set(history["validation"]) == {"loss", "accuracy"}
+    assert history["train"]["loss"] == [row["train"]["loss"] for row in history]
+    found = history["validation"]["accuracy"]
+    assert [found[0], found[2]] == [history[0]["validation"]["accuracy"], history[-1]["validation"]["accuracy"]]
+    assert math.isnan(found[1]) and history[:2][1] is history[1]
+    with pytest.raises(KeyError, match="'train' and 'validation'"):
+        history["valid"]
+
+
+def test_the_bar_reads_the_metrics_seldom(monkeypatch):
     reads, count = [], 2000
     learner = learn(ProgressBar(file=Terminal()))
     monkeypatch.setattr(learner, "running", lambda: reads.append(1) or {})

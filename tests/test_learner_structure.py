@@ -195,11 +195,11 @@ def test_progress_tells_what_comes_next() -> None:
         ("batch_end", 0, "train", 1, 1, "train"),
         ("batch_start", 0, "train", 1, 1, "train"),
         ("batch_end", 0, "train", 2, 2, "train"),
-        ("training_end", 0, "validation", 2, 2, "train"),
-        ("validation_start", 0, "validation", 2, 2, "validation"),
-        ("batch_start", 0, "validation", 2, 2, "validation"),
-        ("batch_end", 0, "validation", 2, 2, "validation"),
-        ("validation_end", 0, "validation", 2, 2, "validation"),
+        ("training_end", 0, "validation", 0, 2, "train"),
+        ("validation_start", 0, "validation", 0, 2, "validation"),
+        ("batch_start", 0, "validation", 0, 2, "validation"),
+        ("batch_end", 0, "validation", 1, 2, "validation"),
+        ("validation_end", 0, "end", 0, 2, "validation"),
         ("epoch_end", 1, "start", 0, 2, None),
         ("fit_end", 1, "start", 0, 2, None),
     ]
@@ -210,5 +210,6 @@ def test_what_is_past() -> None:
     assert at.is_past(1, "validation") and at.is_past(2, "train", 2)
     assert not at.is_past(2, "train", 3) and not at.is_past(2, "train") and not at.is_past(2, "validation", 0)
     at = Progress(epoch=2, phase="validation", batch=3)
-    assert at.is_past(2, "train") and not at.is_past(2, "validation", 0)
+    assert at.is_past(2, "train") and at.is_past(2, "validation", 2) and not at.is_past(2, "validation", 3)
+    assert not at.is_past(2, "validation") and Progress(epoch=2, phase="end").is_past(2, "validation")
     assert not Progress(epoch=2).is_past(2, "train", 0) and Progress(epoch=2).is_past(1, "validation")

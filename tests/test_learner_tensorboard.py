@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.nn import functional as F
 
-from fluxpy import Adam
+from fluxpy import Adam, AdamW
 from fluxpy.learner import (
     CancelBatch,
     CancelFit,
@@ -132,3 +132,61 @@ def test_cancelled_batches_and_validate_write_nothing(tmp_path):
     learner.validate(data(1))
     assert [step for step, _ in scalars(logger.directory / "train", "batch/loss")] == [0, 2]
     assert [path.name for path in logger.directory.iterdir()] == ["train"]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.norm = nn.Linear(3, 3), nn.LayerNorm(3)
+
+    def forward(self, x):
+        return self.norm(self.attention(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(Block() for _ in range(3)), nn.Linear(3, 4)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def hparams(directory):
+    """The columns of the HPARAMS table."""
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    content = read(directory).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    started = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in started.hparams.items()}
+
+
+@pytest.mark.parametrize(
+    ("depth", "norms"), [(1, ["layers", "head"]), (2, ["layers.0", "layers.1", "layers.2", "head"])]
+)
+def test_one_chart_a_layer_and_columns_that_can_be_sorted(tmp_path, depth, norms):
+    logger = TensorBoardLogger(tmp_path, norms=1, depth=depth)
+    rule = {f"layers.{i}.*": AdamW(0.1 * 2**i) for i in range(3)} | {"head.bias": AdamW(0.1, weight_decay=0.0)}
+    torch.manual_seed(0)
+    learner = _Learner(
+        Encoder(), F.cross_entropy, rule | {"*": AdamW(0.1)}, callbacks=[logger], default_callbacks=False
+    )
+    learner.fit(data())
+    tags = read(logger.directory / "train").Tags()["scalars"]
+    layers = ["layers.0", "layers.1", "layers.2", "head"]  # whose rates differ, so at any depth
+    assert {tag.removeprefix("lr/") for tag in tags if tag.startswith("lr/")} == set(layers)
+    assert {tag.removeprefix("gradient_norm/") for tag in tags if tag.startswith("gradient_norm/")} == set(norms)
+    found = hparams(logger.directory / "train")
+    assert [found[f"AdamW.lr/{name}"] for name in layers] == pytest.approx([0.1, 0.2, 0.4, 0.1])
+    assert found["AdamW.weight_decay/layers"] == 0.01 and found["AdamW.weight_decay/head.bias"] == 0.0
+    assert found["AdamW.eps"] == 1e-8
+
+
+def test_with_fewer_parts_than_asked_for_a_chart_is_still_a_layer(tmp_path):
+    logger = TensorBoardLogger(tmp_path, depth=3, norms=2)
+    Learner(logger).fit(data())
+    tags = read(logger.directory / "train").Tags()["scalars"]
+    assert [tag for tag in tags if tag.startswith("gradient_norm/")] == ["gradient_norm/0", "gradient_norm/2"]
+    assert [tag for tag in tags if tag.startswith("lr/")] == ["lr/0", "lr/2"]

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import optree
@@ -30,9 +32,9 @@ BAD = {
 each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 
 
-def draw(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
+def draw(row: Row, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(seed)
-    drawn = {name: 20 * torch.randn(shape, dtype=dtype, generator=rng) for name, shape in SHAPES.items()}
+    drawn = {name: 20 * torch.randn(row.fit(shape), dtype=dtype, generator=rng) for name, shape in SHAPES.items()}
     drawn["matrix"][0] = 0  # as of a unit that never fires
     return drawn
 
@@ -46,10 +48,10 @@ def bits(tree: Any) -> list[bytes]:
 
 
 def begin(row: Row, dtype: torch.dtype = torch.float64, updates: int = 2) -> tuple[Any, Any]:
-    model = draw(dtype)
+    model = draw(row, dtype)
     state = fluxpy.setup(row.rule, model)
     for i in range(updates):
-        fluxpy.update(state, model, draw(dtype, i + 1))
+        fluxpy.update(state, model, draw(row, dtype, i + 1))
     return state, model
 
 
@@ -66,6 +68,25 @@ def test_every_rule_has_a_row_that_names_all_its_hyperparameters() -> None:
         assert not first.kw_only and all(f.kw_only != (f.name in ("betas", "momentum")) for f in rest)
 
 
+def test_the_docs_say_what_each_rule_costs() -> None:
+    """Bytes for each number of a float32 matrix, and whether the rule is elementwise."""
+    page = (Path(__file__).parent.parent / "docs" / "rules.md").read_text("utf-8")
+    table = page.split("### What they cost")[1].split("\n## ")[0]
+    told = {}
+    for names, cost, kind in re.findall(r"^\| (`.*) \| (.*) \| (.*) \|$", table, re.MULTILINE):
+        told |= dict.fromkeys(re.findall(r"`(\w+)`", names), (cost, kind))
+    assert told.keys() >= ROWS.keys()
+    x = torch.zeros(64, 64)
+    for name, row in ROWS.items():
+        cost, kind = told[name]
+        rule = row.given({"dtype": torch.float32})
+        if kind != "as the rule":
+            arrays = [t for t in tensors(rule.init(x)) if t.ndim]
+            each = sum(t.nbytes for t in arrays) / (128 if name == "Adafactor" else x.numel())
+            assert float(cost.split()[0]) == each, name
+            assert kind.startswith("yes") == rule.elementwise, name
+
+
 @each_row
 def test_every_rule_keeps_the_contract(row: Row) -> None:
     check_rule(row.rule, adjusted=row.adjusted)
@@ -73,10 +94,10 @@ def test_every_rule_keeps_the_contract(row: Row) -> None:
 
 @pytest.mark.parametrize("row", [r for r in ROWS.values() if not r.rule.elementwise], ids=lambda r: str(r.rule))
 def test_rules_that_are_not_elementwise_take_complex_parameters_too(row: Row) -> None:
-    """But for master copies, which say so."""
-    if isinstance(row.rule, fluxpy.MixedPrecision):
-        with pytest.raises(ValueError, match="MixedPrecision takes real parameters"):
-            fluxpy.setup(row.rule, draw(torch.complex64))
+    """But for those that say so."""
+    if isinstance(row.rule, fluxpy.MixedPrecision | fluxpy.Muon | fluxpy.Adafactor):
+        with pytest.raises(ValueError, match=f"{type(row.rule).__name__} takes .*real .*complex"):
+            fluxpy.setup(row.rule, draw(row, torch.complex64))
         return
     state, model = begin(row, torch.complex64, updates=UPDATES)
     assert all(t.isfinite().all() for t in tensors((state, model)))
@@ -86,10 +107,12 @@ def test_rules_that_are_not_elementwise_take_complex_parameters_too(row: Row) ->
 @pytest.mark.parametrize("row", [r for r in ROWS.values() if r.rule.elementwise], ids=lambda r: str(r.rule))
 def test_complex_parameters_are_pairs_of_real_ones_to_elementwise_rules(row: Row) -> None:
     state, model = begin(row, torch.complex64, updates=UPDATES)
-    real = {name: torch.view_as_real(x) for name, x in draw(torch.complex64).items()}
+    real = {name: torch.view_as_real(x) for name, x in draw(row, torch.complex64).items()}
     twin = fluxpy.setup(row.rule, real)
     for i in range(UPDATES):
-        fluxpy.update(twin, real, {name: torch.view_as_real(g) for name, g in draw(torch.complex64, i + 1).items()})
+        fluxpy.update(
+            twin, real, {name: torch.view_as_real(g) for name, g in draw(row, torch.complex64, i + 1).items()}
+        )
     for (path, a), (_, b) in zip(fluxpy.leaves(state), fluxpy.leaves(twin), strict=True):
         assert a.count == b.count, path
     for x, y in zip(
@@ -127,7 +150,9 @@ def test_what_is_out_of_range_is_refused(row: Row) -> None:
     """By the rule when it is made and by adjust, with name, value and range; nothing is changed."""
     state, _ = begin(row)
     for name, value in (row.adjusted | row.fixed).items():
-        for bad in BAD[type(value)]:
+        usual = values(row.rule)[name]
+        for bad in [bad for bad in BAD[type(value)] if (type(bad), bad) != (type(usual), usual)]:
+            bad = -bad if name == "beta2_decay" and type(bad) is float else bad  # that is below zero
             with pytest.raises(ValueError, match=rf"\b{name}=.*; .*(must|cannot)") as caught:
                 row.given({name: bad})
             assert repr(bad) in str(caught.value)
@@ -156,7 +181,7 @@ def test_tensors_may_stand_for_hyperparameters_and_no_rule_reads_them(row: Row) 
     given = {n: to_tensor(v) for n, v in values(row.rule).items() if n != "norm_type"}
     rule = row.given(given | ({"nonfinite": "ignore"} if "nonfinite" in given else {}))
     for dtype in (torch.float64, torch.float16):
-        x = torch.zeros(3, dtype=dtype, device="meta")
+        x = torch.zeros(row.fit((3,)), dtype=dtype, device="meta")
         state = rule.init_any(x)
         for _ in range(UPDATES):
             state, change = rule.apply(state, x, torch.ones_like(x))
@@ -165,13 +190,13 @@ def test_tensors_may_stand_for_hyperparameters_and_no_rule_reads_them(row: Row) 
 
 @each_row
 def test_one_can_differentiate_by_every_hyperparameter(row: Row) -> None:
-    numbers = {n: v for n, v in row.adjusted.items() if n not in ("n", "nonfinite", "norm_type")}
+    numbers = {n: v for n, v in row.adjusted.items() if isinstance(v, float | tuple) and n != "norm_type"}
     tensors = {n: torch.tensor(v, dtype=torch.float64, requires_grad=True) for n, v in numbers.items()}
-    start = {"matrix": draw()["matrix"]}
+    start = {"matrix": draw(row)["matrix"]}
     state = fluxpy.setup(row.given({n: tuple(t) if t.ndim else t for n, t in tensors.items()}), start)
     plain, same, model = fluxpy.setup(row.given(numbers), start), copy.deepcopy(start), start
     for i in range(UPDATES):
-        slope = draw(seed=i + 1)["matrix"]
+        slope = draw(row, seed=i + 1)["matrix"]
         state, model = fluxpy.update(state, model, {"matrix": slope * model["matrix"]}, inplace=False)
         fluxpy.update(plain, same, {"matrix": slope * same["matrix"]})
     torch.testing.assert_close(model["matrix"].detach(), same["matrix"], rtol=1e-12, atol=0)

@@ -26,10 +26,10 @@ def _float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-def problem() -> tuple[list[Tensor], list[list[Tensor]]]:
+def problem(row: Row) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Parameters and gradients of many sizes, a tenth of the gradients zero."""
     rng = torch.Generator().manual_seed(0)
-    scales = [10 ** (10 * torch.rand(shape, generator=rng) - 9) for shape in SHAPES]
+    scales = [10 ** (10 * torch.rand(row.fit(shape), generator=rng) - 9) for shape in SHAPES]
     xs = [s * torch.randn(s.shape, generator=rng) for s in scales]
     gate = [[(torch.rand(s.shape, generator=rng) > 0.1) * s for s in scales] for _ in range(STEPS)]
     return xs, [[g * torch.randn(g.shape, generator=rng) for g in gates] for gates in gate]
@@ -37,7 +37,7 @@ def problem() -> tuple[list[Tensor], list[list[Tensor]]]:
 
 def follow(row: Row, hyper: Callable[[int], Values]) -> list[list[np.ndarray]]:
     """The parameters at each step as the oracle has them, with the hyperparameters `hyper(step)`."""
-    xs, grads = problem()
+    xs, grads = problem(row)
     trace = [[x.numpy().copy() for x in xs]]
     if row.oracle is not None:
         step = row.oracle()
@@ -58,9 +58,9 @@ def follow(row: Row, hyper: Callable[[int], Values]) -> list[list[np.ndarray]]:
     return trace
 
 
-def train(rule: fluxpy.Rule, adjusted: Values | None = None) -> list[list[np.ndarray]]:
+def train(row: Row, rule: fluxpy.Rule, adjusted: Values | None = None) -> list[list[np.ndarray]]:
     """The parameters at each step as fluxpy has them; half-way, `adjusted` is adjusted."""
-    model, grads = problem()
+    model, grads = problem(row)
     state = fluxpy.setup(rule, model)
     trace = [[x.numpy().copy() for x in model]]
     for i, gs in enumerate(grads):
@@ -86,20 +86,20 @@ each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 @each_row
 def test_numbers_with_defaults(row: Row) -> None:
     rule = row.given({"dtype": torch.float64})
-    assert_same_way(train(rule), follow(row, lambda _: values(row.rule)))
+    assert_same_way(train(row, rule), follow(row, lambda _: values(row.rule)))
 
 
 @each_row
 def test_numbers_with_other_hyperparameters(row: Row) -> None:
     rule = row.given(row.adjusted | row.fixed)
-    assert_same_way(train(rule), follow(row, lambda _: values(rule)))
+    assert_same_way(train(row, rule), follow(row, lambda _: values(rule)))
 
 
 @each_row
 def test_numbers_when_adjusted_half_way(row: Row) -> None:
     rule = row.given({"dtype": torch.float64})
     before, after = values(row.rule), values(row.rule) | row.adjusted
-    assert_same_way(train(rule, row.adjusted), follow(row, lambda i: before if i < STEPS // 2 else after))
+    assert_same_way(train(row, rule, row.adjusted), follow(row, lambda i: before if i < STEPS // 2 else after))
 
 
 @each_row
@@ -113,12 +113,12 @@ def test_numbers_under_schedules(row: Row) -> None:
 
     schedules = {n: (lambda count, n=n: hyper(count)[n]) for n in row.adjusted if n not in ("n", "nonfinite")}
     rule = row.given({"dtype": torch.float64} | schedules)
-    assert_same_way(train(rule), follow(row, lambda i: hyper(i // row.window)))
+    assert_same_way(train(row, rule), follow(row, lambda i: hyper(i // row.window)))
 
 
 def test_a_master_copy_has_the_numbers_of_its_dtype() -> None:
     """float32 parameters, stepped in float64: the master is exact, and the parameter is the master rounded."""
-    row, (start, grads) = ROWS["MixedPrecision"], problem()
+    row, (start, grads) = ROWS["MixedPrecision"], problem(ROWS["MixedPrecision"])
     model = [x.float() for x in start]
     master = [torch.nn.Parameter(x.double()) for x in model]
     optimizer = torch.optim.AdamW(master)

@@ -66,7 +66,11 @@ def test_a_loss_that_is_not_finite_updates_nothing():
         (lambda m, s, d: train(loss, m, (np.ones(3), np.ones(3)), s), TypeError, "DataLoader"),
         (lambda m, s, d: train(loss, m, d, s, callbacks=[]), TypeError, "Learner"),
         (lambda m, s, d: train(loss, m, d, s, epochs=2), TypeError, "no argument 'epochs'; it goes over the data once"),
-        (lambda m, s, d: train(loss, m, {"x": d[0][0]}, s), TypeError, "iterable of batches, not dict: DataLoader"),
+        (
+            lambda m, s, d: train(loss, m, {"x": d[0][0]}, s),
+            TypeError,
+            r"iterable of batches, not dict: fluxpy\.DataLoader",
+        ),
         (lambda m, s, d: train(loss, m, d, Adam()), TypeError, "state that setup returns"),
         (lambda m, s, d: train(loss, nn.Linear(3, 2, bias=False), d, s), ValueError, "does not fit the state"),
         (

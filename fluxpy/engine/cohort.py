@@ -148,3 +148,10 @@ def fits_packed(x: Tensor, tensors: Sequence[Tensor]) -> bool:
         if t.shape != shape or t.stride() != stride or t.device != device or t.requires_grad or t.is_inference():
             return False
     return True
+
+
+def fits_stacked(x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether the parameter and its state, of any shapes, can each be one of a stack."""
+    return x.is_contiguous() and all(
+        t.is_contiguous() and t.device == x.device and not t.requires_grad and not t.is_inference() for t in tensors
+    )

@@ -30,7 +30,7 @@ def bucket_key(rule: Rule, context: Context) -> Any:
     """What rules must have in common to go together: everything but real numbers, where a kernel can take those for
     each leaf. It cannot where a total is asked for of what rules with such numbers made of the gradient."""
     members = [inner for inner in walk(rule) if not inner.inner]
-    asks_later = any(map(reducing, members[1:]))
+    asks_later = any(map(reducing, members[1:])) or any(inner.inner for inner in reducing(rule))
     return rule_key(rule, loose=not asks_later and title_key(rule) not in context.not_shared)
 
 

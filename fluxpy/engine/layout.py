@@ -137,10 +137,10 @@ class Row:
     """One tensor of each of several leaves, as one flat tensor; or, of one large tensor, a part.
 
     The tensors are dense and detached. `flat` is their common view where they are adjacent; elsewhere they are gathered
-    into scratch memory and written back.
+    into scratch memory and written back. `shape` is that in which a rule sees it: flat, unless somebody says otherwise.
     """
 
-    __slots__ = ("buffer", "flat", "tensors", "views")
+    __slots__ = ("buffer", "flat", "shape", "tensors", "views")
 
     def __init__(self, tensors: list[Tensor], scratch: Scratch, role: Any, start: int = 0, size: int = -1) -> None:
         self.tensors = tensors
@@ -152,6 +152,7 @@ class Row:
             first, total = tensors[0], sum(t.numel() for t in tensors)
             self.buffer = scratch.take(role, first.dtype, first.device, total)
             self.views = views_like(self.buffer, tensors)
+        self.shape: tuple[int, ...] = (len(self.buffer),)
 
     def read(self) -> Tensor:
         """The values, as one flat tensor."""

@@ -45,6 +45,8 @@ class Chunk:
         self.stacked, self.shape = stack, (high - low, *reals[0].shape) if stack else (self.size,)
         self.x = Row(reals, scratch, "x", start, size)
         self.momenta = [Row(row[low:high], scratch, i, start, size) for i, row in enumerate(cohort.momenta)]
+        for row in self.momenta if stack else ():  # those of a rule that needs whole arrays may have their own shapes
+            row.shape = (high - low, *row.tensors[0].shape)
         self.gathers = high - low > 1
         if self.gathers:
             first = reals[0]
@@ -157,7 +159,10 @@ class Chunks:
                 for chunk in self.all:
                     chunk.answers.append(answer)
             else:
-                require_all_finite(parts, reduce, self.cohort.context, self.cohort.paths)
+                if self.cohort.context.spread:
+                    parts = yield Request(rule, reduce, parts, self.cohort.places, self.cohort.paths)
+                else:
+                    require_all_finite(parts, reduce, self.cohort.context, self.cohort.paths)
                 for chunk in self.all:
                     chunk.answers.append(self._spread(chunk, parts, reduce))
         if totals is None:
@@ -281,7 +286,7 @@ class EagerUnit:
                 chunk.result = _kept(chunk)
 
     def _start(self, chunk: Chunk, dx: Any) -> Steps:
-        momenta = [row.read().view(chunk.shape) for row in chunk.momenta]
+        momenta = [row.read().view(row.shape) for row in chunk.momenta]
         return self.rule.steps(self.cohort.skeleton.combine(momenta), chunk.x.read().view(chunk.shape), dx)
 
     def _check(self, chunk: Chunk) -> None:
@@ -332,9 +337,11 @@ def result_fits(chunk: Chunk, rows: Sequence[Row], before: Skeleton) -> bool:
     device = chunk.x.buffer.device
     if change is not None and not (isinstance(change, Tensor) and change.is_floating_point()):
         return False
+    shapes = [row.shape for row in rows]
     fits = skeleton.fits(before) and all(
-        isinstance(t, Tensor) and t.shape == chunk.shape and t.device == device and t.layout == torch.strided
-        for t in (tensors if change is None else [*tensors, change])
+        isinstance(t, Tensor) and t.shape == shape and t.device == device and t.layout == torch.strided
+        for t, shape in zip([*tensors, change], [*shapes, chunk.shape], strict=True)
+        if t is not None
     )
     return fits and all(torch.can_cast(t.dtype, row.buffer.dtype) for t, row in zip(tensors, rows, strict=True))
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..context import Context
+from ..distributed.gathered import GatheredUnit
+from ..distributed.totals import Totals
 from ..leaf import Record, miss_update
 from ..pytree import HOLE, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
 from . import fused
-from .cohort import Cohort, Member, arranged, fits_packed
+from .cohort import Cohort, Member, arranged, fits_packed, fits_stacked
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
 from .layout import Extents, addresses
@@ -110,6 +112,7 @@ class Plan:
         self.begun: list[Any] = []  # leaves whose state was made for this update, and what they were before
         self.structure = self.hyper = -1
         self.addresses: list[int] = []  # where the parameters were when the cohorts were laid out
+        self.totals = Totals(records) if context.spread else None
 
     def current(self, grads: Sequence[Any]) -> Route | None:
         """The last route, where it can be taken again."""
@@ -263,7 +266,8 @@ class Plan:
             if not record.takes_part(dx):
                 continue
             self._begin(record, x, path)
-            kind, member = self._kind(record, x, dx, ways), Member(record, x, place, path)
+            member = Member(record, x, place, path)
+            kind = None if record.needs_whole else self._kind(record, x, dx, ways)
             if kind is None or (dx is None and kind == "compiled"):
                 alone.append(member)
                 continue
@@ -275,7 +279,11 @@ class Plan:
         for stack in stacks.values():
             (members if len(stack) >= _LEAST_STACK else alone).extend(stack)
         members.sort(key=_place)
-        return members, kinds, [ReferenceUnit(*member, self.context) for member in sorted(alone, key=_place)]
+        return members, kinds, [self._alone(member) for member in sorted(alone, key=_place)]
+
+    def _alone(self, member: Member) -> ReferenceUnit:
+        kind = GatheredUnit if member.record.needs_whole else ReferenceUnit
+        return kind(*member, self.context)
 
     def _begin(self, record: Record, x: Tensor, path: str) -> None:
         if record.tensors is not None:
@@ -294,22 +302,25 @@ class Plan:
         assert rule is not None and tensors is not None
         if type(x) not in _PLAIN or (dx is not None and type(dx) not in _PLAIN):
             return None
-        if not x.numel() or x.is_meta or is_wrapped(x) or not fits_packed(x, tensors):
+        if not x.numel() or x.is_meta or is_wrapped(x):
             return None
-        key = id(rule), x.dtype, x.device, x.numel() > 1, tuple([t.dtype for t in tensors])
+        packs = fits_packed(x, tensors)
+        key = id(rule), x.dtype, x.device, x.numel() > 1, tuple([t.dtype for t in tensors]), packs
         if key not in ways:
-            ways[key] = self._way(rule, x, tensors)
+            ways[key] = self._way(rule, x, tensors, packs)
         way = ways[key]
         if way == "stack":
-            return "stack" if x.is_contiguous() else None
+            return "stack" if fits_stacked(x, tensors) else None
         return None if x.is_complex() and x.is_conj() else way
 
-    def _way(self, rule: Rule, x: Tensor, tensors: list[Tensor]) -> str | None:
-        """How leaves of this rule, like `x`, can be stepped."""
+    def _way(self, rule: Rule, x: Tensor, tensors: list[Tensor], packs: bool) -> str | None:
+        """How leaves of this rule, like `x`, can be stepped; `packs` where the state is like `x` too."""
         if rule.traced or title_key(rule) in self.context.reference_only:
             return None
         if not is_packable(rule):
             return None if x.is_complex() or any(map(reducing, _whole(rule))) else "stack"
+        if not packs:
+            return None
         if self.context.compile and x.numel() > 1 and title_key(rule) not in self.context.uncompiled:
             return "compiled"
         return "fused" if fused.takes(rule, x, tensors) else "eager"
@@ -386,9 +397,10 @@ def _rule_key(kind: str | None, rule: Any, context: Context) -> Any:
 
 def _tensor_key(kind: str | None, record: Record, x: Tensor) -> Any:
     """What leaves must have in common besides their rules and numbers."""
-    skeleton, shape = record.numbers.skeleton, x.shape if kind == "stack" else None
+    skeleton, tensors = record.numbers.skeleton, record.tensors or ()
     assert skeleton is not None
-    return x.dtype, x.device, skeleton.spec, tuple([t.dtype for t in record.tensors or ()]), shape
+    shapes = (x.shape, *[t.shape for t in tensors]) if kind == "stack" else None
+    return x.dtype, x.device, skeleton.spec, tuple([t.dtype for t in tensors]), shapes
 
 
 def _numbers_key(record: Record) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..context import Context, require_finite
 from ..leaf import Numbers, Record
 from ..pytree import apart, memory, partition
-from ..rule import Assign, Rule, at
+from ..rule import Assign, Reduce, Rule, at
 from .step import Prepare, Request
 
 
@@ -40,7 +40,7 @@ class ReferenceUnit:
         while True:
             try:
                 reduce = steps.send(answer)
-                parts = reduce.rule.parts([reduce.value])
+                parts = self._parts(reduce)
             except StopIteration as done:
                 self._work_out(done.value)
                 return
@@ -49,9 +49,18 @@ class ReferenceUnit:
                 raise
             if reduce.rule.over == "tree":
                 answer = yield Request(self.rule, reduce, parts, (self.place,), (self.path,))
+            elif self.context.spread:
+                answer = (yield Request(self.rule, reduce, parts, (self.place,), (self.path,)))[0]
             else:
                 answer = parts[0]
                 require_finite(answer, reduce, self.context, partial(_share, self.path, parts))
+
+    def _parts(self, reduce: Reduce) -> Tensor:
+        """What the leaf gives to a total."""
+        value = reduce.value
+        if self.record.layout is not None and not value.numel():
+            value = value.new_zeros((1,) * value.ndim)  # the empty part of an array, of which nothing is taken
+        return reduce.rule.parts([value])
 
     def _rule_now(self) -> Rule:
         rule, count = self.record.rule, self.record.numbers.count

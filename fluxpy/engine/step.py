@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from ..context import Context, require_finite
+from ..context import Context, require_all_finite, require_finite
+from ..distributed.totals import Totals
 from ..rule import Reduce, Rule, reducing, rule_key
 
 
@@ -29,7 +30,10 @@ class FallBack(Exception):
 
 class Request(NamedTuple):
     """A total that a unit needs: what each of its leaves gives, stacked, and which leaves these are, in the order of
-    the model. `rule` is the whole rule, of which one inside asks."""
+    the model. `rule` is the whole rule, of which one inside asks.
+
+    Where leaves are spread over processes, also for the totals of single arrays, in any order: the answer has a row for
+    each leaf."""
 
     rule: Rule
     reduce: Reduce
@@ -70,14 +74,17 @@ def place_of(reduce: Reduce, rule: Rule, last: int) -> int:
     return last + 1  # a rule that asks more than once, or by one that it makes on the way
 
 
-def run_to_results(units: Sequence[Unit], grads: Sequence[Any], context: Context) -> None:
+def run_to_results(units: Sequence[Unit], grads: Sequence[Any], context: Context, totals: Totals | None = None) -> None:
     """Take all units to their results. Where rules ask for totals, all units get there before any goes on, and each
-    total is made of its parts in the order of the model, however the leaves are grouped."""
+    total is made of its parts in the order of the model, however the leaves are grouped.
+
+    With `totals`, over processes. These ask for the same totals in the same order: those of arrays as soon as all units
+    wait for some, then those over the tree one by one, groups of leaves by the first of them."""
     runs = [(unit, unit.prepare(grads)) for unit in units]
-    if len(runs) == 1:
+    if len(runs) == 1 and totals is None:
         request = _advance(runs[0], None)
         while request is not None:
-            request = _advance(runs[0], _total([request], context))
+            request = _advance(runs[0], _total([request], context, None))
         return
     places = dict.fromkeys(range(len(runs)), -1)  # of the rule that asked last, for each unit
     asking: dict[int, Request] = {}
@@ -86,20 +93,28 @@ def run_to_results(units: Sequence[Unit], grads: Sequence[Any], context: Context
         request = _advance(runs[i], answer)
         if request is not None:
             asking[i] = request
-            places[i] = place_of(request.reduce, request.rule, places[i])
+            if request.reduce.rule.over == "tree":
+                places[i] = place_of(request.reduce, request.rule, places[i])
 
     for i in range(len(runs)):
         advance(i, None)
     while asking:
-        first = min(places[i] for i in asking)
+        now = [i for i, request in asking.items() if request.reduce.rule.over == "array"]
+        arrays, first = bool(now), min(places[i] for i in asking)
         same: dict[Any, list[int]] = {}
-        for i, request in asking.items():
-            if places[i] == first:
-                same.setdefault(rule_key(request.reduce.rule), []).append(i)
-        totals = [(found, _total([asking.pop(i) for i in found], context)) for found in same.values()]
-        for found, total in totals:
-            for i in found:
-                advance(i, total)
+        for i in now or [i for i in asking if places[i] == first]:
+            same.setdefault(rule_key(asking[i].reduce.rule), []).append(i)
+        groups = [sorted(found, key=lambda i: min(asking[i].places)) for found in same.values()]
+        groups.sort(key=lambda found: min(asking[found[0]].places))
+        answers: dict[int, Any] = {}
+        for found in groups:
+            requests = [asking.pop(i) for i in found]
+            if arrays:
+                answers.update(zip(found, _array_totals(requests, context, totals), strict=True))
+            else:
+                answers.update(dict.fromkeys(found, _total(requests, context, totals)))
+        for i, answer in answers.items():
+            advance(i, answer)
 
 
 def _advance(run: tuple[Unit, Prepare], answer: Any) -> Request | None:
@@ -114,14 +129,34 @@ def _advance(run: tuple[Unit, Prepare], answer: Any) -> Request | None:
         raise
 
 
-def _total(requests: list[Request], context: Context) -> Tensor:
+def _total(requests: list[Request], context: Context, totals: Totals | None) -> Tensor:
     _, reduce, parts, places, paths = requests[0]
     if len(requests) > 1:
-        parts = torch.cat([request.parts.to(parts) for request in requests])
-        places = [place for request in requests for place in request.places]
-        order = sorted(range(len(places)), key=places.__getitem__)
-        names = [path for request in requests for path in request.paths]
-        parts, paths = parts[torch.tensor(order, device=parts.device)], [names[i] for i in order]
+        parts, places, paths = _merged(requests)
+    if totals is not None:
+        parts, owners = totals.gather(parts, places)
+        paths = [paths[i] for i in owners]
     total = reduce.rule.combine(parts)
     require_finite(total, reduce, context, lambda: (list(paths), parts))
     return total
+
+
+def _array_totals(requests: list[Request], context: Context, totals: Totals | None) -> list[Tensor]:
+    """For each request, a total for each of its leaves."""
+    reduce = requests[0].reduce
+    parts, places, paths = _merged(requests)
+    if totals is not None:
+        parts = totals.of_arrays(reduce.rule, parts, places)
+    require_all_finite(parts, reduce, context, paths)
+    where = {place: i for i, place in enumerate(places)}
+    return [parts[[where[place] for place in request.places]] for request in requests]
+
+
+def _merged(requests: list[Request]) -> tuple[Tensor, list[int], list[str]]:
+    """What leaves give, their places and their paths, in the order of the model."""
+    first = requests[0].parts
+    parts = torch.cat([request.parts.to(first) for request in requests])
+    places = [place for request in requests for place in request.places]
+    names = [path for request in requests for path in request.paths]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return parts[torch.tensor(order, device=parts.device)], [places[i] for i in order], [names[i] for i in order]

@@ -7,7 +7,7 @@ from .callbacks.lr_find import LRFind, lr_find
 from .callbacks.progress_bar import ProgressBar
 from .callbacks.scheduler import LearningRateScheduler
 from .callbacks.statistics import StatisticsRecorder
-from .callbacks.stopping import EarlyStopping, StopOnNaN
+from .callbacks.stopping import EarlyStopping, ReduceOnPlateau, StopOnNaN
 from .callbacks.tensorboard import TensorBoardLogger
 from .events import (
     EVENTS,
@@ -49,6 +49,7 @@ __all__ = [
     "Perplexity",
     "Progress",
     "ProgressBar",
+    "ReduceOnPlateau",
     "StatisticsRecorder",
     "Step",
     "StopOnNaN",

@@ -4,16 +4,22 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..containers import open_data
 from ..context import reads_at_once
+from ..data import require_batches
+from ..gradient import Gradients
 from ..grads import in_order
 from ..leaf import Leaf
-from ..pytree import level, partition, tensors_in
+from ..pytree import level
 from ..rule import hyperparameters, members_of
 from ..rule import walk as members
 from ..saving.file import read as read_file
+from ..saving.file import remove_leftovers
 from ..saving.model import match_tensors, model_tensors
+from ..saving.state_dict import changed_rules, changes_of_rules, plain_rules
 from ..show import tree_as_html
 from ..state import Rules, State, bind, tree_context
 from ..text import html_table, near
@@ -30,6 +36,12 @@ def parameters(state: State | Leaf, model: Any) -> list[Tensor]:
 def gradients_in_order(state: State | Leaf, model: Any, grads: Any) -> list[Tensor | None]:
     """The gradient of each of `parameters`."""
     return in_order(bind(state, model), grads)
+
+
+def as_gradients(state: State | Leaf, model: Any, values: list[Tensor | None]) -> Any:
+    """What `gradient` returns, of the gradients of `parameters`."""
+    spec = bind(state, model).walked
+    return values[0] if spec.kind == "leaf" else Gradients(spec, values)
 
 
 def note_loss(state: State | Leaf, finite: Tensor, what: str) -> None:
@@ -66,3 +78,10 @@ def match_model(model: Any, saved: dict[str, Tensor]) -> list[tuple[Tensor, Tens
     if problems:
         raise ValueError("\n  ".join(["what was saved does not fit the model; nothing was loaded", *problems]))
     return pairs
+
+
+def load_model(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Write what `match_model` paired into the model."""
+    with torch.no_grad():
+        for here, there in pairs:
+            here.copy_(there)

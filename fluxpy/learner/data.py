@@ -1,18 +1,19 @@
 """Any data as epochs of batches, and what a batch holds."""
 
 import inspect
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
 
 from .. import trainables
-from .core import level, tensors_in
+from .core import level, open_data, require_batches
 
 TARGETS = ("target", "targets", "label", "labels", "y")
 
@@ -27,8 +28,9 @@ class Source:
     def __init__(self, data: Any, name: str) -> None:
         self.data, self.name = data, name
         self.loader: Any = None  # what is gone through at present
-        _refuse(data, name)
         self.makes = callable(data) and not hasattr(data, "__iter__")
+        if not self.makes:
+            require_batches(data, name)
         self.each = isinstance(data, list | tuple) and len(data) > 0 and all(map(_holds_batches, data))
         if not self.makes and not self.each:
             self.loader = data
@@ -61,7 +63,7 @@ class Source:
             self.loader = self.data[epoch]
         elif self.makes:
             self.loader = self.data(epoch) if _takes_one(self.data) else self.data()
-            _refuse(self.loader, f"what {self.name} gave for epoch {epoch}")
+            require_batches(self.loader, f"what {self.name} gave for epoch {epoch}")
 
     def batches(self, skip: int = 0) -> Iterator[Any]:
         """The batches of this epoch after the first `skip`. The first is fetched at once, so that the order of the data
@@ -79,21 +81,40 @@ class Source:
             raise ValueError(f"{self.name} has no batch: it is empty, or an iterator that was used up before")
         return chain([first], batches)
 
-    def generators(self) -> list[torch.Generator]:
-        """What the order of the data is drawn from, as far as the loader shows it."""
-        places = [self.loader, getattr(self.loader, "sampler", None)]
-        found = {id(g): g for place in places if isinstance(g := getattr(place, "generator", None), torch.Generator)}
+    def generators(self) -> list[Any]:
+        """What the data is drawn from, wherever the loader holds it: in samplers, in the data set, in lists of them."""
+        found: dict[int, Any] = {}
+        seen: dict[int, Any] = {}
+        todo = [(self.loader, 0)]
+        while todo and len(seen) < _MOST:
+            x, depth = todo.pop(0)
+            if id(x) in seen or depth > _DEEP:
+                continue
+            seen[id(x)] = x
+            if isinstance(x, _GENERATORS):
+                found[id(x)] = x
+            elif isinstance(x, list | tuple | Mapping):
+                inside = list(x.values() if isinstance(x, Mapping) else x) if len(x) <= _MANY else []
+                todo += [(part, depth + 1) for part in inside]
+            elif hasattr(x, "__dict__") and not isinstance(x, Tensor | nn.Module | type | ModuleType):
+                todo += [(part, depth + 1) for part in vars(x).values()]
         return list(found.values())
+
+    def keeps_workers(self) -> bool:
+        """Whether processes that outlive an epoch make the batches: nobody knows their random numbers."""
+        return bool(getattr(self.loader, "persistent_workers", False))
 
 
 _END = object()
+_GENERATORS = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+_DEEP, _MANY, _MOST = 5, 64, 2000  # how far, in how long lists and in how many objects generators are looked for
 
 
 def split(batch: Any) -> tuple[Any, Any]:
     """Input and target of a batch; target None where it cannot be told.
 
     Of a tuple or list the last is the target; of a dict what is called `target`, `label` or `y` (or their plurals).
-    One thing before the target is the input as it is; several stay a tuple or dict.
+    One thing before the target of a tuple is the input as it is; several stay a tuple. What is left of a dict is one.
     """
     if isinstance(batch, tuple | list) and len(batch) == 1:
         return batch[0], None
@@ -102,8 +123,7 @@ def split(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         names = [name for name in batch if name in TARGETS]
         if len(names) == 1 and len(batch) > 1:
-            rest = {name: x for name, x in batch.items() if name != names[0]}
-            return (next(iter(rest.values())) if len(rest) == 1 else rest), batch[names[0]]
+            return {name: x for name, x in batch.items() if name != names[0]}, batch[names[0]]
     return batch, None
 
 
@@ -113,7 +133,7 @@ def samples_of(*parts: Any) -> int:
         if isinstance(part, Tensor) and part.ndim:
             return part.shape[0]
         if part is not None and not isinstance(part, Tensor):
-            for tensor in tensors_in(part):
+            for tensor in open_data(part)[0]:
                 if tensor.ndim:
                     return tensor.shape[0]
     return 1
@@ -123,7 +143,13 @@ def call(model: Any, input: Any) -> Any:
     """The output: a tuple is several arguments, a dict keywords."""
     if isinstance(input, tuple) and type(input) is tuple:
         return model(*input)
-    return model(**input) if isinstance(input, dict) else model(input)
+    if not isinstance(input, Mapping):
+        return model(input)
+    try:
+        return model(**input)
+    except TypeError as error:
+        error.add_note(f"of a batch that is a dict the model gets keywords: {', '.join(map(str, input))}")
+        raise
 
 
 def kind(batch: Any) -> str:
@@ -187,16 +213,3 @@ def _holds_batches(x: Any) -> bool:
     if isinstance(x, list):
         return len(x) > 0 and all(isinstance(part, tuple | list | Mapping) for part in x)
     return hasattr(x, "__iter__") and not isinstance(x, Tensor | np.ndarray | tuple | Mapping | str | bytes)
-
-
-def _refuse(data: Any, name: str) -> None:
-    arrays = isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(a, Tensor | np.ndarray) for a in data)
-    if isinstance(data, Tensor | np.ndarray | Mapping) or (arrays and isinstance(data, tuple)):
-        what = "a pair of arrays" if arrays else type(data).__name__
-        raise TypeError(f"{name} must be an iterable of batches, not {what}: fluxpy.DataLoader(data, batch_size=32)")
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        raise TypeError(f"{name} gives single samples: torch.utils.data.DataLoader(data, batch_size=32) makes batches")
-    if isinstance(data, str | bytes) or not (
-        callable(data) or hasattr(data, "__iter__") or hasattr(data, "__getitem__")
-    ):
-        raise TypeError(f"{name} must be an iterable of batches, or a callable that gives one, but got {data!r}")

@@ -17,6 +17,7 @@ class Dispatcher:
     def __init__(self, learner: "Learner", callbacks: list[Any]) -> None:
         self.levels: list[str] = []  # those that run, outermost first
         self.error: BaseException | None = None  # while one passes through
+        self.again = False  # whether start events come that a saved run had fired: it was not cancelled at them
         self._learner = learner
         # The listeners of each event are found once, so that an event without listeners costs nothing.
         self._listeners: dict[str, list[tuple[Callable[[Learner], Any], str]]] = {event: [] for event in EVENTS}
@@ -90,7 +91,7 @@ class Dispatcher:
             try:
                 call(self._learner)
             except Cancel as cancel:
-                accepted = None if error is not None else self._accepted(cancel, f"by {name} at {event}")
+                accepted = None if error is not None or self.again else self._accepted(cancel, f"by {name} at {event}")
                 if accepted is not None:
                     outcome = self._outer(outcome, accepted)
             except BaseException as raised:

@@ -12,7 +12,9 @@ one of them cancels is cancelled after that.
 """
 
 import difflib
-from typing import Any, ClassVar
+import math
+from collections.abc import Iterable
+from typing import Any, ClassVar, SupportsIndex, overload
 
 from .core import near
 from .html import history_as_html
@@ -39,7 +41,7 @@ class Event(str):
     __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, str) and "_" in other and other not in EVENTS:
+        if isinstance(other, str) and other not in EVENTS:
             meant = difflib.get_close_matches(other, EVENTS)
             if meant:
                 raise ValueError(f"there is no event {other!r}; did you mean {' or '.join(map(repr, meant))}?")
@@ -128,10 +130,6 @@ class Callback:
     def load_state_dict(self, d: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
 
-    def saved_where(self) -> str:
-        """Where the saved run is and how to begin anew, for an error message: " in 'run'; ..."."""
-        return ""
-
     def saved_run(self) -> dict[str, Any] | None:
         """What a Learner's `state_dict` gave, for a fit to go on with. Asked for before `fit_start`."""
         return None
@@ -169,12 +167,36 @@ def checked(callbacks: Any) -> list[Any]:
 
 
 class History(list[dict[str, Any]]):
-    """A dict for each epoch: `{"epoch": 0, "train": {"loss": ...}, "validation": {...}}`.
+    """A dict for each epoch: `{"epoch": 0, "train": {"loss": ...}, "validation": {...}}`. By column too:
+    `history["validation"]["loss"]` is a list with a number for each epoch, NaN where that has none.
 
-    `stop_reason` says why the fit ended early; None where it ran to its end.
+    `seconds` says how long each epoch took. `stop_reason` says why the fit ended early; None where it ran to its end.
     """
 
-    stop_reason: str | None = None
+    stop_reason: str | None
+
+    def __init__(self, rows: Iterable[dict[str, Any]] = (), seconds: Iterable[float] = ()) -> None:
+        super().__init__(rows)
+        self.seconds = list(seconds)
+        self.stop_reason = None
+
+    @overload
+    def __getitem__(self, key: SupportsIndex, /) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, key: slice, /) -> list[dict[str, Any]]: ...
+    @overload
+    def __getitem__(self, key: str, /) -> Any: ...
+    def __getitem__(self, key: Any, /) -> Any:
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        if key == "seconds":
+            return list(self.seconds)
+        if key == "epoch":
+            return [row[key] for row in self]
+        if key not in ("train", "validation"):
+            raise KeyError(f"{key!r}: a history has 'epoch', 'seconds', 'train' and 'validation'")
+        names = dict.fromkeys(name for row in self for name in row[key])
+        return {name: [row[key].get(name, math.nan) for row in self] for name in names}
 
     def _repr_html_(self) -> str:
         return history_as_html(self, self.stop_reason)

@@ -3,7 +3,8 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from .core import (
     State,
     check_finite,
     leave_to_the_user,
+    open_data,
     parameters,
-    partition,
     place,
     reads_at_once,
     why_it_failed,
@@ -42,6 +43,11 @@ class Learner:
     `(learner, event)`, or a `Callback`. `metrics` are names, functions `(output, target) -> number` or objects as those
     of torchmetrics, in a list or a dict by name; the loss is always among them.
 
+    `autocast=torch.bfloat16` runs steps and predictions under `torch.autocast`. `accumulate=n` updates once every n
+    batches (`update_start` comes with those updates), by the mean over their samples, as one batch of them all would:
+    over the targets that are not ignored where these are classes; `step.weight` says otherwise. So does the last window
+    of an epoch, which may have fewer batches.
+
     What callbacks may read stands in `__init__` below; what they may change is said in `Step`.
 
     >>> from fluxpy.learner import Learner
@@ -61,21 +67,21 @@ class Learner:
         metrics: Any = (),
         callbacks: Iterable[Any] = (),
         device: torch.device | str | None = None,
+        autocast: torch.dtype | None = None,
+        accumulate: int = 1,
         default_callbacks: bool = True,
     ) -> None:
-        _check_loss(loss)
+        _check(self, loss, autocast, accumulate)
         has_state = isinstance(rule_or_state, State | Leaf)
         if device is not None:
             move(model, torch.device(device), has_state)
-        self.model = model
-        self.loss = loss
+        self.model, self.loss = model, loss
+        self.autocast, self.accumulate = autocast, accumulate
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
-        devices = {x.device for x in parameters(self.state, model)}
-        self.device = devices.pop() if len(devices) == 1 else None  # where batches go
+        self.device = _device_of(parameters(self.state, model))  # where batches go
         self.metrics = Metrics(metrics)
         self.callbacks = events.checked(callbacks)
-        if default_callbacks:
-            self.callbacks.insert(0, ProgressBar())
+        self.callbacks[:0] = [ProgressBar()] if default_callbacks else []
         # Of the fit:
         self.history = History()
         self.progress = Progress()  # what comes next, and whether the fit was resumed or is being cancelled
@@ -89,12 +95,12 @@ class Learner:
         self.batch_index = 0
         self.batch_count: int | None = None  # if known
         self.stats: dict[str, float] = {}  # the metrics by name, final at its end event
+        self.seconds = 0.0  # that it took, at its end event
         self.nonfinite: str | None = None  # what was not finite
         # Of the batch:
         self.step = Step()
         self._run = Run()
         self._loop: Loop | None = None  # while one runs
-        _check_signature(self)
 
     @property
     def fitting(self) -> bool:
@@ -133,7 +139,9 @@ class Learner:
         else:
             resume.load_callbacks(extra, saved["callbacks"][len(self.callbacks) :])
         self.history.stop_reason = None
-        self._run = Run(training, validation, extra, saved=saved)
+        lengths = {} if saved is None else dict(saved["lengths"])
+        rules = resume.rules_of(self, saved)
+        self._run = Run(training, validation, extra, rules=rules, lengths=lengths, saved=saved)
         self._start_fit(progress, epochs)
         self._loop = Loop(self, self._run)
         try:
@@ -151,14 +159,19 @@ class Learner:
             if self._run.saved is None and isinstance(callback, events.Callback):
                 saved = callback.saved_run()
                 if saved is not None:
-                    try:
-                        self.load_state_dict(saved)
-                    except ValueError as error:
-                        where = f"the run that {events.name_of(callback)} has{callback.saved_where()}"
-                        raise ValueError(
-                            f"{where} is not that of this Learner, and nothing was loaded: {error}"
-                        ) from error
+                    self._load_from(callback, saved)
         return self._run.saved
+
+    def _load_from(self, callback: events.Callback, saved: dict[str, Any]) -> None:
+        try:
+            self.load_state_dict(saved)
+        except ValueError as error:
+            where = getattr(callback, "directory", None)
+            error.add_note(
+                f"the run that {events.name_of(callback)} saved{'' if where is None else f' in {str(where)!r}'} is of "
+                "another model, rule or script: give this one its own directory, or begin anew with resume=False"
+            )
+            raise
 
     def _start_fit(self, progress: Progress, epochs: int) -> None:
         source = self._run.train
@@ -186,21 +199,23 @@ class Learner:
     def predict(self, data: Any) -> Any:
         """The outputs for all of the data, on the CPU, in its order: of each batch only the input is used.
 
-        Outputs that are tensors, or containers of tensors, are joined along their rows; others come as a list. No
-        events are fired.
+        Outputs that are tensors, or containers of tensors, are joined along their rows; where they do not fit together,
+        or hold other things that differ, they come as a list with one for each batch. No events are fired.
         """
         source = Source(data, "the data")
         source.make(0)
-        outputs: list[Any] = []
-        with evaluation_mode(self.model), torch.no_grad():
+        outputs: list[list[Tensor]] = []
+        others: list[Any] = []
+        with evaluation_mode(self.model), torch.no_grad(), self.casting():
             for batch in source.batches():
                 input, _ = split(place(batch, self.device))
-                tensors, skeleton = partition(call(self.model, input))
-                outputs.append(([t.cpu() for t in tensors], skeleton))
-        columns, alike = list(zip(*(tensors for tensors, _ in outputs), strict=False)), outputs[0][1]
-        if all(skeleton == alike for _, skeleton in outputs) and all(t.ndim for column in columns for t in column):
-            return alike.combine(torch.cat(column) for column in columns)
-        return [skeleton.combine(tensors) for tensors, skeleton in outputs]
+                tensors, opened = open_data(call(self.model, input))
+                outputs.append([t.cpu() for t in tensors])
+                others.append(opened)
+        columns = list(zip(*outputs, strict=False))
+        if columns and all(map(others[0].is_like, others)) and all(map(_can_join, columns)):
+            return others[0].combine(map(torch.cat, columns))
+        return [opened.combine(tensors) for tensors, opened in zip(outputs, others, strict=True)]
 
     def training_step(self, model: Any, input: Any, target: Any) -> Any:
         """The loss of a batch, or `(loss, output)`, which metrics need. Override it for what is not (input, target).
@@ -239,6 +254,13 @@ class Learner:
             self._loop.dispatcher.fire("inference_prediction_end")
         return self.step.output
 
+    def casting(self) -> AbstractContextManager[Any]:
+        """The autocast that was asked for, if one was."""
+        if self.autocast is None:
+            return nullcontext()
+        kind = self.device or next(iter(parameters(self.state, self.model))).device
+        return torch.autocast(kind.type, self.autocast)
+
     def running(self) -> dict[str, float]:
         """The numbers of the present phase so far. Reads them from the device, so call it seldom; `metrics.peek()`
         keeps them unread, for `metrics.read` at a later time."""
@@ -272,21 +294,25 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """All that exact resume needs, also in the middle of an epoch, as plain data for `torch.save` or `fluxpy.save`.
 
-        Take it at any event but those of a training batch that is not done: `batch_end` is the first at which it is.
+        Take it at any event but those of a batch that is not done: `batch_end` is the first at which it is.
         Callbacks are saved as they are; those that come later in the list have not yet seen the present event.
         """
-        within = self.training and self._loop is not None and "batch" in self._loop.dispatcher.levels
+        within = self.phase is not None and self._loop is not None and "batch" in self._loop.dispatcher.levels
         if within and self.progress.batch <= self.batch_index:
-            raise RuntimeError("state_dict cannot be taken within a training batch; take it at batch_end")
+            raise RuntimeError("state_dict cannot be taken within a batch; take it at batch_end")
         return resume.save(self, self._run)
 
-    def load_state_dict(self, d: dict[str, Any]) -> None:
+    def load_state_dict(self, d: dict[str, Any], *, hyperparameters: Literal["load", "keep"] | None = None) -> None:
         """Take over what `state_dict` gave; the next `fit`, with the same data, goes on from there, bit for bit.
 
-        ValueError where metrics, model or state do not fit; then nothing was loaded.
+        Rates and other hyperparameters are those that were saved; where this script has set up others, a warning says
+        so. `hyperparameters="keep"` leaves those of this script (`d["hyperparameters"]` says it too, for a callback's
+        `saved_run`). ValueError where metrics, model or state do not fit; then nothing was loaded.
         """
         if self._loop is not None:
             raise RuntimeError("load_state_dict cannot be called while a fit is running")
+        if hyperparameters is not None:
+            d = d | {"hyperparameters": hyperparameters}
         resume.load(self, d)
         self._run = Run(saved=d)
 
@@ -301,11 +327,8 @@ class Learner:
         return other
 
 
-def _check_signature(learner: Learner) -> None:
+def _check_signature(loss: Any) -> None:
     """TypeError for a loss that cannot be called with two arguments, as far as can be told."""
-    if type(learner).training_step is not Learner.training_step:
-        return
-    loss = learner.loss
     try:
         inspect.signature(loss).bind(None, None)
     except ValueError:  # it has no signature to look at
@@ -317,8 +340,27 @@ def _check_signature(learner: Learner) -> None:
         ) from None
 
 
-def _check_loss(loss: Any) -> None:
+def _device_of(tensors: list[Tensor]) -> torch.device | None:
+    """Where all of them are, if that is one device."""
+    devices = {x.device for x in tensors}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def _can_join(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether tensors have rows, alike ones."""
+    first = tensors[0]
+    return first.ndim > 0 and all(t.shape[1:] == first.shape[1:] and t.dtype == first.dtype for t in tensors)
+
+
+def _check(learner: Learner, loss: Any, autocast: Any, accumulate: Any) -> None:
+    if autocast not in (None, torch.bfloat16):
+        hint = "" if autocast != torch.float16 else ": float16 needs its loss scaled, or small gradients are lost"
+        raise ValueError(f"autocast={autocast!r} is not allowed{hint}; it is torch.bfloat16 or None")
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"accumulate={accumulate!r} is not allowed; it is a number of batches, at least 1")
     if isinstance(loss, type):
         raise TypeError(f"the loss is an object, not a class: write {loss.__name__}()")
     if not callable(loss):
         raise TypeError(f"the loss is a function (output, target) -> number, but got {type(loss).__name__}")
+    if type(learner).training_step is Learner.training_step:
+        _check_signature(loss)

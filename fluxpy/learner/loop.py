@@ -1,6 +1,7 @@
 """Loop: what a Learner does in one call of `fit` or `validate`: epochs, phases, batches."""
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -8,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import update, withgradient
-from .core import note_loss, place, reads_at_once, training_mode
+from .core import as_gradients, gradients_in_order, note_loss, parameters, place, reads_at_once, training_mode
 from .data import Source, evaluation_mode, samples_of, split
 from .dispatcher import Dispatcher
-from .resume import Run
+from .events import CancelTraining
+from .resume import Run, restore
 from .rng import data_state, random_state, set_data_state, set_random_state
 from .scores import number
 from .step import Step
+from .window import weight_of
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -37,83 +40,133 @@ class Loop:
         self.dispatcher.run("fit", self._epochs)
 
     def _epochs(self) -> None:
-        learner, run = self.learner, self.run
-        if learner.progress.phase == "start" and (saved := run.take_saved()) is not None:
-            set_random_state(saved["random"])
-            set_data_state(run.sources, saved["random"]["data"])
+        learner = self.learner
+        self._restore("fit")
+        self.dispatcher.again = self.run.saved is not None
         for epoch in range(learner.progress.epoch, learner.epoch_count):
-            learner.epoch_index = epoch
+            learner.epoch_index, learner.progress.within = epoch, "epoch"
+            self.run.epoch_began = time.monotonic() - self._spent("epoch")
             self.dispatcher.run("epoch", self._epoch, self._end_epoch)
 
     def _epoch(self) -> None:
-        saved = self.run.take_saved()
-        self.run.row = {} if saved is None else dict(saved["row"])
-        if self.learner.progress.phase != "validation":
-            self._training(saved)
-            saved = None
-        if self.run.valid is not None:
-            batches = self._open(self.run.valid, None if saved is None else saved["random"])
-            self.validation(self.run.valid, batches, "validation")
+        run, progress = self.run, self.learner.progress
+        run.row = {} if run.saved is None else dict(run.saved["row"])
+        self._restore("epoch")
+        if progress.phase in ("start", "train"):
+            self._training()
+        if run.valid is not None and progress.phase == "validation":
+            self.validation(run.valid, self._open(run.valid, "validation"), "validation")
 
     def _end_epoch(self, done: bool) -> None:
         learner = self.learner
         learner.history.append({"epoch": learner.epoch_index, "train": {}, "validation": {}} | self.run.row)
+        learner.history.seconds.append(time.monotonic() - self.run.epoch_began)
         if done:
             learner.progress.end_epoch()
-            self.run.rng_at_start = None
+
+    def _spent(self, on: str) -> float:
+        """The seconds that the saved run, with which this one goes on, had spent."""
+        return 0.0 if self.run.saved is None else self.run.saved["seconds"][on]
+
+    def _restore(self, level: str) -> None:
+        """Within this level the saved run goes on. Start events that it had fired were fired again, for callbacks to
+        open what they need; what they changed of the run is put back, so that nothing acts twice."""
+        saved = self.run.saved
+        if saved is None or saved["within"] != level:
+            return
+        restore(self.learner, self.run, saved)
+        set_random_state(saved["random"])
+        if level in ("fit", "epoch"):  # otherwise the data was begun before, and is at its place
+            set_data_state(self.run.sources, saved["random"]["data"])
+        self.run.saved, self.dispatcher.again = None, False
 
     # --- Phases -------------------------------------------------------------------------------------------------------
 
-    def _open(self, source: Source, rng: dict[str, Any] | None, skip: int = 0) -> Iterator[Any]:
+    def _open(self, source: Source, level: str) -> Iterator[Any]:
         """Begin an epoch of the data, in a resumed run with the random numbers with which it was begun before."""
-        sources = self.run.sources
+        run, progress = self.run, self.learner.progress
+        saved = run.saved
+        rng = None if saved is None else saved["rng_at_start"]
         if rng is not None:
             set_random_state(rng)
-        self.run.rng_at_start = random_state(())
+        run.rng_at_start = random_state(())
         source.make(self.learner.epoch_index)
         if rng is not None:
-            set_data_state(sources, rng["data"])
-        self.run.rng_at_start["data"] = data_state(sources)
-        return source.batches(skip)
+            set_data_state(run.sources, rng["data"])
+        if progress.resumed and source.keeps_workers():
+            warnings.warn(
+                f"{source.name} has persistent_workers=True, whose random numbers nobody can save: the resumed run is "
+                "not exactly the one that was saved; with persistent_workers=False it is",
+                stacklevel=2,
+            )
+        run.rng_at_start["data"] = data_state(run.sources)
+        self._start_phase("train" if level == "training" else level, source)
+        progress.phase, progress.within = self.learner.phase or "", level
+        self._note_length(level, source)
+        self.run.window.clear()
+        if saved is not None:
+            self.run.window.load_state_dict(saved["window"], parameters(self.learner.state, self.learner.model))
+            self.learner.metrics.load_state_dict(saved["metrics"], self.learner.device)
+            self.learner.batch_index, self.learner.step_index = max(progress.batch - 1, 0), max(progress.step - 1, 0)
+        return source.batches(progress.batch)
 
-    def _training(self, saved: dict[str, Any] | None) -> None:
+    def _note_length(self, level: str, source: Source) -> None:
+        """Keep how many batches the phase has, and warn where the saved run had another number."""
+        run, now = self.run, source.length()
+        before = run.lengths.get(level)
+        if self.learner.progress.resumed and not source.each and None not in (before, now) and before != now:
+            warnings.warn(
+                f"{source.name} has {now} batches, but in the saved run it had {before}: the resumed run goes on with "
+                "other data, and a schedule over the fit has another length",
+                stacklevel=2,
+            )
+        run.lengths[level] = now
+
+    def _training(self) -> None:
         learner, source, progress = self.learner, self.run.train, self.learner.progress
         assert source is not None
-        batches = self._open(source, None if saved is None else saved["rng_at_start"], progress.batch)
+        batches = self._open(source, "training")
         learner.step_count = source.total(learner.epoch_count)
-        progress.phase = "train"
-        self._start_phase("train", source)
-        learner.batch_index = progress.batch
-        if saved is not None:
-            learner.metrics.load_state_dict(saved["metrics"], learner.device)
 
         def body() -> None:
+            self._restore("training")
             training_mode(learner.model, learner.state)
-            if saved is not None:
-                set_random_state(saved["random"])
-            for index, batch in enumerate(batches, progress.batch):
-                learner.batch_index, learner.step_index = index, progress.step
-                self._batch(batch, self._training_batch, self._end_training_batch)
+            cancel: CancelTraining | None = None
+            try:
+                for index, batch in enumerate(batches, progress.batch):
+                    learner.batch_index, learner.step_index = index, progress.step
+                    self._batch(batch, self._training_batch)
+            except CancelTraining as raised:
+                cancel = raised
+            if self.run.window.batches:  # of data whose length was not known, or the training was cancelled
+                self._update_by_window()
+                learner.step = Step()
+            if cancel is not None:
+                raise cancel
 
         self._run_phase("training", body)
 
     def validation(self, source: Source, batches: Iterator[Any], phase: str | None) -> None:
         """The phase of a fit; or with None a call of `validate`."""
         learner = self.learner
-        self._start_phase(phase, source)
+        if phase is None:
+            self._start_phase(None, source)
 
         def body() -> None:
+            if phase is not None:
+                self._restore("validation")
             with evaluation_mode(learner.model), torch.no_grad():
-                for index, batch in enumerate(batches):
+                for index, batch in enumerate(batches, 0 if phase is None else learner.progress.batch):
                     learner.batch_index = index
-                    self._batch(batch, self._validation_batch, None)
+                    self._batch(batch, self._validation_batch)
 
         self._run_phase("validation", body)
 
     def _start_phase(self, phase: str | None, source: Source) -> None:
         learner = self.learner
         learner.phase, learner.training, learner.nonfinite, learner.stats = phase, phase == "train", None, {}
-        learner.batch_index, learner.batch_count = 0, source.length()
+        learner.batch_index, learner.batch_count, learner.seconds = 0, source.length(), 0.0
+        self.run.phase_began = time.monotonic() - self._spent("phase")
         learner.metrics.reset()
 
     def _run_phase(self, level: str, body: Callable[[], None]) -> None:
@@ -125,15 +178,15 @@ class Loop:
     def _end_phase(self, done: bool) -> None:
         """The numbers of the phase are final."""
         learner, run = self.learner, self.run
-        learner.stats = learner.running()
+        learner.stats, learner.seconds = learner.running(), time.monotonic() - run.phase_began
         if learner.phase is None:
             return
         if learner.nonfinite is not None and not learner.stats:  # no batch had a loss
             learner.stats = dict.fromkeys(learner.metrics.names, math.nan)
         run.row[learner.phase] = learner.stats
+        if done:
+            learner.progress.end_phase()
         if learner.training:
-            if done:
-                learner.progress.phase, run.rng_at_start = "validation", None
             stops = [getattr(c, "stops_on_nonfinite", False) for c in (*learner.callbacks, *run.callbacks)]
             if learner.check_finite() is not None and not any(stops):
                 warnings.warn(
@@ -142,27 +195,56 @@ class Loop:
 
     # --- Batches ------------------------------------------------------------------------------------------------------
 
-    def _batch(self, batch: Any, body: Callable[[], None], end: Callable[[bool], None] | None) -> None:
+    def _batch(self, batch: Any, body: Callable[[], None]) -> None:
         """One batch. Nothing of it is left afterwards."""
         learner = self.learner
         input, target = split(place(batch, learner.device))
         learner.step = Step(input, target, samples_of(target, input))
         try:
-            self.dispatcher.run("batch", body, end)
+            self.dispatcher.run("batch", body, self._end_batch)
         finally:
             learner.step = Step()
 
     def _training_batch(self) -> None:
         learner, step = self.learner, self.learner.step
-        value, step.grads = withgradient(
-            learner.training_step, learner.model, step.input, step.target, state=learner.state
-        )
+        f = learner.training_step if learner.autocast is None else self._cast(learner.training_step)
+        value, step.grads = withgradient(f, learner.model, step.input, step.target, state=learner.state)
         step.loss, step.output = value if isinstance(value, tuple) else (value, None)
         step.number = number(step.loss)
-        if self._is_finite(step):
-            self.dispatcher.fire("update_start")
-            update(learner.state, learner.model, step.grads)
-            learner.metrics.update(step)
+        if not self._is_finite(step):
+            return
+        if learner.accumulate == 1:
+            self._update()
+        else:
+            self._gather(step)
+        learner.metrics.update(step)
+
+    def _update(self) -> None:
+        learner = self.learner
+        self.dispatcher.fire("update_start")
+        update(learner.state, learner.model, learner.step.grads)
+
+    def _gather(self, step: Step) -> None:
+        """Keep the gradients for the update at the end of the window, or of the data."""
+        learner, window = self.learner, self.run.window
+        window.add(gradients_in_order(learner.state, learner.model, step.grads), weight_of(step, learner.loss))
+        if window.batches == learner.accumulate or learner.batch_index + 1 == learner.batch_count:
+            self._update_by_window()
+
+    def _update_by_window(self) -> None:
+        learner = self.learner
+        grads = self.run.window.take(parameters(learner.state, learner.model))
+        learner.step.grads = as_gradients(learner.state, learner.model, grads)
+        self._update()
+
+    def _cast(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A step under autocast."""
+
+        def under_autocast(*args: Any) -> Any:
+            with self.learner.casting():
+                return step(*args)
+
+        return under_autocast
 
     def _is_finite(self, step: Step) -> bool:
         """Whether the loss is. On a device nothing is read: there what is not finite holds back update and metrics."""
@@ -178,13 +260,15 @@ class Loop:
             learner.nonfinite = f"{LOSS} of {where} is {step.number}; that batch updated nothing"
         return False
 
-    def _end_training_batch(self, done: bool) -> None:
-        self.learner.progress.end_batch()
+    def _end_batch(self, done: bool) -> None:
+        if self.learner.phase is not None and self.dispatcher.error is None:
+            self.learner.progress.end_batch(self.learner.training)
 
     def _validation_batch(self) -> None:
         learner, step = self.learner, self.learner.step
         self.predicted = False
-        value = learner.validation_step(learner.model, step.input, step.target)
+        with learner.casting():
+            value = learner.validation_step(learner.model, step.input, step.target)
         step.loss, step.output = value if isinstance(value, tuple) else (value, step.output)
         step.number = number(step.loss)
         if not self.predicted:

@@ -1,21 +1,24 @@
 """What a run needs to go on exactly as it would have, as plain data and back."""
 
+import time
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .. import load_state_dict, state_dict
+from .. import leaves, load_state_dict, state_dict
 from . import events
-from .core import match_model, model_dict
+from .core import changed_rules, changes_of_rules, load_model, match_model, model_dict, plain_rules
 from .data import Source
 from .rng import random_state
+from .window import Window
 
 if TYPE_CHECKING:
     from .learner import Learner
 
-_VERSION = 2
+_VERSION = 3
+_OPTION = 'hyperparameters="keep" (of Checkpoint or load_state_dict)'
 
 
 @dataclass
@@ -25,7 +28,12 @@ class Run:
     train: Source | None = None
     valid: Source | None = None
     callbacks: list[Any] = field(default_factory=list)  # those of this fit only
+    window: Window = field(default_factory=Window)  # gradients that wait for an update
     row: dict[str, Any] = field(default_factory=dict)  # what the history will have of the present epoch
+    rules: Any = None  # with which the fit began, by path; or as a saved run had them
+    lengths: dict[str, int | None] = field(default_factory=dict)  # how many batches each phase had
+    epoch_began: float = 0.0  # by `time.monotonic`; earlier by what a saved run had spent on it
+    phase_began: float = 0.0
     rng_at_start: dict[str, Any] | None = None  # with which the data of the present phase was begun
     saved: dict[str, Any] | None = None  # the saved run to go on with, until that is done
 
@@ -33,10 +41,11 @@ class Run:
     def sources(self) -> tuple[Source | None, Source | None]:
         return self.train, self.valid
 
-    def take_saved(self) -> dict[str, Any] | None:
-        """The saved run, which is gone on with from here."""
-        saved, self.saved = self.saved, None
-        return saved
+    def seconds(self, learner: "Learner") -> dict[str, Any]:
+        """What was spent on the present epoch and phase."""
+        now, within = time.monotonic(), learner.progress.within
+        in_epoch, in_phase = within != "fit", within in ("training", "validation")
+        return {"epoch": in_epoch * (now - self.epoch_began), "phase": in_phase * (now - self.phase_began)}
 
 
 def save(learner: "Learner", run: Run) -> dict[str, Any]:
@@ -45,19 +54,22 @@ def save(learner: "Learner", run: Run) -> dict[str, Any]:
     if run.saved is not None:  # nothing was done since it was loaded
         return clones(run.saved) | {"callbacks": callbacks or clones(run.saved["callbacks"])}
     progress = learner.progress
-    training = progress.phase == "train"
-    # Validation is gone through again from its start.
-    again = run.rng_at_start if progress.phase == "validation" else None
+    in_phase = progress.within in ("training", "validation")
     return {
         "version": _VERSION,
         "model": model_dict(learner.model),
         "state": state_dict(learner.state),
         "position": progress.position(),
-        "random": again or random_state(run.sources),
-        "rng_at_start": run.rng_at_start if training else None,
-        "metrics": clones(learner.metrics.state_dict()) if training else None,
+        "within": progress.within,
+        "random": random_state(run.sources),
+        "rng_at_start": run.rng_at_start if in_phase else None,
+        "metrics": clones(learner.metrics.state_dict()) if in_phase else None,
+        "window": clones(run.window.state_dict()),
         "row": dict(run.row),
-        "history": [dict(row) for row in learner.history if row["epoch"] < progress.epoch],
+        "lengths": dict(run.lengths),
+        "rules": run.rules if isinstance(run.rules, list) else plain_rules(run.rules or present_rules(learner)),
+        "history": (history := [dict(row) for row in learner.history if row["epoch"] < progress.epoch]),
+        "seconds": run.seconds(learner) | {"epochs": learner.history.seconds[: len(history)]},
         "callbacks": callbacks,
     }
 
@@ -70,25 +82,52 @@ def load(learner: "Learner", saved: Any) -> None:
     sums = names if saved["metrics"] is None else saved["metrics"]["sums"]
     if set(sums) != set(names):
         raise ValueError(f"the saved run had the metrics {sorted(sums)}, this one has {sorted(names)}")
-    pairs = match_model(learner.model, saved["model"])
-    load_state_dict(learner.state, saved["state"])
-    with torch.no_grad():
-        for here, there in pairs:
-            here.copy_(there)
-    learner.history = events.History(dict(row) for row in saved["history"])
+    changes = changes_of_rules(plain_rules(present_rules(learner)), saved["rules"])
+    _load_weights(learner, saved)
+    if _hyperparameters(saved) == "load" and (changed := changed_rules(changes, _OPTION)):
+        warnings.warn(changed, stacklevel=3)
+    learner.history = events.History((dict(row) for row in saved["history"]), saved["seconds"]["epochs"])
     load_callbacks(learner.callbacks, saved["callbacks"])
 
 
-def load_callbacks(callbacks: list[Any], saved: list[Any]) -> None:
-    """Give callbacks their state back, by place and name."""
+def restore(learner: "Learner", run: Run, saved: dict[str, Any]) -> None:
+    """Model, state and callbacks again as they were saved."""
+    _load_weights(learner, saved)
+    load_callbacks([*learner.callbacks, *run.callbacks], saved["callbacks"], warn=False)
+
+
+def _hyperparameters(saved: dict[str, Any]) -> Literal["load", "keep"]:
+    return saved.get("hyperparameters", "load")
+
+
+def _load_weights(learner: "Learner", saved: dict[str, Any]) -> None:
+    pairs = match_model(learner.model, saved["model"])
+    load_state_dict(learner.state, saved["state"], hyperparameters=_hyperparameters(saved))
+    load_model(pairs)
+
+
+def present_rules(learner: "Learner") -> dict[str, Any]:
+    """The rule of each leaf."""
+    return {path: leaf.rule for path, leaf in leaves(learner.state)}
+
+
+def rules_of(learner: "Learner", saved: dict[str, Any] | None) -> Any:
+    """The rules with which the fit begins, or began."""
+    return saved["rules"] if saved and _hyperparameters(saved) == "load" else present_rules(learner)
+
+
+def load_callbacks(callbacks: list[Any], saved: list[Any], warn: bool = True) -> None:
+    """Give callbacks their state back, by place and name. Those that have none are passed by."""
     for i, callback in enumerate(callbacks):
         name = events.name_of(callback)
-        if i >= len(saved) or saved[i][0] != name:
+        if not isinstance(callback, events.Callback):
+            continue
+        if i < len(saved) and saved[i][0] == name:
+            callback.load_state_dict(clones(saved[i][1]))
+        elif warn and type(callback).load_state_dict is not events.Callback.load_state_dict:
             was = repr(saved[i][0]) if i < len(saved) else "nothing"
             where = f"the callback {name} was not saved at its place (there was {was})"
             warnings.warn(f"{where}; it starts afresh", stacklevel=2)
-        elif isinstance(callback, events.Callback):
-            callback.load_state_dict(clones(saved[i][1]))
 
 
 def _saved_callback(callback: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """Random states as plain data: those of Python, NumPy and torch, of devices, and of the generators of data."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,41 +11,74 @@ from .data import Source
 
 Sources = Iterable[Source | None]
 
+_GLOBAL: tuple[Any, ...] = (random, np.random, torch.default_generator)  # modules with the methods of a generator
+
 
 def random_state(sources: Sources) -> dict[str, Any]:
     """The state of all random numbers, those of the data too."""
-    version, numbers, gauss = random.getstate()
-    legacy: Any = np.random.get_state(legacy=True)
-    kind, keys, *rest = legacy
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    return {
-        "python": [version, torch.tensor(numbers), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "data": data_state(sources),
-    }
+    return {"global": list(map(_state, _GLOBAL)), "cuda": cuda, "data": data_state(sources)}
 
 
 def set_random_state(d: dict[str, Any]) -> None:
     """Go back to what `random_state` gave, but for the data, whose loaders may have to be made first."""
-    version, numbers, gauss = d["python"]
-    random.setstate((version, tuple(numbers.tolist()), gauss))
-    kind, keys, *rest = d["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(d["torch"].cpu())
+    for generator, state in zip(_GLOBAL, d["global"], strict=True):
+        _set_state(generator, state)
     if d["cuda"] and torch.cuda.is_available():
         for index, state in enumerate(d["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state.cpu(), index)
 
 
-def data_state(sources: Sources) -> list[list[torch.Tensor]]:
+def data_state(sources: Sources) -> list[list[Any]]:
     """The states of the generators of each source."""
-    return [[g.get_state() for g in source.generators()] if source else [] for source in sources]
+    return [[_state(g) for g in source.generators()] if source else [] for source in sources]
 
 
 def set_data_state(sources: Sources, states: list[Any]) -> None:
     """Go back to what `data_state` gave."""
     for source, saved in zip(sources, states, strict=True):
         for generator, state in zip(source.generators() if source else [], saved, strict=False):
-            generator.set_state(state.cpu())
+            _set_state(generator, state)
+
+
+def _state(generator: Any) -> Any:
+    """The state of a generator of torch, Python or NumPy as plain data."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return _plain(generator.bit_generator.state)
+    if hasattr(generator, "getstate"):
+        version, numbers, gauss = generator.getstate()
+        return [version, torch.tensor(numbers), gauss]
+    kind, keys, *rest = generator.get_state(legacy=True)
+    return [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state.cpu())
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = _like(generator.bit_generator.state, state)
+    elif hasattr(generator, "getstate"):
+        version, numbers, gauss = state
+        generator.setstate((version, tuple(numbers.tolist()), gauss))
+    else:
+        kind, keys, *rest = state
+        generator.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+def _plain(state: Any) -> Any:
+    """The state of NumPy's bit generators: dicts of strings, arrays and numbers that may have 128 bits."""
+    if isinstance(state, Mapping):
+        return {name: _plain(value) for name, value in state.items()}
+    if isinstance(state, np.ndarray):
+        return [str(number) for number in state.tolist()]
+    return state if isinstance(state, str) else str(state)
+
+
+def _like(present: Any, saved: Any) -> Any:
+    if isinstance(present, Mapping):
+        return {name: _like(value, saved[name]) for name, value in present.items()}
+    if isinstance(present, np.ndarray):
+        return np.array([int(number) for number in saved], dtype=present.dtype)
+    return saved if isinstance(present, str) else int(saved)

@@ -7,39 +7,53 @@ from ..rule import Reduce as Reduce
 from ..rule import ReducingRule as ReducingRule
 from ..rule import Rule
 from ..rule import Steps as Steps
-from .adam import AdaBelief, Adam, AdaMax, AdamW, AMSGrad, NAdam, OAdam, RAdam
+from .adafactor import Adafactor
+from .adam import ADOPT, AdaBelief, Adam, AdaMax, AdamW, AdEMAMix, AMSGrad, NAdam, OAdam, RAdam
 from .adaptive import AdaDelta, AdaGrad, RMSProp
+from .around import Cautious, Lookahead
 from .clip import ClipGlobalNorm, ClipGrad, ClipNorm
 from .decay import SignDecay, WeightDecay
 from .descent import Descent, Momentum, Nesterov
+from .muon import Muon
+from .prodigy import Prodigy
+from .schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from .sign import Lion, Rprop
 from .wrap import AccumGrad, MixedPrecision, OptimiserChain
 
 # These are names of `fluxpy` too, and on the API page.
 __all__ = [
+    "ADOPT",
     "AMSGrad",
     "AccumGrad",
+    "AdEMAMix",
     "AdaBelief",
     "AdaDelta",
     "AdaGrad",
     "AdaMax",
+    "Adafactor",
     "Adam",
     "AdamW",
+    "Cautious",
     "ClipGlobalNorm",
     "ClipGrad",
     "ClipNorm",
     "Descent",
     "Lion",
+    "Lookahead",
     "MixedPrecision",
     "Momentum",
+    "Muon",
     "NAdam",
     "Nesterov",
     "OAdam",
     "OptimiserChain",
+    "Prodigy",
     "RAdam",
     "RMSProp",
     "Rprop",
     "Rule",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "SignDecay",
     "WeightDecay",
 ]

@@ -10,7 +10,9 @@ and `t`, how often they were applied. `betas` are the decays of the two averages
     ├── RAdam            no division until v is known well enough
     ├── AdaMax           v is a running maximum
     ├── AdaBelief        v is the spread of the gradient around m
-    └── OAdam            twice this step less the one before
+    ├── OAdam            twice this step less the one before
+    ├── AdEMAMix         beside m a second, much slower average
+    └── ADOPT            divides by the v before, and only then averages
 
 A relative overrides what differs: `averages` (what is kept), `denominator` (what `m̂` is divided by) or `apply` itself.
 """
@@ -220,3 +222,65 @@ class OAdam(Adam):
     def apply(self, state: Optimism, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         moments, step = super().apply(state.moments, x, dx)
         return Optimism(moments, step), 2 * step - state.step
+
+
+class MixedMoments(NamedTuple):
+    """State of `AdEMAMix`: `slow` is the slow average of the gradient."""
+
+    m: Tensor
+    v: Tensor
+    t: int
+    slow: Tensor
+
+
+class AdEMAMix(Adam):
+    """AdEMAMix [Pagliardini et al. 2024]: AdamW with a second average of the gradient that remembers far longer.
+
+    `lr · ((m̂ + alpha · slow) / (√v̂ + eps) + weight_decay · x)`. `betas` are the decays of `m`, `v` and `slow`; `slow`
+    has no bias correction.
+
+    Numbers of the paper, without its warm-ups of alpha and beta3: any schedule may stand for `alpha`, as
+    `alpha=schedules.linear(0.0, 5.0, steps)`.
+    """
+
+    betas: Hyper = hyper(default=(0.9, 0.999, 0.9999), allowed="[0, 1)")
+    _: KW_ONLY
+    alpha: Hyper = hyper(default=5.0, allowed="[0, inf)")
+    weight_decay: Hyper = hyper(default=1e-2, allowed="[0, inf)")
+
+    def init(self, x: Tensor) -> MixedMoments:
+        return MixedMoments(*super().init(x), slow=torch.zeros_like(x))
+
+    def apply(self, state: MixedMoments, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
+        beta1, beta2, beta3 = self.betas
+        m, slow = average(beta1, state.m, dx), average(beta3, state.slow, dx)
+        state = MixedMoments(m, average_square(beta2, state.v, dx), state.t + 1, slow)
+        mixed = self.lr / (1 - beta1**state.t) * m + self.lr * self.alpha * slow
+        return state, mixed / self.denominator(state, x) + self.lr * self.weight_decay * x
+
+
+class ADOPT(Adam):
+    """ADOPT [Taniguchi et al. 2024]: `lr · m`, with `m` the average of `dx / max(√v, eps)`, `v` as it was before `dx`.
+
+    So the gradient and what it is divided by are independent, and it converges whatever `betas[1]` is. The first
+    gradient only sets `v`: nothing moves. No bias corrections.
+
+    Numbers of the paper's second version, in which the quotient is clamped to `±t^(1/4)`, `t` counting from the second
+    gradient; the first version has no clamp.
+
+    >>> rule, x, dx = ADOPT(1.0), torch.zeros(1), torch.ones(1)
+    >>> state, change = rule.apply(rule.init(x), x, dx)
+    >>> change, rule.apply(state, x, dx)[1]
+    (tensor([0.]), tensor([0.1000]))
+    """
+
+    betas: Hyper = hyper(default=(0.9, 0.9999), allowed="[0, 1)")
+    _: KW_ONLY
+    eps: Hyper = hyper(default=1e-6, allowed="[0, inf)")
+
+    def apply(self, state: Moments, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
+        beta1, beta2 = self.betas
+        bound = state.t**0.25  # 0 at first, when there is no v yet
+        scaled = (dx / root(state.v).clamp(min=eps_for(x, self.eps))).clamp(-bound, bound)
+        m, v = average(beta1, state.m, scaled), average_square(beta2 if state.t else 0.0, state.v, dx)
+        return Moments(m, v, state.t + 1), self.lr * m

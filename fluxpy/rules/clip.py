@@ -55,6 +55,9 @@ class ClipNorm(ReducingRule):
     def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
         return norms_of(values, self.norm_type)
 
+    def combine(self, parts: Tensor) -> Tensor:
+        return parts[0] if len(parts) == 1 else norm_of(parts, self.norm_type)
+
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         norm = yield Reduce(self, dx, self.nonfinite)
         return state, shrink(dx, norm, self.max_norm)
@@ -70,9 +73,6 @@ class ClipGlobalNorm(ClipNorm):
 
     max_norm: Hyper = hyper(default=1.0, allowed="(0, inf]")
     over = "tree"
-
-    def combine(self, parts: Tensor) -> Tensor:
-        return parts[0] if len(parts) == 1 else norm_of(parts, self.norm_type)
 
 
 def norm_of(x: Tensor, p: Hyper) -> Tensor:

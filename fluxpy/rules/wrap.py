@@ -1,14 +1,14 @@
 """Rules made of rules, and rules that hold a step back: chains, accumulation, master copies."""
 
-import dataclasses
+from collections.abc import Callable
 from dataclasses import KW_ONLY
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..fields import Hyper, hyper
-from ..rule import Assign, Rule, Steps, run_alone, walk
+from ..rule import Assign, Rule, Steps, hyperparameters, run_alone, walk
 from ..text import named
 
 
@@ -18,8 +18,29 @@ class Wrapper(Rule):
     It writes `steps`.
     """
 
+    # True for one that says what the parameter becomes, so that nothing can come after it in a chain.
+    assigns: ClassVar[bool] = False
+
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         return run_alone(self, state, x, dx)
+
+    def skip_frozen(self, state: Any) -> Any:
+        return self.map_inner_states(lambda rule, s: rule.skip_frozen(s), state)
+
+    def restart(self, before: Any, state: Any) -> Any:
+        return self.map_inner_states(lambda rule, b, s: rule.restart(b, s), before, state)
+
+    # Of the state, what belongs to the rules inside goes as they say, and the rest as that of any rule.
+    def take(self, state: Any, x: Tensor, index: Tensor, dim: int) -> Any:
+        own = super().take(self._own(state), x, index, dim)
+        return self.map_inner_states(lambda rule, s, _: rule.take(s, x, index, dim), state, own)
+
+    def grow(self, state: Any, x: Tensor, rows: Tensor, dim: int) -> Any:
+        own = self.joined(self._own(state), self._own(self.init_any(rows)), x, dim)
+        return self.map_inner_states(lambda rule, s, _: rule.grow(s, x, rows, dim), state, own)
+
+    def _own(self, state: Any) -> Any:
+        return self.map_inner_states(lambda rule, s: (), state)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in (names := _names(self)):
@@ -39,10 +60,21 @@ inner_accumulates: Any = property(lambda wrapper: any(rule.accumulates for rule 
 def _names(wrapper: Wrapper) -> dict[str, list[Any]]:
     names: dict[str, list[Any]] = {}
     for rule in walk(wrapper):
-        if not isinstance(rule, Wrapper):
-            for field in dataclasses.fields(rule):
-                names.setdefault(field.name, []).append(getattr(rule, field.name))
+        for name, value in hyperparameters(rule).items():
+            names.setdefault(name, []).append(value)
     return names
+
+
+def refuse_inner(wrapper: Wrapper, rule: Any) -> None:
+    """TypeError for what is no rule inside a wrapper, ValueError for a master copy there."""
+    name = type(wrapper).__name__
+    if not isinstance(rule, Rule):
+        raise TypeError(f"{name} takes a rule, but got {rule!r}")
+    if any(isinstance(inner, MixedPrecision) for inner in walk(rule)):
+        raise ValueError(
+            f"MixedPrecision must be outermost, since it replaces the parameter by its master copy: "
+            f"write MixedPrecision({name}(...)), not {name}(MixedPrecision(...))"
+        )
 
 
 class OptimiserChain(Wrapper):
@@ -77,6 +109,12 @@ class OptimiserChain(Wrapper):
                     "MixedPrecision must be outermost, since it replaces the parameter by its master copy: "
                     "write MixedPrecision(OptimiserChain(...)), not OptimiserChain(..., MixedPrecision(...))"
                 )
+            last = [type(r).__name__ for r in walk(rule) if isinstance(r, Wrapper) and r.assigns]
+            if last and i + 1 < len(self.rules):
+                raise ValueError(
+                    f"{last[0]} must be last in its chain, since it says what the parameter becomes: write "
+                    f"OptimiserChain(..., {last[0]}(...)), or put what follows inside"
+                )
 
     def __repr__(self) -> str:
         return f"OptimiserChain({', '.join(map(repr, self.rules))})"
@@ -106,11 +144,8 @@ class OptimiserChain(Wrapper):
                 break
         return tuple(new), dx
 
-    def skip_frozen(self, state: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(rule.skip_frozen(s) for rule, s in zip(self.rules, state, strict=True))
-
-    def restart(self, before: tuple[Any, ...], state: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(rule.restart(b, s) for rule, b, s in zip(self.rules, before, state, strict=True))
+    def map_inner_states(self, f: Callable[..., Any], *states: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(f(*parts) for parts in zip(self.rules, *states, strict=True))
 
 
 class Accumulated(NamedTuple):
@@ -180,7 +215,7 @@ class MixedPrecision(Wrapper):
     rule: Rule
     _: KW_ONLY
     dtype: torch.dtype = hyper(default=torch.float32, fixed=True)
-    delegates = keeps_master = True
+    delegates = keeps_master = assigns = True
     accumulates = inner_accumulates
 
     def __post_init__(self) -> None:
@@ -212,8 +247,5 @@ class MixedPrecision(Wrapper):
         """The master copy of `x`: as it was, but where somebody wrote to the parameter."""
         return torch.where(master.to(x.dtype) != x, x.to(self.dtype), master)
 
-    def skip_frozen(self, state: Master) -> Master:
-        return state._replace(state=self.rule.skip_frozen(state.state))
-
-    def restart(self, before: Master, state: Master) -> Master:
-        return state._replace(state=self.rule.restart(before.state, state.state))
+    def map_inner_states(self, f: Callable[..., Any], *states: Master) -> Master:
+        return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))

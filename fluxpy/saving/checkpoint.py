@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed.layout import any_dtensor, is_dtensor
 from ..leaf import Leaf
-from ..state import State
+from ..state import State, tree_context
 from .file import read, write
 from .format import SCALARS, plain_scalar
 from .model import match_tensors, model_tensors
-from .state_dict import load_state_dict, state_dict
+from .state_dict import Report, changed_rules, load_state_dict, state_dict
 
 MAX_DEPTH = 100  # of lists and dicts in extra
 
@@ -43,6 +44,7 @@ def save(
     {'epoch': 3}
     """
     _refuse_positions("save", path, refused)
+    _require_one_process("save", model, state)
     data: dict[str, Any] = {"model": None, "state": None if state is None else state_dict(state)}
     if model is not None:
         shared: dict[int, Tensor] = {}
@@ -68,12 +70,14 @@ def load(
 
     All of it, or nothing: names, shapes and dtypes of both are checked first, and ValueError lists what does not fit.
     With `strict=False` what does not fit stays as it is, and a warning lists it. `hyperparameters="keep"` leaves those
-    of the state, as for a resumed run with a new rate; for more see `load_state_dict`.
+    of the state, as for a resumed run with a new rate; where `setup` was given other ones than in the saved run and
+    those of the file are loaded, a warning says so. For more see `load_state_dict`.
 
     A file that is truncated, altered, of another kind or of a newer fluxpy is a ValueError that names file and cause.
     Nothing in a file is ever run.
     """
     _refuse_positions("load", path, refused)
+    _require_one_process("load", model, state)
     where = f"load: {os.fsdecode(path)!r}"
     data = read(os.fsdecode(path), where)
     if not _is_checkpoint(data):
@@ -84,6 +88,7 @@ def load(
     pairs, problems = ([], []) if model is None else match_tensors(dict(model_tensors(model)), data["model"])
     if problems and strict:
         raise ValueError("\n  ".join([f"{where} does not fit the model; nothing was loaded", *problems]))
+    report: Report | None = None
     if state is not None:
         try:
             report = load_state_dict(state, data["state"], strict=strict, hyperparameters=hyperparameters)
@@ -94,9 +99,26 @@ def load(
     with torch.no_grad():
         for own, saved in pairs:  # all was checked before, so none of these can fail
             own.copy_(saved)
+    if (
+        report is not None
+        and hyperparameters == "load"
+        and (changed := changed_rules(report.changed, 'hyperparameters="keep"'))
+    ):
+        warnings.warn(f"{where}: {changed}", stacklevel=2)
     if problems:
         warnings.warn("\n  ".join([f"{where} fits in part", *problems]), stacklevel=2)
     return data["extra"]
+
+
+def _require_one_process(verb: str, model: Any, state: State | Leaf | None) -> None:
+    """ValueError for tensors of which each process has a part: one file of one process holds them not."""
+    spread = isinstance(state, State | Leaf) and tree_context(state).spread
+    if spread or (model is not None and any_dtensor([t for _, t in model_tensors(model)])):
+        raise ValueError(
+            f"{verb} is for one process, and these tensors are spread over several: give "
+            '{"model": model.state_dict(), "state": fluxpy.state_dict(state)} to torch.distributed.checkpoint'
+            + (", then load_state_dict what it fills" if verb == "load" else "")
+        )
 
 
 def _is_checkpoint(data: Any) -> bool:
@@ -115,6 +137,8 @@ def _dense(place: str, t: Tensor, shared: dict[int, Tensor]) -> Tensor:
 
     `shared` has those done before, by the id of the tensor: a tied one is saved once.
     """
+    if is_dtensor(t):
+        raise ValueError(f"save: {place} is spread over processes; save it by torch.distributed.checkpoint")
     data = t.detach().resolve_conj().resolve_neg()
     if type(data) is not Tensor or data.layout is not torch.strided or data.is_meta:
         raise ValueError(f"save: {place} must be a dense tensor with numbers, but is {type(t).__name__}, {t.layout}")

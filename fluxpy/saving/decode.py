@@ -74,7 +74,7 @@ class Decoder:
         if expected != got:
             raise Misfit("shape", f"expected {expected}, got {got}")
         new = dataclasses.replace(
-            own, rule=None, state=None, frozen=entry["frozen"], count=entry["count"], pending=None
+            own, rule=None, made=None, state=None, frozen=entry["frozen"], count=entry["count"], pending=None
         )
         if own.rule is None or entry["rule"] is None:
             if own.rule is not None:
@@ -83,6 +83,7 @@ class Decoder:
                 raise Misfit("rule", "expected no rule (None), got one")
             return new, []
         new.rule, notes = self._rule(own.rule, entry["rule"], own.shape)
+        new.made = self._made(own, entry["setup"])
         if entry["state"] is not None:
             new.state = self._state(own, new.rule, entry["state"])
         if entry["pending"] is not None:
@@ -95,6 +96,14 @@ class Decoder:
             decoder = RuleDecoder(self._keep, self._copies, max(shape.numel(), MAX_ELEMENTS))
             self._rules[key] = decoder.rule(own, saved, "['rule']"), decoder.notes
         return self._rules[key]
+
+    def _made(self, own: LeafRecord, saved: Any) -> Rule | None:
+        """The rule that the run was set up with; this script's, where that counts or the saved one is another kind."""
+        assert own.rule is not None
+        try:
+            return own.made if self._keep or saved is None else self._rule(own.rule, saved, own.shape)[0]
+        except Misfit:
+            return own.made
 
     def _state(self, own: LeafRecord, rule: Rule, saved: dict[str, Any]) -> Any:
         template = self._template(own, rule)

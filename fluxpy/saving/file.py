@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import stat
 import struct
@@ -78,12 +79,12 @@ def _mode(path: str) -> int | None:
 
 
 def _replace(path: str, pieces: tuple[Any, ...], mode: int | None) -> None:
-    """Put the pieces into the file at `path`, all or nothing. An interrupted write leaves a `.fluxpy-*.tmp`.
+    """Put the pieces into the file at `path`, all or nothing. An interrupted write leaves a `.fluxpy-<process>-*.tmp`.
 
     `mode` is that of the file that is replaced; a new file has the usual one.
     """
     folder = os.path.dirname(path)
-    temporary = os.path.join(folder, f".fluxpy-{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(folder, f".fluxpy-{os.getpid()}-{secrets.token_hex(8)}.tmp")
     try:
         # From the first byte on it may be read by those only who may read the file itself.
         with open(temporary, "xb", opener=partial(os.open, mode=0o666 if mode is None else mode)) as file:
@@ -101,6 +102,27 @@ def _replace(path: str, pieces: tuple[Any, ...], mode: int | None) -> None:
         if isinstance(error, OSError):
             error.filename, error.filename2 = path, None
         raise
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Delete the temporary files that killed processes left in a folder, but none that a living one may be writing."""
+    if os.name == "nt":  # where to ask whether a process lives may end it
+        return
+    for name in os.listdir(folder):
+        found = re.fullmatch(r"\.fluxpy-(\d+)-[0-9a-f]{16}\.tmp", name)
+        if found and not _lives(int(found[1])):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, name))
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def _sync_folder(folder: str) -> None:

@@ -55,12 +55,16 @@ class Encoder:
             "names": names,
             "shape": list(record.shape),
             "dtype": dtype_name(record.dtype),
-            "rule": self._value(record.rule),
+            "rule": self.rule(record.rule),
+            "setup": self.rule(record.made),
             "state": None if record.state is None else self._state(record.state),
             "frozen": record.frozen,
             "count": record.count,
             "pending": None if record.pending is None else self._numbers(record.pending),
         }
+
+    def rule(self, rule: Rule | None) -> Any:
+        return self._value(rule)
 
     def _state(self, state: Any) -> dict[str, Any]:
         skeleton = skeleton_of(state)

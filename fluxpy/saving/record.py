@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..leaf import Leaf, init_state, pending_numbers, replace_leaf
+from ..leaf import Leaf, init_state, pending_numbers, record_of, replace_leaf
 from ..pytree import Skeleton
 from ..rule import Rule
 
@@ -13,9 +13,10 @@ from ..rule import Rule
 @dataclass(slots=True)
 class LeafRecord:
     """The contents of a leaf. `pending` are the numbers that the state goes on with after updates that the leaf missed:
-    its place in an accumulation window."""
+    its place in an accumulation window. `made` is the rule that the script gave, `rule` what has become of it."""
 
     rule: Rule | None
+    made: Rule | None
     state: Any
     frozen: bool
     count: int
@@ -25,13 +26,17 @@ class LeafRecord:
 
 
 def read_leaf(leaf: Leaf) -> LeafRecord:
-    return LeafRecord(leaf.rule, leaf.state, leaf.frozen, leaf.count, pending_numbers(leaf), leaf.shape, leaf.dtype)
+    made = record_of(leaf).made
+    return LeafRecord(
+        leaf.rule, made, leaf.state, leaf.frozen, leaf.count, pending_numbers(leaf), leaf.shape, leaf.dtype
+    )
 
 
 def write_leaf(leaf: Leaf, record: LeafRecord) -> None:
     """Give a leaf these contents. Its shape and dtype are those of its parameter and stay."""
     replace_leaf(leaf, rule=record.rule, frozen=record.frozen, count=record.count)
     replace_leaf(leaf, state=record.state, pending=record.pending)  # after the rule, whose state it is
+    record_of(leaf).made = record.made
 
 
 def state_template(rule: Rule, shape: torch.Size, dtype: torch.dtype) -> Any:

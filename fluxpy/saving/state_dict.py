@@ -7,11 +7,14 @@ import torch
 
 from ..leaf import Leaf
 from ..pytree import tensors_in
-from ..state import State, paths_and_leaves
+from ..rule import Rule
+from ..state import State, paths_and_leaves, tree_context
 from ..text import names_of
+from .changes import changes
 from .decode import Decoder, Misfit
 from .format import Encoder
 from .record import LeafRecord, read_leaf, write_leaf
+from .spread import for_checkpoint, from_checkpoint
 from .values import malformed
 
 VERSION = 2
@@ -21,6 +24,7 @@ ENTRY: dict[str, Any] = {
     "shape": list,
     "dtype": str,
     "rule": dict | None,
+    "setup": dict | None,
     "state": dict | None,
     "frozen": bool,
     "count": int,
@@ -32,7 +36,8 @@ NamedEntry = tuple[str, dict[str, Any]]  # what was saved of a leaf, with its ke
 
 
 class Report(NamedTuple):
-    """What `load_state_dict` did, by path. `schedules` has those that no file holds, so that a leaf kept its own."""
+    """What `load_state_dict` did, by path. `schedules` has those that no file holds, so that a leaf kept its own;
+    `changed` where the rule that `setup` was given is not the one with which the saved run was set up."""
 
     loaded: list[str]
     missing: list[str]
@@ -41,6 +46,7 @@ class Report(NamedTuple):
     rule: dict[str, str]
     ties: dict[str, str]
     schedules: dict[str, str]
+    changed: dict[str, str]
 
     @property
     def complete(self) -> bool:
@@ -52,7 +58,7 @@ class Report(NamedTuple):
         for kind, names in (("missing", self.missing), ("unexpected", self.unexpected)):
             if names:
                 lines.append(f"{kind}: {names_of(names)}")
-        for kind in ("shape", "rule", "ties", "schedules"):
+        for kind in ("shape", "rule", "ties", "schedules", "changed"):
             lines += [f"{kind}: {path!r}: {why}" for path, why in getattr(self, kind).items()]
         return "\n  ".join(lines)
 
@@ -65,14 +71,20 @@ def state_dict(state: State | Leaf) -> dict[str, Any]:
     not change them. Schedules of `fluxpy.schedules` are saved whole, any other callable is only noted. ValueError where
     a rule or its state has something else that cannot be saved.
 
+    Of parameters that are spread over processes (DTensors) the momenta are DTensors too, and so is what stands for
+    those of a leaf that waits for some: `torch.distributed.checkpoint` saves and fills the dict, on any number of
+    processes, where the same leaves have momenta.
+
     >>> d = state_dict(setup(Adam(0.1), {"w": torch.zeros(2)}))
     >>> d["leaves"]["w"]["rule"], d["leaves"]["w"]["state"]["m"]
     ({'type': 'Adam', 'lr': 0.1, 'betas': [0.9, 0.999], 'eps': 1e-08}, tensor([0., 0.]))
     """
     encoder, leaves = Encoder(), {}
+    spread = tree_context(state).spread if isinstance(state, State | Leaf) else False
     for leaf, names in _named_leaves(state, "state_dict"):
         try:
-            leaves[names[0]] = encoder.leaf(read_leaf(leaf), names)
+            entry = encoder.leaf(read_leaf(leaf), names)
+            leaves[names[0]] = for_checkpoint(entry, leaf) if spread else entry
         except ValueError as error:
             raise ValueError(f"state_dict: the leaf {names[0]!r}: {error}") from error
     return {"version": VERSION, "leaves": leaves}
@@ -116,6 +128,34 @@ def load_state_dict(
     return report
 
 
+def plain_rules(rules: Mapping[str, Rule | None]) -> list[list[Any]]:
+    """Rules by path as plain data, each with the paths of its leaves."""
+    encoder = Encoder()
+    found: dict[int, list[Any]] = {}
+    for path, rule in rules.items():
+        found.setdefault(id(rule), [encoder.rule(rule), []])[1].append(path)
+    return list(found.values())
+
+
+def changes_of_rules(now: list[list[Any]], saved: list[list[Any]]) -> dict[str, str]:
+    """Where what `plain_rules` gave is not what it gave then, by path."""
+    before = {path: rule for rule, paths in saved for path in paths}
+    found = {path: "; ".join(changes(rule, before.get(path))) for rule, paths in now for path in paths}
+    return {path: change for path, change in found.items() if change}
+
+
+def changed_rules(changed: dict[str, str], option: str) -> str | None:
+    """What to warn of after the file's hyperparameters were loaded: that the script says other ones."""
+    paths: dict[str, list[str]] = {}
+    for path, change in changed.items():
+        paths.setdefault(change, []).append(path)
+    if not paths:
+        return None
+    lines = [f"{names_of(names)}: {change}" for change, names in paths.items()]
+    first = "the saved run was set up with other rules than this one; those of the file count"
+    return "\n  ".join([f"{first}, those of the script with {option}", *lines])
+
+
 def _named_leaves(state: Any, verb: str) -> list[NamedLeaf]:
     """Each leaf once."""
     found: dict[int, NamedLeaf] = {}
@@ -129,8 +169,9 @@ def _decode(
 ) -> tuple[Report, list[tuple[Leaf, LeafRecord]]]:
     """The new contents of each leaf that an entry fits, and a report. Changes nothing."""
     own = [(leaf, names, read_leaf(leaf)) for leaf, names in leaves]
+    encoder = Encoder()
     decoder = Decoder(_device(record for _, _, record in own), keep)
-    report, records, used = Report([], [], [], {}, {}, {}, {}), [], set()
+    report, records, used = Report([], [], [], {}, {}, {}, {}, {}), [], set()
     for leaf, names, record in own:
         path = names[0]
         found = dict(entries[name] for name in names if name in entries)
@@ -153,6 +194,8 @@ def _decode(
             report.loaded.append(path)
             if notes:
                 report.schedules[path] = "; ".join(notes)
+            if entry["setup"] is not None and (found := changes(encoder.rule(record.made), entry["setup"])):
+                report.changed[path] = "; ".join(found)
     report.unexpected.extend(key for key in dict(entries.values()) if key not in used)
     return report, records
 
@@ -175,6 +218,7 @@ def _entries(d: Any, prefix: str, rename: Mapping[str, str]) -> dict[str, NamedE
         if not isinstance(key, str):
             raise malformed("load_state_dict: leaves", "a string as name", key)
         place = f"load_state_dict: leaves[{key!r}]"
+        entry = from_checkpoint(entry, place)
         _check_entry(key, entry, place)
         for saved_name in entry["names"]:
             name = _new_name(saved_name, prefix, rename)

@@ -66,7 +66,7 @@ def is_deterministic(trial: Trial) -> None:
 
 
 def reads_nothing(trial: Trial) -> None:
-    x = torch.zeros(3, device="meta")  # whose numbers cannot be read
+    x = torch.zeros(trial.shapes["matrix"], device="meta")  # whose numbers cannot be read
     state = init_state(trial.rule, x, 0, "")
     for _ in range(UPDATES):
         state, _ = apply_once(trial.rule, state, x, torch.zeros_like(x))

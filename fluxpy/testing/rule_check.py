@@ -58,7 +58,8 @@ def check_rule(rule: Rule | type[Rule], *, adjusted: Mapping[str, Any] | None = 
     AssertionError says which promise is broken, with an example: it runs on all floating dtypes (on complex64 if it is
     `elementwise`) and shapes, writes to nothing it is given, keeps dtypes and the form of its state, holds on to no
     gradient, gives the same for the same, reads no tensor on the host, is elementwise where it says so; its leaves can
-    be frozen, tied, copied, pickled and saved; and `adjust` of a hyperparameter takes effect or is refused.
+    be frozen, tied, copied, pickled and saved; and `adjust` of a hyperparameter takes effect or is refused. A rule for
+    matrices may refuse a scalar, by a ValueError in `init`: it is tried on matrices alone.
 
     For that last promise other values are tried for each hyperparameter; where none of them can show in 16
     updates, give one that does: `adjusted={"name": value}`. A class defined inside of a function is not pickled.

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..distributed.layout import local_tensors
 from ..leaf import Leaf
 from ..pytree import entries_of, is_parameter, level, unwrap
 from ..rule import hyperparameters, title
@@ -147,4 +148,6 @@ def _buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
 def _copy(x: Any) -> Any:
     if isinstance(x, tuple):
         return tuple(map(_copy, x))
-    return x.detach().clone() if isinstance(x, Tensor) else x
+    if isinstance(x, Tensor):
+        return local_tensors([x.detach()])[0].clone()  # of what is spread over processes, this one's part
+    return x

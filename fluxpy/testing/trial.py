@@ -18,10 +18,28 @@ SHAPES = {"matrix": (3, 4), "scalar": (), "nothing": (0, 3)}
 
 
 class Trial:
-    """A rule under trial. `adjusted` has values to try for hyperparameters, as the user of `check_rule` gave them."""
+    """A rule under trial. `adjusted` has values to try for hyperparameters, as the user of `check_rule` gave them.
+
+    A rule may refuse to step a scalar, by a ValueError in `init`: then it gets a matrix of one element.
+    """
 
     def __init__(self, rule: Rule, adjusted: Mapping[str, Any]) -> None:
         self.rule, self.adjusted = rule, adjusted
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        try:
+            init_state(self.rule, torch.zeros(()), 0, "scalar")
+        except ValueError:
+            return SHAPES | {"scalar": (1, 1)}
+        return SHAPES
+
+    def tensors(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
+        """One tensor of each shape: a model, or its gradients."""
+        rng = torch.Generator().manual_seed(seed)
+        drawn = {name: 20 * torch.randn(shape, dtype=dtype, generator=rng) for name, shape in self.shapes.items()}
+        drawn["matrix"][0] = 0  # as of a unit that never fires
+        return drawn
 
     @cached_property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -34,11 +52,11 @@ class Trial:
         return [call for dtype, name in itertools.product(self.dtypes, SHAPES) for call in self._run(dtype, name)]
 
     def _run(self, dtype: torch.dtype, name: str) -> Iterator["ApplyCall"]:
-        x = random_tensors(dtype)[name]
+        x = self.tensors(dtype)[name]
         state = init_state(self.rule, x, 0, name)
         for i in range(UPDATES):
-            inputs = Inputs(state, x, random_tensors(dtype, i + 1)[name])
-            where = f"in update {i} of a {dtype_name(dtype)} parameter of shape {SHAPES[name]}"
+            inputs = Inputs(state, x, self.tensors(dtype, i + 1)[name])
+            where = f"in update {i} of a {dtype_name(dtype)} parameter of shape {self.shapes[name]}"
             before = inputs.image()
             try:
                 state, change = apply_once(self.rule, *inputs)
@@ -75,14 +93,6 @@ def apply_once(rule: Rule, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]
     """`apply` as the engine runs it, on one tensor that is its own whole tree; finite or not."""
     new, change = run_alone(rule, state, x, dx)
     return new, x - change.value if isinstance(change, Assign) else change
-
-
-def random_tensors(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
-    """One tensor of each shape: a model, or its gradients."""
-    rng = torch.Generator().manual_seed(seed)
-    tensors = {name: 20 * torch.randn(shape, dtype=dtype, generator=rng) for name, shape in SHAPES.items()}
-    tensors["matrix"][0] = 0  # as of a unit that never fires
-    return tensors
 
 
 def other_values(old: Any, allowed: Any) -> list[Any]:

@@ -5,13 +5,15 @@ import signal
 import threading
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ... import save
-from ..core import read_file
+from ..core import read_file, remove_leftovers
 from ..events import Callback, CancelFit
 from ..learner import Learner
+from ..lock import Lock
 from .monitor import Monitor
+from .statistics import one_of
 
 
 class Checkpoint(Callback):
@@ -22,15 +24,19 @@ class Checkpoint(Callback):
 
     `last.flux` is written at the end of each epoch, and after every so many batches (`every`); a fit that finds one
     loads it and goes on from there, in the middle of an epoch too, bit for bit as if it had never stopped, if it is
-    given the same data. With `resume=False` it begins anew. A later fit with the same object begins anew as well, but
-    a script with several fits needs a Checkpoint with its own directory for each: `fit(..., callbacks=[...])`.
+    given the same data. Rates and other hyperparameters are those of the file; where the script says others, a
+    warning tells, and with `hyperparameters="keep"` those of the script count. With `resume=False` it begins anew.
+    A later fit with the same object begins anew as well, but a script with several fits needs a Checkpoint with its
+    own directory for each: `fit(..., callbacks=[...])`.
 
-    The `keep` best epochs stay in files of their own, `best` names them. `monitor` is a metric, by default the loss of
-    validation (of training, where there is no validation); `"train.accuracy"` names another phase. `mode` says whether
-    `"min"` or `"max"` is best, for metrics that fluxpy does not know. `fluxpy.load(path, model=model)` reads a file.
+    The `keep` best epochs stay in files of their own, `best` names them. `monitor` is a metric, by default the loss
+    of validation (of training, where there is no validation); `"train.accuracy"` names another phase. `mode` says
+    whether `"min"` or `"max"` is best, for metrics that fluxpy does not know. `fluxpy.load(path, model=model)`
+    reads a file.
 
     On SIGTERM and SIGINT (Ctrl-C) the present batch is finished and saved, and the fit ends with a reason; a second
-    SIGINT interrupts at once. A kill at any instant leaves whole files. Acts after all other callbacks.
+    SIGINT interrupts at once. A kill at any instant leaves whole files. While a fit runs, no other may use the
+    directory. Acts after all other callbacks.
     """
 
     acts_last = True
@@ -44,17 +50,21 @@ class Checkpoint(Callback):
         mode: str | None = None,
         keep: int = 1,
         resume: bool = True,
+        hyperparameters: Literal["load", "keep"] = "load",
     ) -> None:
         if every is not None and every < 1:
             raise ValueError(f"every={every!r} is not allowed; it is a number of batches, at least 1, or None")
         if keep < 0:
             raise ValueError(f"keep={keep!r} is not allowed; it is how many of the best epochs stay, 0 or more")
+        one_of("hyperparameters", hyperparameters, ("load", "keep"))
         self.directory, self.every, self.keep, self.resume = Path(directory), every, keep, resume
+        self.hyperparameters = hyperparameters
         self.monitor = Monitor(monitor, mode)
         self._best: list[tuple[float, str]] = []  # value and file name, best first
         self._fits = 0  # how many were completed
         self._batches = 0  # since the last save
         self._place: Any = None  # of the run, at the last save
+        self._lock = Lock(self.directory)
         self._signal: str | None = None
         self._previous: dict[int, Any] = {}  # handlers
 
@@ -67,9 +77,6 @@ class Checkpoint(Callback):
     def best(self) -> list[tuple[float, Path]]:
         """Value and file of the best epochs, best first."""
         return [(value, self.directory / name) for value, name in self._best]
-
-    def saved_where(self) -> str:
-        return f" in {str(self.last)!r} (another directory, or resume=False, begins anew)"
 
     def saved_run(self) -> dict[str, Any] | None:
         if not self.resume or not self.last.exists():
@@ -85,13 +92,14 @@ class Checkpoint(Callback):
             )
         if data["extra"]["fits"] < self._fits:
             return None
-        return data["extra"]["run"] | {"model": data["model"], "state": data["state"]}
+        more = {"model": data["model"], "state": data["state"], "hyperparameters": self.hyperparameters}
+        return data["extra"]["run"] | more
 
     def on_fit_start(self, learner: Learner) -> None:
         self.monitor.require(learner)
         self.directory.mkdir(parents=True, exist_ok=True)
-        for left in self.directory.glob(".fluxpy-*.tmp"):  # by a kill in the middle of a save
-            left.unlink(missing_ok=True)
+        self._lock.take()
+        remove_leftovers(self.directory)  # by a kill in the middle of a save
         progress = learner.progress
         if not progress.resumed:
             self._best = []
@@ -127,6 +135,7 @@ class Checkpoint(Callback):
                 if signal.getsignal(number) == self._on_signal:
                     signal.signal(number, previous)
             self._previous = {}
+            self._lock.release()
         if self._signal is not None and learner.history.stop_reason is None:
             learner.history.stop_reason = self._signal  # it came after the last epoch
         if learner.error is None and self._signal is None:
@@ -143,6 +152,7 @@ class Checkpoint(Callback):
     def _save(self, learner: Learner, path: Path) -> None:
         run = learner.state_dict()
         del run["model"], run["state"]
+        run.pop("hyperparameters", None)
         save(path, model=learner.model, state=learner.state, run=run, fits=self._fits)
         if path == self.last:
             self._batches, self._place = 0, self._where(learner)

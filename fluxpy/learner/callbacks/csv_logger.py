@@ -12,7 +12,8 @@ from .statistics import Rows
 class CSVLogger(Rows):
     """Writes a CSV file (RFC 4180): epoch, batch, phase, then the metrics, with their running values.
 
-    One row a batch, or with `per="phase"` one at the end of each. Epochs and batches count from 0. A batch that was
+    One row a batch, or with `per="phase"` one at the end of each; with `seconds=True` how long that took is the last
+    column. Epochs and batches count from 0. A batch that was
     cancelled before it was scored has no row. Rows come into the file every few batches (`every`), at the end of a
     phase and when the run is saved.
 
@@ -20,8 +21,18 @@ class CSVLogger(Rows):
     rows that it will write again: each batch is there once.
     """
 
-    def __init__(self, path: str | os.PathLike[str] = "run/log.csv", per: str = "batch", every: int = 50) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] = "run/log.csv",
+        per: str = "batch",
+        every: int = 50,
+        *,
+        seconds: bool = False,
+    ) -> None:
         super().__init__(per, every)
+        if seconds and self.per_batch:
+            raise ValueError('CSVLogger: seconds=True is for per="phase"')
+        self.seconds = seconds
         self.path = Path(path)
         self._file: Any = None
         self._start: int | None = None  # where the rows of this fit begin
@@ -37,11 +48,17 @@ class CSVLogger(Rows):
         if not resumed:
             self._start = self._file.tell()
         if self._file.tell() == 0:
-            csv.writer(self._file).writerow(["epoch", "batch", "phase", *learner.metrics.names])
+            more = ["seconds"] if self.seconds else []
+            csv.writer(self._file).writerow(["epoch", "batch", "phase", *learner.metrics.names, *more])
             self._file.flush()
 
+    def more(self, learner: Learner) -> dict[str, Any]:
+        return {"seconds": round(learner.seconds, 3)} if self.seconds else {}
+
     def keep(self, rows: list[dict[str, Any]]) -> None:
-        csv.writer(self._file).writerows(row.values() for row in rows)
+        for row in rows:
+            last = [row.pop("seconds")] if self.seconds else []
+            csv.writer(self._file).writerow([*row.values(), *last])
         self._file.flush()
 
     def on_fit_end(self, learner: Learner) -> None:

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm.auto import tqdm
@@ -17,18 +18,20 @@ if TYPE_CHECKING:
 class ProgressBar(Callback):
     """Shows how a fit gets on, one line a phase, updated in place:
 
-        Epoch 3/12 · train 468/468 [====================] loss 0.4819 accuracy 0.8513
+        Epoch 3/12 · train 468/468 [====================] loss 0.4819 accuracy 0.8513 · 5.2 s
 
     meanwhile with the pace and the time left. It is redrawn every 0.1 s at most (`seconds`), and only then are the
-    metrics read. Where the output is not a terminal (a pipe, a file) a plain line comes at the end of each phase; in
-    notebooks it is tqdm's bar. It goes to stderr, or to `file`.
+    metrics read. In a narrow terminal the bar goes first, then names are cut, then pace and title; no number is. What
+    is printed meanwhile has lines of its own. Where the output is not a terminal (a pipe, a file) a plain line comes at
+    the end of each phase; a notebook has one bar of tqdm for the fit. It goes to stderr, or to `file`.
     """
 
     def __init__(self, file: TextIO | None = None, seconds: float = 0.1) -> None:
         self.file, self.seconds = file, seconds
         self._out: Any = None  # where the present phase is shown
         self._terminal = False
-        self._bar: Any = None  # in a notebook
+        self._guards: dict[str, _Guard] = {}  # what stands for sys.stdout and sys.stderr while a line is drawn
+        self._bar: Any = None  # in a notebook, of the whole fit
         self._draw_at = math.inf  # when to draw again
         self._started = 0.0
         self._first = 0  # batches that were done when it started
@@ -38,10 +41,13 @@ class ProgressBar(Callback):
     def on_training_start(self, learner: "Learner") -> None:
         self._out = self.file or sys.stderr
         self._terminal = self._out is not None and self._out.isatty()
-        self._started, self._width, self._draw_at, self._bar = time.monotonic(), 0, math.inf, None
-        self._first = self._done = learner.batch_index
-        if self.file is None and "ipykernel" in sys.modules:
-            self._bar = tqdm(desc=_title(learner), total=learner.batch_count, initial=self._first, unit="batch")
+        self._started, self._width, self._draw_at = time.monotonic(), 0, math.inf
+        self._first = self._done = learner.progress.batch if learner.phase else 0
+        if self.file is None and "ipykernel" in sys.modules and self._bar is None:
+            total, done = (learner.step_count, learner.progress.step) if learner.fitting else (learner.batch_count, 0)
+            self._bar = tqdm(desc=_title(learner), total=total, initial=done, unit="batch")
+        if self._bar is None and self._terminal:
+            self._guard()
         if self._bar is not None or self._terminal:
             self._draw(learner, learner.running())
 
@@ -55,48 +61,113 @@ class ProgressBar(Callback):
     def on_training_end(self, learner: "Learner") -> None:
         if self._bar is not None:
             self._draw(learner, learner.stats)
-            self._bar.close()
+            if not learner.fitting:
+                self._close()
         elif self._terminal:
             self._draw(learner, learner.stats, last=True)
+            self._unguard()
             print(file=self._out, flush=True)
         elif self._out is not None:
-            print(self._line(learner, learner.stats, cells=4), file=self._out, flush=True)
+            line = self._line(learner, learner.stats, cells=4, end=_seconds(learner.seconds))
+            print(line, file=self._out, flush=True)
 
     on_validation_end = on_training_end
+
+    def on_fit_end(self, learner: "Learner") -> None:
+        if self._bar is not None:
+            self._close()
+
+    def _close(self) -> None:
+        self._bar.close()
+        self._bar = None
 
     def _draw(self, learner: "Learner", numbers: dict[str, float], last: bool = False) -> None:
         """Put the present line in place of the one before."""
         if self._bar is not None:
-            self._bar.n = self._done
+            self._bar.n = learner.progress.step if learner.fitting else self._done
+            self._bar.set_description_str(_title(learner), refresh=False)
             self._bar.set_postfix_str(_text(numbers))
         else:
             columns = _columns(self._out) - 1  # a full line would wrap
-            pace = "" if last else self._pace(learner.batch_count)
-            tries = ((20, pace), (4, pace), (4, ""), (0, ""))
-            lines = [self._line(learner, numbers, cells, pace) for cells, pace in tries]
+            lines = list(self._tries(learner, numbers, last))
             line = next((line for line in lines if len(line) <= columns), lines[-1][:columns])
-            self._out.write("\r" + line.ljust(min(self._width, columns)))
+            start = "\n" if any(guard.in_line for guard in self._guards.values()) else "\r"
+            self._out.write(start + line.ljust(min(self._width, columns)))
             self._out.flush()
             self._width = len(line)
+            for guard in self._guards.values():
+                guard.in_line = False
         self._draw_at = time.monotonic() + self.seconds
 
-    def _line(self, learner: "Learner", numbers: dict[str, float], cells: int, pace: str = "") -> str:
+    def _tries(self, learner: "Learner", numbers: dict[str, float], last: bool) -> Iterator[str]:
+        """The line in more and more narrow forms."""
+        long, short = [_seconds(learner.seconds)] * 2 if last else self._pace(learner.batch_count)
+        for cells, end in ((20, long), (4, long), (4, short), (0, short)):
+            yield self._line(learner, numbers, cells, end)
+        for end, widths in ((short, () if last else (8, 4, 2)), ("", (99, 8, 4, 2))):
+            for width in widths:
+                yield self._line(learner, numbers, 0, end, width)
+        yield _text(numbers, 2)
+        yield " ".join(map(_number, numbers.values()))
+
+    def _line(self, learner: "Learner", numbers: dict[str, float], cells: int, end: str = "", width: int = 99) -> str:
         total, done = learner.batch_count, self._done
         parts = [f"{_title(learner)} {done}" + (f"/{total}" if total else "")]
         if total and cells:
             parts.append(_bar(cells, min(cells, cells * done // total)))
-        parts += [_text(numbers), pace]
+        parts += [_text(numbers, width), end]
         line = " ".join(part for part in parts if part)
         code = self._out.encoding or "utf-8"
-        return line if line.encode(code, "replace").decode(code) == line else line.replace("·", "-")
+        return line if line.encode(code, "replace").decode(code) == line else line.replace("·", "-").replace("…", ".")
 
-    def _pace(self, total: int | None) -> str:
+    def _pace(self, total: int | None) -> tuple[str, str]:
+        """The pace and the time left, in words and short."""
         batches, seconds = self._done - self._first, time.monotonic() - self._started
         if not batches:
-            return ""
+            return "", ""
         rate = batches / max(seconds, 1e-9)
-        pace = f"· {rate:.0f} batches/s" if rate >= 10 else f"· {1 / rate:.2g} s/batch"
-        return pace + (f" · {tqdm.format_interval(max(0, total - self._done) / rate)} left" if total else "")
+        left = f" · {tqdm.format_interval(max(0, total - self._done) / rate)} left" if total else ""
+        if rate < 10:
+            return f"· {1 / rate:.2g} s/batch{left}", f"· {1 / rate:.2g} s/batch{left}"
+        return f"· {rate:.0f} batches/s{left}", f"· {rate:.0f}/s{left}"
+
+    # --- What others print --------------------------------------------------------------------------------------------
+
+    def _guard(self) -> None:
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is not None and stream.isatty():
+                self._guards[name] = _Guard(stream, self._end_line)
+                setattr(sys, name, self._guards[name])
+
+    def _unguard(self) -> None:
+        for name, guard in self._guards.items():
+            if getattr(sys, name) is guard:
+                setattr(sys, name, guard.stream)
+        self._guards = {}
+
+    def _end_line(self) -> None:
+        if self._width:
+            self._out.write("\n")
+            self._out.flush()
+            self._width = 0
+
+
+class _Guard:
+    """A stream that ends the line of the bar before it writes."""
+
+    def __init__(self, stream: Any, end_line: Callable[[], None]) -> None:
+        self.stream, self._end_line = stream, end_line
+        self.in_line = False  # whether what was written has not ended its line
+
+    def write(self, text: str) -> int:
+        if text:
+            self._end_line()
+            self.in_line = not text.endswith("\n")
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _title(learner: "Learner") -> str:
@@ -109,12 +180,18 @@ def _bar(cells: int, full: int) -> str:
     return f"[{bar.ljust(cells, '.')}]"
 
 
-def _text(numbers: dict[str, float]) -> str:
-    return " ".join(f"{name} {_number(x)}" for name, x in numbers.items())
+def _text(numbers: dict[str, float], width: int = 99) -> str:
+    """Names and numbers; longer names are cut."""
+    cut = {name: name if len(name) <= width else name[: width - 1] + "…" for name in numbers}
+    return " ".join(f"{cut[name]} {_number(x)}" for name, x in numbers.items())
 
 
 def _number(x: float) -> str:
     return f"{x:.4f}" if x == 0 or 1e-3 <= abs(x) < 1e5 else f"{x:.4g}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"· {seconds:.1f} s" if seconds < 60 else f"· {tqdm.format_interval(seconds)}"
 
 
 def _columns(out: Any) -> int:

@@ -95,6 +95,10 @@ class LearningRateScheduler(Callback):
             self._follow(self._learner)
         return {}
 
+    def load_state_dict(self, d: dict[str, Any]) -> None:
+        if self._learner is not None:  # the rates were put back to their bases
+            self._follow(self._learner)
+
     def _fill(self, learner: Learner) -> None:
         self._filled, self._step = self.schedule, -1
         if isinstance(self.schedule, Schedule) and learner.step_count:

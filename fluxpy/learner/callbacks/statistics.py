@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core import partition
+from ..core import open_data
 from ..events import Callback
 from ..learner import Learner
 
@@ -64,10 +64,10 @@ class Rows(Callback):
         learner = self._learner
         if learner is not None:
             # A callback that comes before this one may save at an event that this one has not seen yet: the end of a
-            # batch, or of the training phase.
+            # batch, or of a phase.
             due = learner.step.loss is not None
             if not self.per_batch:
-                due = learner.training and learner.progress.phase == "validation"
+                due = learner.phase is not None and learner.progress.within == "epoch"
             if due:
                 self._gather(learner)
             self._flush(learner)
@@ -78,9 +78,8 @@ class Rows(Callback):
         if learner.phase not in self.phases or metrics.batches == self._counted:
             return  # also a call of `validate`; or cancelled before it was scored, or gathered before
         self._counted = metrics.batches
-        # Where a run is resumed after the last batch of a phase there is no present one.
-        batch = learner.progress.batch - 1 if learner.training else learner.batch_index
-        row = {"epoch": learner.epoch_index, "batch": batch, "phase": learner.phase, **self.more(learner)}
+        place = {"epoch": learner.epoch_index, "batch": learner.batch_index, "phase": learner.phase}
+        row = place | self.more(learner)
         self._gathered.append((row, metrics.peek()))
         if len(self._gathered) >= self.every:
             self._flush(learner)
@@ -130,8 +129,8 @@ class StatisticsRecorder(Rows):
 
     def on_fit_start(self, learner: Learner) -> None:
         super().on_fit_start(learner)
-        past = self.records if learner.progress.resumed else []
-        self.records = [row for row in past if self.is_past(learner, row["epoch"], row["batch"], row["phase"])]
+        if not learner.progress.resumed:
+            self.records = []
 
     def state_dict(self) -> dict[str, Any]:
         super().state_dict()
@@ -143,14 +142,14 @@ class StatisticsRecorder(Rows):
 
 def on_host(tree: Any) -> Any:
     """The tree with its tensors on the CPU, copied together: one wait for each kind of them."""
-    tensors, skeleton = partition(tree)
+    tensors, opened = open_data(tree)
     if not tensors:
         return tree
     kinds: dict[Any, list[Tensor]] = defaultdict(list)
     for t in tensors:
         kinds[t.device, t.dtype, t.shape].append(t)
     copies = {kind: iter(torch.stack(alike).cpu()) for kind, alike in kinds.items()}
-    return skeleton.combine(next(copies[t.device, t.dtype, t.shape]) for t in tensors)
+    return opened.combine(next(copies[t.device, t.dtype, t.shape]) for t in tensors)
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:

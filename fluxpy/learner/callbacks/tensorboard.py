@@ -24,8 +24,11 @@ class TensorBoardLogger(Rows):
     `epoch/<metric>` by epoch; `batch/loss` of each training batch, and `batch/<metric>` over its epoch so far;
     `lr/<subtree>` where it changed; the hyperparameters; rules, model and `config` (text or a mapping) as text. On
     request every so many batches `gradient_norm/<subtree>` and `update_ratio/<subtree>`, the norm of the update over
-    that of the weights (`norms=100`), and every so many epochs histograms of the weights (`histograms=1`). Subtrees
-    are told apart by the first `depth` parts of their paths. `hyperparameters` are those of yours.
+    that of the weights (`norms=100`), and every so many epochs histograms of the weights (`histograms=1`).
+
+    Subtrees are modules, told apart by the first `depth` parts of their paths: `depth=3` is one chart for each
+    `encoder.layer.0`. Where rates differ within one, its parts have charts of their own, as deep as they must. Of a
+    hyperparameter that differs between subtrees HPARAMS has a column for each. `hyperparameters` are yours.
 
     Numbers are gathered on the device and written every `every` batches, and at the end of a phase. Each fit has a
     directory of its own; a resumed one goes on in that where it was.
@@ -74,7 +77,7 @@ class TensorBoardLogger(Rows):
 
     def on_update_start(self, learner: Learner) -> None:
         self._before, self._norms = [], {}
-        if self.norms and learner.step_index % self.norms == 0:
+        if self.norms and learner.step_index % self.norms < learner.accumulate:
             grads = gradients_in_order(learner.state, learner.model, learner.step.grads)
             self._before = [x.detach().clone() for x in parameters(learner.state, learner.model)]
             for name, places in self._subtrees.items():
@@ -85,7 +88,9 @@ class TensorBoardLogger(Rows):
         for name, places in self._subtrees.items() if old else ():
             moved = _norm([now[i].detach() - old[i] for i in places])
             self._norms[f"update_ratio/{name}"] = moved / _norm([old[i] for i in places])
+        self._before = []
         tags = {"batch/loss": learner.step.loss.detach(), **self._norms, **self._rates.changed(learner.state)}
+        self._norms = {}
         return {"tensorboard": (learner.step_index, time.time(), tags)}
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
@@ -145,12 +150,18 @@ class TensorBoardLogger(Rows):
     def _describe(self, learner: Learner, writer: Any) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        rules = [leaf.rule for _, leaf in leaves(learner.state) if leaf.rule is not None]
-        found: dict[str, dict[Any, None]] = defaultdict(dict)
-        for rule in (inner for whole in rules for inner in members(whole)):
-            for name, value in hyperparameters(rule).items():
-                found[f"{type(rule).__name__}.{name}"][_plain(value)] = None
-        numbers = {name: next(iter(v)) if len(v) == 1 else ", ".join(map(str, v)) for name, v in found.items()}
+        found: dict[str, dict[str, Any]] = defaultdict(dict)  # the value at each path
+        for path, leaf in leaves(learner.state):
+            for place, rule in enumerate(members(leaf.rule) if leaf.rule is not None else ()):
+                for name, value in hyperparameters(rule).items():
+                    key = f"{type(rule).__name__}.{name}"
+                    key = key if path not in found[key] else f"[{place}]{key}"
+                    found[key][path] = _plain(value)
+        numbers = {
+            f"{name}/{subtree}" if subtree else name: next(iter(values.values()))
+            for name, by_path in found.items()
+            for subtree, values in alike(by_path, 0).items()
+        }
         loss = getattr(learner.loss, "__name__", type(learner.loss).__name__)
         numbers |= {"loss": loss, "epochs": learner.epoch_count}
         numbers |= {name: _plain(value) for name, value in self.hyperparameters.items()}
@@ -191,21 +202,32 @@ class Rates:
         return changed
 
     def _named(self, found: dict[str, Leaf]) -> list[tuple[str, Any, Leaf]]:
-        groups: dict[str, list[tuple[str, Any, Leaf]]] = defaultdict(list)
-        for path, leaf in found.items():
-            own = [] if leaf.frozen else rates(leaf)
-            if own:
-                groups[_subtree(path, self.depth)].append((path, own[-1], leaf))
-        named: list[tuple[str, Any, Leaf]] = []
-        for name, group in groups.items():
-            _, first, leaf = group[0]
-            alike = all(rate == first for _, rate, _ in group)
-            named += [(name, first, leaf)] if alike else group
-        return named
+        own = {path: rates(leaf)[-1] for path, leaf in found.items() if not leaf.frozen and rates(leaf)}
+        groups = {name: next(iter(group)) for name, group in alike(own, self.depth).items()}
+        return [(name, own[path], found[path]) for name, path in groups.items()]
+
+
+def alike(values: Mapping[str, Any], depth: int) -> dict[str, dict[str, Any]]:
+    """Values by path, grouped by subtree of so many parts; by more where they differ within one."""
+    groups: dict[str, dict[str, Any]] = defaultdict(dict)
+    for path, value in values.items():
+        groups[_subtree(path, depth) if depth else ""][path] = value
+    found: dict[str, dict[str, Any]] = {}
+    for name, group in groups.items():
+        first = next(iter(group.values()))
+        if all(value == first for value in group.values()):
+            found[name] = group
+        elif len(group) == 1 or all(depth >= len(path.split(".")) for path in group):
+            found |= {path: {path: value} for path, value in group.items()}
+        else:
+            found |= alike(group, depth + 1)
+    return found
 
 
 def _subtree(path: str, depth: int) -> str:
-    return ".".join(path.split(".")[:depth]) or "model"
+    """The module, or a part of it that holds the parameter. The parameter itself only where nothing else tells it."""
+    parts = path.split(".")
+    return ".".join(parts[: min(depth, max(len(parts) - 1, 1))]) or "model"
 
 
 def _norm(tensors: list[Any]) -> Tensor:

@@ -1,0 +1,102 @@
+"""Tensors in whatever users hand around: batches and outputs, in containers that optree does not know either."""
+
+import copy
+import dataclasses
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+
+from .pytree import HOLE, Skeleton, skeleton_of
+
+Make = Callable[[list[Any]], Any]
+
+
+class Opened(Skeleton):
+    """A container without its tensors. Its parts may be such containers again; `make` gives it of new parts."""
+
+    __slots__ = ("make",)
+
+    def __init__(self, spec: Any, parts: list[Any], make: Make) -> None:
+        super().__init__(spec, parts)
+        self.make = make
+
+    def combine(self, tensors: Iterable[Any]) -> Any:
+        return self._combined(iter(tensors))
+
+    def _combined(self, source: Iterator[Any]) -> Any:
+        new = []
+        for part in self.parts:
+            if part is HOLE:
+                part = next(source)
+            elif isinstance(part, Opened):
+                part = part._combined(source)
+            new.append(part)
+        return self.make(new)
+
+    def is_like(self, other: "Opened") -> bool:
+        """Whether both are the same but for their tensors."""
+        return self.spec == other.spec and all(map(_alike, self.parts, other.parts))
+
+
+def open_data(tree: Any) -> tuple[list[Tensor], Opened]:
+    """The tensors of a batch or an output in order, and what is left, to put others into.
+
+    Looks into pytrees of optree and of PyTorch's own registry (as the outputs of Hugging Face's models), into
+    dataclasses and `UserDict`s.
+    """
+    tensors: list[Tensor] = []
+    skeleton = skeleton_of(tree)
+    parts = [_opened(part, tensors) for part in skeleton.parts]
+    return tensors, Opened(skeleton.spec, parts, skeleton.spec.unflatten)
+
+
+def _opened(x: Any, tensors: list[Tensor]) -> Any:
+    """What stands for `x` among the parts of a container. Its tensors are added to the list."""
+    if isinstance(x, Tensor):
+        tensors.append(x)
+        return HOLE
+    if x is None or isinstance(x, bool | int | float | str):
+        return x
+    found = _inside(x)
+    if found is None:
+        return x
+    spec, children, make = found
+    parts = []
+    for child in children:
+        own, opened = open_data(child)
+        tensors += own
+        parts.append(opened)
+    return Opened((type(x), spec), parts, make)
+
+
+def _inside(x: Any) -> tuple[Any, list[Any], Make] | None:
+    """What a container that optree does not know is made of: what it is besides its children, those, and how."""
+    node = torch_pytree.SUPPORTED_NODES.get(type(x))
+    if node is not None:
+        children, context = node.flatten_fn(x)
+        return context, list(children), lambda new: node.unflatten_fn(new, context)
+    if isinstance(x, UserDict):
+        return tuple(x.data), list(x.data.values()), lambda new: _with(x, {"data": dict(zip(x.data, new, strict=True))})
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        names = tuple(field.name for field in dataclasses.fields(x) if hasattr(x, field.name))
+        return names, [getattr(x, n) for n in names], lambda new: _with(x, dict(zip(names, new, strict=True)))
+    return None
+
+
+def _with(x: Any, attributes: dict[str, Any]) -> Any:
+    """A copy with other attributes, also of a frozen dataclass."""
+    other = copy.copy(x)
+    for name, value in attributes.items():
+        object.__setattr__(other, name, value)
+    return other
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Opened):
+        return isinstance(b, Opened) and a.is_like(b)
+    if a is b:
+        return True
+    return isinstance(a, bool | int | float | str) and type(a) is type(b) and a == b

@@ -1,0 +1,90 @@
+"""Spread: what the record of a leaf can do where its parameter is spread over processes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rule import Rule, is_packable
+from .layout import Layout, is_dtensor
+
+
+class Spread:
+    """A record whose `tensors` are local ones, of which those marked in `spread` are spread as `layout` says."""
+
+    __slots__ = ()
+
+    layout: Layout | None
+    spread: list[bool] | None
+    tensors: list[Tensor] | None
+    rule: Rule | None
+    shape: torch.Size
+    numbers: Any  # those of the state, and its skeleton
+    copy: Any  # a method
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether its parameter must be put together for a step."""
+        return (
+            self.layout is not None and bool(self.layout.dims) and self.rule is not None and not is_packable(self.rule)
+        )
+
+    @property
+    def local_shape(self) -> torch.Size:
+        """The shape of what this process holds of the parameter."""
+        return self.shape if self.layout is None else self.layout.local_shape
+
+    def spread_tensors(self) -> list[tuple[Tensor, bool]]:
+        """The tensors, and whether each is spread like the parameter."""
+        tensors, layout = self.tensors or [], self.layout
+        if layout is None:
+            return [(t, False) for t in tensors]
+        known = self.spread is not None and len(self.spread) == len(tensors)
+        flags = self.spread if known and self.spread is not None else map(layout.is_spread, tensors)
+        return list(zip(tensors, flags, strict=True))
+
+    def shown_tensors(self) -> list[Tensor]:
+        """The tensors as a user sees them: those that are spread as DTensors."""
+        if self.layout is None:
+            return self.tensors or []
+        return [self.layout.show(t) if spread else t for t, spread in self.spread_tensors()]
+
+    @property
+    def shown_state(self) -> Any:
+        """The state as a user sees it."""
+        skeleton = self.numbers.skeleton
+        if self.tensors is None or skeleton is None:
+            return None
+        return skeleton.combine(self.shown_tensors())
+
+    def take_shown(self, tensors: list[Tensor]) -> None:
+        """Take over tensors as a user gives them: DTensors, or whole ones."""
+        layout, self.spread, self.tensors = self.layout, None, tensors
+        if layout is not None:
+            self.tensors = self._parts(layout, tensors)
+        elif any(map(is_dtensor, tensors)):
+            self.tensors = [t.full_tensor() if is_dtensor(t) else t for t in tensors]  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _parts(self, layout: Layout, tensors: list[Tensor]) -> list[Tensor]:
+        self.spread = [is_dtensor(t) or layout.is_whole(t) for t in tensors]
+        pairs = zip(tensors, self.spread, strict=True)
+        return [layout.localise(t, "a tensor of the state") if spread else t for t, spread in pairs]
+
+    def put_together(self) -> Any:
+        """A copy with whole tensors."""
+        assert self.layout is not None
+        tensors = [self.layout.whole(t) if spread else t for t, spread in self.spread_tensors()]
+        other = self.copy(self.numbers.copy(), None if self.tensors is None else tensors)
+        other.layout = other.spread = None
+        return other
+
+    def lay_out(self, layout: Layout | None) -> bool:
+        """Move the state to where the parameter is now; whether it was elsewhere."""
+        if layout == self.layout:
+            return False
+        if self.tensors is not None:
+            tensors = self.tensors if self.layout is None else self.put_together().tensors or []
+            self.layout = layout
+            self.take_shown(tensors)
+        self.layout = layout
+        return True

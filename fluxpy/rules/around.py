@@ -1,0 +1,122 @@
+"""Rules around one other rule that change what its step does: Lookahead, Cautious."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..fields import Hyper, hyper
+from ..rule import Assign, Reduce, ReducingRule, Rule, Steps
+from .average import average, like, real
+from .wrap import Wrapper, inner_accumulates, refuse_inner
+
+
+class Slow(NamedTuple):
+    """State of `Lookahead`: the slow weights, how many steps the fast ones went since, and the state of the rule."""
+
+    slow: Tensor
+    steps: int
+    state: Any
+
+
+class Lookahead(Wrapper):
+    """Lookahead [Zhang et al. 2019]: `k` steps of `rule`, then back to a point between where they began and ended.
+
+    The slow weights are at first the parameter. After each `k` steps they go by `alpha` of the way to the parameter,
+    which becomes them; the state of `rule` stays as it is. `evaluation` gives the slow weights, the paper's choice.
+    A new `k` acts at once. Must be last in a chain.
+
+    >>> rule, x = Lookahead(Descent(1.0), k=2), torch.zeros(1)
+    >>> state, change = rule.apply(rule.init(x), x, torch.tensor([-1.0]))
+    >>> rule.apply(state, x - change, torch.tensor([-1.0]))[1]  # half of the way from 0 to 2
+    Assign(value=tensor([1.]))
+    """
+
+    rule: Rule
+    _: KW_ONLY
+    k: Hyper = hyper(default=6, allowed="1, 2, ...")
+    alpha: Hyper = hyper(default=0.5, allowed="[0, 1]")
+    delegates = assigns = True
+    accumulates = inner_accumulates
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_inner(self, self.rule)
+
+    @property
+    def elementwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.rule.elementwise
+
+    def init(self, x: Tensor) -> Slow:
+        return Slow(real(x).clone(), 0, self.rule.init_any(x))
+
+    init_any = init  # the rule inside sees complex parameters in its own way
+
+    def steps(self, state: Slow, x: Tensor, dx: Any) -> Steps:
+        inner, change = yield from self.rule.steps(state.state, x, dx)
+        if change is None or state.steps + 1 < self.k:
+            return Slow(state.slow, state.steps + (change is not None), inner), change
+        fast = change.value if isinstance(change, Assign) else x - change
+        slow = average(1 - self.alpha, state.slow, real(fast))
+        return Slow(slow, 0, inner), Assign(like(slow, x))
+
+    def evaluation(self, state: Slow, x: Tensor) -> Tensor:
+        """The weights to evaluate with: the slow ones."""
+        return like(state.slow, x)
+
+    def map_inner_states(self, f: Callable[..., Any], *states: Slow) -> Slow:
+        return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))
+
+
+class Cautious(Wrapper, ReducingRule):
+    """Cautious [Liang et al. 2024]: the change of `rule`, without the elements that go against the gradient.
+
+    Where the change and `dx` differ in sign, that element rests; the others grow, so that the mean step of the array
+    stays: the change is divided by the share of elements that move, at least 1e-3. The state is that of `rule`. With
+    the decay of an `AdamW` inside, the decay rests too: `OptimiserChain(Cautious(Adam(lr)), WeightDecay(lr * λ))` keeps
+    it out. Numbers of the authors' code; the paper's formula has `+ 1` in the count of elements instead of the 1e-3.
+
+    >>> rule, x = Cautious(Momentum(1.0, 0.5)), torch.zeros(2)
+    >>> state, _ = rule.apply(rule.init(x), x, torch.tensor([4.0, 4.0]))
+    >>> rule.apply(state, x, torch.tensor([4.0, -1.0]))[1]
+    tensor([12.,  0.])
+    """
+
+    rule: Rule
+    over = "array"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_inner(self, self.rule)
+        if self.rule.accumulates:
+            raise ValueError(
+                "Cautious compares each change with its gradient, and a rule inside that gathers gradients has none "
+                "for most: write OptimiserChain(AccumGrad(n), Cautious(...))"
+            )
+
+    @property
+    def elementwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.rule.elementwise
+
+    def init(self, x: Tensor) -> Any:
+        return self.rule.init_any(x)
+
+    def map_inner_states(self, f: Callable[..., Any], *states: Any) -> Any:
+        return f(self.rule, *states)
+
+    def part(self, value: Tensor) -> Tensor:
+        value = real(value)
+        return value.mean() if value.numel() else value.sum()
+
+    def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
+        return real(values).flatten(1).mean(1) if isinstance(values, Tensor) else super().parts(values)
+
+    def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
+        state, change = yield from self.rule.steps(state, x, dx)
+        if change is None:
+            return state, None
+        change = real(x - change.value if isinstance(change, Assign) else change)
+        agrees = (change * real(dx) > 0).to(change.dtype)
+        share = yield Reduce(self, agrees)
+        return state, like(change * agrees / share.clamp(min=1e-3), x)

@@ -1,0 +1,58 @@
+"""What `state_dict` gives of a state that is spread over processes, in the form for `torch.distributed.checkpoint`.
+
+That fills tensors where they are, and asks a checkpoint for just the keys that it is given. So what comes and goes as a
+run goes on is one text, the numbers that a leaf goes on with, and a leaf that waits for momenta has a place for them.
+"""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..leaf import Leaf, record_of
+from ..pytree import skeleton_of
+from .format import part_names
+from .record import state_template
+from .values import malformed
+
+
+def for_checkpoint(entry: dict[str, Any], leaf: Leaf) -> dict[str, Any]:
+    """An entry of `state_dict`, in that form."""
+    made = entry["state"] is not None
+    text = json.dumps({"made": made, "pending": entry["pending"]})
+    return entry | {"pending": text, "state": entry["state"] if made else _places(leaf)}
+
+
+def from_checkpoint(entry: Any, place: str) -> Any:
+    """The way back; any other entry as it is."""
+    text = entry.get("pending") if isinstance(entry, dict) else None
+    if not isinstance(text, str):
+        return entry
+    try:
+        found = json.loads(text)
+        made, pending = found["made"], found["pending"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise malformed(f"{place}['pending']", "what state_dict writes there", text) from error
+    return entry | {"pending": pending, "state": entry.get("state") if made else None}
+
+
+def _places(leaf: Leaf) -> dict[str, Any] | None:
+    """Something in place of the momenta of a leaf that gets some at its next update."""
+    record = record_of(leaf)
+    if record.frozen or record.rule is None:
+        return None
+    try:
+        skeleton = skeleton_of(state_template(record.rule, record.shape, record.dtype))
+    except (RuntimeError, TypeError):  # an `init` that reads its parameter
+        return None
+    pairs = zip(part_names(skeleton), skeleton.parts, strict=True)
+    return {name: _place(record, part) if isinstance(part, Tensor) else part for name, part in pairs}
+
+
+def _place(record: Any, t: Tensor) -> Tensor:
+    layout = record.layout
+    if layout is None or not layout.is_whole(t):
+        return torch.zeros(t.shape, dtype=t.dtype)
+    extra = t.shape[len(record.shape) :]
+    return layout.show(torch.zeros((*record.local_shape, *extra), dtype=t.dtype, device=layout.mesh.device_type))

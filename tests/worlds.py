@@ -1,0 +1,65 @@
+"""Processes on this machine that talk to each other, as `torchrun` starts them: a world runs many cases in turn."""
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = 60  # seconds that a process waits for the others
+
+Case = Callable[[], None]
+
+
+def run_world(size: int, cases: Sequence[Case], patience: int = 300) -> None:
+    """Run functions of a module, one after another, in each of some processes; AssertionError says which failed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "fluxpy", "helpers"])
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_main, args=(rank, size, folder, list(cases), results), daemon=True)
+            for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        failures = []
+        try:
+            for _ in processes:
+                failures += results.get(timeout=patience)
+        except queue.Empty:
+            failures.append("a process did not answer")
+        for process in processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+    assert not failures, "\n\n".join(failures)
+
+
+def _main(rank: int, size: int, folder: str, cases: list[Case], results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
+    )
+    os.environ["FLUXPY_TEST_FOLDER"] = folder
+    failures = []
+    for case in cases:
+        name = getattr(case, "__name__", None) or repr(case)
+        torch.manual_seed(0)
+        try:
+            case()
+            dist.barrier()
+        except BaseException:
+            failures.append(f"{name}, process {rank} of {size}:\n{traceback.format_exc()}")
+            break  # the others may be anywhere by now
+    results.put(failures)
+    results.close()
+    results.join_thread()
+    os._exit(0)  # without waiting for processes that failed
