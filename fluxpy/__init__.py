@@ -13,7 +13,7 @@ import sys
 import typing
 
 from . import rules as rules
-from . import schedules
+from . import schedules, text
 from .adjust import adjust, freeze, reset, scale, thaw
 from .data import DataLoader
 from .distributed.check import assert_same_on_all_ranks
@@ -22,7 +22,7 @@ from .explain import explain
 from .follow import follow
 from .gradient import Gradients, gradient, withgradient
 from .leaf import Leaf
-from .parameters import destructure, flatten_parameters, trainables
+from .parameters import destructure, flatten_parameters, module_paths, trainables, tree_map
 from .roles import depths, roles
 from .rules import *  # noqa: F403
 from .saving import load, load_state_dict, save, state_dict
@@ -61,6 +61,7 @@ __all__ = [
     "leaves",
     "load",
     "load_state_dict",
+    "module_paths",
     "reset",
     "roles",
     "save",
@@ -75,6 +76,7 @@ __all__ = [
     "train",
     "trainables",
     "trainstep",
+    "tree_map",
     "update",
     "value",
     "withgradient",
@@ -95,4 +97,7 @@ if not typing.TYPE_CHECKING:  # a type checker would take any name
             return importlib.import_module(".learner", __name__).Learner
         if name == "__version__":
             return importlib.metadata.version("fluxpy")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+        hint = f"; write {text.ELSEWHERE[name]}" if name in text.ELSEWHERE else ""
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}{hint}", name=name, obj=sys.modules[__name__]
+        )

@@ -1,13 +1,13 @@
 """The verbs that change a state: adjust, freeze, thaw, reset. Each acts on the leaves under the view it is given."""
 
-from typing import Any
+from typing import Any, Never
 
 from torch import Tensor
 
 from . import schedules
-from .leaf import context_of, record_of, replace_leaf
-from .rule import Rule, field_of, hyperparameters, no_hyperparameter, replace, walk
-from .state import AnyState, each_leaf, leaves_of
+from .leaf import Leaf, context_of, record_of, replace_leaf
+from .rule import Rule, field_of, holders_of, replace
+from .state import AnyState, State, each_leaf, leaves_of
 
 
 class scale:
@@ -36,12 +36,16 @@ class scale:
         return int(scaled) if isinstance(value, int) and scaled == int(scaled) else scaled
 
 
-def adjust(state: AnyState, lr: Any = None, /, **changes: Any) -> AnyState:
+def adjust(state: AnyState, lr: Any = None, /, *refused: Never, member: Any = None, **changes: Any) -> AnyState:
     """Change hyperparameters under this view; momenta and counts are kept. A first positional number is `lr`.
 
     A value is a number or tuple, `scale(factor)`, or a schedule. In a chain, each member that has the name takes it.
-    Frozen leaves are adjusted too. ValueError where a leaf's rule has no such hyperparameter, where it shapes the
-    state, or where the value is out of range; then nothing is changed anywhere.
+    Where their values differ (`OptimiserChain(RMSProp(1.0), Momentum(0.01))`, whose step has the product of the two),
+    `member` says which is meant: a rule class, or an index in the chain.
+
+    Frozen leaves are adjusted too. ValueError where a leaf's rule has no such hyperparameter or member, where members
+    differ and `member` is not given, where the hyperparameter shapes the state, or where the value is out of range;
+    then nothing is changed anywhere.
 
     >>> state = setup(Adam(), torch.nn.Linear(2, 3))
     >>> _ = adjust(state, 0.01, betas=(0.8, 0.99))
@@ -52,6 +56,7 @@ def adjust(state: AnyState, lr: Any = None, /, **changes: Any) -> AnyState:
         ...
     ValueError: Adam has no hyperparameter 'eta'; here it is called 'lr' (at 'weight', 'bias')
     """
+    _refuse_positions("adjust", state, (lr, *refused) if refused or isinstance(lr, str) else ())
     if lr is not None:
         if "lr" in changes:
             raise TypeError("adjust got lr twice, by position and by name")
@@ -67,7 +72,7 @@ def adjust(state: AnyState, lr: Any = None, /, **changes: Any) -> AnyState:
     new, problems = {}, {}
     for key, rule in dict(zip(map(id, rules), rules, strict=True)).items():
         try:
-            new[key] = None if rule is None else _adjusted(rule, changes)
+            new[key] = None if rule is None else _adjusted(rule, changes, member)
         except ValueError as error:
             wrong = [path for path, leaf in each_leaf(state, "adjust") if leaf.rule is rule]
             problems.setdefault(str(error), []).extend(wrong)
@@ -80,47 +85,68 @@ def adjust(state: AnyState, lr: Any = None, /, **changes: Any) -> AnyState:
     return state
 
 
-def _adjusted(rule: Rule, changes: dict[str, Any]) -> Rule:
+def _adjusted(rule: Rule, changes: dict[str, Any], member: Any) -> Rule:
+    # One rule may stand at two places of a chain: of the copy, each place has its own.
+    rule = rule if member is None else replace(rule, lambda _rule, _name, old: old, validate=False)
+    chosen = set()
     for name in changes:
-        holders = [inner for inner in walk(rule) if name in hyperparameters(inner)]
-        if not holders:
-            raise ValueError(no_hyperparameter(rule, name))
-        for holder in holders:
+        for holder in holders_of(rule, name, member):
+            chosen.add((id(holder), name))
             if field_of(holder, name).metadata.get("fixed"):
                 why = f"{type(holder).__name__} uses {name!r} only to make its state, so it cannot be adjusted"
                 raise ValueError(f"{why}; call setup again with the new value")
 
     def change(inner: Rule, name: str, old: Any) -> Any:
-        if name not in changes:
+        if (id(inner), name) not in chosen:
             return old
         return changes[name].of(old) if isinstance(changes[name], scale) else changes[name]
 
     return replace(rule, change)
 
 
+def _refuse_positions(verb: str, state: Any, rest: tuple[Any, ...]) -> None:
+    """TypeError for what follows the state: patterns, as one may expect, or numbers without names."""
+    if not rest:
+        return
+    name = "state" if isinstance(state, State | Leaf) else "..."
+    if isinstance(rest[0], str):
+        more = ", ..." if verb == "adjust" else ""
+        raise TypeError(
+            f"{verb} takes no pattern; write {verb}({name}.encoder{more}), or {verb}(select({name}, {rest[0]!r}){more})"
+        )
+    takes = "one number by position, lr; give the others by name" if verb == "adjust" else "one state, or a view of it"
+    raise TypeError(f"{verb} takes {takes}; got {', '.join(map(repr, rest))} besides")
+
+
 def _at(paths: list[str]) -> str:
     return f"at {', '.join(map(repr, paths[:5]))}" + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
 
 
-def freeze(state: AnyState) -> AnyState:
+def freeze(state: AnyState, /, *refused: Never) -> AnyState:
     """Freeze the leaves under this view: until they thaw, neither parameter nor momenta nor counts move, bit for bit.
+    A leaf that no update has stepped yet gives its momenta back until it thaws.
 
     With `withgradient(..., state=state)`, as in `train`, frozen leaves cost no gradient and keep no activations.
     Buffers and modes are the module's own. `train` and the Learner put a wholly frozen module into evaluation mode,
     which keeps its BatchNorm statistics and turns its Dropout off; in a loop of your own, call its `eval()`.
     """
+    _refuse_positions("freeze", state, refused)
     for _, leaf in each_leaf(state, "freeze"):
-        replace_leaf(leaf, frozen=True)
+        if record_of(leaf).untrained:
+            replace_leaf(leaf, frozen=True, state=None)
+        else:
+            replace_leaf(leaf, frozen=True)
     return state
 
 
-def thaw(state: AnyState, *, count: int | None = None) -> AnyState:
+def thaw(state: AnyState, /, *refused: Never, count: int | None = None) -> AnyState:
     """Undo `freeze` under this view. Momenta go on from where they were; missing ones start at the next update.
 
     `count` sets the count that schedules see from here on: a part that thaws late can end with the others
     (`count=state.head.weight.count`). Raises ValueError where a leaf has no rule to train by (`setup` was given None
     for it), or where `count` is no whole number, 0 or more.
     """
+    _refuse_positions("thaw", state, refused)
     found = each_leaf(state, "thaw")
     if bare := [path for path, leaf in found if leaf.rule is None]:
         raise ValueError(f"thaw: set up with no rule (None), so frozen for good ({_at(bare)}); call setup again")
@@ -134,11 +160,12 @@ def thaw(state: AnyState, *, count: int | None = None) -> AnyState:
     return state
 
 
-def reset(state: AnyState) -> AnyState:
+def reset(state: AnyState, /, *refused: Never) -> AnyState:
     """Empty momenta and counts under this view; rules and frozenness stay. Schedules start over.
 
     An accumulation window goes on, in step with the leaves that are not reset; where all are, a new one begins.
     """
+    _refuse_positions("reset", state, refused)
     found = each_leaf(state, "reset")
     whole = bool(found) and len(found) == context_of(found[0][1]).size
     for _, leaf in found:

@@ -53,6 +53,7 @@ class Binding:
         self.parallel: Parallel | None = None if is_compiling() else parallel_of(model, self.originals, self.paths)
         self.plan: Any = None  # how the engine steps these parameters
         self.groups: Any = None  # how they are stepped within a backward pass
+        self.flips = 0  # how many flags were other than the state says, when last looked at
 
     def watch(self, model: Any, forget: Callable[[], None]) -> "Binding":
         """From here on, `matches` can tell."""

@@ -1,12 +1,14 @@
 """DataLoader: batches of arrays that are in memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
+
+from .text import form, html_table, near
 
 # Bytes of rows that are picked at once: few enough to stay in the cache until they are used.
 _BLOCK = 1 << 20
@@ -26,6 +28,20 @@ class DataLoader(Generic[Batch]):
     >>> len(loader), [batch["x"].tolist() for batch in loader]
     (3, [[0, 1], [2, 3], [4]])
     """
+
+    if not TYPE_CHECKING:  # it would hide the types below
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            """What does not fit is refused in words of its own."""
+            if len(args) > 1 and isinstance(args[1], Tensor | np.ndarray | list):
+                raise TypeError("DataLoader takes all arrays in one tuple: DataLoader((x, y), batch_size=32)")
+            names = ("data", "batch_size", "shuffle", "drop_last", "generator")
+            if other := next((name for name in kwargs if name not in names), None):
+                raise TypeError(
+                    f"DataLoader has no argument {other!r}; {near(other, names)}. It is for arrays in memory; for data "
+                    "sets, workers and samplers there is torch.utils.data.DataLoader"
+                )
+            return super().__new__(cls)
 
     @overload
     def __init__(
@@ -74,6 +90,20 @@ class DataLoader(Generic[Batch]):
     def __len__(self) -> int:
         """The number of batches of an epoch."""
         return self._rows // self.batch_size if self.drop_last else -(-self._rows // self.batch_size)
+
+    def __repr__(self) -> str:
+        arrays = ", ".join(f"{name}: {shape}" for name, shape in self._arrays())
+        return f"DataLoader({self._rows:,} rows in {len(self):,} batches of {self.batch_size}{self._order()}; {arrays})"
+
+    def _repr_html_(self) -> str:
+        what = f"{self._rows:,} rows in {len(self):,} batches of {self.batch_size}{self._order()}"
+        return html_table(["array", "a row of it"], self._arrays(), f"DataLoader: {what}")
+
+    def _arrays(self) -> list[tuple[str, str]]:
+        return [(str(name), form(t.shape[1:], t.dtype)) for name, t in self._tensors.items()]
+
+    def _order(self) -> str:
+        return ", shuffled" * self.shuffle + ", the last left out if incomplete" * self.drop_last
 
     def __iter__(self) -> Iterator[Batch]:
         tensors, size = list(self._tensors.values()), self.batch_size
@@ -136,5 +166,7 @@ def _tensor(name: Any, array: Any) -> Tensor:
     if not isinstance(array, Tensor) or array.ndim == 0:
         got = f"a {array.dtype} array" if isinstance(array, np.ndarray) else type(array).__name__
         got = "a tensor without dimensions" if isinstance(array, Tensor) else got
+        if isinstance(array, Dataset):
+            got += "; for data sets there is torch.utils.data.DataLoader"
         raise TypeError(f"DataLoader: expected tensors or NumPy arrays of numbers with rows; {name!r} is {got}")
     return array

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .text import named
+
 # A hyperparameter as the user writes it is a number, a tuple, a tensor or a schedule (count -> value);
 # by the time a rule's `apply` sees it, schedules have become values. No static type says both.
 Hyper = Any
@@ -52,6 +54,8 @@ def check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
     """ValueError unless the field allows the value. A schedule is checked when it gives a value; a tensor never, which
     would read the device."""
     allowed = field.metadata["allowed"]
+    if isinstance(value, type) or type(value).__module__.startswith("torch.optim"):
+        raise TypeError(f"{owner}: {field.name} takes a number or a schedule, but got {named(value)}")
     if isinstance(field.default, tuple) and not callable(value):
         value = tuple(value) if isinstance(value, Tensor) and value.ndim else value
         right_size = isinstance(value, tuple) and len(value) == len(field.default)

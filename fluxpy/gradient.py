@@ -13,7 +13,8 @@ from .distributed.parallel import Parallel, parallel_of
 from .leaf import Leaf
 from .pytree import is_transforming
 from .state import State, bind
-from .tree import Mirror, TreeSpec, spec_of, values_of, walk
+from .text import OF_GRADIENTS
+from .tree import Mirror, TreeSpec, check_model, spec_of, values_of, walk
 
 Model = TypeVar("Model")
 TensorModel = TypeVar("TensorModel", bound=Tensor)
@@ -23,10 +24,30 @@ LossFunction: TypeAlias = Callable[Concatenate[Model, ...], Value]
 
 
 class Gradients(Mirror):
-    """A gradient for each parameter in the shape of the model; None where the loss does not depend on one."""
+    """A gradient for each parameter in the shape of the model; None where the loss does not depend on one.
+
+    It is navigated as the model is, and iterates over the gradients that there are, as `(path, tensor)`.
+
+    >>> grads = gradient(lambda m: m(torch.ones(1, 2)).sum(), torch.nn.Linear(2, 1))
+    >>> grads.bias.tolist(), {path: g.norm().item() for path, g in grads}
+    ([1.0], {'weight': 1.4142135381698608, 'bias': 1.0})
+    """
 
     __slots__ = ()
     _what = "tree of gradients"
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return ((path, g) for path, g in _by_path(self) if g is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __reversed__(self) -> Iterator[tuple[str, Tensor]]:
+        return reversed(list(self))
+
+    @classmethod
+    def _hint(cls, name: str, here: Any) -> str:
+        return OF_GRADIENTS.get(name, "")
 
     def __repr__(self) -> str:
         lines = (f"  {path}: {None if g is None else tuple(g.shape)}" for path, g in _by_path(self))
@@ -147,7 +168,8 @@ def _wanted(binding: Binding) -> "_Wanted":
     # wanted.
     pairs = zip(binding.originals, trains, strict=True)
     flips = [x for x, wants in pairs if x.requires_grad != wants and x.is_leaf]
-    if flips and not binding.warned:
+    if len(flips) != binding.flips:
+        binding.flips = len(flips)
         binding.warn_of_flags()
     return _Wanted(binding.walked, binding.originals, trains, flips, binding.parallel)
 
@@ -167,6 +189,9 @@ def _differentiate(
 ) -> tuple[Any, Any]:
     spec, params, trains, flips, parallel = wanted
     if not params:
+        if callable(model) and not isinstance(model, torch.nn.Module):
+            raise TypeError("the function comes first, then the model: withgradient(f, model)")
+        check_model(model, "withgradient(f, model)")
         raise ValueError("the model has no parameter, so no loss can depend on it")
     tracking = nullcontext() if torch.is_grad_enabled() else torch.enable_grad()
     with tracking, _flipped(flips) if flips else nullcontext():

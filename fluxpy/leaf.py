@@ -16,8 +16,8 @@ from .context import Context
 from .distributed.layout import Layout
 from .distributed.spread import Spread
 from .pytree import Skeleton, apart, partition, register
-from .rule import Rule, at, replace, tensors_of, walk
-from .text import note
+from .rule import Rule, at, hyperparameters, replace, tensors_of, walk
+from .text import OF_STATES, WORDS, note
 
 
 class Numbers:
@@ -40,14 +40,15 @@ class Record(Spread):
 
     `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
     accumulating rule, which missed updates meanwhile. `made` is the rule that `setup` was given, and `asked` whether
-    the parameter required grad then, None where that is not known.
+    the parameter required grad then, None where that is not known. `begun` is what the numbers were when the state was
+    made, None where that is not known.
 
     Where the parameter is spread over processes, `layout` says how, and `tensors` are local ones; `spread` says which
     of them are spread like the parameter. The others are the same on all processes.
     """
 
     __slots__ = (
-        *("asked", "dtype", "frozen", "made", "numbers", "pending", "rule", "shape", "tensors"),
+        *("asked", "begun", "dtype", "frozen", "made", "numbers", "pending", "rule", "shape", "tensors"),
         *("layout", "spread"),
     )
 
@@ -58,8 +59,15 @@ class Record(Spread):
         self.tensors: list[Tensor] | None = None
         self.numbers = Numbers()
         self.pending: Skeleton | None = None
+        self.begun: tuple[int, list[Any]] | None = None
         self.layout: Layout | None = None
         self.spread: list[bool] | None = None
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it has a state, and no update has changed that."""
+        skeleton = self.numbers.skeleton
+        return self.tensors is not None and skeleton is not None and self.begun == (self.numbers.count, skeleton.parts)
 
     @property
     def state(self) -> Any:
@@ -81,6 +89,7 @@ class Record(Spread):
         if layout is not None:
             self.take_shown(self.tensors)
         self.numbers, self.pending = Numbers(self.numbers.count, skeleton), None
+        self.begun = self.numbers.count, skeleton.parts
 
     def fresh_state(self, x: Tensor, path: str) -> Any:
         """A new state for the parameter `x`, in step with the pending numbers."""
@@ -113,7 +122,7 @@ class Record(Spread):
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
         other = Record(self.rule, self.frozen, self.shape, self.dtype)
         other.numbers, other.tensors, other.pending = numbers, tensors, self.pending
-        other.made, other.asked = self.made, self.asked
+        other.made, other.asked, other.begun = self.made, self.asked, self.begun
         other.layout, other.spread = self.layout, self.spread
         return other
 
@@ -229,6 +238,23 @@ _read_only("shape", "fluxpy.setup(rule, model) for another model")
 _read_only("dtype", "fluxpy.setup(rule, model) for another model")
 
 
+def _no_such_name(leaf: Leaf, name: str) -> NoReturn:
+    hint = ""
+    if not name.startswith("_"):
+        names = {own for inner in walk(leaf.rule) for own in hyperparameters(inner)} if leaf.rule is not None else set()
+        if name in names or set(WORDS.get(name, ())) & names:
+            word = name if name in names else next(word for word in WORDS[name] if word in names)
+            hint = f". Write leaf.rule.{word}, or fluxpy.value(leaf, {word!r}) for what the next update uses"
+        elif name in OF_STATES:
+            hint = f". {OF_STATES[name]}"
+        else:
+            hint = "; a leaf has rule, state, frozen, count, shape and dtype"
+    raise AttributeError(f"a leaf has no {name!r}{hint}" if hint else name, name=name, obj=leaf)
+
+
+Leaf.__getattr__ = _no_such_name  # pyright: ignore[reportAttributeAccessIssue]  # in the class it would hide misspellings
+
+
 def record_of(leaf: Leaf) -> Record:
     """The contents of a leaf, for the verbs and the engine."""
     return leaf._record
@@ -275,9 +301,10 @@ def replace_leaf(
         record.numbers, record.pending = Numbers(record.numbers.count, record.pending), None
     if state is KEEP and count is KEEP:
         return
-    numbers = record.numbers.copy()
+    numbers, untrained = record.numbers.copy(), record.untrained
     if count is not KEEP:
         numbers.count = count
+    record.begun = (numbers.count, numbers.skeleton.parts) if untrained and numbers.skeleton else None
     if state is None:
         if pending is KEEP and record.pending is None and record.rule is not None and record.rule.accumulates:
             record.pending = numbers.skeleton  # its place in the window
@@ -285,6 +312,7 @@ def replace_leaf(
     elif state is not KEEP:
         tensors, numbers.skeleton = partition(state)
         record.take_shown(tensors)
+        record.begun = None
     record.numbers = numbers
 
 
@@ -366,6 +394,7 @@ def _flatten(leaf: Leaf) -> tuple[tuple[Any, ...], _LeafShape]:
 
 def _unflatten(shape: _LeafShape, tensors: Any) -> Leaf:
     record = shape.record.copy(shape.record.numbers.copy(), None)
+    record.begun = None  # tensors of the user's own
     size = shape.size or 0
     if shape.size is not None and all(isinstance(t, Tensor) for t in tensors[:size]):
         record.take_shown(list(tensors[:size]))

@@ -1,18 +1,24 @@
-"""The parameters of a model as a list, as one long vector, and as views of one."""
+"""The parameters of a model: as a list, mapped, by the modules they are in, as one long vector, as views of one."""
 
+import glob
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .distributed.layout import any_dtensor
 from .engine.layout import views_like
-from .pytree import unwritable
+from .gradient import Gradients
+from .grads import join, scatter
+from .leaf import Leaf
+from .pytree import level, map_tensors, unwrap, unwritable
 from .rebuild import like_parameter, rebuild
-from .tree import walk
+from .state import State
+from .tree import rooted, walk
 
 Model = TypeVar("Model")
+Tree = TypeVar("Tree")
 
 
 @overload
@@ -27,6 +33,72 @@ def trainables(model: Any, path: bool = False) -> list[Tensor] | list[tuple[str,
     """
     spec, values = walk(model)
     return [(spec.leaves[i], x) for i, x in enumerate(values)] if path else values
+
+
+def tree_map(f: Callable[..., Tensor], tree: Tree, *others: Any) -> Tree:
+    """`f` of each parameter of a model, or of each of some gradients, and of what is at its place in the others. Gives
+    a tree like the first: a new model (a structural copy, as `update(..., inplace=False)` makes), or gradients.
+
+    The others are models or gradients of the same shape, or dicts by dotted name. Where one of them has nothing, as
+    gradients of a frozen layer, what the first has stays. A tied parameter is visited once. Of a model whose parameters
+    require grad the result has a history; under `torch.no_grad()` it has new parameters.
+
+    Of a state it is `f` of each tensor of the momenta, as for moving them: `tree_map(lambda t: t.to(device), state)`.
+
+    ValueError where the trees do not fit each other.
+
+    >>> model = {"w": torch.tensor([1.0, 2.0])}
+    >>> grads = gradient(lambda m: (m["w"] ** 2).sum(), model)
+    >>> tree_map(lambda x, g: x - 0.1 * g, model, grads)
+    {'w': tensor([0.8000, 1.6000])}
+    """
+    if isinstance(tree, State | Leaf):
+        return map_tensors(f, tree, *others)
+    if any(isinstance(other, State | Leaf) for other in others):
+        raise TypeError("tree_map takes models and gradients together, or states; fluxpy.leaves goes over the leaves")
+    spec, values = rooted(tree) if isinstance(tree, Gradients) else walk(tree)
+    columns = [scatter(spec, other, "values") for other in others]
+    new: list[Any] = list(values)
+    for index, path in spec.leaves.items():
+        x = values[index]
+        args = [x, *(column.get(index) for column in columns)]
+        if all(arg is not None for arg in args):
+            new[index] = f(*args)
+            if not isinstance(new[index], Tensor):
+                raise TypeError(f"tree_map: f must return a tensor, but gave {new[index]!r} at {path!r}")
+        elif x is not None:
+            new[index] = x.detach().clone() if x.is_leaf else x.clone()
+    if isinstance(tree, Gradients):
+        return cast(Tree, Gradients(spec, new))
+    return rebuild(tree, spec, values, [like_parameter(t, x) for t, x in zip(new, values, strict=True)])
+
+
+def module_paths(model: Any, *types: type[nn.Module]) -> list[str]:
+    """Glob patterns for all parameters in modules of these types, for `select` and for the mapping of `setup`. A module
+    without parameters has none; one that stands at several places is named by its first.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 1))
+    >>> module_paths(model, torch.nn.LayerNorm)
+    ['1.*']
+    >>> state = setup(AdamW(), model)
+    >>> _ = adjust(select(state, "*bias", *module_paths(model, torch.nn.LayerNorm)), weight_decay=0.0)
+    """
+    if not types or not all(isinstance(kind, type) for kind in types):
+        raise TypeError(f"module_paths takes the model and classes of modules, as torch.nn.LayerNorm, but got {types}")
+    found: list[str] = []
+    seen: set[int] = set()
+    todo: list[tuple[str, Any]] = [("", model)]
+    while todo:
+        path, x = todo.pop()
+        x = unwrap(x)
+        inside = level(x)
+        if inside is None or id(x) in seen:
+            continue
+        seen.add(id(x))
+        if isinstance(x, types) and next(x.parameters(), None) is not None:
+            found.append(glob.escape(path) + ".*" if path else "*")
+        todo += [(join(path, key), child) for key, child in zip(inside.keys, inside.children, strict=True)][::-1]
+    return found
 
 
 def destructure(model: Model) -> tuple[Tensor, Callable[[Tensor], Model]]:

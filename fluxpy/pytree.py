@@ -229,6 +229,11 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [part for part in parts if isinstance(part, Tensor)]
 
 
+def map_tensors(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """A pytree with `f` of each tensor, and of those at its place in the others."""
+    return optree.tree_map(f, tree, *others, namespace=NAMESPACE)
+
+
 def entries_of(tree: Any) -> list[tuple[str, Any]]:
     """`(place, value)` of everything in a pytree, a place written as in Python: `[1].m`."""
     skeleton = skeleton_of(tree)

@@ -20,10 +20,11 @@ from .context import Context
 from .distributed.layout import any_dtensor, layout_of, local_tensors
 from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of
 from .pytree import Skeleton
-from .rule import Rule, no_hyperparameter, rule_key, title_key, values_at
-from .show import describe_tree, table
-from .text import form, near
-from .tree import Mirror, TreeSpec, relaid, respec, rooted, spec_of, values_of, walk
+from .rule import Rule, at, holders_of, hyperparameters, rule_key, title_key
+from .rule import walk as walk_rule
+from .show import describe_tree, table, tree_as_html
+from .text import OF_STATES, WORDS, form, named, near
+from .tree import Mirror, TreeSpec, check_model, relaid, respec, rooted, spec_of, values_of, walk
 
 AnyState = TypeVar("AnyState", bound="State | Leaf")
 Rules: TypeAlias = Rule | Mapping[str, Rule | None]  # one rule, or rules by glob patterns over paths
@@ -34,6 +35,7 @@ class State(Mirror):
 
     __slots__ = ()
     _what = "state"
+    _of_several = "write fluxpy.select(state, *patterns)"
 
     @classmethod
     def _rebuilt(cls, spec: TreeSpec, values: list[Any]) -> "State":
@@ -57,6 +59,25 @@ class State(Mirror):
 
     def __repr__(self) -> str:
         return describe_tree(self)
+
+    def _repr_html_(self) -> str:
+        return tree_as_html(self)
+
+    @classmethod
+    def _hint(cls, name: str, here: "State") -> str:
+        """For a hyperparameter or verb that somebody looked for on a branch."""
+        leaf_names = ("rule", "state", "frozen", "count", "shape", "dtype")
+        rules = {id(leaf.rule): leaf.rule for _, leaf in each_leaf(here, "leaves") if leaf.rule is not None}
+        names = {own for rule in rules.values() for inner in walk_rule(rule) for own in hyperparameters(inner)}
+        word = next((word for word in (name, *WORDS.get(name, ())) if word in names), None)
+        if word is not None:
+            return (
+                f"Hyperparameters are the leaves': fluxpy.adjust(branch, {word}=...) sets them, "
+                f"fluxpy.value(leaf, {word!r}) tells one, fluxpy.summary(branch) all"
+            )
+        if name in leaf_names:
+            return f"Leaves have it: state['a.path'].{name}, or fluxpy.leaves(branch) for all of them"
+        return OF_STATES.get(name, "")
 
 
 _ALONE = TreeSpec("leaf", index=0)
@@ -144,8 +165,9 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
 
     `keep` is an older state: rule, momenta, counts and frozenness of each leaf whose path, shape and dtype are still
     there are taken over (copied), as for a new head on a trained encoder; `rule` is for the others, and None freezes
-    for good all the same. A new head of the old one's shape takes its momenta too, unless you `reset` it. One warning
-    lists the leaves whose shape or dtype changed, which start anew; `fluxpy.surgery` takes momenta along.
+    for good all the same. One warning lists the leaves whose shape or dtype changed, which start anew;
+    `fluxpy.surgery` takes momenta along. A new head of the old one's shape goes on with the old momenta, unless you
+    `reset` it; in the same module, where that can be told, a warning says so.
 
     With `compile`, elementwise rules, your own included, are compiled by `torch.compile` into one kernel for the whole
     chain: seconds at the first update, once for a chain, dtype and device, whatever hyperparameters, schedules, counts
@@ -166,6 +188,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
         raise TypeError("setup takes the model, not a state; to take a state over: setup(rule, model, keep=state)")
     spec, params = walk(model)
     if not params:
+        check_model(model, "setup(rule, model)")
         warnings.warn("setup found no parameters in this model", stacklevel=2)
     names = names_by_number(spec)
     rules = _assign(rule, names) if params else {}
@@ -176,15 +199,16 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     context.spread = any_dtensor(params)
     numbers: dict[int, Numbers] = {}
     leaves: list[Leaf] = []
-    new: list[int] = []
+    taken: dict[int, Record] = {}
     for index, x in enumerate(params):
         before = _kept(kept, names[index], x) if rules[index] is not None else None
+        if before is not None:
+            taken[index] = before
         record = _new(rules[index], x) if before is None else _copy(before, x, numbers)
         if context.spread or record.layout is not None:
             record.lay_out(layout_of(x))
         leaves.append(Leaf(record, context, bindings))
-        if before is None:
-            new.append(index)
+    new = [index for index in range(len(params)) if index not in taken]
     with torch.inference_mode(False), torch.no_grad():
         _begin(leaves, new, local_tensors(params), names)
     if changed := _changed(kept, [i for i in new if rules[i] is not None], params, names):
@@ -194,6 +218,8 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
             "keep their momenta: change the old model and state together by fluxpy.surgery (take, grow)",
             stacklevel=2,
         )
+    if taken and keep is not None:
+        _warn_of_new_tensors(keep, kept, taken, params)
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
 
 
@@ -242,6 +268,24 @@ def _copy(before: Record, x: Tensor, numbers: dict[int, Numbers]) -> Record:
     record = before.clone(own)
     _note_flag(record, x)
     return record
+
+
+def _warn_of_new_tensors(
+    keep: State | Leaf, kept: dict[str, Leaf], taken: dict[int, Record], params: list[Tensor]
+) -> None:
+    """Say where, in a model that is otherwise the old one, a new tensor goes on with the momenta of another."""
+    known = {id(r): x for b in tree_bindings(keep).values() for r, x in zip(b.records, b.originals, strict=True)}
+    same = {index: known.get(id(record)) is params[index] for index, record in taken.items()}
+    if not all(id(record) in known for record in taken.values()) or not any(same.values()):
+        return
+    paths = {id(record_of(leaf)): path for path, leaf in reversed(kept.items())}
+    new = [paths[id(taken[index])] for index, is_same in same.items() if not is_same and taken[index].numbers.count]
+    if new:
+        warnings.warn(
+            f"setup(..., keep=): {', '.join(map(repr, new))} are new tensors of the old shape, and go on with the old "
+            "momenta and counts; fluxpy.reset that branch for them to start anew",
+            stacklevel=3,
+        )
 
 
 def _begin(leaves: list[Leaf], new: list[int], params: list[Tensor], names: dict[int, list[str]]) -> None:
@@ -319,12 +363,7 @@ def _assign(rule: Any, names: dict[int, list[str]]) -> dict[int, Rule | None]:
 def _rule(rule: Any, need: str) -> Rule:
     if isinstance(rule, Rule):
         return rule
-    hint = ""
-    if isinstance(rule, type) and issubclass(rule, Rule):
-        hint = f"; write {rule.__name__}()"
-    elif isinstance(rule, list | tuple):
-        hint = "; write fluxpy.OptimiserChain(...)"
-    raise TypeError(f"{need}, but got {rule!r}{hint}")
+    raise TypeError(f"{need}, but got {named(rule)}")
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------
@@ -366,21 +405,36 @@ def each_leaf(state: Any, verb: str) -> list[tuple[str, Leaf]]:
     return [(path, values[index]) for index, path in spec_of(state).leaves.items()]
 
 
-def select(state: State | Leaf, what: str | Callable[[str, Leaf], bool]) -> State:
-    """A view of all leaves whose path matches a glob pattern, or for which `what(path, leaf)` is true.
+def select(state: State | Leaf, *what: str | Callable[[str, Leaf], bool]) -> State:
+    """A view of all leaves that one of `what` finds: a glob pattern over their paths, or a predicate `(path, leaf) ->
+    bool`. They come in the order of the model.
 
-    A tied leaf is found by any of its names. Raises ValueError where nothing matches.
+    A tied leaf is found by any of its names. Raises ValueError where one of `what` finds nothing.
 
     >>> state = setup(Adam(), torch.nn.Linear(2, 3))
     >>> _ = adjust(select(state, "*bias"), 0.1)
     >>> state.bias.rule.lr, state.weight.rule.lr
     (0.1, 0.001)
+    >>> [path for path, leaf in leaves(select(state, "*bias", lambda path, leaf: leaf.shape == (3, 2)))]
+    ['weight', 'bias']
     """
     places = list(paths_and_leaves(state, "select"))
-    match = (lambda path, leaf: fnmatch.fnmatchcase(path, what)) if isinstance(what, str) else what
-    hits = [path for path, leaf in places if match(path, leaf)]
-    if not hits:
-        raise ValueError(f"select: {what!r} matches no leaf; {near(what, (path for path, _ in places))}")
+    found: set[str] = set()
+    for one in what:
+        if not isinstance(one, str) and not callable(one):
+            spread = "; write select(state, *patterns)" if isinstance(one, list | tuple | set) else ""
+            raise TypeError(f"select takes glob patterns and predicates (path, leaf) -> bool, but got {one!r}{spread}")
+        some = {
+            path
+            for path, leaf in places
+            if (fnmatch.fnmatchcase(path, one) if isinstance(one, str) else one(path, leaf))
+        }
+        if not some:
+            raise ValueError(f"select: {one!r} matches no leaf; {near(one, (path for path, _ in places))}")
+        found |= some
+    if not what:
+        raise TypeError("select needs a pattern or a predicate: select(state, 'encoder.*')")
+    hits = [path for path, _ in places if path in found]
     if isinstance(state, Leaf):
         return State(TreeSpec("selection", ("",), (TreeSpec("leaf", index=0),)), [state])
     numbers = dict(spec_of(state).paths)
@@ -390,8 +444,11 @@ def select(state: State | Leaf, what: str | Callable[[str, Leaf], bool]) -> Stat
     return State(TreeSpec("selection", paths, specs), values_of(state))
 
 
-def value(leaf: Leaf, name: str) -> Any:
+def value(leaf: Leaf, name: str, *, member: Any = None) -> Any:
     """The hyperparameter that the next update of this leaf will use: a schedule's value at the leaf's count.
+
+    Where it stands more than once in a chain, with different values, `member` says which is meant: a rule class, or an
+    index in the chain.
 
     >>> leaf = setup(Descent(lambda count: 0.5 / (1 + count)), torch.zeros(2))
     >>> _ = update(leaf, torch.zeros(2), torch.ones(2))
@@ -402,17 +459,15 @@ def value(leaf: Leaf, name: str) -> Any:
         raise TypeError("value takes one leaf, as state.encoder.weight or state['encoder.weight']")
     if leaf.rule is None:
         raise ValueError("this leaf was set up with no rule (None), so it has no hyperparameters")
-    found = values_at(leaf.rule, name, leaf.count)
-    if not found:
-        raise ValueError(no_hyperparameter(leaf.rule, name))
-    if any(other is not found[0] and other != found[0] for other in found[1:]):
-        raise ValueError(f"{name!r} stands more than once in {leaf.rule!r}; ask one member, as leaf.rule[0].{name}")
-    return found[0]
+    return hyperparameters(holders_of(at(leaf.rule, leaf.count), name, member)[0])[name]
 
 
-def summary(state: State | Leaf) -> str:
+def summary(state: State | Leaf, depth: int | None = None) -> str:
     """A table with a line for each leaf under this view: path, shape, dtype, rule, the rate that the next update will
-    use, whether it is frozen, and the bytes of its momenta.
+    use, every other hyperparameter that is not its default or not the same for all, whether it is frozen, and the bytes
+    of its momenta. It is a string; a notebook shows it as a table.
+
+    With `depth`, a branch that many names below the view is one line, which says what is true of all its leaves.
 
     >>> print(summary(setup(Adam(), torch.nn.Linear(2, 3))))
     path    shape   dtype    rule  lr     frozen  state bytes
@@ -420,4 +475,4 @@ def summary(state: State | Leaf) -> str:
     bias    [3]     float32  Adam  0.001                   24
     2 parameters, 9 numbers, 0 frozen                      72
     """
-    return table(each_leaf(state, "summary"))
+    return table(each_leaf(state, "summary"), depth)

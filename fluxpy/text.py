@@ -1,7 +1,9 @@
 """Pieces of error messages."""
 
 import difflib
+import html
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -23,9 +25,74 @@ WORDS = {
 }
 
 
+# What is asked of a state, a leaf or gradients as if they were something else -> what to write.
+OF_STATES = {
+    "step": "Write fluxpy.update(state, model, grads)",
+    "zero_grad": "There is nothing to zero: fluxpy.withgradient gives the gradients and leaves .grad alone",
+    "param_groups": "The tree takes their place: fluxpy.leaves(state), fluxpy.select(state, 'encoder.*')",
+    "add_param_group": "Write fluxpy.setup(rule, model, keep=state)",
+    "defaults": "Each leaf has its own: leaf.rule",
+    **dict.fromkeys(("parameters", "named_parameters"), "The model has them: fluxpy.trainables(model, path=True)"),
+    **dict.fromkeys(("to", "cuda", "cpu"), "Write fluxpy.tree_map(lambda t: t.to(device), state)"),
+    **dict.fromkeys(("items", "values", "keys"), "Write fluxpy.leaves(state), which gives (path, leaf)"),
+    "grad": "A state holds no gradients: fluxpy.withgradient gives them",
+    "load_state_dict": "Write fluxpy.load_state_dict(state, d)",
+    **{
+        verb: f"All verbs are functions: fluxpy.{verb}(state{rest})"
+        for verb, rest in {
+            **dict.fromkeys(("adjust", "select", "value", "train"), ", ..."),
+            **dict.fromkeys(("freeze", "thaw", "reset", "summary", "leaves", "state_dict"), ""),
+        }.items()
+    },
+}
+OF_GRADIENTS = {
+    **dict.fromkeys(("items", "keys", "values"), "Gradients iterate as (path, tensor): dict(grads) has them by name"),
+    **dict.fromkeys(("norm", "clip"), "Clipping is a rule: fluxpy.OptimiserChain(fluxpy.ClipGlobalNorm(1.0), ...)"),
+}
+
+
+# Names of torch.optim, and what is here in their place.
+TORCH_RULES = {
+    "SGD": "fluxpy.Descent(lr), fluxpy.Momentum(lr, momentum) or fluxpy.Nesterov(lr, momentum)",
+    "Adagrad": "fluxpy.AdaGrad(...)",
+    "Adadelta": "fluxpy.AdaDelta(...)",
+    "Adamax": "fluxpy.AdaMax(...)",
+    "RMSprop": "fluxpy.RMSProp(...)",
+}
+# Other words -> what to write.
+ELSEWHERE = {
+    **TORCH_RULES,
+    **dict.fromkeys(("Chain", "chain", "Sequential"), "fluxpy.OptimiserChain(...)"),
+    **dict.fromkeys(("Optimiser", "Optimizer"), "fluxpy.setup(rule, model), and fluxpy.update"),
+    **dict.fromkeys(("clip_grad_norm_", "clip_grad_norm", "GradientClipping"), "fluxpy.ClipGlobalNorm(...) in a chain"),
+    **dict.fromkeys(("clip_grad_value_", "ClipValue"), "fluxpy.ClipGrad(...) in a chain"),
+    **dict.fromkeys(("lr_scheduler", "LRScheduler"), "fluxpy.schedules, and Adam(lr=schedule)"),
+    **dict.fromkeys(("grad", "value_and_grad"), "fluxpy.gradient or fluxpy.withgradient"),
+    **dict.fromkeys(("fmap", "map"), "fluxpy.tree_map"),
+    **dict.fromkeys(("fit", "Trainer"), "fluxpy.Learner(model, loss, rule).fit(...), or fluxpy.train"),
+}
+
+
 def form(shape: Iterable[int], dtype: object) -> str:
     """A tensor's form: `float32[2, 3]`."""
     return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+
+
+def named(x: object) -> str:
+    """What was given where a rule belongs, and the words for it here."""
+    module = getattr(x if isinstance(x, type) else type(x), "__module__", "")
+    name = x.__name__ if isinstance(x, type) else type(x).__name__
+    if module.startswith("torch.optim.lr_scheduler"):
+        return f"torch's {name}; a schedule is a function of the count: see fluxpy.schedules, and Adam(lr=schedule)"
+    if module.startswith("torch.optim"):
+        return f"torch's {name}; write {TORCH_RULES.get(name, 'fluxpy.' + name + '(...)')}"
+    if isinstance(x, type):
+        return f"the class {name}; write {name}()"
+    if isinstance(x, list | tuple):
+        return f"a {name}; write fluxpy.OptimiserChain(*rules)"
+    if isinstance(x, int | float):
+        return f"{x!r}; write fluxpy.Adam({x!r})"
+    return repr(x) if len(repr(x)) <= 80 else f"an object of type {name}"
 
 
 def names_of(keys: Iterable[object]) -> str:
@@ -53,3 +120,54 @@ def note(error: BaseException, where: str) -> None:
     """Add to an error where it happened; `torch.compile` cannot follow that."""
     if not torch.compiler.is_compiling():
         error.add_note(where)
+
+
+def html_table(header: Iterable[object], rows: Iterable[Iterable[object]], caption: str = "") -> str:
+    """A table for a notebook. Cells are text, and are escaped; those that are numbers are set to the right.
+
+    >>> html_table(["epoch", "loss"], [[0, "0.25"]])  # doctest: +ELLIPSIS
+    '<table><thead><tr><th...>epoch</th><th...>loss</th></tr></thead><tbody><tr><td...>0</td><td...>0.25</td></tr>...'
+    """
+
+    def line(kind: str, cells: Iterable[object]) -> str:
+        return "<tr>" + "".join(f"<{kind}{_style(str(c))}>{html.escape(str(c))}</{kind}>" for c in cells) + "</tr>"
+
+    head = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    body = "".join(line("td", row) for row in rows)
+    return f"<table>{head}<thead>{line('th', header)}</thead><tbody>{body}</tbody></table>"
+
+
+def _style(cell: str) -> str:
+    number = cell.replace(",", "").removeprefix("-").replace(".", "", 1).replace("e-", "", 1).isdigit()
+    return f' style="text-align: {"right" if number else "left"}"'
+
+
+class Table(str):
+    """Text in columns that a notebook shows as a table. The columns numbered in `right` are set to the right, and so is
+    the end of the line below the table, `foot`, which has a beginning and an end."""
+
+    __slots__ = ("_parts",)
+    _parts: tuple[list[str], list[list[str]], tuple[str, str], Any]
+
+    def __new__(
+        cls, header: Iterable[str], rows: Iterable[Iterable[str]], foot: tuple[str, str] = ("", ""), right: Any = ()
+    ) -> "Table":
+        head, body = list(header), list(map(list, rows))
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+        sides = ["rjust" if i in right else "ljust" for i in range(len(head))]
+        lines = [
+            "  ".join(getattr(cell, side)(width) for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+            for row in (head, *body)
+        ]
+        if any(foot):
+            lines.append(foot[0] + foot[1].rjust(max(map(len, lines)) - len(foot[0])))
+        table = super().__new__(cls, "\n".join(lines))
+        table._parts = head, body, foot, right
+        return table
+
+    def __reduce__(self) -> Any:
+        return Table, self._parts
+
+    def _repr_html_(self) -> str:
+        head, body, foot, _ = self._parts
+        return html_table(head, body, " ".join(filter(None, foot)))

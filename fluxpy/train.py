@@ -1,12 +1,14 @@
 """train: the loop everybody writes, as one function. It is meant to be read, copied and changed."""
 
 import contextlib
+import inspect
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Never
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -54,6 +56,7 @@ def train(
     1
     """
     _refuse(refused, data, state)
+    _check_order(loss, model)
     bind(state, model)
     training_mode(model, state)
     losses: list[Tensor] = []
@@ -101,6 +104,7 @@ def _turn(
     loss: LossFunction[Model, Value], model: Model, batch: Any, state: State | Leaf, release: bool
 ) -> tuple[Value, Tensor]:
     """What the loss returned; and the loss, on several processes their mean."""
+    _check_order(loss, model)
     binding, context = bind(state, model), tree_context(state)
     context.require_training_weights(binding.records, "trainstep")
     batch = to_device(batch, binding.params)
@@ -110,8 +114,9 @@ def _turn(
             value = release_step(loss, model, args, binding, context)
             return value, value[0] if isinstance(value, tuple) else value
         value, grads = differentiate(loss, model, args, binding)
-    except TypeError as error:
-        error.add_note("the loss is called as loss(model, *batch), as in: lambda m, x, y: cross_entropy(m(x), y)")
+    except (TypeError, RuntimeError) as error:
+        for note in why_it_failed(error, loss, (model, *args), "loss(model, *batch)", binding.params):
+            error.add_note(note)
         raise
     number = value[0] if isinstance(value, tuple) else value
     if binding.parallel is not None:
@@ -122,6 +127,44 @@ def _turn(
         return value, number
     apply_gradients(binding, context, grads)
     return value, number
+
+
+def _check_order(loss: Any, model: Any) -> None:
+    if isinstance(loss, nn.Module) and not isinstance(model, nn.Module) and callable(model):
+        raise TypeError(
+            "the loss comes first, then the model: train(loss, model, data, state), with loss(model, *batch)"
+        )
+
+
+def why_it_failed(
+    error: Exception, loss: Any, args: Sequence[Any], called_as: str, params: Sequence[Tensor]
+) -> Iterator[str]:
+    """What may be behind an error from within a loss that was called so: another signature, batches of NumPy arrays,
+    or batches in float64."""
+    if (
+        loss is not None
+        and isinstance(error, TypeError)
+        and (not _takes(loss, args) or f"not {type(args[0]).__name__}" in str(error))
+    ):
+        example = "lambda m, x, y: cross_entropy(m(x), y)" if "model" in called_as else "cross_entropy(output, target)"
+        yield f"the loss is called as {called_as}, as in: {example}"
+    inside = [part for arg in args for part in (arg if isinstance(arg, tuple | list) else (arg,))]
+    if any(isinstance(part, np.ndarray) for part in inside):
+        yield "the batch has NumPy arrays: fluxpy.DataLoader((X, Y)) gives tensors, torch.from_numpy(x) one"
+    doubles = any(isinstance(part, Tensor) and part.dtype == torch.float64 for part in inside)
+    if doubles and "dtype" in str(error) and not any(x.dtype == torch.float64 for x in params):
+        yield "the batch is float64, as NumPy's numbers are, and the model is not: X.astype('float32'), or x.float()"
+
+
+def _takes(f: Any, args: Sequence[Any]) -> bool:
+    """Whether a function can be called with these arguments, as far as can be told."""
+    try:
+        inspect.signature(f).bind(*args)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature to look at
+        return True
+    return True
 
 
 def training_mode(model: Any, state: State | Leaf) -> None:

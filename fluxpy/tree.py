@@ -8,6 +8,7 @@ Parameters are numbered in depth-first order; a tied one has one number and stan
 """
 
 from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, ClassVar, NamedTuple, Self, overload
 from weakref import WeakValueDictionary
 
@@ -195,6 +196,26 @@ def explore(model: Any) -> tuple[TreeSpec, list[Tensor], list[Any]]:
     return spec, values, holders
 
 
+def check_model(x: Any, call: str) -> None:
+    """TypeError for what cannot be a model, whatever is in it; a number, a function or an empty list is one that has
+    no parameters."""
+    x = unwrap(x)
+    if level(x) is not None or x is None or isinstance(x, _PLAIN):
+        return
+    name = x.__name__ if isinstance(x, type) else type(x).__name__
+    if isinstance(x, Iterator):
+        what = "an iterator, as model.parameters() gives; pass the model itself"
+    elif isinstance(x, type):
+        what = f"the class {name}; pass an instance, {name}(...)"
+    else:
+        what = (
+            f"an object of the class {name}, in which nobody can look for parameters; make that an nn.Module, or a "
+            "dataclass that optree knows: @optree.dataclasses.dataclass(namespace='fluxpy')"
+        )
+    raise TypeError(f"{call}: a model is an nn.Module, or a pytree of tensors, but got {what}")
+
+
+_PLAIN = (Tensor, complex, float, int, str, bytes, FunctionType, BuiltinFunctionType, MethodType)
 _SPECS: WeakValueDictionary[Any, TreeSpec] = WeakValueDictionary()
 
 
@@ -226,6 +247,7 @@ class Mirror:
 
     __slots__ = ("_spec", "_values")
     _what: ClassVar[str] = "tree"
+    _of_several: ClassVar[str] = "ask for one after another"
 
     def __init_subclass__(cls) -> None:
         register(cls, lambda tree: rooted(tree)[::-1], lambda spec, values: cls._rebuilt(spec, list(values)))
@@ -246,8 +268,14 @@ class Mirror:
             raise AttributeError(name)
         found = None if name.startswith("__") else self._spec.child(name)
         if found is None:
-            raise AttributeError(f"this {self._what} has no {name!r} here; {near(name, map(str, self._spec.keys))}")
+            known = near(name, map(str, self._spec.keys))
+            raise AttributeError(_with(f"this {self._what} has no {name!r} here; {known}", self._hint(name, self)))
         return self._view(found)
+
+    @classmethod
+    def _hint(cls, name: str, here: Any) -> str:
+        """What to write instead of asking `here` for a name that it does not have."""
+        return ""
 
     @overload
     def __getitem__(self, key: slice) -> Self: ...
@@ -259,6 +287,8 @@ class Mirror:
             return self._view(found)
         if isinstance(key, int | slice):
             raise IndexError(f"this {self._what} has nothing at {key}; here there is: {names_of(self._spec.keys)}")
+        if isinstance(key, tuple | list | set):
+            raise TypeError(f"this {self._what} takes one name, path or position, but got {key!r}; {self._of_several}")
         names = [*map(str, self._spec.keys), *(path for path, _ in self._spec.paths)]
         raise KeyError(f"this {self._what} has no {key!r} here; {near(key, names)}")
 
@@ -277,6 +307,20 @@ class Mirror:
 
     def __reduce__(self) -> Any:
         return type(self), rooted(self)
+
+
+def _refuse_assignment(tree: Mirror, name: str, value: Any) -> None:
+    if name not in Mirror.__slots__:
+        raise AttributeError(_with(f"nothing is assigned in a {tree._what}", tree._hint(name, tree)))
+    object.__setattr__(tree, name, value)
+
+
+# Not in the class, where a type checker would then take any assignment.
+Mirror.__setattr__ = _refuse_assignment
+
+
+def _with(message: str, hint: str) -> str:
+    return f"{message}. {hint}" if hint else message
 
 
 def spec_of(tree: Mirror) -> TreeSpec:

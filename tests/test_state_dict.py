@@ -384,7 +384,9 @@ BAD = {
 @pytest.mark.parametrize(("change", "match"), BAD.values(), ids=BAD.keys())
 def test_what_is_malformed_is_named_and_changes_nothing(change: Any, match: str) -> None:
     state = setup(Adam(), model())
-    saved = state_dict(fluxpy.adjust(fluxpy.freeze(setup(Adam(), model())), 0.5))
+    other = setup(Adam(), model())
+    step(other, model(), 0, 2)
+    saved = state_dict(fluxpy.adjust(fluxpy.freeze(other), 0.5))
     change(saved)
     before = contents(state), [leaf.rule for _, leaf in fluxpy.leaves(state)]
     with pytest.raises(ValueError, match=match):

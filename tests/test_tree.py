@@ -47,6 +47,11 @@ def state(model):
     return setup(Adam(), model)
 
 
+def train_once(state, model):
+    """A leaf that is frozen before it ever trained holds no momenta."""
+    return update(state, model, {path: torch.ones_like(x) for path, x in model.named_parameters()})[0]
+
+
 def test_paths_are_those_of_named_parameters(model, state):
     """Order, names and shapes are PyTorch's own; a tie is listed once, under its first name."""
     ours = [(path, leaf.shape) for path, leaf in leaves(state)]
@@ -183,8 +188,9 @@ def test_edge_models():
     "part", [lambda s: s, lambda s: s.layers[2:], lambda s: select(s, "*weight"), lambda s: s.decoder.bias]
 )
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
-def test_copies_are_independent_and_hold_no_parameters(state, part, clone):
+def test_copies_are_independent_and_hold_no_parameters(model, state, part, clone):
     view = part(state)
+    train_once(state, model)
     twin = clone(view)
     assert [p for p, _ in leaves(twin)] == [p for p, _ in leaves(view)]
     before = pickle.dumps(view)
@@ -197,7 +203,7 @@ def test_copies_are_independent_and_hold_no_parameters(state, part, clone):
 
 def test_the_state_is_a_pytree_of_its_tensors(model, state):
     """Numbers, flags and rules are metadata compared by structure: states that differ in them go together."""
-    other = fluxpy.freeze(fluxpy.adjust(setup(Adam(0.5), Net()), eps=1e-3))
+    other = fluxpy.freeze(fluxpy.adjust(train_once(setup(Adam(0.5), model), model), eps=1e-3))
     for tree in (state, state.layers[1:], select(state, "*bias"), state.decoder.bias):
         tensors, spec = optree.tree_flatten(tree, namespace="fluxpy")
         assert len(tensors) == 2 * len(list(leaves(tree)))
@@ -224,7 +230,7 @@ def test_a_large_tree_prints_folded():
     state = setup(Adam(), nn.Sequential(*[copy.deepcopy(layer) for _ in range(12)], nn.Linear(8, 2)))
     fluxpy.freeze(state[:6])
     text = str(state)
-    assert "0 to 5  Adam lr=0.001, frozen" in text and "6 to 11" in text and len(text.splitlines()) < 50
+    assert "0 to 5  frozen" in text and "6 to 11\n" in text and len(text.splitlines()) < 50
     table = fluxpy.summary(state).splitlines()
     assert len(table) == 2 + len(list(leaves(state))) and "0.self_attn.in_proj_weight" in table[1]
 

@@ -122,7 +122,9 @@ def test_adjust_a_branch_keeps_momenta_and_counts():
     assert_hyper(state, "0.*", lr=3e-4, betas=(0.8, 0.99))
     assert_hyper(state, "2.*", lr=1e-3, betas=(0.9, 0.999))
     assert all(map(operator.is_, optree.tree_leaves(state[0].weight.state), optree.tree_leaves(kept)))
-    adjust(state, weight_decay=0.3)
+    with pytest.raises(ValueError, match="member=WeightDecay or member=AdamW"):
+        adjust(state, weight_decay=0.3)
+    adjust(adjust(state, weight_decay=0.3, member=0), weight_decay=0.3, member=AdamW)
     assert [r.weight_decay for r in (state[0].bias.rule[0], state[0].bias.rule[2])] == [0.3, 0.3]
     adjust(select(state, "*bias"), weight_decay=0.0, max_norm=1.0)
     assert state[0].weight.rule.weight_decay == 0.3 and state[2].bias.rule.max_norm == 1.0
@@ -276,3 +278,89 @@ def test_value_in_a_chain():
     with pytest.raises(ValueError, match="no rule"):
         value(setup({"*": None}, torch.ones(1)), "lr")
     assert fluxpy.setup(Adam(), torch.ones(1), compile=True).rule == Adam()
+
+
+# --- Members of a chain -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "member", "rates"),
+    [
+        (OptimiserChain(RMSProp(1.0), Momentum(0.01)), Momentum, [1.0, 0.5]),
+        (OptimiserChain(RMSProp(1.0), Momentum(0.01)), 0, [0.5, 0.01]),
+        (OptimiserChain(RMSProp(1.0), Momentum(0.01)), -1, [1.0, 0.5]),
+        (OptimiserChain(Descent(1.0), Descent(0.1)), 1, [1.0, 0.5]),
+        (MixedPrecision(OptimiserChain(ClipNorm(), Descent(1.0), Descent(0.1))), 2, [1.0, 0.5]),
+        (OptimiserChain(OptimiserChain(Descent(1.0), ClipNorm()), Descent(0.1)), 0, [0.5, 0.1]),
+        (OptimiserChain(*[Descent(1.0)] * 2), 0, [0.5, 1.0]),
+        (OptimiserChain(*[Descent(1.0)] * 2), None, [0.5, 0.5]),
+    ],
+)
+def test_adjust_one_member(rule, member, rates):
+    """A member is a class or a place; one rule object that stands at two places is two members."""
+    state = setup(rule, net())
+    adjust(state, 0.5, member=member)
+    for _, leaf in leaves(state):
+        found = [own["lr"] for own in map(fluxpy.rule.hyperparameters, fluxpy.rule.walk(leaf.rule)) if "lr" in own]
+        assert found == rates
+    if member is not None:
+        assert value(state[0].bias, "lr", member=member) == 0.5
+        adjust(state, scale(0.5), member=member)
+        assert value(state[0].bias, "lr", member=member) == 0.25
+
+
+def test_adjust_of_members_that_differ_changes_nothing():
+    state = setup({"0.*": Adam(0.1), "*": OptimiserChain(RMSProp(1.0), Momentum(0.01))}, net())
+    before = [leaf.rule for _, leaf in leaves(state)]
+    with pytest.raises(ValueError, match=r"member=RMSProp or member=Momentum \(at '2.weight', '2.bias'\)"):
+        adjust(state, 0.5)
+    with pytest.raises(ValueError, match=r"Adam has no member Momentum \(at '0.weight', '0.bias'\)"):
+        adjust(state, 0.5, member=Momentum)
+    with pytest.raises(ValueError, match="fixed|made|setup"):
+        adjust(state[2], centered=True, member=RMSProp)
+    assert [leaf.rule for _, leaf in leaves(state)] == before
+    adjust(state[2], 0.5, momentum=0.8, member=Momentum)
+    assert state[2].bias.rule == OptimiserChain(RMSProp(1.0), Momentum(0.5, 0.8))
+
+
+# --- What was frozen before it trained ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [Adam(), Momentum(), OptimiserChain(AccumGrad(2), Adam()), MixedPrecision(Adam())])
+def test_a_leaf_that_is_frozen_before_it_trained_holds_no_momenta(rule):
+    """Nor does its file; and thawed it trains as if it had never been frozen."""
+    model, other = net(), net()
+    state, never = setup(rule, model), setup(rule, other)
+    freeze(state[0])
+    assert state[0].weight.state is None and state[2].weight.state is not None
+    assert fluxpy.state_dict(state)["leaves"]["0.weight"]["state"] is None
+    thaw(state)
+    step(state, model, 3), step(never, other, 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rule", [Momentum(), Descent(), OptimiserChain(AccumGrad(3), Momentum())])
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_leaf_that_trained_keeps_its_momenta(rule, restart):
+    """Also in its first accumulation window, and with a count that was set back."""
+    model = net()
+    state = setup(rule, model)
+    step(state, model)
+    if restart:
+        thaw(state, count=0)
+    before = optree.tree_leaves(copy.deepcopy(state[0].weight.state), namespace="fluxpy")
+    freeze(state)
+    after = optree.tree_leaves(state[0].weight.state, namespace="fluxpy")
+    assert state[0].weight.state is not None and len(after) == len(before)
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(after, before, strict=True))
+
+
+def test_what_a_user_put_into_momenta_stays():
+    """By a map over the state, or from a file."""
+    state = optree.tree_map(torch.ones_like, setup(Momentum(), net()), namespace="fluxpy")
+    freeze(state)
+    assert bool(optree.tree_leaves(state, namespace="fluxpy")[0].all())
+    loaded = setup(Momentum(), net())
+    fluxpy.load_state_dict(loaded, fluxpy.state_dict(state))
+    thaw(loaded), freeze(loaded)
+    assert bool(optree.tree_leaves(loaded, namespace="fluxpy")[0].all())

@@ -14,15 +14,17 @@ from ..gradient import Gradients
 from ..grads import in_order
 from ..leaf import Leaf
 from ..pytree import level
-from ..rule import hyperparameters
+from ..rule import hyperparameters, members_of
 from ..rule import walk as members
 from ..saving.file import read as read_file
 from ..saving.file import remove_leftovers
 from ..saving.model import match_tensors, model_tensors
 from ..saving.state_dict import changed_rules, changes_of_rules, plain_rules
+from ..show import tree_as_html
 from ..state import Rules, State, bind, tree_context
-from ..text import near
-from ..train import place, training_mode
+from ..text import html_table, near
+from ..tracebacks import leave_to_the_user
+from ..train import place, training_mode, why_it_failed
 from ..update import check_finite
 
 
@@ -48,9 +50,15 @@ def note_loss(state: State | Leaf, finite: Tensor, what: str) -> None:
     context.flag.require(finite, context.updates, what)
 
 
-def rates(leaf: Leaf) -> list[Any]:
-    """The learning rate of each member of the leaf's rule that has one."""
-    found = [] if leaf.rule is None else [hyperparameters(rule) for rule in members(leaf.rule)]
+def rates(leaf: Leaf, member: Any = None) -> list[Any]:
+    """The learning rate of each member of the leaf's rule that has one; with `member`, of those in that member."""
+    if leaf.rule is None:
+        return []
+    try:
+        chosen = [leaf.rule] if member is None else members_of(leaf.rule, member)
+    except ValueError:  # the rule has no such member
+        return []
+    found = [hyperparameters(rule) for outer in chosen for rule in members(outer)]
     return [own["lr"] for own in found if "lr" in own]
 
 
@@ -59,10 +67,13 @@ def updates_of(leaf: Leaf) -> int:
     return leaf.count
 
 
-def model_dict(model: Any, state: State | Leaf) -> dict[str, Tensor]:
-    """A copy of each tensor of the model by name: parameters, by their training weights, and buffers."""
-    binding, aside = bind(state, model), tree_context(state).aside
-    own = {id(x): aside.get(id(record), x) for x, record in zip(binding.params, binding.records, strict=True)}
+def model_dict(model: Any, state: State | Leaf | None = None) -> dict[str, Tensor]:
+    """A copy of each tensor of the model by name, parameters and buffers; with the state, of parameters their training
+    weights, also where they hold those to evaluate with."""
+    own: dict[int, Tensor] = {}
+    if state is not None:
+        binding, aside = bind(state, model), tree_context(state).aside
+        own = {id(x): aside.get(id(record), x) for x, record in zip(binding.params, binding.records, strict=True)}
     return {name: own.get(id(t), t).detach().clone() for name, t in model_tensors(model)}
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, SupportsIndex, overload
 
 from .core import near
+from .html import history_as_html
 
 EVENTS = (
     "fit_start",
@@ -196,3 +197,6 @@ class History(list[dict[str, Any]]):
             raise KeyError(f"{key!r}: a history has 'epoch', 'seconds', 'train' and 'validation'")
         names = dict.fromkeys(name for row in self for name in row[key])
         return {name: [row[key].get(name, math.nan) for row in self] for name in names}
+
+    def _repr_html_(self) -> str:
+        return history_as_html(self, self.stop_reason)

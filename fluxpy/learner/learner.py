@@ -1,6 +1,7 @@
 """The Learner: epochs of training and validation, whose every turn callbacks can see and change."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -12,9 +13,21 @@ from .. import averaged, setup
 from . import events, resume
 from .callbacks.progress_bar import ProgressBar
 from .collection import Metrics
-from .core import Leaf, Rules, State, check_finite, open_data, parameters, place, reads_at_once
+from .core import (
+    Leaf,
+    Rules,
+    State,
+    check_finite,
+    leave_to_the_user,
+    open_data,
+    parameters,
+    place,
+    reads_at_once,
+    why_it_failed,
+)
 from .data import Source, call, evaluation_mode, kind, move, split
 from .events import EVENTS, History
+from .html import learner_as_html
 from .loop import LOSS, Loop
 from .progress import Progress
 from .resume import Run
@@ -60,7 +73,7 @@ class Learner:
         accumulate: int = 1,
         default_callbacks: bool = True,
     ) -> None:
-        _check(loss, autocast, accumulate)
+        _check(self, loss, autocast, accumulate)
         has_state = isinstance(rule_or_state, State | Leaf)
         if device is not None:
             move(model, torch.device(device), has_state)
@@ -135,6 +148,9 @@ class Learner:
         self._loop = Loop(self, self._run)
         try:
             self._loop.fit()
+        except Exception as error:
+            leave_to_the_user(error)
+            raise
         finally:
             self._loop, self._run.saved, self._run.callbacks = None, None, []
         return self.history
@@ -209,8 +225,14 @@ class Learner:
                 f"cannot tell input and target of a batch that is {kind(input)}; a batch is (input, target), or a dict "
                 "with a 'target', 'label' or 'y'; for others override training_step(self, model, input, target)"
             )
-        output = self.predicted(call(model, input))
-        return self.loss(output, self.step.target), output
+        try:
+            output = self.predicted(call(model, input))
+            return self.loss(output, self.step.target), output
+        except (TypeError, RuntimeError) as error:
+            args, params = (self.step.output, target, input), parameters(self.state, self.model)
+            for note in why_it_failed(error, None, args, "loss(output, target)", params):
+                error.add_note(note)
+            raise
 
     def validation_step(self, model: Any, input: Any, target: Any) -> Any:
         """As `training_step`, for validation."""
@@ -246,6 +268,9 @@ class Learner:
                     raise
                 self.nonfinite = str(error)
         return self.nonfinite
+
+    def _repr_html_(self) -> str:
+        return learner_as_html(self)
 
     def explain(self, callbacks: Iterable[Any] = ()) -> str:
         """Which callbacks act at which event, in their order, as text."""
@@ -294,6 +319,19 @@ class Learner:
         return other
 
 
+def _check_signature(loss: Any) -> None:
+    """TypeError for a loss that cannot be called with two arguments, as far as can be told."""
+    try:
+        inspect.signature(loss).bind(None, None)
+    except ValueError:  # it has no signature to look at
+        return
+    except TypeError as error:
+        raise TypeError(
+            f"the loss is called as loss(output, target), as those of PyTorch are, but {loss!r} takes other arguments "
+            f"({error}); loss(model, x, y) is for fluxpy.train, and what needs more is an overridden training_step"
+        ) from None
+
+
 def _device_of(tensors: list[Tensor]) -> torch.device | None:
     """Where all of them are, if that is one device."""
     devices = {x.device for x in tensors}
@@ -306,7 +344,7 @@ def _can_join(tensors: tuple[Tensor, ...]) -> bool:
     return first.ndim > 0 and all(t.shape[1:] == first.shape[1:] and t.dtype == first.dtype for t in tensors)
 
 
-def _check(loss: Any, autocast: Any, accumulate: Any) -> None:
+def _check(learner: Learner, loss: Any, autocast: Any, accumulate: Any) -> None:
     if autocast not in (None, torch.bfloat16):
         hint = "" if autocast != torch.float16 else ": float16 needs its loss scaled, or small gradients are lost"
         raise ValueError(f"autocast={autocast!r} is not allowed{hint}; it is torch.bfloat16 or None")
@@ -316,3 +354,5 @@ def _check(loss: Any, autocast: Any, accumulate: Any) -> None:
         raise TypeError(f"the loss is an object, not a class: write {loss.__name__}()")
     if not callable(loss):
         raise TypeError(f"the loss is a function (output, target) -> number, but got {type(loss).__name__}")
+    if type(learner).training_step is Learner.training_step:
+        _check_signature(loss)

@@ -18,6 +18,7 @@ def number(x: Tensor) -> Any:
 
 def class_dim(output: Tensor, target: Tensor, dim: int | None = None) -> int | None:
     """The dimension of the output that has the classes; None where the output has the target's shape."""
+    _require_tensor(output)
     if output.ndim != target.ndim + 1:
         return None
     if dim is None:
@@ -37,6 +38,7 @@ def class_dim(output: Tensor, target: Tensor, dim: int | None = None) -> int | N
 
 def predictions(output: Tensor, target: Tensor, dim: int | None = None) -> tuple[Tensor, Tensor, int | None]:
     """Predicted classes, targets of the same shape, and the number of classes (None where it cannot be told)."""
+    _require_tensor(output)
     if output.ndim == target.ndim + 1 and output.shape[-1] == 1:
         output = output.squeeze(-1)  # one score for yes, as a last layer with one output gives it
     found = class_dim(output, target, dim)
@@ -45,6 +47,14 @@ def predictions(output: Tensor, target: Tensor, dim: int | None = None) -> tuple
     if output.shape != target.shape:
         raise ValueError(_unlike(output, target))
     return (output > 0, target, 2) if output.is_floating_point() else (output, target, None)
+
+
+def _require_tensor(output: Any) -> None:
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the output is of type {type(output).__name__}, and this metric takes a tensor of scores: let "
+            "training_step return (loss, output.logits), or give a metric as a function (output, target) -> number"
+        )
 
 
 def _unlike(output: Tensor, target: Tensor) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Assign, Rule, Run, Steps, hyperparameters, run_alone, walk
+from ..text import named
 from .average import average, like, real
 
 
@@ -107,8 +108,7 @@ class OptimiserChain(Wrapper):
             if isinstance(rule, list | tuple):
                 raise TypeError("OptimiserChain takes rules one by one: write OptimiserChain(*rules)")
             if not isinstance(rule, Rule):
-                hint = f"; write {rule.__name__}()" if isinstance(rule, type) and issubclass(rule, Rule) else ""
-                raise TypeError(f"OptimiserChain takes rules, but number {i} is {rule!r}{hint}")
+                raise TypeError(f"OptimiserChain takes rules, but number {i} is {named(rule)}")
             if any(isinstance(inner, MixedPrecision) for inner in walk(rule)):
                 raise ValueError(
                     "MixedPrecision must be outermost, since it replaces the parameter by its master copy: "

@@ -3,7 +3,7 @@
 import os
 import reprlib
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 import numpy as np
 import torch
@@ -20,7 +20,13 @@ from .state_dict import Report, changed_rules, load_state_dict, state_dict
 MAX_DEPTH = 100  # of lists and dicts in extra
 
 
-def save(path: str | os.PathLike[str], *, model: Any = None, state: State | Leaf | None = None, **extra: Any) -> None:
+def save(
+    path: str | os.PathLike[str],
+    *refused: Never,
+    model: Any = None,
+    state: State | Leaf | None = None,
+    **extra: Any,
+) -> None:
     """Write a model, a state and any plain data to one file, which a crash at any instant leaves old or new, not torn.
 
     Of a module the parameters and persistent buffers are saved, by the names of `model.state_dict()` without those of
@@ -37,6 +43,7 @@ def save(path: str | os.PathLike[str], *, model: Any = None, state: State | Leaf
     >>> load(path, model=model, state=state)
     {'epoch': 3}
     """
+    _refuse_positions("save", path, refused)
     _require_one_process("save", model, state)
     if model is not None and state is not None:
         require_training_weights(state, "save(..., model=, state=)")
@@ -48,9 +55,14 @@ def save(path: str | os.PathLike[str], *, model: Any = None, state: State | Leaf
     write(os.fsdecode(path), data)
 
 
+def _refuse_positions(verb: str, path: Any, refused: tuple[Any, ...]) -> None:
+    if refused or not isinstance(path, str | bytes | os.PathLike):
+        raise TypeError(f"{verb} takes the path, and all else by name: {verb}(path, model=model, state=state)")
+
+
 def load(
     path: str | os.PathLike[str],
-    *,
+    *refused: Never,
     model: Any = None,
     state: State | Leaf | None = None,
     strict: bool = True,
@@ -66,6 +78,7 @@ def load(
     A file that is truncated, altered, of another kind or of a newer fluxpy is a ValueError that names file and cause.
     Nothing in a file is ever run.
     """
+    _refuse_positions("load", path, refused)
     _require_one_process("load", model, state)
     where = f"load: {os.fsdecode(path)!r}"
     data = read(os.fsdecode(path), where)

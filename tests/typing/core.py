@@ -100,6 +100,7 @@ def navigate(state: State, grads: Gradients) -> None:
     layers: State = state.encoder.layers
     assert_type(layers[:2], State)
     assert_type(grads.head.weight, Any)
+    assert_type({path: g for path, g in grads}, dict[str, Tensor])
     assert len(state) == 2 and [name for name in state]
 
 
@@ -127,10 +128,18 @@ def verbs(state: State, leaf: Leaf, either: State | Leaf) -> None:
     fluxpy.adjust(state.encoder, 3e-4)
     fluxpy.freeze(state.encoder.layers[:2])
     assert_type(fluxpy.select(state, "*bias"), State)
+    assert_type(fluxpy.select(state, "*bias", lambda path, leaf: leaf.frozen), State)
+    assert_type(fluxpy.adjust(state, 0.005, member=fluxpy.Adam), State)
     fluxpy.freeze(fluxpy.select(state, lambda path, leaf: path.endswith("bias") and leaf.shape.numel() < 4))
     assert_type(fluxpy.value(leaf, "lr"), Any)
     assert_type(fluxpy.summary(state.encoder), str)
     assert_type(fluxpy.check_finite(state), None)
+
+
+def maps(model: Classifier, grads: Gradients) -> None:
+    assert_type(fluxpy.tree_map(lambda x, g: x - 0.1 * g, model, grads), Classifier)
+    assert_type(fluxpy.tree_map(lambda g: g / 2, grads), Gradients)
+    assert_type(fluxpy.module_paths(model, nn.LayerNorm, nn.Linear), list[str])
 
 
 def saved(state: State, model: Classifier) -> None:

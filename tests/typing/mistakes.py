@@ -34,6 +34,11 @@ def order(model: nn.Linear, state: State) -> None:
     fluxpy.freeze(model)  # error: reportArgumentType
     fluxpy.adjust(model, 0.1)  # error: reportArgumentType
     fluxpy.select(state, 3)  # error: reportArgumentType
+    fluxpy.freeze(state, "encoder.*")  # error: reportArgumentType
+    fluxpy.adjust(state, 0.1, 0.9)  # error: reportArgumentType
+    fluxpy.save("run.flux", model)  # error: reportArgumentType
+    fluxpy.DataLoader(torch.ones(2), torch.ones(2))  # error: reportArgumentType, reportCallIssue
+    state.lr = 0.1  # error: reportAttributeAccessIssue
     fluxpy.value(state, "lr")  # error: reportArgumentType
 
 

@@ -51,13 +51,15 @@ def lr_find(
     end: float = 10.0,
     steps: int = 100,
     stop_at: float = 4.0,
+    member: Any = None,
 ) -> LRFind:
     """Train a copy with a rate that grows from `start` to `end` in `steps` batches, and see how the loss goes
     [Smith 2017]. Ends early where the smoothed loss is not finite or above `stop_at` times the lowest.
 
     Model, state, random numbers and the order of the data are afterwards what they were. Where leaves have different
     rates, those keep their ratios, and the rate is that of the fastest: `adjust(learner.state, lr=result.suggestion)`
-    if all have one, else `adjust(learner.state, scale(result.suggestion / fastest))`. Each batch reads the loss.
+    if all have one, else `adjust(learner.state, scale(result.suggestion / fastest))`. Where a chain has several rates
+    that differ, `member` says which grows, as in `adjust`. Each batch reads the loss.
     """
     if learner.fitting:
         raise RuntimeError("lr_find cannot run within a fit")
@@ -65,9 +67,10 @@ def lr_find(
         raise ValueError(f"lr_find: start={start}, end={end}, steps={steps} need 0 < start < end, 5 steps or more")
     trial = learner.trial()
     trained = [leaf for _, leaf in leaves(trial.state) if not leaf.frozen]
-    top = max((rate for leaf in trained for rate in rates(leaf) if not callable(rate)), default=0.0)
+    top = max((rate for leaf in trained for rate in rates(leaf, member) if not callable(rate)), default=0.0)
     growth = exponential(start, end / start, steps - 1)
-    scheduler = LearningRateScheduler(scale=lambda n: growth(n) / top) if top else LearningRateScheduler(lr=growth)
+    follow: Any = {"scale": lambda n: growth(n) / top} if top else {"lr": growth}
+    scheduler = LearningRateScheduler(**follow, member=member)
     source = Source(data, "the data")
     before = random_state(())
     source.make(0)

@@ -13,12 +13,20 @@ _MODES = {
     "matthews_correlation_coefficient": "max",
 }
 
+# As others call the metrics of a phase.
+_PREFIXES = {"val_": "validation", "valid_": "validation", "validation_": "validation", "train_": "train"}
+
 
 class Monitor:
     """A metric by name: `"loss"` is that of validation (of training, where a fit has no validation); `"train.loss"` and
     `"validation.loss"` say which. `mode` is whether `"min"` or `"max"` is best; known metrics need none."""
 
     def __init__(self, name: str, mode: str | None) -> None:
+        for prefix, phase in _PREFIXES.items():
+            if name.startswith(prefix) and name.removeprefix(prefix) in _MODES:
+                metric = name.removeprefix(prefix)
+                usual = f"{metric!r} (of validation, where there is one) or " if phase == "validation" else ""
+                raise ValueError(f"monitor={name!r}: write {usual}'{phase}.{metric}'")
         self.phase, _, self.metric = name.rpartition(".")
         self.name, self.mode = name, mode or _MODES.get(self.metric)
         if self.phase not in ("", "train", "validation"):

@@ -19,6 +19,9 @@ class LearningRateScheduler(Callback):
     before the present one. `segments(...)` whose last part leaves out its steps fills up to the end of the fit, where
     the data tells how long that is.
 
+    In a chain with several rates that differ, as `OptimiserChain(RMSProp(1.0), Momentum(0.01))`, `member` says which
+    follows: a rule class, or an index in the chain.
+
     The base rate is what `setup` and `adjust` say; `adjust` during a fit sets it. At the end of the fit each leaf has
     it back, so that a second fit begins where the first did. `fluxpy.value(leaf, "lr")` tells the present rate.
 
@@ -38,13 +41,16 @@ class LearningRateScheduler(Callback):
     [0.05, 0.15]
     """
 
-    def __init__(self, *, lr: Callable[[int], Any] | None = None, scale: Callable[[int], Any] | None = None) -> None:
+    def __init__(
+        self, *, lr: Callable[[int], Any] | None = None, scale: Callable[[int], Any] | None = None, member: Any = None
+    ) -> None:
         if (lr is None) == (scale is None):
             raise TypeError("LearningRateScheduler takes either lr=schedule or scale=schedule")
         self.name, self.schedule = ("lr", lr) if scale is None else ("scale", scale)
         if not callable(self.schedule) or isinstance(self.schedule, type):
             came = f"{self.name}={self.schedule!r}"
             raise TypeError(f"a schedule is a callable, count -> value, as schedules.constant(0.1), but got {came}")
+        self.member = member
         self._learner: Learner | None = None  # while a fit runs
         self._filled: Any = self.schedule  # with the length of the fit
         self._step = -1  # the batch for which the schedule was last asked,
@@ -61,8 +67,11 @@ class LearningRateScheduler(Callback):
         return base * self._now(self._learner) if self.name == "scale" else self._now(self._learner)
 
     def on_fit_start(self, learner: Learner) -> None:
-        if not any(rates(leaf) for _, leaf in leaves(learner.state)):
-            raise ValueError("LearningRateScheduler: no leaf has a rule with the hyperparameter 'lr'")
+        if not any(rates(leaf, self.member) for _, leaf in leaves(learner.state)):
+            what = "" if self.member is None else f" in its member {self.member!r}"
+            raise ValueError(f"LearningRateScheduler: no leaf has a rule with the hyperparameter 'lr'{what}")
+        for path, leaf in leaves(learner.state):
+            _check(path, leaf, self.member)
         self._learner = learner
         self._fill(learner)
         self._follow(learner)
@@ -78,7 +87,7 @@ class LearningRateScheduler(Callback):
 
     def on_fit_end(self, learner: Learner) -> None:
         if self._learner is not None:
-            _adjust(learner.state, _Rebase(float))
+            _adjust(learner.state, _Rebase(float), self.member)
         self._learner, self._rules = None, []
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,8 +114,8 @@ class LearningRateScheduler(Callback):
     def _follow(self, learner: Learner) -> None:
         """Have the rates of all leaves follow, those adjusted meanwhile from their new base."""
         for path, leaf in leaves(learner.state):
-            _check(path, leaf)
-        _adjust(learner.state, _Rebase(lambda base: ScheduledRate(base, self)))
+            _check(path, leaf, self.member)
+        _adjust(learner.state, _Rebase(lambda base: ScheduledRate(base, self)), self.member)
         self._rules = [(leaf, leaf.rule) for _, leaf in leaves(learner.state)]
 
 
@@ -156,14 +165,14 @@ class _Rebase(scale):
         return value if base is None else self.make(base)
 
 
-def _adjust(state: Any, change: scale) -> None:
-    view: Any = state if isinstance(state, Leaf) else select(state, lambda _, leaf: len(rates(leaf)) > 0)
-    adjust(view, lr=change)
+def _adjust(state: Any, change: scale, member: Any) -> None:
+    view: Any = state if isinstance(state, Leaf) else select(state, lambda _, leaf: len(rates(leaf, member)) > 0)
+    adjust(view, lr=change, member=member)
 
 
-def _check(path: str, leaf: Leaf) -> None:
+def _check(path: str, leaf: Leaf, member: Any) -> None:
     """ValueError where it cannot be told what the rate of this leaf follows from."""
-    found = rates(leaf)
+    found = rates(leaf, member)
     if any(_base(rate) is None for rate in found):
         raise ValueError(
             f"LearningRateScheduler: {path!r} has lr={found[-1]!r} already; give it a number as its base rate, or "
@@ -171,8 +180,8 @@ def _check(path: str, leaf: Leaf) -> None:
         )
     if any(rate != found[0] for rate in found):
         raise ValueError(
-            f"LearningRateScheduler: {path!r} has several rates, {found}, whose product is its step; give the schedule "
-            "to the member that is to follow it, as Momentum(lr=schedule), and leave the scheduler out"
+            f"LearningRateScheduler: {path!r} has several rates, {found}, whose product is its step; say which is to "
+            "follow, by its class or its index in the chain: LearningRateScheduler(..., member=Momentum)"
         )
 
 

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from ... import adjust, leaves, scale, select
+from ... import adjust, averaged, leaves, scale, select
 from ..core import load_model, match_model, model_dict, parameters, rates
 from ..events import Callback, CancelFit
 from ..learner import Learner
@@ -59,7 +59,7 @@ class EarlyStopping(Plateau):
     `monitor` is a metric, by default the loss of validation (of training, where there is no validation);
     `"train.accuracy"` names another phase. `mode` says whether `"min"` or `"max"` is best, for metrics that fluxpy does
     not know. The weights stay those of the last epoch; with `restore_best` the model (parameters and buffers, not the
-    momenta) gets back those of the best when the fit was stopped by this or came to its end. `Checkpoint` keeps the
+    momenta) gets back those that were scored best when the fit was stopped by this or came to its end. `Checkpoint` keeps the
     best in files.
     """
 
@@ -85,7 +85,8 @@ class EarlyStopping(Plateau):
 
     def better(self, learner: Learner) -> None:
         if self.restore_best:
-            self._weights = model_dict(learner.model)
+            with averaged(learner.state, learner.model):  # those that were scored
+                self._weights = model_dict(learner.model)
 
     def stuck(self, learner: Learner) -> None:
         raise CancelFit(f"{self.monitor.name} was not better than {self.best:.6g} for {self.waited} epochs")
