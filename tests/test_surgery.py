@@ -141,7 +141,13 @@ def test_rows_that_are_reset_start_as_init_makes_them(row: Row, rows: Any) -> No
     state, model = begin(row.rule)
     twin, params = copy.deepcopy(state), {name: x.clone() for name, x in model.items()}
     given = None
-    if type(row.rule) in (fluxpy.ScheduleFreeSGD, fluxpy.ScheduleFreeAdamW, fluxpy.Prodigy, fluxpy.Lookahead):
+    if type(row.rule) in (
+        fluxpy.ScheduleFreeSGD,
+        fluxpy.ScheduleFreeAdamW,
+        fluxpy.Prodigy,
+        fluxpy.Lookahead,
+        fluxpy.Averaged,
+    ):
         with pytest.raises(ValueError, match="starts from the parameter"):
             surgery.reset(state, rows=rows)
         given = model
@@ -690,6 +696,19 @@ def test_a_state_that_starts_from_the_parameter_is_reset_with_the_model() -> Non
         before = held(state.state).clone()
         surgery.reset(state, rows=[1], model=x)
         assert torch.equal(held(state.state)[1], x[1]) and torch.equal(held(state.state)[[0, 2]], before[[0, 2]])
+
+
+def test_while_the_weights_to_evaluate_with_are_there_it_is_refused() -> None:
+    x = torch.ones(3)
+    state = setup(fluxpy.Averaged(Momentum()), x)
+    update(state, x, torch.ones(3))
+    with fluxpy.averaged(state, x):
+        for call in (lambda: surgery.take(state, x, [0]), lambda: surgery.reset(state, rows=[0], model=x)):
+            with pytest.raises(RuntimeError, match="refused within fluxpy.averaged"):
+                call()
+    surgery.take(state, x, [0, 1])
+    with fluxpy.averaged(state, x):
+        assert x.shape == (2,)
 
 
 class Sealed(nn.Linear):

@@ -68,6 +68,7 @@ class Edit:
         self.binding: Binding = bind(state, model)
         self.context: Context = tree_context(state)
         require_one_process(verb, self.context, self.binding)
+        self.context.require_training_weights(self.binding.records, f"surgery.{verb}")
         self.drafts: dict[int, Draft] = {}
         self.attributes: list[tuple[nn.Module, str, Any]] = []
         triples = zip(self.binding.params, self.binding.records, self.binding.paths, strict=True)

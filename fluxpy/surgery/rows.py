@@ -97,6 +97,7 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
     with torch.inference_mode(False), torch.no_grad():
         found = each_leaf(state, "surgery.reset")
         require_one_process("reset of rows", tree_context(state))
+        tree_context(state).require_training_weights([record_of(leaf) for _, leaf in found], "surgery.reset")
         values = {} if model is None else dict(zip(*_bound(state, model), strict=True))
         new = []
         for path, leaf in found:
