@@ -129,15 +129,11 @@ class Rule:
 
     def evaluation(self, state: Any, x: Tensor) -> Tensor:
         """The weights to evaluate with, which `averaged` puts in the place of the parameter `x`. Default: `x` itself.
-
-        Nobody writes to what is returned, so it may be a tensor of the state. A rule around others passes it on.
-        """
+        Nobody writes to what is returned, so it may be a tensor of the state. A rule around others passes it on."""
         if any(rule.evaluates for rule in self.inner):
             inside = ", ".join(title(rule) for rule in self.inner if rule.evaluates)
-            raise NotImplementedError(
-                f"{type(self).__name__} holds {inside}, which has weights to evaluate with, and does not say which "
-                "these are: define evaluation(self, state, x)"
-            )
+            why = f"{type(self).__name__} holds {inside}, which has weights to evaluate with, and hides them"
+            raise NotImplementedError(f"{why}: define evaluation(self, state, x)")
         return x
 
     def evaluation_any(self, state: Any, x: Tensor) -> Tensor:
@@ -149,8 +145,7 @@ class Rule:
         return x if value is real else torch.view_as_complex(value)
 
     def flushing(self) -> "Rule":
-        """The rule that `flush` runs once, without a gradient, in this one's place: what it still holds is passed on.
-        Called only of a rule that `accumulates`."""
+        """The rule that `flush` runs once in its place, without a gradient. Called only of one that `accumulates`."""
         if not self.inner:
             raise NotImplementedError(f"{type(self).__name__} does not say how it is flushed: define flushing(self)")
         return map_inner(self, lambda rule: rule.flushing() if rule.accumulates else rule)
