@@ -59,8 +59,8 @@ class EarlyStopping(Plateau):
     `monitor` is a metric, by default the loss of validation (of training, where there is no validation);
     `"train.accuracy"` names another phase. `mode` says whether `"min"` or `"max"` is best, for metrics that fluxpy does
     not know. The weights stay those of the last epoch; with `restore_best` the model (parameters and buffers, not the
-    momenta) gets back those that were scored best when the fit was stopped by this or came to its end. `Checkpoint` keeps the
-    best in files.
+    momenta) gets back those that were scored best when the fit was stopped by this or came to its end.
+    `Checkpoint` keeps the best in files.
     """
 
     def __init__(
