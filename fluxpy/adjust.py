@@ -6,7 +6,8 @@ from torch import Tensor
 
 from . import schedules
 from .leaf import Leaf, context_of, record_of, replace_leaf
-from .rule import Rule, field_of, holders_of, replace
+from .members import holders_of
+from .rule import Rule, field_of, replace
 from .state import AnyState, State, each_leaf, leaves_of
 
 

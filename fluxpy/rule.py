@@ -321,43 +321,6 @@ def walk(rule: Rule) -> Iterator[Rule]:
         yield from walk(inner)
 
 
-def members_of(rule: Rule, member: Any) -> list[Rule]:
-    """What `member` names in a rule: all rules of a class in it, or one by its index in the chain; wrappers around the
-    chain do not count. ValueError where there is none."""
-    if isinstance(member, type) and issubclass(member, Rule):
-        found = [inner for inner in walk(rule) if isinstance(inner, member)]
-    elif isinstance(member, int) and not isinstance(member, bool):
-        chain = rule
-        while len(chain.inner) == 1:
-            chain = chain.inner[0]
-        inside = chain.inner or (chain,)
-        found = [inside[member]] if -len(inside) <= member < len(inside) else []
-    else:
-        raise TypeError(f"member is a rule class, as Momentum, or an index in the chain, but got {member!r}")
-    if not found:
-        name = member.__name__ if isinstance(member, type) else member
-        raise ValueError(f"{title(rule)} has no member {name}")
-    return found
-
-
-def holders_of(rule: Rule, name: str, member: Any = None) -> list[Rule]:
-    """The rules in a rule that have a hyperparameter; with `member`, those in that member. ValueError where none has
-    it, and where several have different values, so that it must be said which is meant."""
-    inside = [rule] if member is None else members_of(rule, member)
-    found = [inner for outer in inside for inner in walk(outer) if name in hyperparameters(inner)]
-    if not found:
-        raise ValueError(no_hyperparameter(rule, name))
-    values = [hyperparameters(inner)[name] for inner in found]
-    if any(value_key(value) != value_key(values[0]) for value in values):
-        classes = [type(inner).__name__ for inner in found]
-        ways = classes if len(set(classes)) == len(classes) else ["0 (its index in the chain)"]
-        raise ValueError(
-            f"{name!r} stands more than once in {title(rule)}, with different values "
-            f"({', '.join(map(repr, values))}); say which: {' or '.join(f'member={way}' for way in ways)}"
-        )
-    return found
-
-
 def title(rule: Rule) -> str:
     """The rule by name: `OptimiserChain(ClipNorm, Adam)`."""
     return type(rule).__name__ + (f"({', '.join(map(title, rule.inner))})" if rule.inner else "")
@@ -366,12 +329,6 @@ def title(rule: Rule) -> str:
 def hyperparameters(rule: Rule) -> dict[str, Any]:
     """The rule's own hyperparameters by name, without those of rules inside it."""
     return {name: value for name, value in _items(rule) if not any(isinstance(v, Rule) for v in _elements(value))}
-
-
-def values_at(rule: Rule | None, name: str, count: int) -> list[Any]:
-    """The hyperparameter `name` of each member of the rule that has it, at a count."""
-    members = [] if rule is None else walk(at(rule, count))
-    return [own[name] for own in map(hyperparameters, members) if name in own]
 
 
 def no_hyperparameter(rule: Rule, name: str) -> str:

@@ -19,8 +19,9 @@ from .binding import Binding, Bindings
 from .context import Context
 from .distributed.layout import any_dtensor, layout_of, local_tensors
 from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of
+from .members import holders_of
 from .pytree import Skeleton
-from .rule import Rule, at, holders_of, hyperparameters, rule_key, title_key
+from .rule import Rule, at, hyperparameters, rule_key, title_key
 from .rule import walk as walk_rule
 from .show import describe_tree, table, tree_as_html
 from .text import OF_STATES, WORDS, form, named, near

@@ -102,7 +102,8 @@ def test_a_snapshot_is_independent_and_a_diff_readable() -> None:
     fluxpy.update(state, model, ones(model) | {"head.bias": None})
     model.encoder(torch.ones(4, 2))
     fluxpy.thaw(fluxpy.adjust(state.encoder[1], 3e-3)), fluxpy.adjust(state.encoder[1], fluxpy.scale(0.1))
-    fluxpy.adjust(state.head.bias, weight_decay=0.3)
+    for member in (0, 1):
+        fluxpy.adjust(state.head.bias, weight_decay=0.3, member=member)
     found = diff(before, snapshot(model, state))
     assert "head.bias: weight_decay (0.1, 0.2) -> (0.3, 0.3)" in str(found)
     assert found["encoder.1.weight"] == {"frozen": "True -> False", "lr": "0.001 -> 0.0003"}

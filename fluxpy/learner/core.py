@@ -13,8 +13,9 @@ from ..data import require_batches
 from ..gradient import Gradients
 from ..grads import in_order
 from ..leaf import Leaf
+from ..members import members_of
 from ..pytree import level
-from ..rule import hyperparameters, members_of
+from ..rule import hyperparameters
 from ..rule import walk as members
 from ..saving.file import read as read_file
 from ..saving.file import remove_leftovers

@@ -161,8 +161,19 @@ class Learner:
             if self._run.saved is None and isinstance(callback, events.Callback):
                 saved = callback.saved_run()
                 if saved is not None:
-                    self.load_state_dict(saved)
+                    self._load_from(callback, saved)
         return self._run.saved
+
+    def _load_from(self, callback: events.Callback, saved: dict[str, Any]) -> None:
+        try:
+            self.load_state_dict(saved)
+        except ValueError as error:
+            where = getattr(callback, "directory", None)
+            error.add_note(
+                f"the run that {events.name_of(callback)} saved{'' if where is None else f' in {str(where)!r}'} is of "
+                "another model, rule or script: give this one its own directory, or begin anew with resume=False"
+            )
+            raise
 
     def _start_fit(self, progress: Progress, epochs: int) -> None:
         source = self._run.train
