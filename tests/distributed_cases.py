@@ -242,7 +242,10 @@ def copies(model: nn.Module) -> nn.Module:
 
 
 def every_rule_when_sharded() -> None:
-    rules = {**{name: row.rule for name, row in ROWS.items()}, **CHAINS}
+    rules: dict[str, Any] = {name: row.rule for name, row in ROWS.items()} | CHAINS
+    rules |= {
+        name: {"norm.*": Adam(), "*weight": row.rule, "*": Adam()} for name, row in ROWS.items() if row.matrices
+    }
     for name, rule in rules.items():
         if name.startswith(("Clip", "WeightDecay", "SignDecay")):  # which would make steps of the gradient's size
             rule = OptimiserChain(rule, Descent(0.05))
@@ -599,7 +602,7 @@ def refused_in_words() -> None:
 class Worst(ReducingRule):
     """A user's rule, whose part no empty tensor has."""
 
-    elementwise = True
+    elementwise = splittable = True
 
     def part(self, value: Tensor) -> Tensor:
         return value.min()
@@ -610,6 +613,25 @@ class Worst(ReducingRule):
     def steps(self, state: Any, x: Tensor, dx: Any) -> Any:
         least = yield Reduce(self, dx)
         return state, (dx - least) * 0.1
+
+
+class AboutMean(ReducingRule):
+    """A user's rule, to which pieces of an array do not give what the array gives."""
+
+    lr: float = 0.1
+    elementwise = True
+    over = "array"
+
+    def part(self, value: Tensor) -> Tensor:
+        return value.mean()
+
+    def steps(self, state: Any, x: Tensor, dx: Any) -> Any:
+        mean = yield Reduce(self, dx)
+        return state, (dx - mean) * self.lr
+
+
+class OfMeans(AboutMean):
+    over = "tree"
 
 
 class Fails(fluxpy.Rule):
@@ -624,7 +646,8 @@ class Fails(fluxpy.Rule):
 
 
 def rules_of_ones_own() -> None:
-    Both(Worst(), shard).step(3).check()
+    for rule in (Worst(), AboutMean(), OfMeans(), OptimiserChain(ClipGlobalNorm(0.1), AboutMean(), OfMeans())):
+        Both(rule, shard).step(3).check()
     Both(OptimiserChain(ClipGlobalNorm(0.1), Worst(), Fails()), shard).step(3).check()
     Both(OptimiserChain(ClipNorm(0.1), CHAINS["whole"], Worst()), shard).step(3).check()
 
