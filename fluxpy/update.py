@@ -14,7 +14,9 @@ from torch import Tensor
 
 from .binding import Binding, Bindings
 from .context import Context, SkipUpdate
+from .distributed.gathered import GatheredUnit
 from .distributed.layout import local_gradients
+from .distributed.totals import Totals
 from .engine.cohort import Member
 from .engine.layout import is_dense
 from .engine.plan import Plan, Route
@@ -225,7 +227,7 @@ def _step_in_inference_mode(binding: Binding, context: Context, grads: list[Any]
 def _reference_step(binding: Binding, context: Context, grads: Sequence[Any]) -> None:
     """Update in place on the reference path."""
     units = _reference_units(binding, context, grads, inplace=True)
-    run_to_results(units, grads, context)
+    run_to_results(units, grads, context, Totals(binding.records) if context.spread else None)
     _sit_out(binding, binding.records)
     context.structure += 1
     for unit in units:
@@ -235,15 +237,15 @@ def _reference_step(binding: Binding, context: Context, grads: Sequence[Any]) ->
 def _reference_units(binding: Binding, context: Context, grads: Sequence[Any], *, inplace: bool) -> list[ReferenceUnit]:
     """A unit for each leaf that steps."""
     return [
-        ReferenceUnit(record, x, place, path, context, inplace=inplace)
-        for place, (record, x, path) in enumerate(zip(binding.records, binding.params, binding.paths, strict=True))
+        (GatheredUnit if record.needs_whole else ReferenceUnit)(record, x, place, path, context, inplace=inplace)
+        for place, (record, x, path) in enumerate(zip(binding.records, binding.local, binding.paths, strict=True))
         if record.takes_part(grads[place])
     ]
 
 
 def _sit_out(binding: Binding, records: Sequence[Record]) -> None:
     """Tell accumulating rules of an update in which their leaves were frozen."""
-    for record, x, path in zip(records, binding.params, binding.paths, strict=True):
+    for record, x, path in zip(records, binding.local, binding.paths, strict=True):
         if record.waits:
             miss_update(record, x, path)
 

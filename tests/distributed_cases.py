@@ -783,6 +783,18 @@ def momenta_of_torch_go_on() -> None:
     run.step(2).check()
 
 
+def windows_end_and_averages_are_used() -> None:
+    for inner in (OptimiserChain(ClipGlobalNorm(0.3), Adam(0.05)), OptimiserChain(ClipNorm(0.3), CHAINS["whole"])):
+        run = Both(OptimiserChain(AccumGrad(3), inner), shard).step(4)
+        fluxpy.flush(run.state, run.model)
+        fluxpy.flush(run.state_alone, run.alone)
+        run.check().step(2).check()
+    run = Both(fluxpy.Averaged(Adam(0.05), decay=0.5), shard).step(3)
+    with fluxpy.averaged(run.state, run.model), fluxpy.averaged(run.state_alone, run.alone):
+        torch.testing.assert_close(run.model(batch(0)[0]), run.alone(batch(0)[0]), rtol=ROOM, atol=ROOM)
+    run.step(2).check()
+
+
 SPREAD = [
     every_rule_when_sharded,
     norms_over_shards,
@@ -811,6 +823,7 @@ SPREAD = [
     sequence_parallel,
     as_an_optimizer_of_torch,
     momenta_of_torch_go_on,
+    windows_end_and_averages_are_used,
 ]
 
 
