@@ -36,21 +36,21 @@ class Binding:
             )
         self.spec = self.walked = spec
         if is_compiling():  # which would check by the identity of each object whether a graph can be used again
-            self.originals = parameters_at(spec, model)
+            self.params = parameters_at(spec, model)
         else:
             self.walked, values, self.containers = explore(model)
             if self.walked != spec:
                 raise ValueError(difference(spec, self.walked, ""))
-            self.originals: list[Tensor] = [values[j] for j in self.walked.leaves]
-        # Whether any is spread over processes; then `params` are what this one holds of them.
-        self.spread = any_dtensor(self.originals)
-        self.params = local_tensors(self.originals) if self.spread else self.originals
+            self.params: list[Tensor] = [values[j] for j in self.walked.leaves]
+        # Whether any is spread over processes. What this one holds of them is what the engine steps.
+        self.spread = any_dtensor(self.params)
+        self.local = local_tensors(self.params) if self.spread else self.params
         self.indices = list(spec.leaves)  # of each parameter's leaf among the values of the state
         self.paths = tuple(spec.leaves.values())
         self.records = [records[index] for index in self.indices] if records else []
         self.unasked = self._unasked()
         self.warned = False
-        self.parallel: Parallel | None = None if is_compiling() else parallel_of(model, self.originals, self.paths)
+        self.parallel: Parallel | None = None if is_compiling() else parallel_of(model, self.params, self.paths)
         self.plan: Any = None  # how the engine steps these parameters
         self.groups: Any = None  # how they are stepped within a backward pass
         self.flips = 0  # how many flags were other than the state says, when last looked at
@@ -70,7 +70,7 @@ class Binding:
 
     def _unasked(self) -> list[Tensor]:
         """What its flag froze when the state was made: whoever sets one of these later wants it to train."""
-        return [x for x, record in zip(self.originals, self.records, strict=False) if record.asked is False]
+        return [x for x, record in zip(self.params, self.records, strict=False) if record.asked is False]
 
     def warn_of_flags(self) -> None:
         """Warn, once, of each `requires_grad` that was changed after the state was made and contradicts it."""
@@ -78,7 +78,7 @@ class Binding:
             return
         changed = [
             path
-            for path, x, record in zip(self.paths, self.originals, self.records, strict=True)
+            for path, x, record in zip(self.paths, self.params, self.records, strict=True)
             if record.asked is not None and x.requires_grad is not record.asked and x.requires_grad is record.frozen
         ]
         if changed:
@@ -108,7 +108,7 @@ class Binding:
             )
             other.held = other._look()[1]
         other.params, other.records, other.plan, other.groups = plan.params, plan.records, plan, None
-        other.originals, other.parallel = other.params, None  # a copy is without its wrappers
+        other.local, other.parallel = other.params, None  # a copy is without its wrappers
         other.unasked = other._unasked()
         return other
 
@@ -117,7 +117,7 @@ class Binding:
         other = copy.copy(self)
         other.params, other.records = [self.params[i] for i in places], [self.records[i] for i in places]
         other.paths, other.indices = tuple(self.paths[i] for i in places), [self.indices[i] for i in places]
-        other.originals = [self.originals[i] for i in places]
+        other.local = [self.local[i] for i in places]
         other.plan = other.groups = None
         return other
 
@@ -134,7 +134,7 @@ class Binding:
     def _holds(self) -> bool:
         if any(self.empty) or [*map(len, self.filled)] != self.sizes:
             return False
-        if self.spread and not all(map(is_, local_tensors(self.originals), self.params)):
+        if self.spread and not all(map(is_, local_tensors(self.params), self.local)):
             return False
         keys, held = self._look()
         return len(held) == len(self.held) and all(map(is_, held, self.held)) and keys == self.keys

@@ -42,7 +42,7 @@ def averaged(state: State | Leaf, model: Any) -> Iterator[list[str]]:
     exchanged: list[tuple[Record, Tensor, Tensor]] = []
     versions: list[int] = []
     try:
-        for record, x, path in zip(binding.records, binding.params, binding.paths, strict=True):
+        for record, x, path in zip(binding.records, binding.local, binding.paths, strict=True):
             if id(record) not in aside and (value := _evaluation(record, x, path)) is not None:
                 own = x.detach().clone()
                 exchanged.append((record, x, own))

@@ -25,9 +25,9 @@ def follow(state: AnyState, model: Any) -> AnyState:
     torch.float64
     """
     binding = bind(state, model)
-    pairs = list(zip(binding.records, binding.params, binding.paths, strict=True))
+    pairs = list(zip(binding.records, binding.local, binding.paths, strict=True))
     for record, x, path in pairs:
-        if record.shape != x.shape:
+        if record.local_shape != x.shape:
             was, now = form(record.shape, record.dtype), form(x.shape, x.dtype)
             raise ValueError(
                 f"follow: {path!r} was {was} at setup and is now {now}; call setup(rule, model, keep=state)"

@@ -166,12 +166,12 @@ def _wanted(binding: Binding) -> "_Wanted":
     trains = [not record.frozen for record in binding.records]
     # A tensor with a history of its own stays as it is: its flag cannot be cleared, and differentiating through it is
     # wanted.
-    pairs = zip(binding.originals, trains, strict=True)
+    pairs = zip(binding.params, trains, strict=True)
     flips = [x for x, wants in pairs if x.requires_grad != wants and x.is_leaf]
     if len(flips) != binding.flips:
         binding.flips = len(flips)
         binding.warn_of_flags()
-    return _Wanted(binding.walked, binding.originals, trains, flips, binding.parallel)
+    return _Wanted(binding.walked, binding.params, trains, flips, binding.parallel)
 
 
 class _Wanted(NamedTuple):

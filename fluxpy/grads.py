@@ -14,7 +14,7 @@ from .tree import Mirror, TreeSpec, spec_of, values_of
 def in_order(binding: Binding, grads: Any) -> list[Any]:
     """The gradients in the order of the parameters, None where there is none."""
     if grads is None:
-        found: list[Any] = [x.grad for x in binding.originals]
+        found: list[Any] = [x.grad for x in binding.params]
         if found and all(g is None for g in found):
             raise ValueError(
                 "update was given no gradients, and no parameter has a .grad: call loss.backward() first, "

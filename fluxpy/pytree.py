@@ -286,7 +286,12 @@ def unwritable(x: Tensor) -> bool:
 
 def memory(x: Tensor) -> int:
     """What tensors that share memory have in common; of an empty tensor, itself."""
-    return id(x) if is_wrapped(x) or not x.numel() or x.is_meta else x.untyped_storage().data_ptr()
+    if is_wrapped(x) or not x.numel() or x.is_meta:
+        return id(x)
+    try:
+        return x.untyped_storage().data_ptr()
+    except RuntimeError:  # a DTensor, which stands for others
+        return id(x)
 
 
 def shares(x: Tensor, others: Iterable[Tensor]) -> bool:

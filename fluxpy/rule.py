@@ -238,6 +238,9 @@ class ReducingRule(Rule):
     """
 
     over: ClassVar[Literal["array", "tree"]] = "tree"
+    # True for a rule to which an array cut in pieces gives, by `combine` of their parts, what the array gives: sums,
+    # norms and extremes do, means do not. On several processes arrays are else put together first.
+    splittable: ClassVar[bool] = False
     # True for a rule that can go on with a total as a number, where the host may read it: cheaper than a tensor.
     takes_numbers: ClassVar[bool] = False
 

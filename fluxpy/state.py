@@ -147,7 +147,7 @@ def _lay_out(binding: Binding, context: Context) -> None:
     if not (binding.spread or context.spread):
         return
     context.spread = True
-    for record, x in zip(binding.records, binding.originals, strict=True):
+    for record, x in zip(binding.records, binding.params, strict=True):
         context.structure += record.lay_out(layout_of(x))
 
 
@@ -275,7 +275,7 @@ def _warn_of_new_tensors(
     keep: State | Leaf, kept: dict[str, Leaf], taken: dict[int, Record], params: list[Tensor]
 ) -> None:
     """Say where, in a model that is otherwise the old one, a new tensor goes on with the momenta of another."""
-    known = {id(r): x for b in tree_bindings(keep).values() for r, x in zip(b.records, b.originals, strict=True)}
+    known = {id(r): x for b in tree_bindings(keep).values() for r, x in zip(b.records, b.params, strict=True)}
     same = {index: known.get(id(record)) is params[index] for index, record in taken.items()}
     if not all(id(record) in known for record in taken.values()) or not any(same.values()):
         return

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from .binding import Binding, Bindings
 from .context import Context, SkipUpdate
+from .distributed.gathered import GatheredUnit
 from .distributed.layout import local_gradients
+from .distributed.totals import Totals
 from .engine.cohort import Member
 from .engine.layout import is_dense
 from .engine.plan import Plan, Route
@@ -166,7 +168,7 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
     """The plan for a model, its route for these gradients, and the gradients, copied where they are parameters."""
     plan = binding.plan
     if plan is None:
-        plan = binding.plan = Plan(binding.records, binding.params, binding.paths, context)
+        plan = binding.plan = Plan(binding.records, binding.local, binding.paths, context)
     route = plan.current(grads) or plan.find(grads)
     if route is None:
         binding.warn_of_flags()
@@ -202,13 +204,13 @@ def _run(plan: Plan, units: Sequence[Unit], grads: list[Any], context: Context) 
 
 def _local(binding: Binding, grads: list[Any]) -> list[Any]:
     """What this process holds of the gradients of parameters that are spread over processes."""
-    if is_transforming() or any(x.is_inference() for x in binding.params):
+    if is_transforming() or any(x.is_inference() for x in binding.local):
         raise ValueError(
             "parameters that are spread over processes are updated outside of torch.func, torch.compile and "
             "inference_mode"
         )
     # Writes to local tensors are to be seen by autograd.
-    torch.autograd.graph.increment_version(binding.originals)
+    torch.autograd.graph.increment_version(binding.params)
     return local_gradients([record.layout for record in binding.records], grads, binding.paths)
 
 
@@ -225,7 +227,7 @@ def _step_in_inference_mode(binding: Binding, context: Context, grads: list[Any]
 def _reference_step(binding: Binding, context: Context, grads: Sequence[Any]) -> None:
     """Update in place on the reference path."""
     units = _reference_units(binding, context, grads, inplace=True)
-    run_to_results(units, grads, context)
+    run_to_results(units, grads, context, Totals(binding.records) if context.spread else None)
     _sit_out(binding, binding.records)
     context.structure += 1
     for unit in units:
@@ -235,15 +237,15 @@ def _reference_step(binding: Binding, context: Context, grads: Sequence[Any]) ->
 def _reference_units(binding: Binding, context: Context, grads: Sequence[Any], *, inplace: bool) -> list[ReferenceUnit]:
     """A unit for each leaf that steps."""
     return [
-        ReferenceUnit(record, x, place, path, context, inplace=inplace)
-        for place, (record, x, path) in enumerate(zip(binding.records, binding.params, binding.paths, strict=True))
+        (GatheredUnit if record.needs_whole else ReferenceUnit)(record, x, place, path, context, inplace=inplace)
+        for place, (record, x, path) in enumerate(zip(binding.records, binding.local, binding.paths, strict=True))
         if record.takes_part(grads[place])
     ]
 
 
 def _sit_out(binding: Binding, records: Sequence[Record]) -> None:
     """Tell accumulating rules of an update in which their leaves were frozen."""
-    for record, x, path in zip(records, binding.params, binding.paths, strict=True):
+    for record, x, path in zip(records, binding.local, binding.paths, strict=True):
         if record.waits:
             miss_update(record, x, path)
 
@@ -361,13 +363,13 @@ def _watch_history(binding: Binding, fork: Context) -> None:
 
 def _check(binding: Binding, grads: Sequence[Any], inplace: bool) -> None:
     """ValueError, with the path, for a parameter or gradient that does not fit the state."""
-    for record, x, path, dx in zip(binding.records, binding.params, binding.paths, grads, strict=True):
+    for record, x, path, dx in zip(binding.records, binding.local, binding.paths, grads, strict=True):
         _check_one(path, record, x, dx)
         if inplace and unwritable(x):
             raise ValueError(
                 f"{path!r} cannot be written in place (expanded, or made in inference mode); clone it first"
             )
-    if not any(map(is_unseen, binding.params)):
+    if not any(map(is_unseen, binding.local)):
         _check_overlap(binding)
 
 
@@ -399,7 +401,7 @@ def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
 def _check_overlap(binding: Binding) -> None:
     """ValueError where two parameters are in the same memory: each would be stepped, and both moved."""
     ends: dict[torch.device, tuple[int, str]] = {}
-    pairs = zip(binding.params, binding.paths, strict=True)
+    pairs = zip(binding.local, binding.paths, strict=True)
     found = [(x.data_ptr(), x, path) for x, path in pairs if x.numel() and not x.is_meta]
     for start, x, path in sorted(found, key=lambda entry: entry[0]):
         end, other = ends.get(x.device, (0, ""))
@@ -416,7 +418,7 @@ def _check_overlap(binding: Binding) -> None:
 
 def _apart_from_parameters(binding: Binding, grads: list[Any]) -> list[Any]:
     """The gradients, copied where they are in the memory of a parameter, which is written while they are read."""
-    written = {memory(x) for x in binding.params}
+    written = {memory(x) for x in binding.local}
     return [g.clone() if g is not None and memory(g) in written else g for g in grads]
 
 

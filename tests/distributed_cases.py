@@ -19,7 +19,7 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -44,6 +44,7 @@ from fluxpy import (
     OptimiserChain,
     schedules,
 )  # fmt: skip
+from fluxpy.interop import TorchOptimizer, from_torch
 from fluxpy.rule import Reduce, ReducingRule
 
 ROOM = 1e-12
@@ -204,6 +205,8 @@ def ddp_refuses_what_thawed_late() -> None:
 
 def ddp_refuses_a_way_around_it() -> None:
     run = Both(Adam(0.05), DistributedDataParallel)
+    with pytest.raises(ValueError, match="the Learner is for one process"):
+        fluxpy.Learner(run.model, F.mse_loss, run.state).fit([mine(0)])
     with pytest.raises(ValueError, match=r"call model\(x\), not model.module\(x\)"):
         fluxpy.gradient(lambda m: loss(m.module, *mine(0)), run.model)
     with run.model.no_sync(), pytest.raises(ValueError, match="AccumGrad"):
@@ -242,7 +245,8 @@ def copies(model: nn.Module) -> nn.Module:
 
 
 def every_rule_when_sharded() -> None:
-    rules = {**{name: row.rule for name, row in ROWS.items()}, **CHAINS}
+    rules: dict[str, Any] = {name: row.rule for name, row in ROWS.items()} | CHAINS
+    rules |= {name: {"norm.*": Adam(), "*weight": row.rule, "*": Adam()} for name, row in ROWS.items() if row.matrices}
     for name, rule in rules.items():
         if name.startswith(("Clip", "WeightDecay", "SignDecay")):  # which would make steps of the gradient's size
             rule = OptimiserChain(rule, Descent(0.05))
@@ -586,10 +590,12 @@ def refused_in_words() -> None:
         pickle.dumps(run.state)
     with pytest.raises(ValueError, match=r"the gradient of 'head.weight' must have the shape \(3, 5\)"):
         fluxpy.update(run.state, run.model, {"head.weight": torch.zeros(1, 5, dtype=torch.float64)})
-    with pytest.raises(ValueError, match="the gradient of 'head.weight' must be a tensor"):
+    with pytest.raises(ValueError, match="gradients at 'head.weight' must be a tensor"):
         fluxpy.update(run.state, run.model, {"head.weight": 3.0})
     with pytest.raises(ValueError, match="create_graph"):
         fluxpy.gradient(loss, run.model, *mine(0), create_graph=True)
+    with pytest.raises(ValueError, match="the Learner is for one process.*fluxpy.train"):
+        fluxpy.Learner(run.model, F.mse_loss, run.state).fit([mine(0)])
     with pytest.raises(ValueError, match="replicate_with_fsdp"):
         fluxpy.gradient(loss, hidden_replicas(Net()), *mine(0))
     assert not fluxpy.testing.diff(before, fluxpy.testing.snapshot(run.model, run.state))
@@ -599,10 +605,10 @@ def refused_in_words() -> None:
 class Worst(ReducingRule):
     """A user's rule, whose part no empty tensor has."""
 
-    elementwise = True
+    elementwise = splittable = True
 
     def part(self, value: Tensor) -> Tensor:
-        return value.min()
+        return value.abs().min()
 
     def combine(self, parts: Tensor) -> Tensor:
         return parts.min(0).values
@@ -610,6 +616,25 @@ class Worst(ReducingRule):
     def steps(self, state: Any, x: Tensor, dx: Any) -> Any:
         least = yield Reduce(self, dx)
         return state, (dx - least) * 0.1
+
+
+class AboutMean(ReducingRule):
+    """A user's rule, to which pieces of an array do not give what the array gives."""
+
+    lr: float = 0.1
+    elementwise = True
+    over = "array"
+
+    def part(self, value: Tensor) -> Tensor:
+        return value.mean()
+
+    def steps(self, state: Any, x: Tensor, dx: Any) -> Any:
+        mean = yield Reduce(self, dx)
+        return state, (dx - mean) * self.lr
+
+
+class OfMeans(AboutMean):
+    over = "tree"
 
 
 class Fails(fluxpy.Rule):
@@ -624,9 +649,32 @@ class Fails(fluxpy.Rule):
 
 
 def rules_of_ones_own() -> None:
-    Both(Worst(), shard).step(3).check()
+    for rule in (Worst(), AboutMean(), OfMeans(), OptimiserChain(ClipGlobalNorm(0.1), AboutMean(), OfMeans())):
+        Both(rule, shard).step(3).check()
     Both(OptimiserChain(ClipGlobalNorm(0.1), Worst(), Fails()), shard).step(3).check()
     Both(OptimiserChain(ClipNorm(0.1), CHAINS["whole"], Worst()), shard).step(3).check()
+
+
+def order_hangs_on_leaves_alone() -> None:
+    """An empty part makes a process go another way through the engine, and meet the others in the same order."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    rules = {
+        "a": OptimiserChain(ClipGlobalNorm(0.1), Descent(0.5)),
+        "b": OptimiserChain(ClipGlobalNorm(0.2), Descent(0.5)),
+        "c": OptimiserChain(ClipNorm(0.2), ClipGlobalNorm(0.3), Descent(0.5)),
+        "d": OptimiserChain(ClipGlobalNorm(0.2), Worst(), Momentum(0.5)),
+    }
+    g = torch.Generator().manual_seed(3)
+    whole_ones = {
+        k: torch.randn(n, 3, generator=g, dtype=torch.float64) for k, n in zip("abcd", (3, 8, 1, 5), strict=True)
+    }
+    model = {k: distribute_tensor(x, mesh, [Shard(0)]) for k, x in whole_ones.items()}
+    state, alone = fluxpy.setup(rules, model), fluxpy.setup(rules, whole_ones)
+    for _ in range(3):
+        grads = {k: torch.randn(x.shape, generator=g, dtype=x.dtype) for k, x in whole_ones.items()}
+        fluxpy.update(state, model, {k: distribute_tensor(dx, mesh, [Shard(0)]) for k, dx in grads.items()})
+        fluxpy.update(alone, whole_ones, grads)
+    assert_same(model, state, whole_ones, alone)
 
 
 def wrappers_are_no_part_of_a_path() -> None:
@@ -704,6 +752,49 @@ def sequence_parallel() -> None:
         run.check()
 
 
+def as_an_optimizer_of_torch() -> None:
+    for spread in (shard, DistributedDataParallel):
+        run = Both(OptimiserChain(ClipGlobalNorm(0.3), Adam(0.05)), spread)
+        pairs = []
+        for model, state, data in ((run.model, run.state, mine), (run.alone, run.state_alone, batch)):
+            optimizer = TorchOptimizer(state, model)
+            pairs.append((optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8), model, data))
+        for turn in range(3):
+            for optimizer, scheduler, model, data in pairs:
+                optimizer.zero_grad()
+                loss(model, *data(turn)).backward()
+                optimizer.step()
+                scheduler.step()
+        run.check()
+
+
+def momenta_of_torch_go_on() -> None:
+    run = Both(Adam(0.05), shard)
+    theirs = torch.optim.Adam(run.model.parameters(), 0.05)
+    other = torch.optim.Adam(run.alone.parameters(), 0.05)
+    for turn in range(2):
+        for optimizer, model, data in ((theirs, run.model, mine), (other, run.alone, batch)):
+            optimizer.zero_grad()
+            loss(model, *data(turn)).backward()
+            optimizer.step()
+    run.model.zero_grad()
+    run.alone.zero_grad()
+    run.state, run.state_alone = from_torch(theirs, run.model), from_torch(other, run.alone)
+    run.step(2).check()
+
+
+def windows_end_and_averages_are_used() -> None:
+    for inner in (OptimiserChain(ClipGlobalNorm(0.3), Adam(0.05)), OptimiserChain(ClipNorm(0.3), CHAINS["whole"])):
+        run = Both(OptimiserChain(AccumGrad(3), inner), shard).step(4)
+        fluxpy.flush(run.state, run.model)
+        fluxpy.flush(run.state_alone, run.alone)
+        run.check().step(2).check()
+    run = Both(fluxpy.Averaged(Adam(0.05), decay=0.5), shard).step(3)
+    with fluxpy.averaged(run.state, run.model), fluxpy.averaged(run.state_alone, run.alone):
+        torch.testing.assert_close(run.model(batch(0)[0]), run.alone(batch(0)[0]), rtol=ROOM, atol=ROOM)
+    run.step(2).check()
+
+
 SPREAD = [
     every_rule_when_sharded,
     norms_over_shards,
@@ -724,11 +815,15 @@ SPREAD = [
     verbs_on_one_process_alone_are_found,
     refused_in_words,
     rules_of_ones_own,
+    order_hangs_on_leaves_alone,
     wrappers_are_no_part_of_a_path,
     trees_of_shards,
     sharpness_is_over_all_shards,
     bytes_on_each_process,
     sequence_parallel,
+    as_an_optimizer_of_torch,
+    momenta_of_torch_go_on,
+    windows_end_and_averages_are_used,
 ]
 
 
@@ -751,4 +846,4 @@ FEW = [
     refused_in_words,
     verbs_on_one_process_alone_are_found,
 ]
-FEW_IN_FOUR = [norms_over_shards, other_ways_to_spread, tensor_parallel, rules_of_ones_own]
+FEW_IN_FOUR = [norms_over_shards, other_ways_to_spread, tensor_parallel, rules_of_ones_own, order_hangs_on_leaves_alone]

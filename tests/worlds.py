@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import queue
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -29,12 +30,17 @@ def run_world(size: int, cases: Sequence[Case], patience: int = 300) -> None:
         ]
         for process in processes:
             process.start()
-        failures = []
-        try:
-            for _ in processes:
-                failures += results.get(timeout=patience)
-        except queue.Empty:
-            failures.append("a process did not answer")
+        failures: list[str] = []
+        answers, end = 0, time.monotonic() + patience
+        while answers < size:
+            try:
+                failures += results.get(timeout=1)
+                answers += 1
+            except queue.Empty:
+                dead = [process.exitcode for process in processes if process.exitcode not in (None, 0)]
+                if dead or time.monotonic() > end:
+                    failures.append(f"{size - answers} processes did not answer; exit codes {dead}")
+                    break
         for process in processes:
             process.join(5)
             if process.is_alive():

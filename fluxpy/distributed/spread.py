@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rule import Rule, is_packable
+from ..rule import Rule, is_packable, reducing
 from .layout import Layout, is_dtensor
 
 
@@ -25,9 +25,9 @@ class Spread:
     @property
     def needs_whole(self) -> bool:
         """Whether its parameter must be put together for a step."""
-        return (
-            self.layout is not None and bool(self.layout.dims) and self.rule is not None and not is_packable(self.rule)
-        )
+        if self.layout is None or not self.layout.dims or self.rule is None:
+            return False
+        return not is_packable(self.rule) or not all(inner.splittable for inner in reducing(self.rule))
 
     @property
     def local_shape(self) -> torch.Size:

@@ -51,6 +51,16 @@ def note_loss(state: State | Leaf, finite: Tensor, what: str) -> None:
     context.flag.require(finite, context.updates, what)
 
 
+def require_one_process(state: State | Leaf, model: Any) -> None:
+    """ValueError for a model that runs on several processes: each would have metrics, files and stops of its own."""
+    parallel = bind(state, model).parallel
+    if parallel is not None and any(group.size() > 1 for group in parallel.groups):
+        raise ValueError(
+            "the Learner is for one process: on several, its metrics, files and decisions to stop would be those of "
+            "each by itself; write the loop with fluxpy.train, which averages gradients and losses over them"
+        )
+
+
 def rates(leaf: Leaf, member: Any = None) -> list[Any]:
     """The learning rate of each member of the leaf's rule that has one; with `member`, of those in that member."""
     if leaf.rule is None:

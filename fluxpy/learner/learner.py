@@ -23,6 +23,7 @@ from .core import (
     parameters,
     place,
     reads_at_once,
+    require_one_process,
     why_it_failed,
 )
 from .data import Source, call, evaluation_mode, kind, move, split
@@ -126,6 +127,7 @@ class Learner:
         """
         if self._loop is not None:
             raise RuntimeError("fit is running; a callback cannot start another one")
+        require_one_process(self.state, self.model)
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ValueError(f"epochs={epochs!r} is not allowed; it must be a whole number above 0")
         extra = events.checked(callbacks)
@@ -189,6 +191,7 @@ class Learner:
         inside = [level for level in loop.dispatcher.levels if level not in ("fit", "epoch")]
         if inside:
             raise RuntimeError(f"validate cannot run within the {inside[-1]} of a fit; call it at epoch_end")
+        require_one_process(self.state, self.model)
         source = Source(data, "the validation data")
         source.make(0)
         outer, self._loop = self._loop, loop

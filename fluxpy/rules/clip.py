@@ -46,7 +46,7 @@ class ClipNorm(ReducingRule):
     norm_type: Hyper = hyper(default=2.0, allowed="(0, inf]")
     nonfinite: Hyper = hyper(default="raise", allowed=("raise", "skip", "ignore"))
     elementwise = True
-    takes_numbers = True
+    takes_numbers = splittable = True
     over = "array"
 
     def part(self, value: Tensor) -> Tensor:
