@@ -86,7 +86,7 @@ def main(steps: int, resume: bool, out: str) -> None:
 
     if resume:
         saved = {"model": model.state_dict(), "state": fluxpy.state_dict(state)}
-        dcp.load(saved, checkpoint_id=out)  # (*)
+        dcp.load(saved, checkpoint_id=out)  # (*) # pyright: ignore[reportPrivateImportUsage]
         model.load_state_dict(saved["model"])
         fluxpy.load_state_dict(state, saved["state"])
         fluxpy.freeze(state.blocks[:2])
@@ -102,7 +102,7 @@ def main(steps: int, resume: bool, out: str) -> None:
         print(f"updates so far: {state.norm.weight.count}, of the first block: {state.blocks[0].norm1.weight.count}")
         print(f"momenta held by this process: {held:,} bytes")
     if not resume:
-        dcp.save({"model": model.state_dict(), "state": fluxpy.state_dict(state)}, checkpoint_id=out)  # (*)
+        dcp.save({"model": model.state_dict(), "state": fluxpy.state_dict(state)}, checkpoint_id=out)  # (*) # pyright: ignore[reportPrivateImportUsage]
     dist.destroy_process_group()
 
 
