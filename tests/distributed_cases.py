@@ -246,7 +246,6 @@ def copies(model: nn.Module) -> nn.Module:
 
 def every_rule_when_sharded() -> None:
     rules: dict[str, Any] = {name: row.rule for name, row in ROWS.items()} | CHAINS
-    rules |= {name: {"norm.*": Adam(), "*weight": row.rule, "*": Adam()} for name, row in ROWS.items() if row.matrices}
     for name, rule in rules.items():
         if name.startswith(("Clip", "WeightDecay", "SignDecay")):  # which would make steps of the gradient's size
             rule = OptimiserChain(rule, Descent(0.05))
@@ -526,7 +525,6 @@ def load_from(folder: str) -> None:
             for p in model.parameters():
                 p.zero_()
         fluxpy.adjust(state["middle.weight"], 0.5)
-        fluxpy.freeze(state.again.bias)
         d = {"model": model.state_dict(), "state": fluxpy.state_dict(state)}
         dcp.load(d, checkpoint_id=folder)
         model.load_state_dict(d["model"])

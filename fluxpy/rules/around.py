@@ -89,6 +89,7 @@ class Cautious(Wrapper, ReducingRule):
 
     rule: Rule
     over = "array"
+    splittable = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
