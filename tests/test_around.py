@@ -30,7 +30,7 @@ CASES: dict[str, tuple[Any, set[str]]] = {
     "lookahead in a chain": (OptimiserChain(ClipNorm(0.5), Lookahead(Momentum(0.1), k=2)), {"Eager"}),
     "lookahead of whole arrays": (Lookahead(Whole(), k=2), set()),
     "cautious": (Cautious(Momentum(0.1)), {"Eager"}),
-    "cautious in a chain": (OptimiserChain(ClipGlobalNorm(0.5), Cautious(Lion(0.01)), Descent(0.9)), {"Fused"}),
+    "cautious in a chain": (OptimiserChain(ClipGlobalNorm(0.5), Cautious(Lion(0.1)), Descent(0.1)), {"Fused"}),
     "gathering, cautious": (OptimiserChain(AccumGrad(2), Cautious(Adam(0.01))), {"Eager"}),
     "cautious, clipped inside": (Cautious(OptimiserChain(ClipNorm(0.5), ClipGlobalNorm(0.9), Adam(0.02))), {"Eager"}),
     "cautious of whole arrays": (Cautious(Whole()), set()),

@@ -169,6 +169,7 @@ WANTED: dict[str, set[str]] = {
     "lazy": set(),
     "Adafactor": set(),
     "Prodigy": set(),
+    "Averaged": {"Following"},
 }
 WANTED |= {name: {"Fused"} for name in ("AccumGrad", "clip all, gather, Adam", "gather, AdamW")}
 
@@ -290,7 +291,7 @@ def test_every_path_gives_the_plain_paths_numbers(name, column):
     Pair(rule, column, dtype=torch.float32).step(20).check(2e-5)
 
 
-COMPILED = {"clip all, Adam": NATIVE["clip all, Adam"], "own": OptimiserChain(Writes(0.1), Keeper())}
+COMPILED = {"clip all, Adam": NATIVE["clip all, Adam"], "own": OptimiserChain(Writes(0.1), Keeper(0.1))}
 
 
 @needs_compiler
@@ -690,7 +691,7 @@ def unchanged(before, after):
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.usefixtures("size")
 def test_a_users_rule_that_raises_changes_nothing(column, fresh):
-    for rule in (Picky(), OptimiserChain(ClipGlobalNorm(1e9), Adam(), Picky())):
+    for rule in (Picky(), OptimiserChain(ClipGlobalNorm(1e9), Adam(0.01), Picky())):
         for bad in range(4):
             pair = Pair(rule, column, [(3, 2), (4,), (), (9,)])
             if not fresh:

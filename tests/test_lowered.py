@@ -72,7 +72,7 @@ RULES = {
     "clipped": OptimiserChain(ClipGlobalNorm(0.5), Lowered(AdamW(0.02))),
     "clipped inside": Lowered(OptimiserChain(ClipGlobalNorm(0.5), Lion(0.02))),
     "own": Lowered(Own()),
-    "whole": Lowered(OptimiserChain(Whole(), Momentum(0.1))),
+    "whole": Lowered(OptimiserChain(Whole(0.1), Momentum(0.1))),
     "gathers": OptimiserChain(AccumGrad(2), Lowered(Momentum(0.1))),
     "gathers inside": Lowered(OptimiserChain(AccumGrad(2), Momentum(0.1))),
     "master": MixedPrecision(Lowered(Adam(0.02))),

@@ -61,7 +61,7 @@ def test_a_leaf_that_comes_late_has_the_estimate_of_all() -> None:
     for i in range(30):
         if i == 25:
             fluxpy.thaw(state["late"])
-            assert state["late"].state.d == pytest.approx(1e-3)
+            assert state["late"].state is None
         fluxpy.update(state, model, slopes(model))
         for name, dx in slopes(twin).items():
             twin[name].grad = None if name == "late" and i < 25 else dx

@@ -60,7 +60,7 @@ def diff(before: Any, after: Any) -> Diff:
     >>> before = snapshot(model, state)
     >>> _ = adjust(freeze(state.weight), 0.2), update(state, model, {"bias": torch.ones(1)})
     >>> print(diff(before, snapshot(model, state)))
-    weight: frozen False -> True, lr 0.1 -> 0.2
+    weight: state removed, frozen False -> True, lr 0.1 -> 0.2
     bias: parameter by at most 0.1, count 0 -> 1, state by at most 1
     """
     old, new = (x if isinstance(x, Snapshot) else snapshot(x) for x in (before, after))
