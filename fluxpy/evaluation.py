@@ -27,12 +27,12 @@ def averaged(state: State | Leaf, model: Any) -> Iterator[list[str]]:
     saving, loading or taking over the state beside the model, are refused there with RuntimeError.
 
     >>> model = {"w": torch.ones(1)}
-    >>> state = setup(Averaged(Descent(1.0), decay=1.0), model)
+    >>> state = setup(Averaged(Descent(1.0), decay=0.5), model)
     >>> for _ in range(3):
     ...     _ = update(state, model, {"w": torch.ones(1)})
     >>> with averaged(state, model) as paths:
     ...     print(paths, model["w"])
-    ['w'] tensor([-1.])
+    ['w'] tensor([-1.2500])
     >>> model["w"]
     tensor([-2.])
     """

@@ -74,7 +74,7 @@ class Rule:
     keeps_master: ClassVar[bool] = False
 
     # True for a rule around one other (`rule`) that steps as that does, and then brings an average of the parameter up
-    # to date: `follow(average, weight, x)` gives both anew. Its state is (average, weight, the state of `rule`).
+    # to date: `follow(average, t, x)` gives both anew. Its state is (average, t, the state of `rule`).
     follows: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Rule":

@@ -85,10 +85,16 @@ class Doubling(Rule):
         return state, Assign(2 * x + dx)
 
 
-def weighted_mean(trace, decay):
-    """By the definition: step `k` of `t` with the weight `decay^(t-k)`."""
-    weights = [decay ** (len(trace) - 1 - k) for k in range(len(trace))]
-    return {name: sum(w * x[name] for w, x in zip(weights, trace, strict=True)) / sum(weights) for name in trace[0]}
+def recursion(trace, decays):
+    """By the definition: the first weights, then `decay · average + (1 - decay) · x`, each decay given."""
+    found = dict(trace[0])
+    for x, decay in zip(trace[1:], decays, strict=True):
+        found = {name: decay * old + (1 - decay) * x[name] for name, old in found.items()}
+    return found
+
+
+def moving_average(trace, decay):
+    return recursion(trace, [decay] * (len(trace) - 1))
 
 
 def evaluated(state, model):
@@ -126,7 +132,7 @@ def test_the_average_is_that_of_the_parameter_after_each_step(rule, layout, deca
         if run.state.a.count > counts[-1]:
             trace.append(values_of(run.model))
             counts.append(run.state.a.count)
-    assert_same(evaluated(run.state, run.model), weighted_mean(trace, decay), room=1e-11)
+    assert_same(evaluated(run.state, run.model), moving_average(trace, decay), room=1e-11)
 
 
 @needs_compiler
@@ -144,19 +150,40 @@ def test_pure_updates_and_complex_parameters():
             trace.append(values_of(run.model))
             pure.state, pure.model = update(pure.state, pure.model, grads_of(pure.model, turn), inplace=False)
         run.equals(pure, room=1e-12)
-        assert_same(evaluated(run.state, run.model), weighted_mean(trace, 0.7), room=1e-12)
+        assert_same(evaluated(run.state, run.model), moving_average(trace, 0.7), room=1e-12)
 
 
-def test_a_schedule_of_the_decay():
-    """Each step's own decay takes from the weight of all before it."""
-    run = Run(Averaged(Descent(0.1), decay=lambda count: 0.5 if count < 3 else 0.9))
-    trace, weights = [], []
-    for count in range(6):
+@pytest.mark.parametrize("decay", [lambda count: 0.5 if count < 3 else 0.9, lambda count: count / (1 + count)])
+def test_a_schedule_of_the_decay(decay):
+    run, trace = Run(Averaged(Descent(0.1), decay=decay)), []
+    for _ in range(6):
         run.step()
         trace.append(values_of(run.model))
-        weights = [w * (0.5 if count < 3 else 0.9) for w in weights] + [1.0]
-    expected = {n: sum(w * x[n] for w, x in zip(weights, trace, strict=True)) / sum(weights) for n in SHAPES}
-    assert_same(evaluated(run.state, run.model), expected, room=1e-12)
+    assert_same(evaluated(run.state, run.model), recursion(trace, map(decay, range(1, 6))), room=1e-12)
+
+
+def test_a_decay_that_counts_gives_the_mean_of_all_steps():
+    run, trace = Run(Averaged(Descent(0.1), decay=lambda count: count / (1 + count))), []
+    for _ in range(6):
+        run.step()
+        trace.append(values_of(run.model))
+    mean = {name: sum(x[name] for x in trace) / 6 for name in trace[0]}
+    assert_same(evaluated(run.state, run.model), mean, room=1e-12)
+
+
+def test_the_numbers_of_torch():
+    """Of its class that averages models, over many steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    state = setup(Averaged(Adam(0.05), decay=0.9), model)
+    theirs = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    for turn in range(30):
+        x = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(turn))
+        update(state, model, fluxpy.gradient(lambda m, x: m(x).square().mean(), model, x))
+        theirs.update_parameters(model)
+        with averaged(state, model):
+            for ours, other in zip(model.parameters(), theirs.module.parameters(), strict=True):
+                torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
 
 
 def test_what_makes_no_step_does_not_count():
@@ -166,9 +193,9 @@ def test_what_makes_no_step_does_not_count():
     assert_same(evaluated(run.state, run.model), start)
     trace = [values_of(run.step(n).model) for n in (1, 3, 3)]
     run.step(2)
-    assert_same(evaluated(run.state, run.model), weighted_mean(trace, 0.5), room=1e-12)
+    assert_same(evaluated(run.state, run.model), moving_average(trace, 0.5), room=1e-12)
     fluxpy.flush(run.state, run.model)
-    assert_same(evaluated(run.state, run.model), weighted_mean([*trace, values_of(run.model)], 0.5), room=1e-12)
+    assert_same(evaluated(run.state, run.model), moving_average([*trace, values_of(run.model)], 0.5), room=1e-12)
 
 
 def test_the_average_of_low_precision_is_kept_in_float32():
@@ -180,7 +207,7 @@ def test_the_average_of_low_precision_is_kept_in_float32():
         update(state, model, {"w": torch.ones(3, dtype=torch.bfloat16)})
         trace.append({"w": model["w"].double()})
     assert state["w"].state.x.dtype == torch.float32
-    torch.testing.assert_close(state["w"].state.x.double(), weighted_mean(trace, 0.999)["w"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(state["w"].state.x.double(), moving_average(trace, 0.999)["w"], rtol=1e-6, atol=1e-6)
     with averaged(state, model):
         assert torch.equal(model["w"], state["w"].state.x.bfloat16())
 
@@ -192,7 +219,7 @@ def test_a_master_copy_is_averaged_as_it_is():
     for turn in range(10):
         update(state, model, grads_of(model, turn))
         trace.append({name: state[name].state.x.double() for name in SHAPES})
-    expected = weighted_mean(trace, 0.9)
+    expected = moving_average(trace, 0.9)
     for name in SHAPES:
         torch.testing.assert_close(state[name].state.state.x.double(), expected[name], rtol=1e-5, atol=1e-6)
     with averaged(state, model):

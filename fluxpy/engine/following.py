@@ -46,7 +46,7 @@ class FollowingUnit:
         first, its = cohort.records[0].tensors or [], self.stepping[0].tensors or []
         row = next((i for i, (t, own) in enumerate(zip(first, its, strict=False)) if t is not own), len(its))
         holes = [i for i, part in enumerate(cohort.skeleton.parts) if part is HOLE]
-        self.place = holes[row]  # of the average among the parts of the state; its weight comes next
+        self.place = holes[row]  # of the average among the parts of the state; of how many steps it is comes next
         averages = cohort.momenta[row]
         for low, high, _, _ in chunks_of(cohort.sizes, split=False):
             averages[low:high] = pack(averages[low:high])
@@ -104,11 +104,11 @@ class FollowingUnit:
 
     def commit(self) -> None:
         own, mask = self.inner.cohort, self.context.flag.mask
-        count, weight = own.numbers.count, self.cohort.skeleton.parts[self.place + 1]
+        count, t = own.numbers.count, self.cohort.skeleton.parts[self.place + 1]
         self.inner.commit()
-        moved, after = own.numbers.count > count, weight
+        moved, after = own.numbers.count > count, t
         for average, x in self.rows if moved else ():
-            new, after = self.follower.follow(average.read(), weight, x.read())
+            new, after = self.follower.follow(average.read(), t, x.read())
             average.write(mask(average.buffer, new))
         parts = [*own.skeleton.parts[: self.place], HOLE, after, *own.skeleton.parts[self.place :]]
         self.cohort.advance(Skeleton(self.cohort.skeleton.spec, parts), moved)

@@ -294,20 +294,21 @@ class MixedPrecision(Wrapper):
 
 
 class Average(NamedTuple):
-    """State of `Averaged`: the average, the weight of all that is in it, and the state of the rule that steps."""
+    """State of `Averaged`: the average, of how many steps it is, and the state of the rule that steps."""
 
     x: Tensor
-    weight: Any
+    t: int
     state: Any
 
 
 class Averaged(Wrapper):
     """`rule`, with an exponential average of the parameter beside it: the weights to evaluate with, see `averaged`.
 
-    After step `t` the average is that of the parameter after each step, the step `k` weighted by `decay^(t-k)`. It is
-    one of steps alone: the weights before the first, mostly random, have no part in it, so it may be used from the
-    first step on. (The recursion that starts at these would keep `decay^t` of them, a third after 1,000 steps.) With
-    `decay=1` it is the mean of all steps [Polyak and Juditsky 1992].
+    After the first step the average is the parameter, and after each later one `decay · average + (1 - decay) · x`. A
+    large decay keeps the first for long, so a schedule may stand for it: `lambda count: min(0.999, (1 + count) / (10 +
+    count))` rises to it, and `lambda count: count / (1 + count)` gives the mean of all steps [Polyak & Juditsky 1992].
+
+    Numbers of `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn(decay)`, of the parameters.
 
     What makes no step, as an `AccumGrad` inside does, does not count. The average is in float32 at least, whatever the
     parameter is. Last in a chain; `MixedPrecision(Averaged(...))` averages the master copy.
@@ -327,7 +328,7 @@ class Averaged(Wrapper):
     def init(self, x: Tensor) -> Average:
         own = real(x).detach()
         start = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
-        return Average(start, 0.0, self.rule.init_any(x))
+        return Average(start, 0, self.rule.init_any(x))
 
     init_any = init  # the rule inside sees complex parameters in its own way
 
@@ -339,13 +340,11 @@ class Averaged(Wrapper):
         if change is None:
             return state._replace(state=inner), None
         new = real(change.value if isinstance(change, Assign) else x - change)
-        return Average(*self.follow(state.x, state.weight, new), inner), change
+        return Average(*self.follow(state.x, state.t, new), inner), change
 
-    def follow(self, old: Tensor, weight: Any, x: Tensor) -> tuple[Tensor, Any]:
-        """The average with one more step in it, and the weight of all."""
-        weight = self.decay * weight + 1
-        # At the first step all of the average, exactly, is the parameter.
-        return average(1 - 1 / weight, old, x if x.dtype == old.dtype else x.to(old.dtype)), weight
+    def follow(self, old: Tensor, t: int, x: Tensor) -> tuple[Tensor, int]:
+        """The average with one more step in it, and of how many it is then."""
+        return average(self.decay if t else 0.0, old, x if x.dtype == old.dtype else x.to(old.dtype)), t + 1
 
     def evaluation(self, state: Average, x: Tensor) -> Tensor:
         value = state.x.to(real(x).dtype)
