@@ -23,40 +23,30 @@ import torch
 
 from .harness import Column, Figure, Meter, machine, require_idle, table, worked
 
-TABLES = [
-    "update",
-    "rules",
-    "rates",
-    "cliff",
-    "loop",
-    "loader",
-    "tree",
-    "frozen",
-    "memory",
-    "step",
-    "packages",
-    "processes",
-    "peers",
-]
+ON_REQUEST = ("scaling", "learning")  # which can be drawn
+TABLES = (
+    *("update", "rules", "rates", "cliff", "loop", "loader", "tree", "frozen", "memory", "step"),
+    *("packages", "processes", "peers"),
+)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="fluxpy against torch.optim.")
-    parser.add_argument("tables", nargs="*", metavar="table", help=f"some of {', '.join((*TABLES, 'scaling'))}")
+    parser.add_argument("tables", nargs="*", metavar="table", help=f"some of {', '.join((*TABLES, *ON_REQUEST))}")
     parser.add_argument("--quick", action="store_true", help="two minutes: small, nothing compiled, fewer columns")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose names contain this, in any case")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="measure scaling and draw it as a PNG there")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw scaling or learning as a PNG there")
     parser.add_argument("--device", default="cpu", help="where the tensors live (cpu)")
     parser.add_argument("--worker", nargs=2, metavar=("COLUMN", "FILE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    unknown = set(given.tables) - {*TABLES, "scaling"}
+    unknown = set(given.tables) - {*TABLES, *ON_REQUEST}
     if unknown:
-        parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join((*TABLES, 'scaling'))}")
+        parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join((*TABLES, *ON_REQUEST))}")
+    if given.plot and len({*given.tables}.intersection(ON_REQUEST)) != 1:
+        parser.error(f"--plot is for one of {', '.join(ON_REQUEST)}")
     if not given.tables:
-        given.tables = [] if given.plot else [t for t in TABLES if not (given.quick and t in ("rules", "peers"))]
-    if given.plot and "scaling" not in given.tables:
-        given.tables.append("scaling")
+        given.tables = [t for t in TABLES if not (given.quick and t in ("rules", "peers"))]
     return given
 
 
@@ -105,7 +95,7 @@ def main() -> None:
         if any(columns.values()):
             print("\n" + table(module.TITLE, module.NOTE, columns), flush=True)
         every += [f for column in columns.values() for f in column.values() if f.target is not None]
-        if name == "scaling" and given.plot:
+        if name in ON_REQUEST and given.plot:
             module.draw(columns, given.plot, machine(given.device))
     print(f"{sum(f.met for f in every)} of {len(every)} targets met.")
 

@@ -54,6 +54,14 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(self.characters(x) + self.places(places))))
 
 
+def reference(limit: int | None = None) -> tuple[Tensor, list[str]]:
+    """The reference of the Python language: each character's place in the alphabet, and the alphabet."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))[:limit]
+    alphabet = sorted(set(text))
+    number = {character: i for i, character in enumerate(alphabet)}
+    return torch.tensor([number[character] for character in text]), alphabet
+
+
 def windows(text: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
     """Consecutive windows of the text, and for each its targets: the same window, one character later."""
     count = (len(text) - offset - 1) // CONTEXT
@@ -81,10 +89,7 @@ def decayed(path: str, leaf: Any) -> bool:
 def main(epochs: int = 5, limit: int | None = None, out: str | None = None, seed: int = 0) -> None:
     torch.manual_seed(seed)
     torch.set_num_threads(1)
-    text = "\n\n".join(topics[name] for name in sorted(topics))[:limit]
-    alphabet = sorted(set(text))
-    number = {character: i for i, character in enumerate(alphabet)}
-    data = torch.tensor([number[character] for character in text])
+    data, alphabet = reference(limit)
     train, test = data[: len(data) * 9 // 10], data[len(data) * 9 // 10 :]
 
     def train_data(epoch: int) -> fluxpy.DataLoader:
@@ -95,7 +100,7 @@ def main(epochs: int = 5, limit: int | None = None, out: str | None = None, seed
     rate = segments([Segment("linear", end=1.0, steps=20), Segment("cosine", end=0.05)])
     callbacks: list[Any] = [LearningRateScheduler(scale=rate)]
     if out:
-        config = {"text": "pydoc_data.topics", "characters": len(text), "alphabet": len(alphabet), "seed": seed}
+        config = {"text": "pydoc_data.topics", "characters": len(data), "alphabet": len(alphabet), "seed": seed}
         callbacks.append(TensorBoardLogger(out, config=config, norms=50))
 
     model = GPT(len(alphabet))
@@ -112,7 +117,7 @@ def main(epochs: int = 5, limit: int | None = None, out: str | None = None, seed
             f"  {stats['loss']:13.4f}  {stats['accuracy']:8.4f}  {stats['perplexity']:10.4f}"
         )
     start = "The statement "
-    written = write(model.eval(), torch.tensor([number[character] for character in start]), 200)
+    written = write(model.eval(), torch.tensor(list(map(alphabet.index, start))), 200)
     print("\nIt writes:", "".join(alphabet[i] for i in written.tolist()), sep="\n")
     reached = history[-1]["validation"]
     print(f"\nheld-out text: accuracy {reached['accuracy']:.4f}, perplexity {reached['perplexity']:.4f}")

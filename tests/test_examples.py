@@ -78,6 +78,10 @@ SHOWN = {
         r"^Epoch 2/2 · validation 1/1 \[====\] loss 0\.\d{4} accuracy 0\.\d{4}$",
     ],
     "minilm_loop": [r"^epoch 0: accuracy 0\.\d{4}\nepoch 1: accuracy 0\.\d{4}$"],
+    "muon_gpt": [
+        r"^rates at the end: Muon 0\.0016, AdamW 0\.00032; the resumed run is the same bit for bit$",
+        r"^training loss \d\.\d{4} after 40 steps, \d\.\d{4} after 60; held out \d\.\d{4}$",
+    ],
     "training_loop": [
         r"UserWarning: epoch 1: the loss of batch 3 is nan; skipped",
         r"^epoch 2: lr 0\.003, train accuracy 0\.\d+, test accuracy 0\.\d+$",
