@@ -8,8 +8,8 @@ they are large, and cloned where they are small, and those that hardly show are 
 keeps its momenta. Beside it the same fit, with all momenta thrown away at each change. A few minutes on a laptop; the
 picture needs matplotlib.
 
-Over three seeds following is ahead by 0.4 dB on average, which is little more than the seeds differ. With Adam's usual
-longer memory it is ahead on the way but not at the end: at a constant rate it pays to forget.
+Over three seeds following is ahead by 0.4 dB on average, which is less than the seeds differ. With Adam's usual longer
+memory it is ahead on the way but not at the end: docs/surgery.md has the figures.
 """
 
 import argparse
