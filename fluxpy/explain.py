@@ -1,6 +1,7 @@
 """explain: a rule in words, with what is likely a mistake in it."""
 
 import inspect
+import re
 from collections.abc import Iterator
 
 from .rule import Rule, hyperparameters, walk
@@ -42,8 +43,7 @@ def _members(rule: Rule) -> Iterator[Rule]:
 
 def _sentence(rule: Rule) -> str:
     text = inspect.cleandoc(type(rule).__doc__ or "").split("\n\n")[0].replace("\n", " ")
-    head, stop, _ = text.partition(". ")
-    return head + stop.strip() if text else "(its class has no docstring)"
+    return re.split(r"(?<=(?<! al)\.) ", text)[0] if text else "(its class has no docstring)"  # not after "et al."
 
 
 def _steps(rule: Rule) -> bool:

@@ -10,6 +10,7 @@ from fluxpy import (
     ClipGlobalNorm,
     ClipGrad,
     ClipNorm,
+    Lookahead,
     MixedPrecision,
     Momentum,
     OptimiserChain,
@@ -62,6 +63,10 @@ def test_members_in_order_with_their_values() -> None:
     assert lines[2].startswith("2. ClipGlobalNorm(max_norm=2.0")
     assert lines[4] == "3. Momentum(lr=0.5, momentum=0.9)"
     assert "`v = momentum · v + dx`" in lines[5]
+
+
+def test_a_sentence_does_not_end_in_a_name() -> None:
+    assert "[Zhang et al. 2019]: `k` steps" in explain(Lookahead(Adam()))
 
 
 def test_a_rule_of_ones_own() -> None:
