@@ -66,7 +66,7 @@ def test_rates() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fine-tune MiniLM with the Learner")
-    parser.add_argument("--out", type=Path, default=Path("run"))
+    parser.add_argument("--out", type=Path, default=Path("run/minilm_learner"))
     parser.add_argument("--short", action="store_true", help="a quick check: 2 epochs of 100 sentences")
     parser.add_argument("--kill", type=int, default=-1, help="die after this step")
     args = parser.parse_args()

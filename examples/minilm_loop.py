@@ -1,6 +1,6 @@
 """Fine-tune a pretrained encoder in a loop of one's own, so that a kill at any instant costs nothing.
 
-    python examples/minilm_loop.py --out run            kill it, start it again: it goes on, bit for bit
+    python examples/minilm_loop.py --out run/minilm     kill it, start it again: it goes on, bit for bit
     pytest examples/minilm_loop.py                      the rates are tested
     tensorboard --logdir run
 
@@ -106,7 +106,7 @@ def test_rates() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fine-tune MiniLM in an explicit loop")
-    parser.add_argument("--out", type=Path, default=Path("run"))
+    parser.add_argument("--out", type=Path, default=Path("run/minilm_loop"))
     parser.add_argument("--short", action="store_true", help="a quick check: 2 epochs of 100 sentences")
     parser.add_argument("--kill", type=int, default=-1, help="die after this step")
     args = parser.parse_args()
