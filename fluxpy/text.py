@@ -19,6 +19,7 @@ WORDS = {
     **dict.fromkeys(("omega", "max_grad_norm", "clip_norm", "clipnorm"), ("max_norm",)),
     **dict.fromkeys(("delta", "clip", "thresh", "clipvalue"), ("clip_value",)),
     **dict.fromkeys(("p", "ord"), ("norm_type",)),
+    **dict.fromkeys(("throw", "error_if_nonfinite"), ("nonfinite",)),
     **dict.fromkeys(("gamma",), ("step_sizes", "momentum_decay")),
     **dict.fromkeys(("ell",), ("etas",)),
     **dict.fromkeys(("every_k", "accumulate", "steps"), ("n",)),
