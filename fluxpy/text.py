@@ -34,7 +34,10 @@ OF_STATES = {
     "add_param_group": "Write fluxpy.setup(rule, model, keep=state)",
     "defaults": "Each leaf has its own: leaf.rule",
     **dict.fromkeys(("parameters", "named_parameters"), "The model has them: fluxpy.trainables(model, path=True)"),
-    **dict.fromkeys(("to", "cuda", "cpu"), "Write fluxpy.tree_map(lambda t: t.to(device), state)"),
+    **dict.fromkeys(
+        ("to", "cuda", "cpu", "double", "float", "half", "bfloat16"),
+        "Move the model, then write fluxpy.follow(state, model)",
+    ),
     **dict.fromkeys(("items", "values", "keys"), "Write fluxpy.leaves(state), which gives (path, leaf)"),
     "grad": "A state holds no gradients: fluxpy.withgradient gives them",
     "load_state_dict": "Write fluxpy.load_state_dict(state, d)",
