@@ -106,7 +106,7 @@ MISTAKES = {
     "step": (lambda h: h.state.step(), AttributeError, r"fluxpy.update\(state, model, grads\)"),
     "zero_grad": (lambda h: h.state.zero_grad(), AttributeError, "nothing to zero"),
     "param_groups": (lambda h: h.state.param_groups, AttributeError, "fluxpy.leaves"),
-    "cuda": (lambda h: h.state.cuda(), AttributeError, r"fluxpy.follow\(state, model\)"),
+    "to a device": (lambda h: h.state.to("cpu"), AttributeError, r"fluxpy.follow\(state, model\)"),
     "double": (lambda h: h.state.double(), AttributeError, r"fluxpy.follow\(state, model\)"),
     "a method": (lambda h: h.state.encoder.freeze(), AttributeError, r"fluxpy.freeze\(state\)"),
     "a leaf's rate": (lambda h: h.leaf.lr, AttributeError, r"leaf.rule.lr, or fluxpy.value\(leaf, 'lr'\)"),
