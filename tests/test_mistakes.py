@@ -106,6 +106,8 @@ MISTAKES = {
     "step": (lambda h: h.state.step(), AttributeError, r"fluxpy.update\(state, model, grads\)"),
     "zero_grad": (lambda h: h.state.zero_grad(), AttributeError, "nothing to zero"),
     "param_groups": (lambda h: h.state.param_groups, AttributeError, "fluxpy.leaves"),
+    "to a device": (lambda h: h.state.to("cpu"), AttributeError, r"fluxpy.follow\(state, model\)"),
+    "double": (lambda h: h.state.double(), AttributeError, r"fluxpy.follow\(state, model\)"),
     "a method": (lambda h: h.state.encoder.freeze(), AttributeError, r"fluxpy.freeze\(state\)"),
     "a leaf's rate": (lambda h: h.leaf.lr, AttributeError, r"leaf.rule.lr, or fluxpy.value\(leaf, 'lr'\)"),
     "a leaf's eta": (lambda h: h.leaf.eta, AttributeError, "leaf.rule.lr"),

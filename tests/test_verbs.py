@@ -151,6 +151,7 @@ def test_scale_keeps_ratios_and_scales_schedules():
         (Adam(), {"epps": 0.1}, "did you mean 'eps'"),
         (Momentum(), {"rho": 0.1}, "'momentum'"),
         (OptimiserChain(ClipNorm(1.0), Descent()), {"omega": 0.1}, "'max_norm'"),
+        (ClipNorm(1.0), {"throw": False}, "called 'nonfinite'"),
         (WeightDecay(), {"lr": 0.1}, "WeightDecay has no hyperparameter 'lr'"),
         (Adam(), {"lr": -0.1}, r"lr=-0.1 .* \[0, inf\)"),
         (Adam(), {"lr": float("nan")}, "lr=nan"),
