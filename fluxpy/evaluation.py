@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed.parallel import reshard
 from .leaf import Leaf, Record
 from .rule import at
 from .state import State, bind, tree_context
@@ -24,7 +25,8 @@ def averaged(state: State | Leaf, model: Any) -> Iterator[list[str]]:
 
     The training weights are put back whatever happens in the block. In there they are a copy, the only one that is
     made; what else is written to these parameters meanwhile is lost, with a warning. `update` and what calls it, and
-    saving, loading or taking over the state beside the model, are refused there with RuntimeError.
+    saving, loading or taking over the state beside the model, are refused there with RuntimeError. A copy of the model
+    made in there has the weights to evaluate with.
 
     >>> model = {"w": torch.ones(1)}
     >>> state = setup(Averaged(Descent(1.0), decay=0.5), model)
@@ -54,6 +56,8 @@ def averaged(state: State | Leaf, model: Any) -> Iterator[list[str]]:
         yield [paths[id(record)] for record, _, _ in exchanged]
     finally:
         changed = [record for (record, x, _), old in zip(exchanged, versions, strict=False) if _version(x) != old]
+        if binding.spread:
+            reshard(model)
         for record, x, own in exchanged:
             _write(x, own)
             aside.pop(id(record), None)
@@ -66,11 +70,13 @@ def averaged(state: State | Leaf, model: Any) -> Iterator[list[str]]:
 def _evaluation(record: Record, x: Tensor, path: str) -> Tensor | None:
     """The weights to evaluate with; None where they are the parameter itself."""
     rule, count = record.rule, record.numbers.count
-    if rule is None or record.frozen or not rule.evaluates or record.tensors is None or not count:
+    if rule is None or record.frozen or not rule.evaluates or record.tensors is None or record.untrained:
         return None
     try:
         with torch.no_grad():
-            value = at(rule, count - 1).evaluation_any(record.state, x)  # with the hyperparameters of the last step
+            value = at(rule, max(count - 1, 0)).evaluation_any(
+                record.state, x
+            )  # with the hyperparameters of the last step
     except Exception as error:
         error.add_note(f"in the evaluation of the rule {rule!r} of the parameter {path!r}")
         raise

@@ -202,14 +202,16 @@ class Leaf:
             record.dtype,
             record.numbers,
             record.pending,
+            record.begun,
+            record.asked,
             tensors,
             self._context,
         )
 
     def __setstate__(self, held: Any) -> None:
-        rule, made, frozen, shape, dtype, numbers, pending, tensors, context = held
+        rule, made, frozen, shape, dtype, numbers, pending, begun, asked, tensors, context = held
         self._record = Record(rule, frozen, shape, dtype)
-        self._record.made = made
+        self._record.made, self._record.begun, self._record.asked = made, begun, asked
         self._record.numbers, self._record.pending, self._record.tensors = numbers, pending, tensors
         self._context, self._bindings, self._pending = context, Bindings(), None
 

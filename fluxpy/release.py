@@ -100,6 +100,7 @@ class Groups:
         for key, places in waiting.items():
             self._add(binding, places, key, most)
         self.of = {id(x): (group, place) for group in self.all for place, x in enumerate(group.part.params)}
+        self.forms = [(x.shape, x.dtype, x.device) for x in binding.params]
         self.structure = -1  # of the context, when its rules were looked at
         self.walked = False  # whether a graph was looked at for what hides parameters
 
@@ -137,7 +138,7 @@ def _groups(binding: Binding, context: Context) -> Groups:
     if spread or (distributed and torch.distributed.get_world_size() > 1):
         raise ValueError("release=True would step before the ranks have averaged their gradients; leave it out")
     groups: Groups | None = binding.groups
-    if groups is None:
+    if groups is None or groups.forms != [(x.shape, x.dtype, x.device) for x in binding.params]:
         groups = binding.groups = Groups(binding)
     if groups.structure != context.structure:
         _refuse(binding)

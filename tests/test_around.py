@@ -34,7 +34,6 @@ CASES: dict[str, tuple[Any, set[str]]] = {
     "gathering, cautious": (OptimiserChain(AccumGrad(2), Cautious(Adam(0.01))), {"Eager"}),
     "cautious, clipped inside": (Cautious(OptimiserChain(ClipNorm(0.5), ClipGlobalNorm(0.9), Adam(0.02))), {"Eager"}),
     "cautious of whole arrays": (Cautious(Whole()), set()),
-    "cautious lookahead": (Cautious(Lookahead(Own(), k=2)), {"Eager"}),
     "lookahead, cautious": (Lookahead(Cautious(Own()), k=2), {"Eager"}),
     "master": (MixedPrecision(Lookahead(Cautious(Adam(0.02)), k=3)), {"Eager"}),
 }
@@ -127,3 +126,10 @@ def test_what_cannot_be_inside_is_refused() -> None:
             OptimiserChain(inner, ClipGlobalNorm())
     with pytest.raises(ValueError, match=r"OptimiserChain\(AccumGrad\(n\), Cautious\(...\)\)"):
         Cautious(OptimiserChain(AccumGrad(2), Adam()))
+
+
+@pytest.mark.parametrize("around", [Lookahead, Cautious])
+@pytest.mark.parametrize("inside", [fluxpy.Averaged(Own()), Lookahead(Own()), fluxpy.ScheduleFreeSGD()], ids=str)
+def test_weights_to_evaluate_with_are_not_hidden(around: Any, inside: Any) -> None:
+    with pytest.raises(ValueError, match="weights of its own to evaluate with"):
+        around(inside)

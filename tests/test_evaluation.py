@@ -596,3 +596,11 @@ class Stop(Exception):
 
 def only(callback, training):
     return lambda learner, event: callback(learner, event) if learner.training == training else None
+
+
+def test_an_average_is_there_after_the_count_was_set_to_zero():
+    run = Run(Averaged(Descent(0.1), 0.5)).step(3)
+    fluxpy.freeze(run.state)
+    fluxpy.thaw(run.state, count=0)
+    with averaged(run.state, run.model) as paths:
+        assert len(paths) == len(SHAPES)

@@ -325,3 +325,25 @@ def test_a_leaf_that_steps_with_others_and_by_itself(name, compile):
         other = copy.deepcopy(other)
         room = 1e-12 if compile else 0.0
         assert_alike(image(state, model), image(other, twin), room)
+
+
+class Cleans(Rule):
+    """Elementwise, but not arithmetic alone: it looks at the numbers."""
+
+    elementwise = True
+
+    def apply(self, state, x, dx):
+        return state, dx.nan_to_num() if dx.isnan().any() else dx
+
+
+@pytest.mark.parametrize("around", [lambda rule: rule, lambda rule: fluxpy.Averaged(rule)])
+def test_each_leaf_keeps_its_rate_behind_a_rule_that_looks_at_numbers(around):
+    model = {"a": torch.zeros(3), "b": torch.zeros(3)}
+    rates = {"a": 0.1, "b": 0.5}
+    state = setup({name: around(OptimiserChain(Cleans(), Adam(lr))) for name, lr in rates.items()}, model)
+    update(state, model, {"a": torch.ones(3), "b": torch.ones(3)})
+    assert [round(-model[name][0].item(), 4) for name in "ab"] == [0.1, 0.5]
+    fluxpy.adjust(state["b"], 0.25)
+    before = model["b"].clone()
+    update(state, model, {"a": torch.ones(3), "b": torch.ones(3)})
+    assert torch.allclose(before - model["b"], torch.full((3,), 0.25))

@@ -404,3 +404,20 @@ def test_the_allocator_says_the_same():
     total = sum(x.nbytes for x in model.parameters())
     assert peaks[0] >= total
     assert peaks[1] <= 0.25 * total, (peaks, total)
+
+
+def test_after_surgery_and_after_a_change_of_dtype():
+    """The parameters are the same objects, and what was kept for them is of other shapes."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    state = fluxpy.setup(fluxpy.Adam(0.1), model)
+    x = torch.randn(5, 3)
+
+    def loss(m, x):
+        return m(x).square().mean()
+
+    fluxpy.trainstep(loss, model, (x,), state, release=True)
+    fluxpy.surgery.grow(state[1], model[1], 3)
+    fluxpy.trainstep(loss, model, (x,), state, release=True)
+    fluxpy.follow(state, model.double())
+    fluxpy.trainstep(loss, model, (x.double(),), state, release=True)
+    assert state[1].weight.count == 3 and state[1].weight.shape == (5, 4)

@@ -505,3 +505,13 @@ def test_a_new_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
                 runs.append((contents(ours), contents(state)))
             assert runs[0] == runs[1]
             assert dtype == torch.bfloat16 or runs[0][0] != contents(model(dtype))  # where small steps round to none
+
+
+def test_an_adjusted_schedule_can_be_loaded():
+    """What `setup` was given need not be what counts by now."""
+    model = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    state = setup(fluxpy.AdamW(lambda count: 0.1 / (1 + count)), model)
+    fluxpy.adjust(state["a"], lr=0.05)
+    update(state, model, {"a": torch.ones(2), "b": torch.ones(2)})
+    fluxpy.load_state_dict(state, fluxpy.state_dict(state))
+    assert state["a"].rule.lr == 0.05

@@ -24,9 +24,14 @@ def takes(record: Record, x: Any) -> bool:
     return fused.takes(rule, x, partition(state)[0])
 
 
+def stepper(rule: Rule) -> Rule:
+    """What steps in a rule that is followed."""
+    return rule.without_follower(None)[0]
+
+
 def bucket_key(rule: Rule) -> Any:
     """What rules must have in common to go together."""
-    return fused.bucket_key(rule.without_follower(None)[0]), _own_key(rule)
+    return fused.bucket_key(stepper(rule)), _own_key(rule)
 
 
 def _own_key(rule: Rule) -> Any:
@@ -67,7 +72,7 @@ class FollowingUnit:
     def _bare_rule(self, rule: Rule | None) -> Rule:
         assert rule is not None
         if id(rule) not in self.bare:
-            self.bare[id(rule)] = rule, rule.without_follower(None)[0]
+            self.bare[id(rule)] = rule, stepper(rule)
         return self.bare[id(rule)][1]
 
     def _bare_record(self, record: Record) -> Record:

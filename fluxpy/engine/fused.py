@@ -120,6 +120,11 @@ class Parts(NamedTuple):
         return kernel.options(self.last, x, self.decay.weight_decay if self.decay else 0.0)
 
 
+def has_front(rule: Rule) -> bool:
+    """Whether there are rules before the one that a kernel computes."""
+    return Parts.of(rule).front is not None
+
+
 def takes(rule: Rule, x: Tensor, tensors: Sequence[Tensor]) -> bool:
     """Whether a kernel of PyTorch computes the last link of this rule, for a parameter with these momenta."""
     master, front, _, last = Parts.of(rule)

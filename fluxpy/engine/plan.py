@@ -20,7 +20,7 @@ from ..leaf import Record, miss_update
 from ..pytree import HOLE, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
 from . import following, fused
-from .cohort import Cohort, Member, arranged, fits_packed, fits_stacked
+from .cohort import Cohort, Member, arranged, fits_packed, fits_stacked, real_view
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
 from .layout import Extents, addresses
@@ -28,6 +28,7 @@ from .packed import EagerUnit
 from .reference import ReferenceUnit
 from .signature import Signature
 from .step import CohortUnit, Unit
+from .tape import is_arithmetic
 
 _MOST_ROUTES = 32  # kept of one plan
 _LEAST_STACK = 8  # leaves: fewer are as fast one by one as by vmap
@@ -171,6 +172,7 @@ class Plan:
         other.records = [
             assigned.get(i) or record.clone(record.numbers.copy()) for i, record in enumerate(self.records)
         ]
+        other.totals = Totals(other.records) if context.spread else None
         other.hyper, other.structure, other.addresses = context.hyper, context.structure, addresses(params)
         other.waiting = other.find_waiting()
         where = {cohort.places[0]: cohort for cohort in other.cohorts}
@@ -323,9 +325,14 @@ class Plan:
             return None
         if self.context.compile and x.numel() > 1 and title_key(rule) not in self.context.uncompiled:
             return "compiled"
+        kernel = "eager"
         if fused.takes(rule, x, record.tensors or []):
-            return "fused"
-        return "following" if following.takes(record, x) else "eager"
+            kernel = "fused"
+        elif following.takes(record, x):
+            kernel = "following"
+        # What goes before a kernel must be arithmetic alone: of a cohort's chunks none may fail once one is written.
+        front = kernel != "eager" and fused.has_front(rule if kernel == "fused" else following.stepper(rule))
+        return "eager" if front and not is_arithmetic(record, real_view(x), self.context) else kernel
 
     def _regroup(self, members: list[Member], kinds: dict[int, str], grads: Sequence[Any]) -> None:
         """Make cohorts of all leaves that step, so that those which became alike go together again."""

@@ -91,15 +91,20 @@ class Tape:
 
 def is_traceable(cohort: Any) -> bool:
     """Whether a cohort's rule is pure arithmetic: if one chunk succeeds, the others cannot fail."""
-    known = cohort.context.traceable
-    key = rule_key(cohort.rule, loose=True), cohort.reals[0].dtype
+    return is_arithmetic(cohort.records[0], cohort.reals[0], cohort.context)
+
+
+def is_arithmetic(record: Any, x: Any, context: Any) -> bool:
+    """Whether the rule of a leaf is: of `x`, its parameter as a real tensor."""
+    known = context.traceable
+    key = rule_key(record.rule, loose=True), x.dtype
     if key not in known:
         try:
-            rule = at(cohort.rule, cohort.numbers.count)
+            rule = at(record.rule, record.numbers.count)
         except Exception:  # a schedule that is wrong now: the step will say so, and name the leaf
             return False
-        tensors = [cohort.reals[0], cohort.reals[0], *(row[0] for row in cohort.momenta)]
-        known[key] = inputs_used(rule, cohort.skeleton, tensors) is not None
+        tensors = [x, x, *record.tensors]
+        known[key] = inputs_used(rule, record.numbers.skeleton, tensors) is not None
     return known[key]
 
 

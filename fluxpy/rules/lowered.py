@@ -37,12 +37,12 @@ class Lowered(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_inner(self, self.rule)
-        if self.rule.evaluates:
+        if isinstance(self.rule, Rule) and self.rule.evaluates:
             raise ValueError(
                 f"Lowered: {self.rule!r} keeps weights beside its momenta, which must not be rounded; "
                 "put Lowered around the rule inside that has the momenta, as in Averaged(Lowered(...))"
             )
+        refuse_inner(self, self.rule)
         if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point and self.dtype.itemsize > 1):
             allowed = "it must be a floating-point dtype of 16 bits or more"
             raise ValueError(f"Lowered: dtype={self.dtype!r} is not allowed; {allowed}")

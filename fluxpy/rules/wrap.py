@@ -71,7 +71,7 @@ def _names(wrapper: Wrapper) -> dict[str, list[Any]]:
 
 
 def refuse_inner(wrapper: Wrapper, rule: Any) -> None:
-    """TypeError for what is no rule inside a wrapper, ValueError for a master copy there."""
+    """TypeError for what is no rule inside a wrapper, ValueError for a master copy or evaluation weights there."""
     name = type(wrapper).__name__
     if not isinstance(rule, Rule):
         raise TypeError(f"{name} takes a rule, but got {rule!r}")
@@ -80,6 +80,8 @@ def refuse_inner(wrapper: Wrapper, rule: Any) -> None:
             f"MixedPrecision must be outermost, since it replaces the parameter by its master copy: "
             f"write MixedPrecision({name}(...)), not {name}(MixedPrecision(...))"
         )
+    if rule.evaluates:
+        raise ValueError(f"{name}: {rule!r} has weights of its own to evaluate with, which {name} would pass over")
 
 
 class OptimiserChain(Wrapper):
@@ -322,8 +324,6 @@ class Averaged(Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_inner(self, self.rule)
-        if self.rule.evaluates:
-            raise ValueError(f"Averaged: {self.rule!r} has weights of its own to evaluate with")
 
     def init(self, x: Tensor) -> Average:
         own = real(x).detach()

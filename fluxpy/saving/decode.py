@@ -100,7 +100,7 @@ class Decoder:
     def _made(self, own: LeafRecord, saved: Any) -> Rule | None:
         """The rule that the run was set up with; this script's, where that counts."""
         assert own.rule is not None
-        return own.made if self._keep or saved is None else self._rule(own.rule, saved, own.shape)[0]
+        return own.made if self._keep or saved is None else self._rule(own.made or own.rule, saved, own.shape)[0]
 
     def _state(self, own: LeafRecord, rule: Rule, saved: dict[str, Any]) -> Any:
         template = self._template(own, rule)
