@@ -283,3 +283,26 @@ def test_cutting_the_history_is_no_reason_to_warn() -> None:
             model = {"w": model["w"].detach()}
             state = setup(Momentum(rate), model, keep=None)
     assert rate.grad is not None and rate.grad != 0
+
+
+@pytest.mark.parametrize(
+    "make", [fluxpy.Adam, fluxpy.Momentum, fluxpy.AdaGrad, fluxpy.Lion, lambda lr: fluxpy.Averaged(fluxpy.AdamW(lr))]
+)
+def test_sixteen_models_with_sixteen_rates_are_sixteen_runs(make: Any) -> None:
+    """By `vmap` over stacked models and rates; each row is compared with a run of its own."""
+    starts = torch.randn(16, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rates = torch.linspace(0.01, 0.3, 16, dtype=torch.float64)
+
+    def run(start: Tensor, lr: Any) -> tuple[Tensor, Tensor]:
+        model = {"w": start.clone()}
+        state = fluxpy.setup(make(lr), model)
+        for _ in range(6):
+            grads = {"w": torch.func.grad(lambda w: (w.sin() * w).sum())(model["w"])}
+            state, model = fluxpy.update(state, model, grads, inplace=False)
+        return model["w"] - start, next(t for t in torch.utils._pytree.tree_leaves(state) if t.shape == start.shape)
+
+    together = torch.func.vmap(run)(starts, rates)
+    for row in range(16):
+        alone = run(starts[row], rates[row].item())
+        for one, other in zip(together, alone, strict=True):
+            torch.testing.assert_close(one[row], other, rtol=0, atol=1e-12)
