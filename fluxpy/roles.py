@@ -4,7 +4,7 @@ For the mapping that `setup` takes: no decay on norms and biases, rates that fal
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -47,7 +47,10 @@ def roles(model: Any) -> dict[str, Role]:
     >>> plain = [path for path in role if role[path] in ("norm", "bias")]
     >>> state = setup({**dict.fromkeys(plain, AdamW(weight_decay=0.0)), "*": AdamW(weight_decay=0.1)}, model)
     """
-    places = list(_places(model, "", ()))
+    return _roles(list(_places(model, "", ())))
+
+
+def _roles(places: Sequence[_Place]) -> dict[str, Role]:
     found: dict[int, Role] = {}
     first: dict[int, str] = {}
     for place in places:
@@ -78,8 +81,9 @@ def depths(model: Any) -> dict[str, int]:
     >>> [depth[f"layers.{i}.norm1.weight"] for i in range(3)], round(state.layers[0].norm1.weight.rule.lr, 6)
     ([1, 2, 3], 0.00064)
     """
-    places = list({id(place.x): place for place in reversed(list(_places(model, "", ())))}.values())[::-1]
-    role = roles(model)
+    every = list(_places(model, "", ()))
+    role = _roles(every)
+    places = [place for place in every if place.path in role]  # a tied one where it first stands
     blocks = {place.path: _block(place) for place in places}
     without = not any(blocks.values())
     if without:

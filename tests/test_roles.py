@@ -110,6 +110,18 @@ def test_depths_of_a_transformer() -> None:
             assert n == int(path.split(".")[1]) + 1
 
 
+def test_a_tied_embedding_lies_where_it_first_stands() -> None:
+    class Writer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.blocks = nn.Embedding(20, 8), nn.ModuleList([Block() for _ in range(2)])
+            self.head = nn.Linear(8, 20, bias=False)
+            self.head.weight = self.tokens.weight
+
+    found = depths(Writer())
+    assert next(iter(found.items())) == ("tokens.weight", 0) and "head.weight" not in found
+
+
 def test_depths_without_blocks_count_modules() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)))
     assert list(depths(model).values()) == [0, 0, 1, 1, 2, 2]
