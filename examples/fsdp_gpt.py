@@ -3,68 +3,35 @@
     torchrun --standalone --nproc-per-node 2 examples/fsdp_gpt.py            # pretrains, and saves
     torchrun --standalone --nproc-per-node 1 examples/fsdp_gpt.py --resume   # goes on: half of it frozen, a lower rate
 
-The second command may have any number of processes. The text is that of char_gpt.py, the reference of the Python
-language. What is special to several processes is marked by (*): the rest is what one writes for one.
+The second command may have any number of processes. Model and text are those of char_gpt.py. What is special to several
+processes is marked by (*): the rest is what one writes for one.
 """
 
 import argparse
 import os
-from pydoc_data.topics import topics
 
+import char_gpt
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import fluxpy
 
-CONTEXT, BATCH = 64, 16
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
-        attended = scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
-
-
-class GPT(nn.Module):
-    """Scores for the next character after each one."""
-
-    def __init__(self, characters: int, width: int = 64, heads: int = 4, depth: int = 4) -> None:
-        super().__init__()
-        self.characters, self.places = nn.Embedding(characters, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters, bias=False)
-        for embedding in (self.characters, self.places):
-            nn.init.normal_(embedding.weight, std=0.02)
-        self.head.weight = self.characters.weight  # tied: one leaf in the state
-
-    def forward(self, x: Tensor) -> Tensor:
-        places = torch.arange(x.shape[1], device=x.device)
-        return self.head(self.norm(self.blocks(self.characters(x) + self.places(places))))
+BATCH = 16
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return cross_entropy(model(x).flatten(0, 1), y.flatten())
+    return char_gpt.loss(model(x), y)
 
 
 def batches(data: Tensor, steps: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     """This process's part of each batch (*): the whole batch is the same, however many processes there are."""
     g = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(data) - CONTEXT - 1, (steps, BATCH), generator=g)
+    starts = torch.randint(len(data) - char_gpt.CONTEXT - 1, (steps, BATCH), generator=g)
     mine = starts[:, dist.get_rank() :: dist.get_world_size()]
-    windows = mine[..., None] + torch.arange(CONTEXT + 1)
+    windows = mine[..., None] + torch.arange(char_gpt.CONTEXT + 1)
     return [(data[w][:, :-1], data[w][:, 1:]) for w in windows]
 
 
@@ -72,12 +39,10 @@ def main(steps: int, resume: bool, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")  # (*) "nccl" on GPUs
     first = dist.get_rank() == 0
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    number = {character: i for i, character in enumerate(sorted(set(text)))}
-    data = torch.tensor([number[character] for character in text])
+    data, alphabet = char_gpt.reference()
 
     torch.manual_seed(0)  # the same numbers on all processes, before they are cut
-    model = GPT(len(number))
+    model = char_gpt.GPT(len(alphabet), width=64, depth=4)
     for block in model.blocks:  # (*)
         fully_shard(block)
     fully_shard(model)

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from .distributed.layout import any_dtensor, local_tensors
 from .distributed.parallel import Parallel, parallel_of, reshard
 from .pytree import level, unwrap
-from .text import names_of
+from .text import join, names_of
 from .tree import TreeSpec, explore
 
 _VALUES = methodcaller("values")
@@ -200,7 +200,7 @@ def difference(ours: TreeSpec, other: TreeSpec, path: str) -> str:
         )
     for key, a, b in zip(ours.keys, ours.children, other.children, strict=True):
         if a != b:
-            return difference(a, b, f"{path}.{key}" if path else str(key))
+            return difference(a, b, join(path, key))
     return f"the model does not fit the state: {at} other parameters are tied than at setup; call setup again"
 
 

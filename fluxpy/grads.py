@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .binding import Binding, describe, difference
 from .pytree import is_parameter, level, unwrap
-from .text import names_of, near
+from .text import join, names_of, near
 from .tree import Mirror, TreeSpec, spec_of, values_of
 
 
@@ -96,11 +96,6 @@ class _Scattered:
                 known = near(key, (p for p, _ in spec.paths))
                 raise ValueError(f"{self.what} {_at(path)} have an unknown name {key!r}; {known}")
             self.put(place, inner, join(path, key))
-
-
-def join(path: str, key: Any) -> str:
-    """The path of a child."""
-    return f"{path}.{key}" if path else str(key)
 
 
 def _at(path: str) -> str:

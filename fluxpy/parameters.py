@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from .distributed.layout import any_dtensor
 from .engine.layout import views_like
 from .gradient import Gradients
-from .grads import join, scatter
+from .grads import scatter
 from .leaf import Leaf
 from .pytree import level, map_tensors, unwrap, unwritable
 from .rebuild import like_parameter, rebuild
 from .state import State
+from .text import join
 from .tree import rooted, walk
 
 Model = TypeVar("Model")

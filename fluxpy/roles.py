@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from torch import Tensor, nn
 
 from .pytree import is_parameter, level, unwrap
+from .text import join
 
 Role: TypeAlias = Literal["hidden", "embedding", "head", "norm", "bias", "other"]
 
@@ -108,7 +109,7 @@ def _places(x: Any, path: str, above: tuple[tuple[Any, Any], ...]) -> Iterator[_
     here = None if any(x is other for other, _ in above) else level(x)
     if here is not None:
         for key, child in zip(here.keys, here.children, strict=True):
-            yield from _places(child, f"{path}.{key}" if path else str(key), (*above, (x, key)))
+            yield from _places(child, join(path, key), (*above, (x, key)))
 
 
 def _role(place: _Place) -> Role:

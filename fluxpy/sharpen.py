@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .gradient import Gradients, LossFunction, Model, Value, withgradient
 from .leaf import Leaf
 from .pytree import unwrap
+from .rules.clip import norm_of
 from .state import State
 from .tree import values_of, walk
 
@@ -48,7 +49,7 @@ def sharpened(
 def _moved(pairs: Sequence[tuple[Tensor, Tensor]], rho: float) -> Iterator[None]:
     """With the parameters moved along their gradients."""
     with torch.no_grad():
-        norms = [torch.linalg.vector_norm(g, dtype=_wide(g)).double().to(pairs[0][1].device) for _, g in pairs]
+        norms = [norm_of(g, 2.0).double().to(pairs[0][1].device) for _, g in pairs]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         step = torch.where(norm == 0, 0.0, rho / norm)  # at the bottom there is nowhere to go
     with _kept([x for x, _ in pairs]):
@@ -56,10 +57,6 @@ def _moved(pairs: Sequence[tuple[Tensor, Tensor]], rho: float) -> Iterator[None]
             for x, g in pairs:
                 x.add_((step.to(x.device) * g).to(x.dtype))
         yield
-
-
-def _wide(x: Tensor) -> torch.dtype | None:
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
 
 
 @contextmanager

@@ -99,6 +99,11 @@ def named(x: object) -> str:
     return repr(x) if len(repr(x)) <= 80 else f"an object of type {name}"
 
 
+def join(path: str, key: object) -> str:
+    """The path of a child."""
+    return f"{path}.{key}" if path else str(key)
+
+
 def names_of(keys: Iterable[object]) -> str:
     """The first few names, and how many there are."""
     names = [repr(key) for key in keys]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .cached import cached
 from .pytree import is_parameter, level, register, unwrap
-from .text import names_of, near
+from .text import join, names_of, near
 
 
 class TreeSpec:
@@ -90,7 +90,7 @@ class TreeSpec:
             if spec.kind == "leaf":
                 found.append((path, spec.index))
             for key, child in zip(reversed(spec.keys), reversed(spec.children), strict=True):
-                todo.append((f"{path}.{key}" if path else str(key), child))
+                todo.append((join(path, key), child))
         return tuple(found)
 
     @cached

@@ -23,7 +23,6 @@ from .layout import Row, adjacent, views_like
 from .packed import (
     Chunk,
     Chunks,
-    EagerUnit,
     apart_from_written,
     like_parameters,
     result_fits,
@@ -31,7 +30,7 @@ from .packed import (
     write_state,
 )
 from .step import FallBack, Prepare
-from .tape import inputs_used, is_traceable
+from .tape import inputs_used
 
 Run = Callable[[list[Tensor], dict[str, Any]], Any]
 Lists = list[list[Tensor]]
@@ -467,11 +466,9 @@ def is_adjacent(params: Sequence[Tensor]) -> bool:
     return len(params) > 1 and adjacent([x.detach() for x in params[:2]]) is not None
 
 
-def fused_unit(cohort: Cohort) -> FusedUnit | FusedListUnit | EagerUnit:
+def fused_unit(cohort: Cohort) -> FusedUnit | FusedListUnit:
     """The unit for a cohort that a kernel of PyTorch's can step."""
     parts = Parts.of(cohort.rule)
-    if parts.front is not None and not is_traceable(cohort):
-        return EagerUnit(cohort)  # which can tell of each chunk before it writes any
     plain = parts.front is None and parts.master is None
     if plain and not cohort.params[0].is_complex() and not is_adjacent(cohort.params):
         return FusedListUnit(cohort)

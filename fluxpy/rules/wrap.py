@@ -14,7 +14,7 @@ from .average import average, like, real
 
 
 class Wrapper(Rule):
-    """A rule with rules inside, which it runs by `yield from`; their hyperparameters are its own: `chain.lr`.
+    """A rule with rules inside, which it runs step by step; their hyperparameters are its own: `chain.lr`.
 
     It writes `steps`.
     """

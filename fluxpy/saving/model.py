@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..leaf import Leaf
 from ..pytree import level, unwrap, unwritable
 from ..state import State
-from ..text import form, names_of
+from ..text import form, join, names_of
 
 MAX_DEPTH = 900
 
@@ -35,7 +35,7 @@ def model_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
         if children and depth > MAX_DEPTH:
             raise ValueError(f"the model is nested deeper than {MAX_DEPTH} levels, or holds itself")
         for key, child in reversed(children):
-            todo.append((f"{path}.{key}" if path else str(key), unwrap(child), depth + 1))
+            todo.append((join(path, key), unwrap(child), depth + 1))
 
 
 def _children(path: str, x: Any) -> list[tuple[Any, Any]]:
