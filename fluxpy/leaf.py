@@ -5,7 +5,9 @@ was stepped is in `Numbers`, one object that all leaves which step together shar
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import Any, NoReturn
 
 import torch
@@ -257,9 +259,16 @@ def _no_such_name(leaf: Leaf, name: str) -> NoReturn:
 Leaf.__getattr__ = _no_such_name  # pyright: ignore[reportAttributeAccessIssue]  # in the class it would hide misspellings
 
 
-def record_of(leaf: Leaf) -> Record:
-    """The contents of a leaf, for the verbs and the engine."""
-    return leaf._record
+record_of: Callable[[Leaf], Record] = attrgetter("_record")
+"""The contents of a leaf, for the verbs and the engine."""
+
+
+def rules_of(records: Sequence[Record]) -> list[Rule | None]:
+    """The rules of leaves, each object once."""
+    rules: list[Rule | None] = list(map(attrgetter("rule"), records))
+    if rules and all(map(is_, rules, repeat(rules[0]))):  # as mostly: this is the fast way to see it
+        return rules[:1]
+    return list(dict(zip(map(id, rules), rules, strict=True)).values())
 
 
 def context_of(leaf: Leaf) -> Context:

@@ -77,6 +77,8 @@ class Rule:
     # to date: `follow(average, t, x)` gives both anew. Its state is (average, t, the state of `rule`).
     follows: ClassVar[bool] = False
 
+    _names: ClassVar[tuple[str, ...]] = ()  # of the hyperparameters and the rules inside
+
     def __new__(cls, *args: Any, **kwargs: Any) -> "Rule":
         for name in kwargs:
             if name not in cls.__dataclass_fields__:
@@ -87,6 +89,7 @@ class Rule:
         super().__init_subclass__(**kwargs)
         own = vars(cls)
         dataclasses.dataclass(frozen=True, init="__init__" not in own, repr="__repr__" not in own)(cls)
+        cls._names = tuple(f.name for f in dataclasses.fields(cls))
         del cls.__setattr__, cls.__delattr__  # Rule's own say more; and a user may write @dataclass(frozen=True) too
 
     def __post_init__(self) -> None:
@@ -468,8 +471,8 @@ def field_of(rule: Rule, name: str) -> dataclasses.Field[Any]:
     return rule.__dataclass_fields__[name]
 
 
-def _items(rule: Rule) -> Iterator[tuple[str, Any]]:
-    return ((f.name, getattr(rule, f.name)) for f in dataclasses.fields(rule))
+def _items(rule: Rule) -> list[tuple[str, Any]]:
+    return [(name, getattr(rule, name)) for name in rule._names]
 
 
 def _elements(value: Any) -> tuple[Any, ...]:

@@ -85,7 +85,7 @@ class FollowingUnit:
 
     def adopt_rules(self) -> Any:
         """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
-        rules = [rule for rule in self.cohort.rules() if rule is not None]
+        rules = self.cohort.rules()
         keys = {_own_key(rule) for rule in rules if rule.follower is not None}
         if len(keys) != 1 or any(rule.traced for rule in rules):
             return None

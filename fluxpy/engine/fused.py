@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pytree import Skeleton, partition, tensors_in
-from ..rule import Rule, Steps, at, eps_for, is_packable, rule_key, title_key
+from ..pytree import HOLE, Skeleton, partition, tensors_in
+from ..rule import Rule, Steps, at, eps_for, is_packable, rule_key, title_key, value_key
 from ..rules.adam import Adam, AdamW, AMSGrad
 from ..rules.adaptive import AdaGrad
 from ..rules.decay import WeightDecay
@@ -34,6 +34,7 @@ from .tape import inputs_used
 
 Run = Callable[[list[Tensor], dict[str, Any]], Any]
 Lists = list[list[Tensor]]
+_MOST_NUMBERS = 64  # of the state of rules before a kernel, for which it is known what they read
 _TORCH: Any = torch  # where the kernels are, though not among its public names
 
 
@@ -176,7 +177,7 @@ class _Fused(ABC):
         self.momenta = cohort.momenta[len(cohort.momenta) - last_tensors :]
         self.x = cohort.params[0] if self.parts.master is None else cohort.momenta[0][0]
         self.clock = torch.zeros((), dtype=torch.float32, device=self.x.device)
-        self.keys = _groups(cohort)
+        self.keys = _groups(cohort, cohort.rules())
         self.known: tuple[int, dict[int, dict[str, Any]]] | None = None
         numbers = [i for i, part in enumerate(cohort.skeleton.parts) if type(part) is int]
         self.counter = numbers[-1] if "t" in getattr(_last_state(cohort), "_fields", ()) else None
@@ -202,14 +203,14 @@ class _Fused(ABC):
 
     def adopt_rules(self) -> Any:
         """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
-        rules = [rule for rule in self.cohort.rules() if rule is not None]
+        rules = self.cohort.rules()
         first = self.cohort.members[0]
         found = {bucket_key(rule) for rule in rules}
         if len(found) > 1 or any(rule.traced for rule in rules):
             return None
         if not all(takes(rule, first.x, first.record.tensors or ()) for rule in rules):
             return None
-        self.parts, keys = Parts.of(self.cohort.rule), _groups(self.cohort)
+        self.parts, keys = Parts.of(self.cohort.rule), _groups(self.cohort, rules)
         if keys != self.keys:
             self.keys = keys
             self.bind()
@@ -251,19 +252,13 @@ class _Fused(ABC):
         return {leaf: own | found for leaf, own in options.items()}
 
 
-def _groups(cohort: Cohort) -> list[int]:
-    """For each leaf, the first leaf whose rule is equal to its own."""
-    if len(cohort.rules()) == 1:
+def _groups(cohort: Cohort, rules: list[Rule]) -> list[int]:
+    """For each leaf, the first leaf whose rule is equal to its own; `rules` are those of the cohort."""
+    if len(rules) == 1:
         return [0] * len(cohort.records)
-    rules = [record.rule for record in cohort.records]
-    ids = list(map(id, rules))
+    ids = [id(record.rule) for record in cohort.records]
     first: dict[Any, int] = {}
-    group: dict[int, int] = {}
-    for key in dict.fromkeys(ids):
-        i = ids.index(key)
-        rule = rules[i]
-        assert rule is not None
-        group[key] = first.setdefault(rule_key(rule), i)
+    group = {id(rule): first.setdefault(rule_key(rule), ids.index(id(rule))) for rule in rules}
     return list(map(group.__getitem__, ids))
 
 
@@ -341,15 +336,26 @@ class FusedUnit(_Fused):
         return key
 
     def _look_at_front(self) -> None:
-        """Cache whether the rules before the last do the same at every step (no schedule, no state), and whether they
-        read the parameter, which otherwise need not be gathered."""
+        """Cache whether the rules before the last do the same at every step (no schedule, no state)."""
         front = self.parts.front
         self.front_is_constant = front is not None and not front.scheduled and not self.front_skeleton.parts
         self.front_state = self.front_skeleton.bare()
-        self.known_to_fit, self.front_reads_x = False, True
-        if front is not None and self.front_is_constant and self.parts.master is None:
-            used = inputs_used(front, self.front_skeleton, [self.cohort.reals[0]] * 2)
-            self.front_reads_x = used is None or 0 in used
+        self.known_to_fit = False
+        self.reading: dict[Any, bool] = {}  # by the numbers of its state, whether the front reads the parameter
+
+    def _reads_x(self, front: Rule) -> bool:
+        """Whether the rules before the last read the parameter in this step, which otherwise need not be gathered."""
+        if front.scheduled or self.parts.master is not None or self.chunks.missing:
+            return True
+        numbers = self._front_numbers()
+        key = tuple([part if part is HOLE else value_key(part) for part in numbers.parts])
+        if key not in self.reading:
+            if len(self.reading) >= _MOST_NUMBERS:  # as of a count that goes on and on
+                return True
+            x, rows = self.cohort.reals[0], self.cohort.momenta[self.front_rows]
+            used = inputs_used(front, numbers, [x, x, *(row[0] for row in rows)])
+            self.reading[key] = used is None or 0 in used
+        return self.reading[key]
 
     def bind(self) -> None:
         self.chunk_calls = [self._calls_for(chunk) for chunk in self.chunks.all]
@@ -376,6 +382,7 @@ class FusedUnit(_Fused):
             self.front = Parts.of(rule_now(self.cohort)).front
         self.chunks.load([grads[place] for place in self.cohort.places])
         if self.front is not None:
+            self.front_reads_x = self._reads_x(self.front)
             yield from self.chunks.run(self._start, self.front)
             first = self.chunks.all[0]
             if not self.known_to_fit and not result_fits(first, first.momenta[self.front_rows], self.front_skeleton):

@@ -23,7 +23,7 @@ from . import following, fused
 from .cohort import Cohort, Member, arranged, fits_packed, fits_stacked, real_view
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
-from .layout import Extents, addresses
+from .layout import Extents, addresses, extent
 from .packed import EagerUnit
 from .reference import ReferenceUnit
 from .signature import Signature
@@ -50,7 +50,8 @@ class Route:
         self.odd = [_odd(cohort, grads) for cohort in cohorts]
         self.alike = _alike_but_for_numbers(cohorts)
         self.addresses = addresses(params)
-        self.memory = Extents(params, self.addresses)
+        self.extents = [*map(extent, params)]
+        self.memory = Extents(self.addresses, self.extents)
         self.laid_out = any(unit.laid_out for unit in self.units)
 
     def fork(self, plan: "Plan", cohorts: list[Cohort], alone: list[ReferenceUnit]) -> "Route":
@@ -58,7 +59,7 @@ class Route:
         other = copy.copy(self)
         other.cohorts, other.units = cohorts, [*map(plan.unit_of, cohorts), *alone]
         other.params, other.addresses = plan.params, plan.addresses
-        other.memory = Extents(plan.params, plan.addresses)
+        other.memory = Extents(plan.addresses, self.extents)
         other.alike = _alike_but_for_numbers(cohorts)
         return other
 
