@@ -17,6 +17,7 @@ from .pytree import level, unwrap
 from .text import join, names_of
 from .tree import TreeSpec, explore
 
+
 class Binding:
     """A model that fits `spec`: its parameters and their paths, in the order of the model.
 

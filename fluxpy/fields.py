@@ -56,23 +56,30 @@ def check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
     allowed, bounds = field.metadata["allowed"], field.metadata["bounds"]
     if isinstance(value, type) or type(value).__module__.startswith("torch.optim"):
         raise TypeError(f"{owner}: {field.name} takes a number or a schedule, but got {named(value)}")
-    if isinstance(field.default, tuple) and not callable(value):
+    each = isinstance(field.default, tuple) and not callable(value)
+    if each:
         value = tuple(value) if isinstance(value, Tensor) and value.ndim else value
-        right_size = isinstance(value, tuple) and len(value) == len(field.default)
-        ok = right_size and all(
-            _allows(allowed, bounds, v) or (v is None and usual is None) for v, usual in zip(value, field.default, strict=True)
+        ok = isinstance(value, tuple) and len(value) == len(field.default)
+        ok = ok and all(
+            _allows(allowed, bounds, v) or (v is None and usual is None)
+            for v, usual in zip(value, field.default, strict=True)
         )
-        none = f"; {field.name}[{field.default.index(None)}] may be None" if None in field.default else ""
-        want = f"it must be {len(field.default)} numbers, each in {allowed}{none}"
     elif isinstance(allowed, tuple):
         ok = callable(value) or (type(value), value) in [(type(word), word) for word in allowed]  # True is not 1
-        want = f"it must be one of {', '.join(map(repr, allowed))}"
-    elif bounds is not None:
-        ok, want = _allows(allowed, bounds, value), f"it must lie in {allowed}"
     else:
-        ok, want = _allows(allowed, bounds, value), f"it must be one of {allowed}"
+        ok = _allows(allowed, bounds, value)
     if not ok:
-        raise ValueError(f"{owner}: {field.name}={value!r} is not allowed; {want}")
+        raise ValueError(f"{owner}: {field.name}={value!r} is not allowed; {_wanted(field, each)}")
+
+
+def _wanted(field: dataclasses.Field[Any], each: bool) -> str:
+    allowed = field.metadata["allowed"]
+    if each:
+        none = f"; {field.name}[{field.default.index(None)}] may be None" if None in field.default else ""
+        return f"it must be {len(field.default)} numbers, each in {allowed}{none}"
+    if isinstance(allowed, tuple):
+        return f"it must be one of {', '.join(map(repr, allowed))}"
+    return f"it must lie in {allowed}" if field.metadata["bounds"] else f"it must be one of {allowed}"
 
 
 def _allows(allowed: str, bounds: tuple[float, float] | None, value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from ..leaf import Numbers, Record
 from ..pytree import HOLE, Skeleton, partition
 from ..rule import Rule, hyperparameters, title_key, value_key
-from . import fused
+from . import fused, fused_kernels
 from .cohort import Cohort
 from .layout import Row, Scratch, chunks_of, pack
 from .packed import rule_now
@@ -21,7 +21,7 @@ def takes(record: Record, x: Any) -> bool:
     if record.rule is None or record.rule.follower is None:
         return False
     rule, state = record.rule.without_follower(record.state)
-    return fused.takes(rule, x, partition(state)[0])
+    return fused_kernels.takes(rule, x, partition(state)[0])
 
 
 def stepper(rule: Rule) -> Rule:
@@ -31,7 +31,7 @@ def stepper(rule: Rule) -> Rule:
 
 def bucket_key(rule: Rule) -> Any:
     """What rules must have in common to go together."""
-    return fused.bucket_key(stepper(rule)), _own_key(rule)
+    return fused_kernels.bucket_key(stepper(rule)), _own_key(rule)
 
 
 def _own_key(rule: Rule) -> Any:

@@ -19,7 +19,7 @@ from ..distributed.totals import Totals
 from ..leaf import Record, miss_update
 from ..pytree import HOLE, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
-from . import following, fused
+from . import following, fused, fused_kernels
 from .cohort import Cohort, Member, arranged, fits_packed, fits_stacked, real_view
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
@@ -327,12 +327,12 @@ class Plan:
         if self.context.compile and x.numel() > 1 and title_key(rule) not in self.context.uncompiled:
             return "compiled"
         kernel = "eager"
-        if fused.takes(rule, x, record.tensors or []):
+        if fused_kernels.takes(rule, x, record.tensors or []):
             kernel = "fused"
         elif following.takes(record, x):
             kernel = "following"
         # What goes before a kernel must be arithmetic alone: of a cohort's chunks none may fail once one is written.
-        front = kernel != "eager" and fused.has_front(rule if kernel == "fused" else following.stepper(rule))
+        front = kernel != "eager" and fused_kernels.has_front(rule if kernel == "fused" else following.stepper(rule))
         return "eager" if front and not is_arithmetic(record, real_view(x), self.context) else kernel
 
     def _regroup(self, members: list[Member], kinds: dict[int, str], grads: Sequence[Any]) -> None:
@@ -409,7 +409,7 @@ def _whole(rule: Rule) -> Iterable[Rule]:
 def _rule_key(kind: str | None, rule: Any, context: Context) -> Any:
     """What rules must have in common for their leaves to go together."""
     if kind == "fused":
-        return fused.bucket_key(rule)
+        return fused_kernels.bucket_key(rule)
     if kind == "following":
         return following.bucket_key(rule)
     return compiled_key(rule, context) if kind == "compiled" else rule_key(rule)
