@@ -56,27 +56,27 @@ def check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
     allowed, bounds = field.metadata["allowed"], field.metadata["bounds"]
     if isinstance(value, type) or type(value).__module__.startswith("torch.optim"):
         raise TypeError(f"{owner}: {field.name} takes a number or a schedule, but got {named(value)}")
-    each = isinstance(field.default, tuple) and not callable(value)
-    if each:
+    usual = None if callable(value) else field.default
+    if isinstance(usual, tuple):
         value = tuple(value) if isinstance(value, Tensor) and value.ndim else value
-        ok = isinstance(value, tuple) and len(value) == len(field.default)
+        ok = isinstance(value, tuple) and len(value) == len(usual)
         ok = ok and all(
-            _allows(allowed, bounds, v) or (v is None and usual is None)
-            for v, usual in zip(value, field.default, strict=True)
+            _allows(allowed, bounds, v) or (v is None and default is None)
+            for v, default in zip(value, usual, strict=True)
         )
     elif isinstance(allowed, tuple):
         ok = callable(value) or (type(value), value) in [(type(word), word) for word in allowed]  # True is not 1
     else:
         ok = _allows(allowed, bounds, value)
     if not ok:
-        raise ValueError(f"{owner}: {field.name}={value!r} is not allowed; {_wanted(field, each)}")
+        raise ValueError(f"{owner}: {field.name}={value!r} is not allowed; {_wanted(field, usual)}")
 
 
-def _wanted(field: dataclasses.Field[Any], each: bool) -> str:
+def _wanted(field: dataclasses.Field[Any], usual: Any) -> str:
     allowed = field.metadata["allowed"]
-    if each:
-        none = f"; {field.name}[{field.default.index(None)}] may be None" if None in field.default else ""
-        return f"it must be {len(field.default)} numbers, each in {allowed}{none}"
+    if isinstance(usual, tuple):
+        none = f"; {field.name}[{usual.index(None)}] may be None" if None in usual else ""
+        return f"it must be {len(usual)} numbers, each in {allowed}{none}"
     if isinstance(allowed, tuple):
         return f"it must be one of {', '.join(map(repr, allowed))}"
     return f"it must lie in {allowed}" if field.metadata["bounds"] else f"it must be one of {allowed}"

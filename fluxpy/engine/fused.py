@@ -50,9 +50,8 @@ class _Fused(ABC):
         self.keys = _groups(cohort, cohort.rules())
         self.known: tuple[int, dict[int, dict[str, Any]]] | None = None
         numbers = [i for i, part in enumerate(cohort.skeleton.parts) if type(part) is int]
-        self.counter = (
-            numbers[-1] if "t" in getattr(last_state(cohort.rule, cohort.records[0].state), "_fields", ()) else None
-        )
+        counts = "t" in getattr(last_state(cohort.rule, cohort.records[0].state), "_fields", ())
+        self.counter = numbers[-1] if counts else None
 
     def options(self) -> dict[int, dict[str, Any]]:
         """The options of each call by its leaf; kept while no hyperparameter changes."""
