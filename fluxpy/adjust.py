@@ -5,7 +5,7 @@ from typing import Any, Never
 from torch import Tensor
 
 from . import schedules
-from .leaf import Leaf, context_of, record_of, replace_leaf, rules_of
+from .leaf import Leaf, context_of, record_of, records_of, replace_leaf, rules_of
 from .members import holders_of
 from .rule import Rule, field_of, replace
 from .state import AnyState, State, each_leaf, leaves_of
@@ -68,7 +68,7 @@ def adjust(state: AnyState, lr: Any = None, /, *refused: Never, member: Any = No
     if not changes:
         raise TypeError("adjust needs a hyperparameter to change, as adjust(state, 0.01) or adjust(state, eps=1e-6)")
     found = leaves_of(state, "adjust")
-    records = list(map(record_of, found))
+    records = records_of(found)
     new, problems = {}, {}
     for rule in rules_of(records):
         try:

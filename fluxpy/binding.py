@@ -51,6 +51,7 @@ class Binding:
         self.parallel: Parallel | None = None if is_compiling() else parallel_of(model, self.params, self.paths)
         self.plan: Any = None  # how the engine steps these parameters
         self.groups: Any = None  # how they are stepped within a backward pass
+        self.form: Any = None  # how gradients were given last: a structure, and which of its leaves is each parameter's
         self.flips = 0  # how many flags were other than the state says, when last looked at
 
     def watch(self, model: Any, forget: Callable[[], None]) -> "Binding":
@@ -118,7 +119,7 @@ class Binding:
         other.params, other.records = [self.params[i] for i in places], [self.records[i] for i in places]
         other.paths, other.indices = tuple(self.paths[i] for i in places), [self.indices[i] for i in places]
         other.local = [self.local[i] for i in places]
-        other.plan = other.groups = None
+        other.plan = other.groups = other.form = None
         return other
 
     def matches(self, model: Any) -> bool:

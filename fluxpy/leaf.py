@@ -259,8 +259,14 @@ def _no_such_name(leaf: Leaf, name: str) -> NoReturn:
 Leaf.__getattr__ = _no_such_name  # pyright: ignore[reportAttributeAccessIssue]  # in the class it would hide misspellings
 
 
-record_of: Callable[[Leaf], Record] = attrgetter("_record")
-"""The contents of a leaf, for the verbs and the engine."""
+def record_of(leaf: Leaf) -> Record:
+    """The contents of a leaf, for the verbs and the engine."""
+    return leaf._record
+
+
+def records_of(leaves: Sequence[Leaf]) -> list[Record]:
+    """The contents of leaves: at a third of what a call for each would cost."""
+    return [leaf._record for leaf in leaves]
 
 
 def rules_of(records: Sequence[Record]) -> list[Rule | None]:

@@ -10,7 +10,6 @@ What a rule declares (`elementwise`, `accumulates`, what it reduces) is all that
 rule's class.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, dataclass_transform
@@ -352,8 +351,7 @@ def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool 
             return tuple(replace(inner, change, validate) for inner in value)
         return change(rule, name, value)
 
-    fresh = copy.copy(rule)
-    fresh.__dict__.clear()  # also what was cached
+    fresh = object.__new__(type(rule))
     fresh.__dict__.update({name: new(name, value) for name, value in _items(rule)})
     if validate:
         fresh.__post_init__()
