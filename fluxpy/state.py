@@ -212,7 +212,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     new = [index for index in range(len(params)) if index not in taken]
     with torch.inference_mode(False), torch.no_grad():
         _begin(leaves, new, local_tensors(params), names)
-    if changed := _changed(kept, [i for i in new if rules[i] is not None], params, names):
+    if kept and (changed := _changed(kept, [i for i in new if rules[i] is not None], params, names)):
         warnings.warn(
             f"setup(keep=) starts anew where shape or dtype changed: {'; '.join(changed[:8])}"
             f"{f' ({len(changed)} in all)' if len(changed) > 8 else ''}. Rows that are still meant can "
