@@ -63,7 +63,14 @@ class Copies:
         if id(x) in self.known:
             return self.known[id(x)]
         if not isinstance(x, nn.Module):
-            return self._container(x)
+            if type(x) is dict:
+                other = dict(zip(x, map(self.of, x.values()), strict=True))
+            elif (inside := level(x)) is not None:
+                other = inside.make(list(map(self.of, inside.children)))
+            else:
+                return x
+            self.containers[id(x)] = other
+            return other
         if isinstance(x, torch.jit.ScriptModule):
             raise TypeError(f"a scripted module ({type(x).__name__}) cannot be copied in parts; update in place")
         new = self.known[id(x)] = object.__new__(type(x))  # some classes make another class when they are called
@@ -83,20 +90,6 @@ class Copies:
         held["_buffers"], held["_modules"] = buffers, modules
         self.containers[id(x._modules)] = modules
         return new
-
-    def _container(self, x: Any) -> Any:
-        kind = type(x)
-        if kind is dict:
-            other = {key: self.of(child) for key, child in x.items()}
-        elif kind is list or kind is tuple:
-            other = kind(map(self.of, x))
-        else:
-            inside = level(x)
-            if inside is None:
-                return x
-            other = inside.make(list(map(self.of, inside.children)))
-        self.containers[id(x)] = other
-        return other
 
     def _buffer(self, b: Tensor | None) -> Tensor | None:
         if b is not None and id(b) not in self.known:
