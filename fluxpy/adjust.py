@@ -5,7 +5,7 @@ from typing import Any, Never
 from torch import Tensor
 
 from . import schedules
-from .leaf import Leaf, context_of, record_of, replace_leaf
+from .leaf import Leaf, context_of, record_of, records_of, replace_leaf, rules_of
 from .members import holders_of
 from .rule import Rule, field_of, replace
 from .state import AnyState, State, each_leaf, leaves_of
@@ -68,19 +68,18 @@ def adjust(state: AnyState, lr: Any = None, /, *refused: Never, member: Any = No
     if not changes:
         raise TypeError("adjust needs a hyperparameter to change, as adjust(state, 0.01) or adjust(state, eps=1e-6)")
     found = leaves_of(state, "adjust")
-    records = list(map(record_of, found))
-    rules = [record.rule for record in records]
+    records = records_of(found)
     new, problems = {}, {}
-    for key, rule in dict(zip(map(id, rules), rules, strict=True)).items():
+    for rule in rules_of(records):
         try:
-            new[key] = None if rule is None else _adjusted(rule, changes, member)
+            new[id(rule)] = None if rule is None else _adjusted(rule, changes, member)
         except ValueError as error:
             wrong = [path for path, leaf in each_leaf(state, "adjust") if leaf.rule is rule]
             problems.setdefault(str(error), []).extend(wrong)
     if problems:
         raise ValueError("; ".join(f"{message} ({_at(paths)})" for message, paths in problems.items()))
-    for record, rule in zip(records, rules, strict=True):
-        record.rule = new[id(rule)]
+    for record in records:
+        record.rule = new[id(record.rule)]
     if found:
         context_of(found[0]).hyper += 1
     return state

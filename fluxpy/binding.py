@@ -3,7 +3,7 @@
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import is_, methodcaller
 from typing import Any
@@ -16,8 +16,6 @@ from .distributed.parallel import Parallel, parallel_of, reshard
 from .pytree import level, unwrap
 from .text import join, names_of
 from .tree import TreeSpec, explore
-
-_VALUES = methodcaller("values")
 
 
 class Binding:
@@ -53,6 +51,7 @@ class Binding:
         self.parallel: Parallel | None = None if is_compiling() else parallel_of(model, self.params, self.paths)
         self.plan: Any = None  # how the engine steps these parameters
         self.groups: Any = None  # how they are stepped within a backward pass
+        self.form: Any = None  # how gradients were given last: a structure, and which of its leaves is each parameter's
         self.flips = 0  # how many flags were other than the state says, when last looked at
 
     def watch(self, model: Any, forget: Callable[[], None]) -> "Binding":
@@ -61,11 +60,13 @@ class Binding:
         containers, self.containers = self.containers, []
         dicts = [x for x in containers if isinstance(x, dict)]
         self.filled, self.empty = [x for x in dicts if x], [x for x in dicts if not x]
-        self.sizes = [*map(len, self.filled)]
+        # Of plain dicts, as those of modules are, this is faster than to call a method by name.
+        self.values = dict.values if all(type(x) is dict for x in self.filled) else methodcaller("values")
         self.lists = [x for x in containers if type(x) in (list, tuple)]
+        self.sizes = [*map(len, self.filled), *map(len, self.lists)]
         # Else some container cannot be looked into, and a model never matches.
         self.transparent = len(dicts) + len(self.lists) == len(containers)
-        self.keys, self.held = self._look()
+        self.keys, self.held = [*chain.from_iterable(self.filled)], [*self._held()]
         return self
 
     def _unasked(self) -> list[Tensor]:
@@ -89,9 +90,9 @@ class Binding:
                 stacklevel=4,
             )
 
-    def _look(self) -> tuple[list[Any], list[Any]]:
-        inside = chain.from_iterable(map(_VALUES, self.filled))
-        return [*chain.from_iterable(self.filled)], [*inside, *chain.from_iterable(self.lists)]
+    def _held(self) -> Iterable[Any]:
+        """All that is in the containers."""
+        return chain(chain.from_iterable(map(self.values, self.filled)), *self.lists)
 
     def fork(
         self, spec: TreeSpec, model: Any, containers: dict[int, Any], plan: Any, forget: Callable[[], None]
@@ -106,7 +107,7 @@ class Binding:
             other.filled, other.empty, other.lists = (
                 [containers[id(x)] for x in held] for held in (self.filled, self.empty, self.lists)
             )
-            other.held = other._look()[1]
+            other.held = [*other._held()]
         other.params, other.records, other.plan, other.groups = plan.params, plan.records, plan, None
         other.local, other.parallel = other.params, None  # a copy is without its wrappers
         other.unasked = other._unasked()
@@ -118,7 +119,7 @@ class Binding:
         other.params, other.records = [self.params[i] for i in places], [self.records[i] for i in places]
         other.paths, other.indices = tuple(self.paths[i] for i in places), [self.indices[i] for i in places]
         other.local = [self.local[i] for i in places]
-        other.plan = other.groups = None
+        other.plan = other.groups = other.form = None
         return other
 
     def matches(self, model: Any) -> bool:
@@ -132,12 +133,11 @@ class Binding:
         return self.spread and self._holds()
 
     def _holds(self) -> bool:
-        if any(self.empty) or [*map(len, self.filled)] != self.sizes:
+        if any(self.empty) or [*map(len, self.filled), *map(len, self.lists)] != self.sizes:
             return False
         if self.spread and not all(map(is_, local_tensors(self.params), self.local)):
             return False
-        keys, held = self._look()
-        return len(held) == len(self.held) and all(map(is_, held, self.held)) and keys == self.keys
+        return all(map(is_, self._held(), self.held)) and [*chain.from_iterable(self.filled)] == self.keys
 
 
 class Bindings(dict[int, Binding]):

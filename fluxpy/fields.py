@@ -31,7 +31,7 @@ def hyper(
         ...
     ValueError: Halve: lr=2.0 is not allowed; it must lie in (0, 1]
     """
-    return dataclasses.field(default=default, metadata={"allowed": allowed, "fixed": fixed})
+    return dataclasses.field(default=default, metadata={"allowed": allowed, "bounds": _bounds(allowed), "fixed": fixed})
 
 
 def plain(value: Any) -> Any:
@@ -53,35 +53,50 @@ def validate(owner: Any) -> None:
 def check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
     """ValueError unless the field allows the value. A schedule is checked when it gives a value; a tensor never, which
     would read the device."""
-    allowed = field.metadata["allowed"]
+    allowed, bounds = field.metadata["allowed"], field.metadata["bounds"]
     if isinstance(value, type) or type(value).__module__.startswith("torch.optim"):
         raise TypeError(f"{owner}: {field.name} takes a number or a schedule, but got {named(value)}")
-    if isinstance(field.default, tuple) and not callable(value):
+    usual = None if callable(value) else field.default
+    if isinstance(usual, tuple):
         value = tuple(value) if isinstance(value, Tensor) and value.ndim else value
-        right_size = isinstance(value, tuple) and len(value) == len(field.default)
-        ok = right_size and all(
-            _allows(allowed, v) or (v is None and usual is None) for v, usual in zip(value, field.default, strict=True)
+        ok = isinstance(value, tuple) and len(value) == len(usual)
+        ok = ok and all(
+            _allows(allowed, bounds, v) or (v is None and default is None)
+            for v, default in zip(value, usual, strict=True)
         )
-        none = f"; {field.name}[{field.default.index(None)}] may be None" if None in field.default else ""
-        want = f"it must be {len(field.default)} numbers, each in {allowed}{none}"
     elif isinstance(allowed, tuple):
         ok = callable(value) or (type(value), value) in [(type(word), word) for word in allowed]  # True is not 1
-        want = f"it must be one of {', '.join(map(repr, allowed))}"
-    elif allowed[0] in "[(":
-        ok, want = _allows(allowed, value), f"it must lie in {allowed}"
     else:
-        ok, want = _allows(allowed, value), f"it must be one of {allowed}"
+        ok = _allows(allowed, bounds, value)
     if not ok:
-        raise ValueError(f"{owner}: {field.name}={value!r} is not allowed; {want}")
+        raise ValueError(f"{owner}: {field.name}={value!r} is not allowed; {_wanted(field, usual)}")
 
 
-def _allows(allowed: str, value: Any) -> bool:
+def _wanted(field: dataclasses.Field[Any], usual: Any) -> str:
+    allowed = field.metadata["allowed"]
+    if isinstance(usual, tuple):
+        none = f"; {field.name}[{usual.index(None)}] may be None" if None in usual else ""
+        return f"it must be {len(usual)} numbers, each in {allowed}{none}"
+    if isinstance(allowed, tuple):
+        return f"it must be one of {', '.join(map(repr, allowed))}"
+    return f"it must lie in {allowed}" if field.metadata["bounds"] else f"it must be one of {allowed}"
+
+
+def _allows(allowed: str, bounds: tuple[float, float] | None, value: Any) -> bool:
     if callable(value) or isinstance(value, Tensor):
         return True
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         return False
-    if allowed[0] not in "[(":
+    if bounds is None:
         return math.isfinite(value) and value == int(value) >= int(allowed[0])
-    low, high = map(float, allowed[1:-1].split(","))
+    low, high = bounds
     inside = low < value < high
     return inside or (allowed[0] == "[" and value == low) or (allowed[-1] == "]" and value == high)
+
+
+def _bounds(allowed: Any) -> tuple[float, float] | None:
+    """The ends of an interval, as "(0, 1]"; None where something else is meant."""
+    if not isinstance(allowed, str) or allowed[0] not in "[(":
+        return None
+    low, high = map(float, allowed[1:-1].split(","))
+    return low, high

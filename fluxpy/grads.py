@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .binding import Binding, describe, difference
-from .pytree import is_parameter, level, unwrap
+from .pytree import flatten, is_parameter, level, unwrap
 from .text import join, names_of, near
 from .tree import Mirror, TreeSpec, spec_of, values_of
 
@@ -25,6 +26,19 @@ def in_order(binding: Binding, grads: Any) -> list[Any]:
         return list(values_of(grads))
     if type(grads) is dict and tuple(grads) == binding.paths:
         return list(grads.values())
+    if is_compiling():
+        return _scattered(binding, grads)
+    parts, structure = flatten(grads)
+    if binding.form is not None and binding.form[0] is structure:
+        return [parts[i] for i in binding.form[1]]
+    found = _scattered(binding, grads)
+    places = {id(part): i for i, part in enumerate(parts)}
+    if len(places) == len(parts) == len(found) and all(dx is not None and id(dx) in places for dx in found):
+        binding.form = structure, [places[id(dx)] for dx in found]
+    return found
+
+
+def _scattered(binding: Binding, grads: Any) -> list[Any]:
     by_index = scatter(binding.spec, grads)
     return [by_index.get(index) for index in binding.indices]
 

@@ -31,8 +31,8 @@ def holders_of(rule: Rule, name: str, member: Any = None) -> list[Rule]:
     found = [inner for outer in inside for inner in walk(outer) if name in hyperparameters(inner)]
     if not found:
         raise ValueError(no_hyperparameter(rule, name))
-    values = [hyperparameters(inner)[name] for inner in found]
-    if any(value_key(value) != value_key(values[0]) for value in values):
+    values = [getattr(inner, name) for inner in found]
+    if len(found) > 1 and any(value_key(value) != value_key(values[0]) for value in values):
         classes = [type(inner).__name__ for inner in found]
         ways = classes if len(set(classes)) == len(classes) else ["0 (its index in the chain)"]
         raise ValueError(

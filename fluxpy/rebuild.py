@@ -11,8 +11,8 @@ from .pytree import is_unseen, level, unwrap
 from .rebind import Rebinding
 from .tree import TreeSpec
 
-_HOOKS = (dict, OrderedDict, set)
-_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)  # what can hold neither parameters nor modules
+_HOOKS = {dict, OrderedDict, set}
+_SIMPLE = {bool, int, float, str, type(None), torch.dtype, torch.device}  # what can hold neither parameters nor modules
 
 
 def rebuild(model: Any, spec: TreeSpec, old: Sequence[Tensor], new: Sequence[Any]) -> Any:
@@ -53,7 +53,7 @@ class Copies:
     def __init__(self, model: Any, old: Sequence[Tensor], new: Sequence[Any]) -> None:
         self.known: dict[int, Any] = {id(x): value for x, value in zip(old, new, strict=True)}
         self.containers: dict[int, Any] = {}  # new for old, by the identity of the old
-        self.modules: list[nn.Module] = []
+        self.rest: list[tuple[nn.Module, str]] = []  # attributes that may hold something of the model besides
         self.model = self.of(model)
         self.finish()
 
@@ -63,42 +63,50 @@ class Copies:
         if id(x) in self.known:
             return self.known[id(x)]
         if not isinstance(x, nn.Module):
-            inside = level(x)
-            if inside is None:
+            if type(x) is dict:
+                other = dict(zip(x, map(self.of, x.values()), strict=True))
+            elif (inside := level(x)) is not None:
+                other = inside.make(list(map(self.of, inside.children)))
+            else:
                 return x
-            other = self.containers[id(x)] = inside.make(list(map(self.of, inside.children)))
+            self.containers[id(x)] = other
             return other
         if isinstance(x, torch.jit.ScriptModule):
             raise TypeError(f"a scripted module ({type(x).__name__}) cannot be copied in parts; update in place")
         new = self.known[id(x)] = object.__new__(type(x))  # some classes make another class when they are called
-        self.modules.append(new)
         held = new.__dict__
-        held.update(x.__dict__)
-        for key, hooks in x.__dict__.items():
-            if type(hooks) in _HOOKS and key[0] == "_":
-                held[key] = hooks.copy() if hooks else type(hooks)()
-        for key, b in x._buffers.items():
-            held["_buffers"][key] = b if b is None else self.known.setdefault(id(b), b.clone())
-        params = {name: self.known.get(id(p), p) for name, p in x._parameters.items()}
-        modules = {name: self.of(module) for name, module in x._modules.items()}
+        for key, value in x.__dict__.items():
+            kind = type(value)
+            if kind in _HOOKS and key[0] == "_" and key not in _REGISTERED:
+                value = value.copy() if value else kind()
+            held[key] = value
+            if kind not in _SIMPLE and (kind not in _EMPTIABLE or value) and key not in _REGISTERED:
+                self.rest.append((new, key))
+        params, buffers, modules = x._parameters, x._buffers, x._modules
+        params = {name: self.known.get(id(p), p) for name, p in params.items()} if params else {}
+        buffers = {name: self._buffer(b) for name, b in buffers.items()} if buffers else {}
+        modules = {name: self.of(module) for name, module in modules.items()} if modules else {}
         held["_parameters"] = self.containers[id(x._parameters)] = params
-        held["_modules"] = self.containers[id(x._modules)] = modules
+        held["_buffers"], held["_modules"] = buffers, modules
+        self.containers[id(x._modules)] = modules
         return new
+
+    def _buffer(self, b: Tensor | None) -> Tensor | None:
+        if b is not None and id(b) not in self.known:
+            self.known[id(b)] = b.clone()
+        return None if b is None else self.known[id(b)]
 
     def finish(self) -> None:
         """Let what is bound to the model follow: parameters and modules in plain attributes (as in nn.LSTM), hooks,
         methods, functions. TypeError, with the path, where that cannot be."""
         rebinding = Rebinding(self.known)
-        for module in self.modules:
+        for module, key in self.rest:
             held = module.__dict__
-            held.pop("_compiled_call_impl", None)  # of module.compile(), bound to the old one
-            left = _REGISTERED if not isinstance(module, torch.fx.GraphModule) else (*_REGISTERED, "_graph")
-            for key, value in held.items():
-                kind = type(value)
-                if kind in _SIMPLE or (kind in _EMPTIABLE and not value) or key in left or "state_dict" in key:
-                    continue
+            if key == "_compiled_call_impl":  # of module.compile(), bound to the old one
+                del held[key]
+            elif "state_dict" not in key and not (key == "_graph" and isinstance(module, torch.fx.GraphModule)):
                 try:
-                    held[key] = rebinding.of(value)  # no key is new
+                    held[key] = rebinding.of(held[key])
                 except TypeError as error:
                     raise TypeError(f"{self._path(module)}.{key} {error}: {_STAYS}") from None
 
@@ -108,8 +116,8 @@ class Copies:
         return ".".join(filter(None, (type(self.model).__name__, *names))) if names else type(module).__name__
 
 
-_REGISTERED = ("_parameters", "_buffers", "_modules")
-_EMPTIABLE = (dict, OrderedDict, set, list, tuple)
+_REGISTERED = {"_parameters", "_buffers", "_modules"}
+_EMPTIABLE = {dict, OrderedDict, set, list, tuple}
 _STAYS = (
     "a copy of the model would go on with the old numbers. Update in place, or take the parameters as a dict of "
     "tensors, with torch.func.functional_call"
@@ -118,8 +126,11 @@ _STAYS = (
 
 def like_parameter(new: Tensor, old: Tensor) -> Tensor:
     """`new` as a parameter in place of `old`; a tensor with a history stays as it is, to be differentiated through."""
-    if new.requires_grad or is_unseen(new):
-        return new
+    return new if new.requires_grad or is_unseen(new) else as_parameter(new, old)
+
+
+def as_parameter(new: Tensor, old: Tensor) -> Tensor:
+    """A tensor without history as a parameter in place of `old`."""
     if isinstance(old, nn.Parameter):
         return nn.Parameter(new, requires_grad=old.requires_grad)
     return new.requires_grad_(old.requires_grad)

@@ -10,7 +10,6 @@ What a rule declares (`elementwise`, `accumulates`, what it reduces) is all that
 rule's class.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, dataclass_transform
@@ -77,6 +76,8 @@ class Rule:
     # to date: `follow(average, t, x)` gives both anew. Its state is (average, t, the state of `rule`).
     follows: ClassVar[bool] = False
 
+    _names: ClassVar[tuple[str, ...]] = ()  # of the hyperparameters and the rules inside
+
     def __new__(cls, *args: Any, **kwargs: Any) -> "Rule":
         for name in kwargs:
             if name not in cls.__dataclass_fields__:
@@ -87,6 +88,7 @@ class Rule:
         super().__init_subclass__(**kwargs)
         own = vars(cls)
         dataclasses.dataclass(frozen=True, init="__init__" not in own, repr="__repr__" not in own)(cls)
+        cls._names = tuple(f.name for f in dataclasses.fields(cls))
         del cls.__setattr__, cls.__delattr__  # Rule's own say more; and a user may write @dataclass(frozen=True) too
 
     def __post_init__(self) -> None:
@@ -349,8 +351,7 @@ def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool 
             return tuple(replace(inner, change, validate) for inner in value)
         return change(rule, name, value)
 
-    fresh = copy.copy(rule)
-    fresh.__dict__.clear()  # also what was cached
+    fresh = object.__new__(type(rule))
     fresh.__dict__.update({name: new(name, value) for name, value in _items(rule)})
     if validate:
         fresh.__post_init__()
@@ -468,8 +469,8 @@ def field_of(rule: Rule, name: str) -> dataclasses.Field[Any]:
     return rule.__dataclass_fields__[name]
 
 
-def _items(rule: Rule) -> Iterator[tuple[str, Any]]:
-    return ((f.name, getattr(rule, f.name)) for f in dataclasses.fields(rule))
+def _items(rule: Rule) -> list[tuple[str, Any]]:
+    return [(name, getattr(rule, name)) for name in rule._names]
 
 
 def _elements(value: Any) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from .binding import Binding, Bindings
 from .context import Context
 from .distributed.layout import any_dtensor, layout_of, local_tensors
-from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of
+from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of, records_of
 from .members import holders_of
 from .pytree import Skeleton
 from .rule import Rule, at, hyperparameters, rule_key, title_key
@@ -104,7 +104,7 @@ def tree_context(state: State | Leaf) -> Context:
 
 def require_training_weights(state: State | Leaf, what: str) -> None:
     """RuntimeError where parameters of these leaves hold their weights to evaluate with."""
-    tree_context(state).require_training_weights(map(record_of, leaves_of(state, what)), what)
+    tree_context(state).require_training_weights(records_of(leaves_of(state, what)), what)
 
 
 def tree_bindings(state: State | Leaf) -> Bindings:
@@ -119,7 +119,7 @@ def bind(state: State | Leaf, model: Any) -> Binding:
     """The model's parameters as they fit the state; of the same model as last time, at next to no cost."""
     spec, bindings = shape_of(state), tree_bindings(state)
     if is_compiling():
-        return Binding(spec, model, [record_of(leaf) for leaf in leaf_list(state)])
+        return Binding(spec, model, records_of(leaf_list(state)))
     alone = record_of(state) if isinstance(state, Leaf) else None
     key = id(alone or spec)
     binding = bindings.get(key)
@@ -132,7 +132,7 @@ def bind(state: State | Leaf, model: Any) -> Binding:
 
 
 def _new_binding(state: State | Leaf, spec: TreeSpec, model: Any, key: int) -> Binding:
-    bindings, records = tree_bindings(state), [record_of(leaf) for leaf in leaf_list(state)]
+    bindings, records = tree_bindings(state), records_of(leaf_list(state))
     try:
         return bindings.add(key, spec, model, records)
     except ValueError:
@@ -212,7 +212,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     new = [index for index in range(len(params)) if index not in taken]
     with torch.inference_mode(False), torch.no_grad():
         _begin(leaves, new, local_tensors(params), names)
-    if changed := _changed(kept, [i for i in new if rules[i] is not None], params, names):
+    if kept and (changed := _changed(kept, [i for i in new if rules[i] is not None], params, names)):
         warnings.warn(
             f"setup(keep=) starts anew where shape or dtype changed: {'; '.join(changed[:8])}"
             f"{f' ({len(changed)} in all)' if len(changed) > 8 else ''}. Rows that are still meant can "
@@ -291,7 +291,7 @@ def _warn_of_new_tensors(
 
 def _begin(leaves: list[Leaf], new: list[int], params: list[Tensor], names: dict[int, list[str]]) -> None:
     """Make the states of new leaves that train, in the same place of an accumulation window as those that are kept."""
-    records = [record_of(leaf) for leaf in leaves]
+    records = records_of(leaves)
     windows: dict[Any, Skeleton] = {}  # of leaves with a rule of the same kind
     inner: dict[Any, Any] = {}  # of each accumulating rule, by what equal ones have in common
     for r in records:

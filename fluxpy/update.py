@@ -25,7 +25,7 @@ from .engine.step import FallBack, Unit, run_to_results
 from .grads import in_order
 from .leaf import Leaf, Record, miss_update
 from .pytree import is_transforming, is_unseen, is_wrapped, memory, unwritable
-from .rebuild import Copies, like_parameter, rebuild
+from .rebuild import Copies, as_parameter, like_parameter, rebuild
 from .rule import Rule, tensors_of
 from .state import AnyState, State, bind, shape_of, tree_context
 from .text import form
@@ -271,7 +271,7 @@ def _has_begun(record: Record) -> bool:
 def _pure_by_copy(state: Any, binding: Binding, context: Context, model: Any, grads: list[Any]) -> tuple[Any, Any]:
     """Copy parameters and states, and step the copies in place, by a copy of the plan."""
     plan, route, grads = _route_for(binding, context, grads, inplace=False)
-    params = [like_parameter(x.clone(), x) for x in binding.params]
+    params = [as_parameter(x.clone(), x) for x in binding.params]
     fork = context.fork(len(params))
     plan, units = plan.fork(route, params, fork)
     try:

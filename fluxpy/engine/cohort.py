@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..context import Context
-from ..leaf import Numbers, Record
+from ..leaf import Numbers, Record, rules_of
 from ..pytree import Skeleton
 from ..rule import Rule, reducing
 from .layout import adjacent, chunks_of, is_dense, pack, views_like
@@ -72,10 +72,9 @@ class Cohort:
         assert rule is not None
         return rule
 
-    def rules(self) -> list[Rule | None]:
+    def rules(self) -> list[Rule]:
         """The rules of the leaves, each object once."""
-        rules = list(map(attrgetter("rule"), self.records))
-        return list(dict(zip(map(id, rules), rules, strict=True)).values())
+        return [rule for rule in rules_of(self.records) if rule is not None]
 
     @property
     def skeleton(self) -> Skeleton:

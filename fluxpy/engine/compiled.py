@@ -69,10 +69,10 @@ class CompiledUnit:
     def adopt_rules(self) -> Any:
         """Find the numbers in which the leaves' rules differ, by their place, with the value of each leaf."""
         cohort = self.cohort
-        rules = {id(rule): rule for rule in cohort.rules()}
-        if any(rule is None or rule.traced for rule in rules.values()):
+        rules = cohort.rules()
+        if any(rule.traced for rule in rules):
             return None
-        keys = {bucket_key(rule, self.context) for rule in rules.values() if rule is not None}
+        keys = {bucket_key(rule, self.context) for rule in rules}
         if len(keys) > 1:
             return None
         key = rule_key(cohort.rule, loose=True)
@@ -81,7 +81,7 @@ class CompiledUnit:
         self.differing = {}
         if len(rules) == 1:
             return keys.pop()
-        known = {key: numbers_of(rule) for key, rule in rules.items() if rule is not None}
+        known = {id(rule): numbers_of(rule) for rule in rules}
         rows = [known[id(record.rule)] for record in cohort.records]
         device, wide = cohort.reals[0].device, wide_dtype([cohort.reals[0], *(row[0] for row in cohort.momenta)])
         for place, column in enumerate(zip(*rows, strict=True)):

@@ -9,7 +9,7 @@ from typing import Any
 from ..leaf import Numbers, Record
 from ..pytree import HOLE, Skeleton, partition
 from ..rule import Rule, hyperparameters, title_key, value_key
-from . import fused
+from . import fused, fused_kernels
 from .cohort import Cohort
 from .layout import Row, Scratch, chunks_of, pack
 from .packed import rule_now
@@ -21,7 +21,7 @@ def takes(record: Record, x: Any) -> bool:
     if record.rule is None or record.rule.follower is None:
         return False
     rule, state = record.rule.without_follower(record.state)
-    return fused.takes(rule, x, partition(state)[0])
+    return fused_kernels.takes(rule, x, partition(state)[0])
 
 
 def stepper(rule: Rule) -> Rule:
@@ -31,7 +31,7 @@ def stepper(rule: Rule) -> Rule:
 
 def bucket_key(rule: Rule) -> Any:
     """What rules must have in common to go together."""
-    return fused.bucket_key(stepper(rule)), _own_key(rule)
+    return fused_kernels.bucket_key(stepper(rule)), _own_key(rule)
 
 
 def _own_key(rule: Rule) -> Any:
@@ -85,7 +85,7 @@ class FollowingUnit:
 
     def adopt_rules(self) -> Any:
         """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
-        rules = [rule for rule in self.cohort.rules() if rule is not None]
+        rules = self.cohort.rules()
         keys = {_own_key(rule) for rule in rules if rule.follower is not None}
         if len(keys) != 1 or any(rule.traced for rule in rules):
             return None

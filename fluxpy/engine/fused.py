@@ -1,24 +1,17 @@
-"""Fused units: a chain's last rule run by one of PyTorch's fused kernels, the rules before it by their own `steps`.
-
-A kernel writes into parameters and momenta. It would write a scaled gradient into the gradient too, so clipping is not
-left to it. `KERNELS` is the one place of the engine that knows rules by their class.
-"""
+"""Fused units: a chain's last rule run by one of PyTorch's fused kernels, the rules before it by their own `steps`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..pytree import Skeleton, partition, tensors_in
-from ..rule import Rule, Steps, at, eps_for, is_packable, rule_key, title_key
-from ..rules.adam import Adam, AdamW, AMSGrad
-from ..rules.adaptive import AdaGrad
-from ..rules.decay import WeightDecay
-from ..rules.descent import Descent, Momentum, Nesterov
-from ..rules.wrap import OptimiserChain
+from ..pytree import HOLE, Skeleton, partition, tensors_in
+from ..rule import Rule, Steps, at, rule_key, title_key, value_key
 from .cohort import Cohort
+from .fused_kernels import KERNELS, Lists, Parts, Run, bucket_key, last_state, takes
 from .layout import Row, adjacent, views_like
 from .packed import (
     Chunk,
@@ -32,129 +25,7 @@ from .packed import (
 from .step import FallBack, Prepare
 from .tape import inputs_used
 
-Run = Callable[[list[Tensor], dict[str, Any]], Any]
-Lists = list[list[Tensor]]
-_TORCH: Any = torch  # where the kernels are, though not among its public names
-
-
-class Kernel(NamedTuple):
-    """A fused kernel as one rule calls it: `bind(params, momenta, steps)` gives `run(grads, options)`, and
-    `options(rule, x, weight_decay)` the options."""
-
-    bind: Callable[[list[Tensor], Lists, list[Tensor]], Run]
-    options: Callable[[Any, Tensor, float], dict[str, Any]]
-
-
-def _adam(kernel: Any) -> Any:
-    def bind(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
-        m, v, peak = (*momenta, [])[:3]
-        return lambda grads, options: kernel(params, grads, m, v, peak, steps, **options)
-
-    return bind
-
-
-def _sgd(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
-    (buffers,) = momenta or [[]]
-    return lambda grads, options: _TORCH._fused_sgd_(params, grads, buffers, **options)
-
-
-def _adagrad(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
-    return lambda grads, options: _TORCH._fused_adagrad_(params, grads, momenta[0], steps, **options)
-
-
-def _adam_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
-    (beta1, beta2), eps = rule.betas, eps_for(x, rule.eps)
-    common = {"lr": rule.lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-    return common | {"amsgrad": isinstance(rule, AMSGrad), "maximize": False}
-
-
-def _adamw_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
-    return _adam_options(rule, x, rule.weight_decay)
-
-
-def _sgd_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
-    momentum = getattr(rule, "momentum", 0.0)
-    common = {"lr": rule.lr, "momentum": momentum, "weight_decay": weight_decay, "dampening": 0.0}
-    return common | {"nesterov": isinstance(rule, Nesterov), "maximize": False, "is_first_step": False}
-
-
-def _adagrad_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
-    eps = eps_for(x, rule.eps)
-    return {"lr": rule.lr, "lr_decay": 0.0, "weight_decay": weight_decay, "eps": eps, "maximize": False}
-
-
-KERNELS: dict[type[Rule], Kernel] = {
-    Adam: Kernel(_adam(_TORCH._fused_adam_), _adam_options),
-    AMSGrad: Kernel(_adam(_TORCH._fused_adam_), _adam_options),
-    AdamW: Kernel(_adam(_TORCH._fused_adamw_), _adamw_options),
-    Descent: Kernel(_sgd, _sgd_options),
-    Momentum: Kernel(_sgd, _sgd_options),
-    Nesterov: Kernel(_sgd, _sgd_options),
-    AdaGrad: Kernel(_adagrad, _adagrad_options),
-}
-
-
-class Parts(NamedTuple):
-    """A rule taken apart: a master copy around it, the rules before the last, a penalty that the last rule's kernel can
-    add itself, and the last."""
-
-    master: Any
-    front: OptimiserChain | None
-    decay: WeightDecay | None
-    last: Rule
-
-    @staticmethod
-    def of(rule: Rule) -> "Parts":
-        master: Any = rule if rule.keeps_master else None
-        inner: Any = rule if master is None else master.rule
-        *front, last = inner.rules if type(inner) is OptimiserChain and inner.rules else (inner,)
-        decay = front[-1] if front else None
-        if type(decay) is WeightDecay and type(last) is not AdamW:  # that of AdamW is another one
-            front.pop()
-        else:
-            decay = None
-        return Parts(master, OptimiserChain(*front) if front else None, decay, last)
-
-    def options(self, kernel: Kernel, x: Tensor) -> dict[str, Any]:
-        return kernel.options(self.last, x, self.decay.weight_decay if self.decay else 0.0)
-
-
-def has_front(rule: Rule) -> bool:
-    """Whether there are rules before the one that a kernel computes."""
-    return Parts.of(rule).front is not None
-
-
-def takes(rule: Rule, x: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Whether a kernel of PyTorch computes the last link of this rule, for a parameter with these momenta."""
-    master, front, _, last = Parts.of(rule)
-    if type(last) not in KERNELS or not (front is None or is_packable(front)):
-        return False
-    dtype = x.dtype if master is None else master.dtype
-    if master is not None and dtype.itemsize <= x.dtype.itemsize:
-        return False  # no master copy at all: the kernel's other roundings would show
-    if not dtype.is_floating_point or dtype.itemsize not in (2, 4, 8) or x.device.type not in ("cpu", "cuda"):
-        return False
-    if any(t.dtype != dtype for t in tensors):
-        return False
-    if type(last) in (Descent, Momentum, Nesterov):
-        if dtype.itemsize == 2 and x.device.type == "cpu":
-            return False  # there PyTorch's kernel for SGD computes wrong numbers
-        moving = getattr(last, "momentum", 1.0)
-        # Without momentum the kernel leaves the buffer as it is, where the rule would keep the gradient in it.
-        return not callable(moving) and moving != 0
-    return True
-
-
-def bucket_key(rule: Rule) -> Any:
-    """What rules must have in common to go together: all that is before the kernel, and the kernel's own but for real
-    numbers."""
-    master, front, decay, last = Parts.of(rule)
-    return (
-        None if master is None else master.dtype,
-        None if front is None else rule_key(front),
-        None if decay is None else rule_key(decay, loose=True),
-        rule_key(last, loose=True),
-    )
+_MOST_NUMBERS = 64  # of the state of rules before a kernel, for which it is known what they read
 
 
 class Call(NamedTuple):
@@ -176,10 +47,11 @@ class _Fused(ABC):
         self.momenta = cohort.momenta[len(cohort.momenta) - last_tensors :]
         self.x = cohort.params[0] if self.parts.master is None else cohort.momenta[0][0]
         self.clock = torch.zeros((), dtype=torch.float32, device=self.x.device)
-        self.keys = _groups(cohort)
+        self.keys = _groups(cohort, cohort.rules())
         self.known: tuple[int, dict[int, dict[str, Any]]] | None = None
         numbers = [i for i, part in enumerate(cohort.skeleton.parts) if type(part) is int]
-        self.counter = numbers[-1] if "t" in getattr(_last_state(cohort), "_fields", ()) else None
+        counts = "t" in getattr(last_state(cohort.rule, cohort.records[0].state), "_fields", ())
+        self.counter = numbers[-1] if counts else None
 
     def options(self) -> dict[int, dict[str, Any]]:
         """The options of each call by its leaf; kept while no hyperparameter changes."""
@@ -202,14 +74,14 @@ class _Fused(ABC):
 
     def adopt_rules(self) -> Any:
         """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
-        rules = [rule for rule in self.cohort.rules() if rule is not None]
+        rules = self.cohort.rules()
         first = self.cohort.members[0]
         found = {bucket_key(rule) for rule in rules}
         if len(found) > 1 or any(rule.traced for rule in rules):
             return None
         if not all(takes(rule, first.x, first.record.tensors or ()) for rule in rules):
             return None
-        self.parts, keys = Parts.of(self.cohort.rule), _groups(self.cohort)
+        self.parts, keys = Parts.of(self.cohort.rule), _groups(self.cohort, rules)
         if keys != self.keys:
             self.keys = keys
             self.bind()
@@ -225,8 +97,7 @@ class _Fused(ABC):
         for i in range(len(params)):
             places.setdefault(self.keys[low + i], []).append(i)
         if len(places) == 1:
-            run = self.kernel.bind(params, momenta, [self.clock] * len(params))
-            return [Call(run, None, self.keys[low])]
+            return [Call(self.kernel.bind(params, momenta, [self.clock] * len(params)), None, self.keys[low])]
         calls = []
         for leaf, own in places.items():
             rows = [[row[i] for i in own] for row in momenta]
@@ -251,29 +122,14 @@ class _Fused(ABC):
         return {leaf: own | found for leaf, own in options.items()}
 
 
-def _groups(cohort: Cohort) -> list[int]:
-    """For each leaf, the first leaf whose rule is equal to its own."""
-    if len(cohort.rules()) == 1:
+def _groups(cohort: Cohort, rules: list[Rule]) -> list[int]:
+    """For each leaf, the first leaf whose rule is equal to its own; `rules` are those of the cohort."""
+    if len(rules) == 1:
         return [0] * len(cohort.records)
-    rules = [record.rule for record in cohort.records]
-    ids = list(map(id, rules))
+    ids = [*map(id, map(attrgetter("rule"), cohort.records))]
     first: dict[Any, int] = {}
-    group: dict[int, int] = {}
-    for key in dict.fromkeys(ids):
-        i = ids.index(key)
-        rule = rules[i]
-        assert rule is not None
-        group[key] = first.setdefault(rule_key(rule), i)
+    group = {id(rule): first.setdefault(rule_key(rule), ids.index(id(rule))) for rule in rules}
     return list(map(group.__getitem__, ids))
-
-
-def _last_state(cohort: Cohort) -> Any:
-    """The state of the last rule, of the first leaf."""
-    parts, state = Parts.of(cohort.rule), cohort.records[0].state
-    if parts.master is not None:
-        state = state.state
-    inner = parts.master.rule if parts.master is not None else cohort.rule
-    return state[-1] if type(inner) is OptimiserChain else state
 
 
 class FusedListUnit(_Fused):
@@ -294,9 +150,8 @@ class FusedListUnit(_Fused):
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.now = self.options()
         places = self.cohort.places
-        self.grads = (
-            grads if len(grads) == len(places) and places == self.everything else [grads[place] for place in places]
-        )
+        whole = len(grads) == len(places) and places == self.everything
+        self.grads = grads if whole else [grads[place] for place in places]
         if self.cohort.odd:  # a kernel would read other strides as if they were the parameter's
             self.grads = like_parameters(self.grads, self.cohort)
         return
@@ -321,7 +176,7 @@ class FusedUnit(_Fused):
     laid_out = True
 
     def __init__(self, cohort: Cohort) -> None:
-        last = len(tensors_in(_last_state(cohort)))
+        last = len(tensors_in(last_state(cohort.rule, cohort.records[0].state)))
         self.chunks = Chunks(cohort, split=True)
         super().__init__(cohort, last)
         master = 0 if self.parts.master is None else 1
@@ -341,15 +196,26 @@ class FusedUnit(_Fused):
         return key
 
     def _look_at_front(self) -> None:
-        """Cache whether the rules before the last do the same at every step (no schedule, no state), and whether they
-        read the parameter, which otherwise need not be gathered."""
+        """Cache whether the rules before the last do the same at every step (no schedule, no state)."""
         front = self.parts.front
         self.front_is_constant = front is not None and not front.scheduled and not self.front_skeleton.parts
         self.front_state = self.front_skeleton.bare()
-        self.known_to_fit, self.front_reads_x = False, True
-        if front is not None and self.front_is_constant and self.parts.master is None:
-            used = inputs_used(front, self.front_skeleton, [self.cohort.reals[0]] * 2)
-            self.front_reads_x = used is None or 0 in used
+        self.known_to_fit = False
+        self.reading: dict[Any, bool] = {}  # by the numbers of its state, whether the front reads the parameter
+
+    def _reads_x(self, front: Rule) -> bool:
+        """Whether the rules before the last read the parameter in this step, which otherwise need not be gathered."""
+        if front.scheduled or self.parts.master is not None or self.chunks.missing:
+            return True
+        numbers = self._front_numbers()
+        key = tuple([part if part is HOLE else value_key(part) for part in numbers.parts])
+        if key not in self.reading:
+            if len(self.reading) >= _MOST_NUMBERS:  # as of a count that goes on and on
+                return True
+            x, rows = self.cohort.reals[0], self.cohort.momenta[self.front_rows]
+            used = inputs_used(front, numbers, [x, x, *(row[0] for row in rows)])
+            self.reading[key] = used is None or 0 in used
+        return self.reading[key]
 
     def bind(self) -> None:
         self.chunk_calls = [self._calls_for(chunk) for chunk in self.chunks.all]
@@ -376,6 +242,7 @@ class FusedUnit(_Fused):
             self.front = Parts.of(rule_now(self.cohort)).front
         self.chunks.load([grads[place] for place in self.cohort.places])
         if self.front is not None:
+            self.front_reads_x = self._reads_x(self.front)
             yield from self.chunks.run(self._start, self.front)
             first = self.chunks.all[0]
             if not self.known_to_fit and not result_fits(first, first.momenta[self.front_rows], self.front_skeleton):

@@ -55,14 +55,16 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 class Extents:
-    """The memory from the first to the last element of each of some tensors."""
+    """The memory from the first to the last element of each of some tensors, by where they start and how many bytes
+    they take."""
 
-    def __init__(self, tensors: Sequence[Tensor], starts: Sequence[int]) -> None:
-        pairs = sorted((start, start + _extent(t)) for t, start in zip(tensors, starts, strict=True) if t.numel())
-        self.starts = [start for start, _ in pairs]
+    def __init__(self, starts: Sequence[int], sizes: Sequence[int]) -> None:
+        first = np.fromiter(starts, np.int64, len(starts))
+        order = first.argsort()
         # By the number of tensors that start before a place: where the last of them ends.
-        self.ends = [0, *accumulate((end for _, end in pairs), max)]
-        self.as_arrays = np.array(self.starts), np.array(self.ends)
+        ends = np.maximum.accumulate((first + np.fromiter(sizes, np.int64, len(sizes)))[order])
+        self.as_arrays = first[order], np.concatenate(([0], ends))
+        self.starts, self.ends = (array.tolist() for array in self.as_arrays)
         self.apart: list[int] = []  # what pointed nowhere into it last
 
     def meets(self, pointers: list[int]) -> bool:
@@ -77,12 +79,12 @@ class Extents:
     def _meets(self, pointers: list[int]) -> bool:
         if len(pointers) > 32:
             starts, ends = self.as_arrays
-            found = np.array(pointers)
-            return bool((found < ends[np.searchsorted(starts, found, side="right")]).any())
+            found = np.fromiter(pointers, np.int64, len(pointers))
+            return bool((found < ends[starts.searchsorted(found, side="right")]).any())
         return any(pointer < self.ends[bisect_right(self.starts, pointer)] for pointer in pointers)
 
 
-def _extent(t: Tensor) -> int:
+def extent(t: Tensor) -> int:
     """Bytes from the first element to the last."""
     if t.is_contiguous():
         return t.nbytes

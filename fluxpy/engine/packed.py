@@ -267,7 +267,7 @@ class EagerUnit:
 
     def adopt_rules(self) -> Any:
         """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
-        keys = {rule_key(rule) for rule in self.cohort.rules() if rule is not None}
+        keys = {rule_key(rule) for rule in self.cohort.rules()}
         return keys.pop() if len(keys) == 1 and not self.cohort.rule.traced else None
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:

@@ -19,11 +19,11 @@ from ..distributed.totals import Totals
 from ..leaf import Record, miss_update
 from ..pytree import HOLE, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
-from . import following, fused
+from . import following, fused, fused_kernels
 from .cohort import Cohort, Member, arranged, fits_packed, fits_stacked, real_view
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
-from .layout import Extents, addresses
+from .layout import Extents, addresses, extent
 from .packed import EagerUnit
 from .reference import ReferenceUnit
 from .signature import Signature
@@ -50,7 +50,8 @@ class Route:
         self.odd = [_odd(cohort, grads) for cohort in cohorts]
         self.alike = _alike_but_for_numbers(cohorts)
         self.addresses = addresses(params)
-        self.memory = Extents(params, self.addresses)
+        self.extents = [*map(extent, params)]
+        self.memory = Extents(self.addresses, self.extents)
         self.laid_out = any(unit.laid_out for unit in self.units)
 
     def fork(self, plan: "Plan", cohorts: list[Cohort], alone: list[ReferenceUnit]) -> "Route":
@@ -58,7 +59,7 @@ class Route:
         other = copy.copy(self)
         other.cohorts, other.units = cohorts, [*map(plan.unit_of, cohorts), *alone]
         other.params, other.addresses = plan.params, plan.addresses
-        other.memory = Extents(plan.params, plan.addresses)
+        other.memory = Extents(plan.addresses, self.extents)
         other.alike = _alike_but_for_numbers(cohorts)
         return other
 
@@ -326,12 +327,12 @@ class Plan:
         if self.context.compile and x.numel() > 1 and title_key(rule) not in self.context.uncompiled:
             return "compiled"
         kernel = "eager"
-        if fused.takes(rule, x, record.tensors or []):
+        if fused_kernels.takes(rule, x, record.tensors or []):
             kernel = "fused"
         elif following.takes(record, x):
             kernel = "following"
         # What goes before a kernel must be arithmetic alone: of a cohort's chunks none may fail once one is written.
-        front = kernel != "eager" and fused.has_front(rule if kernel == "fused" else following.stepper(rule))
+        front = kernel != "eager" and fused_kernels.has_front(rule if kernel == "fused" else following.stepper(rule))
         return "eager" if front and not is_arithmetic(record, real_view(x), self.context) else kernel
 
     def _regroup(self, members: list[Member], kinds: dict[int, str], grads: Sequence[Any]) -> None:
@@ -408,7 +409,7 @@ def _whole(rule: Rule) -> Iterable[Rule]:
 def _rule_key(kind: str | None, rule: Any, context: Context) -> Any:
     """What rules must have in common for their leaves to go together."""
     if kind == "fused":
-        return fused.bucket_key(rule)
+        return fused_kernels.bucket_key(rule)
     if kind == "following":
         return following.bucket_key(rule)
     return compiled_key(rule, context) if kind == "compiled" else rule_key(rule)

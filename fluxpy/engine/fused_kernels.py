@@ -1,0 +1,149 @@
+"""PyTorch's fused kernels: which rules they compute, called how, and what of a chain is left to its own `steps`.
+
+A kernel writes into parameters and momenta. It would write a scaled gradient into the gradient too, so clipping is not
+left to it. `KERNELS` is the one place of the engine that knows rules by their class.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rule import Rule, eps_for, is_packable, rule_key
+from ..rules.adam import Adam, AdamW, AMSGrad
+from ..rules.adaptive import AdaGrad
+from ..rules.decay import WeightDecay
+from ..rules.descent import Descent, Momentum, Nesterov
+from ..rules.wrap import OptimiserChain
+
+Run = Callable[[list[Tensor], dict[str, Any]], Any]
+Lists = list[list[Tensor]]
+_TORCH: Any = torch  # where the kernels are, though not among its public names
+
+
+class Kernel(NamedTuple):
+    """A fused kernel as one rule calls it: `bind(params, momenta, steps)` gives `run(grads, options)`, and
+    `options(rule, x, weight_decay)` the options."""
+
+    bind: Callable[[list[Tensor], Lists, list[Tensor]], Run]
+    options: Callable[[Any, Tensor, float], dict[str, Any]]
+
+
+def _adam(kernel: Any) -> Any:
+    def bind(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
+        m, v, peak = (*momenta, [])[:3]
+        return lambda grads, options: kernel(params, grads, m, v, peak, steps, **options)
+
+    return bind
+
+
+def _sgd(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
+    (buffers,) = momenta or [[]]
+    return lambda grads, options: _TORCH._fused_sgd_(params, grads, buffers, **options)
+
+
+def _adagrad(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
+    return lambda grads, options: _TORCH._fused_adagrad_(params, grads, momenta[0], steps, **options)
+
+
+def _adam_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
+    (beta1, beta2), eps = rule.betas, eps_for(x, rule.eps)
+    common = {"lr": rule.lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    return common | {"amsgrad": isinstance(rule, AMSGrad), "maximize": False}
+
+
+def _adamw_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
+    return _adam_options(rule, x, rule.weight_decay)
+
+
+def _sgd_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
+    momentum = getattr(rule, "momentum", 0.0)
+    common = {"lr": rule.lr, "momentum": momentum, "weight_decay": weight_decay, "dampening": 0.0}
+    return common | {"nesterov": isinstance(rule, Nesterov), "maximize": False, "is_first_step": False}
+
+
+def _adagrad_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
+    eps = eps_for(x, rule.eps)
+    return {"lr": rule.lr, "lr_decay": 0.0, "weight_decay": weight_decay, "eps": eps, "maximize": False}
+
+
+KERNELS: dict[type[Rule], Kernel] = {
+    Adam: Kernel(_adam(_TORCH._fused_adam_), _adam_options),
+    AMSGrad: Kernel(_adam(_TORCH._fused_adam_), _adam_options),
+    AdamW: Kernel(_adam(_TORCH._fused_adamw_), _adamw_options),
+    Descent: Kernel(_sgd, _sgd_options),
+    Momentum: Kernel(_sgd, _sgd_options),
+    Nesterov: Kernel(_sgd, _sgd_options),
+    AdaGrad: Kernel(_adagrad, _adagrad_options),
+}
+
+
+class Parts(NamedTuple):
+    """A rule taken apart: a master copy around it, the rules before the last, a penalty that the last rule's kernel can
+    add itself, and the last."""
+
+    master: Any
+    front: OptimiserChain | None
+    decay: WeightDecay | None
+    last: Rule
+
+    @staticmethod
+    def of(rule: Rule) -> "Parts":
+        master: Any = rule if rule.keeps_master else None
+        inner: Any = rule if master is None else master.rule
+        *front, last = inner.rules if type(inner) is OptimiserChain and inner.rules else (inner,)
+        decay = front[-1] if front else None
+        if type(decay) is WeightDecay and type(last) is not AdamW:  # that of AdamW is another one
+            front.pop()
+        else:
+            decay = None
+        return Parts(master, OptimiserChain(*front) if front else None, decay, last)
+
+    def options(self, kernel: Kernel, x: Tensor) -> dict[str, Any]:
+        return kernel.options(self.last, x, self.decay.weight_decay if self.decay else 0.0)
+
+
+def has_front(rule: Rule) -> bool:
+    """Whether there are rules before the one that a kernel computes."""
+    return Parts.of(rule).front is not None
+
+
+def takes(rule: Rule, x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether a kernel of PyTorch computes the last link of this rule, for a parameter with these momenta."""
+    master, front, _, last = Parts.of(rule)
+    if type(last) not in KERNELS or not (front is None or is_packable(front)):
+        return False
+    dtype = x.dtype if master is None else master.dtype
+    if master is not None and dtype.itemsize <= x.dtype.itemsize:
+        return False  # no master copy at all: the kernel's other roundings would show
+    if not dtype.is_floating_point or dtype.itemsize not in (2, 4, 8) or x.device.type not in ("cpu", "cuda"):
+        return False
+    if any(t.dtype != dtype for t in tensors):
+        return False
+    if type(last) in (Descent, Momentum, Nesterov):
+        if dtype.itemsize == 2 and x.device.type == "cpu":
+            return False  # there PyTorch's kernel for SGD computes wrong numbers
+        moving = getattr(last, "momentum", 1.0)
+        # Without momentum the kernel leaves the buffer as it is, where the rule would keep the gradient in it.
+        return not callable(moving) and moving != 0
+    return True
+
+
+def bucket_key(rule: Rule) -> Any:
+    """What rules must have in common to go together: all that is before the kernel, and the kernel's own but for real
+    numbers."""
+    master, front, decay, last = Parts.of(rule)
+    return (
+        None if master is None else master.dtype,
+        None if front is None else rule_key(front),
+        None if decay is None else rule_key(decay, loose=True),
+        rule_key(last, loose=True),
+    )
+
+
+def last_state(rule: Rule, state: Any) -> Any:
+    """The part of a rule's state that is of its last rule, the one that a kernel computes."""
+    master = Parts.of(rule).master
+    inner, state = (rule, state) if master is None else (master.rule, state.state)
+    return state[-1] if type(inner) is OptimiserChain else state
