@@ -228,7 +228,7 @@ def test_flags_are_looked_at_once_and_cost_nothing_after(monkeypatch):
     model.encoder[0].bias.requires_grad_(True)  # and this is told of, still
     with pytest.warns(UserWarning, match=r"requires_grad of 'encoder\.0\.bias' was changed") as caught:
         trained(model, state, "update")
-    assert len(caught) == 1
+    assert len(caught) == 1 and caught[0].filename == __file__
     del looks[:]
     trained(model, state, "update")
     assert looks == []
