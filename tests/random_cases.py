@@ -327,7 +327,8 @@ def random_around(chance: Chance, name: str, masks: bool) -> str | None:
     if masks and chance.happens(0.3):
         return "Masked"
     if chance.happens(0.15):
-        return chance.choice(["Cautious", "Lowered"] if name != "Unit" else ["Cautious"])
+        # Complex states that need the whole array stay as they are; and those of Rprop are rounded at the start too.
+        return chance.choice(["Cautious"] if name in ("Unit", "Rprop") else ["Cautious", "Lowered"])
     return None
 
 

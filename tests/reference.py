@@ -263,11 +263,12 @@ def cautious(memory: Memory, g: Array, change: Array) -> Array:
 
 
 def lowered(memory: Memory, g: Array, change: Array) -> Array:
-    """With dtype=torch.float16: what it keeps is rounded after each step, but for single numbers."""
+    """With dtype=torch.float16: what it keeps is rounded after each step, but for single numbers. PyTorch rounds
+    float64 by way of float32."""
     for name, part in memory.items():
         if isinstance(part, np.ndarray) and part.ndim and name != "start":
             with np.errstate(over="ignore"):
-                memory[name] = part.astype(np.float16).astype(np.float64)
+                memory[name] = part.astype(np.float32).astype(np.float16).astype(np.float64)
     return change
 
 

@@ -478,6 +478,38 @@ def test_accelerate_freezes_and_thaws(tmp_path: Path) -> None:
     assert_trained(model.encoder, seen[16])  # pyright: ignore[reportArgumentType]
 
 
+def test_accelerate_passes_the_mode_on(tmp_path: Path) -> None:
+    """And goes on from what it saved in evaluation mode."""
+    accelerate = pytest.importorskip("accelerate")
+
+    def prepared() -> Any:
+        accelerator, model = accelerate.Accelerator(cpu=True), Net()
+        return accelerator, *accelerator.prepare(model, TorchOptimizer(AVERAGING[0], model))
+
+    def trained(model: Any, optimizer: Any) -> None:
+        for x, y in LOADER:
+            mse_loss(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    accelerator, model, optimizer = prepared()
+    trained(model, optimizer)
+    before = copy.deepcopy(model)
+    optimizer.eval()
+    assert torch.equal(model.head.weight, optimizer.optimizer.tree.head.weight.state.x)
+    assert not torch.equal(model.head.weight, before.head.weight)
+    accelerator.save_state(str(tmp_path / "saved"))
+    optimizer.train()
+    assert_same(model, before, atol=0)
+    trained(model, optimizer)
+    accelerator, other, again = prepared()
+    accelerator.load_state(str(tmp_path / "saved"))
+    again.train()
+    assert_same(other, before, atol=0)
+    trained(other, again)
+    assert_same(other, model, atol=0)
+
+
 # --- skorch -------------------------------------------------------------------------------------------------------
 
 
