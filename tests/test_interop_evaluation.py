@@ -145,6 +145,21 @@ def test_before_the_first_step_and_of_frozen_leaves_nothing_changes() -> None:
     assert [name for name, x in weights(model).items() if not torch.equal(x, before[name])] == ["2.weight", "2.bias"]
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_the_mode_may_change_where_nothing_is_recorded(mode: Any) -> None:
+    (model, optimizer), (alone, other) = trained(RULES["Averaged"]), trained(RULES["Averaged"])
+    with mode():
+        optimizer.eval()
+        saved = through_a_file(optimizer.state_dict())
+    optimizer.train()
+    turn(optimizer, model), turn(other, alone)
+    optimizer.eval()
+    with mode():
+        optimizer.train()
+    turn(optimizer, model), turn(other, alone)
+    assert same(weights(model), weights(alone)) and saved["training_weights"].keys() == weights(model).keys()
+
+
 def test_what_is_refused_and_what_to_write() -> None:
     model, optimizer = trained(RULES["Averaged"])
     saved, own = optimizer.state_dict(), weights(model)

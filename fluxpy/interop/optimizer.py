@@ -83,7 +83,8 @@ class TorchOptimizer(Optimizer):
         if "groups" in state:
             self._groups.regroup(state["groups"])
         self._exchange: Exchange | None = None  # while it is in evaluation mode
-        self._resume(state.get("training_weights"))
+        if state.get("training_weights") is not None:
+            self._resume(self._new_exchange(), state["training_weights"])
         defaults: dict[str, Any] = {}
         for group in reversed(self._groups.current()):
             defaults |= group.shown()[0]
@@ -188,11 +189,10 @@ class TorchOptimizer(Optimizer):
         """The training weights by path, in evaluation mode."""
         return None if self._exchange is None else self._exchange.training
 
-    def _resume(self, training: Mapping[str, Tensor] | None) -> None:
+    def _resume(self, exchange: Exchange, training: Mapping[str, Tensor]) -> None:
         """Be in evaluation mode with these training weights."""
-        if training is not None:
-            self._exchange = self._new_exchange()
-            self._exchange.resume(training)
+        exchange.resume(training)
+        self._exchange = exchange
 
     def _follow_devices(self) -> bool:
         """Bring momenta to their parameters, after `model.to(...)`; whether any were elsewhere."""
@@ -253,9 +253,11 @@ class TorchOptimizer(Optimizer):
             odd = set(names) ^ set(here)
             raise ValueError(f"load_state_dict: not in both, or twice: {names_of(sorted(odd) or names)}")
         self._check_weights({} if training is None else training)
+        exchange = None if training is None else self._new_exchange()
         load_state_dict(self._tree, {"leaves": d["state"], **rest})
         self._groups.regroup([(group["params"], group) for group in d["param_groups"]])
-        self._resume(training)
+        if exchange is not None:
+            self._resume(exchange, training)
 
     def _check_weights(self, training: Any) -> None:
         """ValueError for training weights that are not those of parameters here."""
