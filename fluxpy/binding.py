@@ -73,7 +73,14 @@ class Binding:
         """What its flag froze when the state was made: whoever sets one of these later wants it to train."""
         return [x for x, record in zip(self.params, self.records, strict=False) if record.asked is False]
 
-    def warn_of_flags(self) -> None:
+    def look_at_flags(self) -> None:
+        """`warn_of_flags` where a flag of `unasked` was set since the last look."""
+        if any(x.requires_grad for x in self.unasked):
+            self.warn_of_flags(stacklevel=5)
+            # What trains in the state too is as it should be; of the others a warning was given, and there is only one.
+            self.unasked = [] if self.warned else [x for x in self.unasked if not x.requires_grad]
+
+    def warn_of_flags(self, stacklevel: int = 4) -> None:
         """Warn, once, of each `requires_grad` that was changed after the state was made and contradicts it."""
         if self.warned:
             return
@@ -87,7 +94,7 @@ class Binding:
             warnings.warn(
                 f"requires_grad of {names_of(changed)} was changed after setup, and is not looked at: "
                 "the state decides what trains. Write fluxpy.thaw or fluxpy.freeze of that branch of the state",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
 
     def _held(self) -> Iterable[Any]:

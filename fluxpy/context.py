@@ -31,19 +31,17 @@ class FiniteFlag:
     def __init__(self) -> None:
         self.bad: Tensor | None = None  # 0-dim, on the device
         self.first: Tensor | None = None  # of the first bad number: its place among its paths, its kind, the update
-        self.kinds: list[tuple[str, tuple[str, ...]]] = []  # what can go wrong, and at which paths
+        self.kinds: dict[tuple[str, tuple[str, ...]], int] = {}  # what can go wrong, and at which paths, numbered
 
     def copy(self) -> "FiniteFlag":
         other = FiniteFlag()
-        other.bad, other.first, other.kinds = self.bad, self.first, list(self.kinds)
+        other.bad, other.first, other.kinds = self.bad, self.first, dict(self.kinds)
         return other
 
     def require(self, ok: Tensor, update: int, what: str, paths: tuple[str, ...] = (), place: Tensor | int = 0) -> None:
         """Raise the flag unless `ok`, which the host does not read."""
-        if (what, paths) not in self.kinds:
-            self.kinds.append((what, paths))
         record = torch.full((3,), update, device=ok.device)
-        record[0], record[1] = place, self.kinds.index((what, paths))
+        record[0], record[1] = place, self.kinds.setdefault((what, paths), len(self.kinds))
         if self.bad is None or self.first is None:
             self.bad, self.first = ~ok, record
         else:
@@ -59,7 +57,7 @@ class FiniteFlag:
         bad, self.bad = self.bad, None
         if bad is not None and self.first is not None and bad:
             place, kind, update = self.first.tolist()
-            what, paths = self.kinds[kind]
+            what, paths = list(self.kinds)[kind]
             where = f" of {paths[place]!r}" if paths else ""
             raise FloatingPointError(f"{what}{where} is not finite, in update {update}; nothing was updated since")
 
@@ -107,8 +105,8 @@ class Context:
         """RuntimeError where one of these leaves' parameters holds its weights to evaluate with."""
         if self.aside and any(id(record) in self.aside for record in records):
             raise RuntimeError(
-                f"{what} is refused within fluxpy.averaged(...), where the parameters hold the weights to evaluate "
-                "with; do it after the block"
+                f"{what} is refused within fluxpy.averaged(...), and between eval() and train() of a TorchOptimizer: "
+                "the parameters hold the weights to evaluate with; do it after that"
             )
 
     def __reduce__(self) -> Any:

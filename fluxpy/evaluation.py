@@ -1,13 +1,15 @@
 """averaged: the weights to evaluate with, in the model's own parameters for a while."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .binding import Binding
+from .context import Context
 from .distributed.parallel import reshard
 from .leaf import Leaf, Record
 from .rule import at
@@ -40,31 +42,71 @@ def averaged(state: State | Leaf, model: Any) -> Iterator[list[str]]:
     """
     if not isinstance(state, State | Leaf):
         raise TypeError(f"averaged takes (state, model), but the first is {type(state).__name__}")
-    binding, aside = bind(state, model), tree_context(state).aside
-    exchanged: list[tuple[Record, Tensor, Tensor]] = []
-    versions: list[int] = []
+    binding = bind(state, model)
+    exchange = Exchange(binding, tree_context(state))
     try:
+        exchange.begin()
+        yield exchange.paths
+    finally:
+        lost = exchange.written()
+        if binding.spread:
+            reshard(model)
+        exchange.end()
+        if lost:
+            warnings.warn(f"what was written to {names_of(lost)} within fluxpy.averaged is lost", stacklevel=3)
+
+
+class Exchange:
+    """Parameters that hold their weights to evaluate with, from `begin` to `end`. Their training weights are aside."""
+
+    def __init__(self, binding: Binding, context: Context) -> None:
+        self.binding, self.context = binding, context
+        self.held: list[tuple[str, Record, Tensor, Tensor]] = []  # path, leaf, parameter and its training weights
+        self.versions: list[int] = []  # of the parameters, as they were left
+
+    def begin(self) -> None:
+        """Put the weights to evaluate with in, but where they are in already. `end` also undoes one that failed."""
+        binding, aside = self.binding, self.context.aside
         for record, x, path in zip(binding.records, binding.local, binding.paths, strict=True):
             if id(record) not in aside and (value := _evaluation(record, x, path)) is not None:
                 own = x.detach().clone()
-                exchanged.append((record, x, own))
-                aside[id(record)] = own
+                self._keep(path, record, x, own)
                 _write(x, value)
-        versions = [_version(x) for _, x, _ in exchanged]
+        self.versions = [_version(x) for _, _, x, _ in self.held]
         torch.clear_autocast_cache()  # of an autocast around the block: it has cast the other weights
-        paths = dict(zip(map(id, binding.records), binding.paths, strict=True))
-        yield [paths[id(record)] for record, _, _ in exchanged]
-    finally:
-        changed = [record for (record, x, _), old in zip(exchanged, versions, strict=False) if _version(x) != old]
-        if binding.spread:
-            reshard(model)
-        for record, x, own in exchanged:
+
+    def resume(self, training: Mapping[str, Tensor]) -> None:
+        """Begin where others put the weights to evaluate with in: these are the training weights, by path."""
+        binding = self.binding
+        for record, x, path in zip(binding.records, binding.local, binding.paths, strict=True):
+            if path in training:
+                self._keep(path, record, x, training[path])
+
+    def _keep(self, path: str, record: Record, x: Tensor, own: Tensor) -> None:
+        self.held.append((path, record, x, own))
+        self.context.aside[id(record)] = own
+
+    @property
+    def paths(self) -> list[str]:
+        """Of the parameters that hold other weights."""
+        return [path for path, *_ in self.held]
+
+    @property
+    def training(self) -> dict[str, Tensor]:
+        """The training weights, by path."""
+        return {path: own for path, _, _, own in self.held}
+
+    def written(self) -> list[str]:
+        """The paths of those that somebody wrote to since."""
+        return [path for (path, _, x, _), old in zip(self.held, self.versions, strict=False) if _version(x) != old]
+
+    def end(self) -> None:
+        """Put the training weights back, bit for bit."""
+        for _, record, x, own in self.held:
             _write(x, own)
-            aside.pop(id(record), None)
+            self.context.aside.pop(id(record), None)
+        self.held, self.versions = [], []
         torch.clear_autocast_cache()
-        if changed:
-            lost = names_of([path for r, path in zip(binding.records, binding.paths, strict=True) if r in changed])
-            warnings.warn(f"what was written to {lost} within fluxpy.averaged is lost", stacklevel=3)
 
 
 def _evaluation(record: Record, x: Tensor, path: str) -> Tensor | None:

@@ -26,15 +26,21 @@ class Numbers:
     """How often leaves were stepped (`count`), and their states without the tensors (`skeleton`).
 
     Held by exactly the leaves that a step of the engine steps together. The skeleton is None before a state was made.
+    `fresh` says that a rule made the states and no update has reached them since: one may have changed their tensors
+    and neither of the others.
     """
 
-    __slots__ = ("count", "skeleton")
+    __slots__ = ("count", "fresh", "skeleton")
 
-    def __init__(self, count: int = 0, skeleton: Skeleton | None = None) -> None:
-        self.count, self.skeleton = count, skeleton
+    def __init__(self, count: int = 0, skeleton: Skeleton | None = None, fresh: bool = False) -> None:
+        self.count, self.skeleton, self.fresh = count, skeleton, fresh
 
     def copy(self) -> "Numbers":
-        return Numbers(self.count, self.skeleton)
+        return Numbers(self.count, self.skeleton, self.fresh)
+
+    def having(self, skeleton: Skeleton) -> "Numbers":
+        """A copy with another skeleton."""
+        return Numbers(self.count, skeleton, self.fresh)
 
 
 class Record(Spread):
@@ -42,15 +48,14 @@ class Record(Spread):
 
     `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
     accumulating rule, which missed updates meanwhile. `made` is the rule that `setup` was given, and `asked` whether
-    the parameter required grad then, None where that is not known. `begun` is what the numbers were when the state was
-    made, None where that is not known.
+    the parameter required grad then, None where that is not known.
 
     Where the parameter is spread over processes, `layout` says how, and `tensors` are local ones; `spread` says which
     of them are spread like the parameter. The others are the same on all processes.
     """
 
     __slots__ = (
-        *("asked", "begun", "dtype", "frozen", "made", "numbers", "pending", "rule", "shape", "tensors"),
+        *("asked", "dtype", "frozen", "made", "numbers", "pending", "rule", "shape", "tensors"),
         *("layout", "spread"),
     )
 
@@ -61,15 +66,13 @@ class Record(Spread):
         self.tensors: list[Tensor] | None = None
         self.numbers = Numbers()
         self.pending: Skeleton | None = None
-        self.begun: tuple[int, list[Any]] | None = None
         self.layout: Layout | None = None
         self.spread: list[bool] | None = None
 
     @property
     def untrained(self) -> bool:
-        """Whether it has a state, and no update has changed that."""
-        skeleton = self.numbers.skeleton
-        return self.tensors is not None and skeleton is not None and self.begun == (self.numbers.count, skeleton.parts)
+        """Whether it has a state, as its rule made it."""
+        return self.tensors is not None and self.numbers.fresh
 
     @property
     def state(self) -> Any:
@@ -90,8 +93,7 @@ class Record(Spread):
         self.spread = None
         if layout is not None:
             self.take_shown(self.tensors)
-        self.numbers, self.pending = Numbers(self.numbers.count, skeleton), None
-        self.begun = self.numbers.count, skeleton.parts
+        self.numbers, self.pending = Numbers(self.numbers.count, skeleton, fresh=True), None
 
     def fresh_state(self, x: Tensor, path: str) -> Any:
         """A new state for the parameter `x`, in step with the pending numbers."""
@@ -124,7 +126,7 @@ class Record(Spread):
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
         other = Record(self.rule, self.frozen, self.shape, self.dtype)
         other.numbers, other.tensors, other.pending = numbers, tensors, self.pending
-        other.made, other.asked, other.begun = self.made, self.asked, self.begun
+        other.made, other.asked = self.made, self.asked
         other.layout, other.spread = self.layout, self.spread
         return other
 
@@ -204,16 +206,15 @@ class Leaf:
             record.dtype,
             record.numbers,
             record.pending,
-            record.begun,
             record.asked,
             tensors,
             self._context,
         )
 
     def __setstate__(self, held: Any) -> None:
-        rule, made, frozen, shape, dtype, numbers, pending, begun, asked, tensors, context = held
+        rule, made, frozen, shape, dtype, numbers, pending, asked, tensors, context = held
         self._record = Record(rule, frozen, shape, dtype)
-        self._record.made, self._record.begun, self._record.asked = made, begun, asked
+        self._record.made, self._record.asked = made, asked
         self._record.numbers, self._record.pending, self._record.tensors = numbers, pending, tensors
         self._context, self._bindings, self._pending = context, Bindings(), None
 
@@ -315,13 +316,12 @@ def replace_leaf(
     if pending is not KEEP:
         record.pending = pending
     if frozen is False and record.pending is not None and record.tensors is not None:
-        record.numbers, record.pending = Numbers(record.numbers.count, record.pending), None
+        record.numbers, record.pending = record.numbers.having(record.pending), None
     if state is KEEP and count is KEEP:
         return
-    numbers, untrained = record.numbers.copy(), record.untrained
+    numbers = record.numbers.copy()
     if count is not KEEP:
         numbers.count = count
-    record.begun = (numbers.count, numbers.skeleton.parts) if untrained and numbers.skeleton else None
     if state is None:
         if pending is KEEP and record.pending is None and record.rule is not None and record.rule.accumulates:
             record.pending = numbers.skeleton  # its place in the window
@@ -329,7 +329,7 @@ def replace_leaf(
     elif state is not KEEP:
         tensors, numbers.skeleton = partition(state)
         record.take_shown(tensors)
-        record.begun = None
+        numbers.fresh = False
     record.numbers = numbers
 
 
@@ -411,7 +411,7 @@ def _flatten(leaf: Leaf) -> tuple[tuple[Any, ...], _LeafShape]:
 
 def _unflatten(shape: _LeafShape, tensors: Any) -> Leaf:
     record = shape.record.copy(shape.record.numbers.copy(), None)
-    record.begun = None  # tensors of the user's own
+    record.numbers.fresh = False  # tensors of the user's own
     size = shape.size or 0
     if shape.size is not None and all(isinstance(t, Tensor) for t in tensors[:size]):
         record.take_shown(list(tensors[:size]))

@@ -20,11 +20,12 @@ from .context import Context
 from .distributed.layout import any_dtensor, layout_of, local_tensors
 from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of, records_of
 from .members import holders_of
+from .patterns import assign_rules
 from .pytree import Skeleton
 from .rule import Rule, at, hyperparameters, rule_key, title_key
 from .rule import walk as walk_rule
 from .show import describe_tree, table, tree_as_html
-from .text import OF_STATES, WORDS, form, named, near
+from .text import OF_STATES, WORDS, form, near
 from .tree import Mirror, TreeSpec, check_model, relaid, respec, rooted, spec_of, values_of, walk
 
 AnyState = TypeVar("AnyState", bound="State | Leaf")
@@ -161,8 +162,9 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     """The state for training `model` by `rule`: a tree with the model's shape and a `Leaf` for each parameter.
 
     `rule` is one rule for all, or a mapping from glob patterns over dotted paths to rules, the first match wins. Each
-    parameter must be matched and each pattern must match, else ValueError. None as a rule freezes for good. A
-    parameter with `requires_grad=False` gets a frozen leaf, which holds no momenta until it first trains.
+    parameter must be matched and each pattern must match, else ValueError; a pattern of which earlier ones take all
+    that it matches is warned of. None as a rule freezes for good. A parameter with `requires_grad=False` gets a frozen
+    leaf, which holds no momenta until it first trains.
 
     `keep` is an older state: rule, momenta, counts and frozenness of each leaf whose path, shape and dtype are still
     there are taken over (copied), as for a new head on a trained encoder; `rule` is for the others, and None freezes
@@ -192,7 +194,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
         check_model(model, "setup(rule, model)")
         warnings.warn("setup found no parameters in this model", stacklevel=2)
     names = names_by_number(spec)
-    rules = _assign(rule, names) if params else {}
+    rules = assign_rules(rule, names) if params else {}
     kept = {} if keep is None else {path: leaf for path, leaf in paths_and_leaves(keep, "setup(..., keep=)")}
     if keep is not None:
         require_training_weights(keep, "setup(..., keep=)")
@@ -330,41 +332,6 @@ def _map_windows(rule: Rule, state: Any, f: Callable[[Any, Any], Any]) -> Any:
         return f((key, seen[key]), state)
 
     return visit(rule, state)
-
-
-_GLOB = frozenset("*?[")
-
-
-def _assign(rule: Any, names: dict[int, list[str]]) -> dict[int, Rule | None]:
-    """The rule of each parameter."""
-    if not isinstance(rule, Mapping):
-        return dict.fromkeys(names, _rule(rule, "setup takes a rule or a mapping of patterns to rules"))
-    chosen: dict[int, Rule | None] = {}
-    by_path = {path: i for i, paths in names.items() for path in paths}
-    idle = []
-    for pattern, own in rule.items():
-        own = None if own is None else _rule(own, f"the pattern {pattern!r} needs a rule or None")
-        hits = [by_path[pattern]] if pattern in by_path else []
-        if not _GLOB.isdisjoint(pattern):  # else it is one path: many of these need no walk over all
-            hits = [
-                i for i, paths in names.items() if any(fnmatch.fnmatchcase(path, pattern) for path in paths)
-            ] or hits
-        chosen.update((i, own) for i in hits if i not in chosen)
-        if not hits:
-            idle.append(pattern)
-    bare = [paths[0] for i, paths in names.items() if i not in chosen]
-    if bare or idle:
-        every = [path for paths in names.values() for path in paths]
-        problems = [f"no pattern matches the parameters {', '.join(map(repr, bare))}"] if bare else []
-        problems += [f"the pattern {pattern!r} matches no parameter ({near(pattern, every)})" for pattern in idle]
-        raise ValueError("setup: " + "; ".join(problems) + "; a last '*': Rule() catches what is left")
-    return chosen
-
-
-def _rule(rule: Any, need: str) -> Rule:
-    if isinstance(rule, Rule):
-        return rule
-    raise TypeError(f"{need}, but got {named(rule)}")
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------

@@ -73,8 +73,8 @@ def update(state: AnyState, model: Model, grads: Any = None, *, inplace: bool = 
 def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
     """`update` in place of a model whose parameters are known."""
     found = in_order(binding, grads)
-    if binding.unasked and any(x.requires_grad for x in binding.unasked):
-        binding.warn_of_flags()
+    if binding.unasked:
+        binding.look_at_flags()
     tracked = torch.is_grad_enabled()
     torch.set_grad_enabled(False)  # as a context it would cost a tenth of a small model's update
     try:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fluxpy
 from fluxpy.rules import Rule, hyper
 
+FLOAT16 = torch.float16
 SHAPES = [(), (0,), (1,), (3,), (4, 3), (2, 1, 3), (5, 2), (0, 2), (2, 3, 2, 2), (1, 1)]
 
 
@@ -237,17 +238,26 @@ NUMBERS: dict[str, Callable[[Chance], Any]] = {
     "norm_type": lambda c: c.choice([1.0, 2.0, 3.0, math.inf]),
     "decay": lambda c: c.uniform(0.5, 0.9),
     "n": lambda c: c.choices([1, 2, 3, 4], [1, 3, 3, 2])[0],
+    "k": lambda c: c.randint(1, 4),
+    "warmup_steps": lambda c: c.choice([0, 0, 3]),
+    "r": lambda c: c.choice([0.0, 0.5]),
+    "weight_lr_power": lambda c: c.choice([2.0, 1.0]),
 }
 TENSORS = ["lr", "momentum", "eps", "weight_decay", "momentum_decay", "decay", "rho"]  # for which a tensor may stand
 SCHEDULED = ["lr", "weight_decay", "sign_decay", "clip_value", "max_norm", "eps"]  # any number above zero will do
 CLIP = ("max_norm", "norm_type", "nonfinite")
+MEAN = ("weight_decay", "warmup_steps", "r", "weight_lr_power")
 HYPERPARAMETERS: dict[str, tuple[str, ...]] = {
     **{name: (*inspect.signature(formula).parameters,)[3:] for name, formula in FORMULAS.items()},
+    "ScheduleFreeSGD": ("lr", "momentum", *MEAN),
+    "ScheduleFreeAdamW": ("lr", "betas", "eps", *MEAN),
     "ClipNorm": CLIP,
     "ClipGlobalNorm": CLIP,
 }
 FRONT = ["WeightDecay", "SignDecay", "ClipGrad", "ClipNorm", "ClipGlobalNorm"]
-STEPS = [name for name in FORMULAS if name not in FRONT]
+LAST = ["Averaged", "Lookahead"]  # what must be last in a chain, or around it
+STEPS = [name for name in FORMULAS if name not in (*FRONT, *LAST)]
+OPEN = ["ScheduleFreeSGD", "ScheduleFreeAdamW"]  # an average of zero has no meaning there
 USUAL = ["Descent", "Momentum", "Nesterov", "Adam", "AdamW", "AMSGrad", "AdaGrad"]
 
 
@@ -285,17 +295,48 @@ def random_value(chance: Chance, name: str, scale_too: bool = False) -> Any:
     return Scalar(number) if name in TENSORS and chance.happens(0.03) else number
 
 
+def suits(member: str, name: str, value: Any) -> bool:
+    """Whether a rule may have this value."""
+    if name == "betas" and len(value) != (3 if member == "AdEMAMix" else 2):
+        return False
+    if name not in ("betas", "momentum") or member not in OPEN:
+        return True
+    return not any(map(callable, value)) if name == "betas" else bool(value > 0.3)
+
+
+def value_for(chance: Chance, member: str, name: str) -> Any:
+    """A value that a rule may have."""
+    while True:
+        value = NUMBERS[name](chance) if (member, name) in FIXED else random_value(chance, name)
+        value = (*value, chance.uniform(0.9, 0.999)) if (member, name) == ("AdEMAMix", "betas") else value
+        if suits(member, name, value):
+            return value
+
+
 def random_member(chance: Chance, name: str, policy: str, masks: bool = False) -> Member:
     names = HYPERPARAMETERS[name]
-    draw = {n: NUMBERS[n](chance) if (name, n) in FIXED else random_value(chance, n) for n in names if n != "nonfinite"}
+    draw = {n: value_for(chance, name, n) for n in names if n != "nonfinite"}
     policies = {"nonfinite": policy} if "nonfinite" in names else {}
-    return Member(name, draw | policies, masks and name in STEPS and chance.happens(0.3))
+    return Member(name, draw | policies, random_around(chance, name, masks))
+
+
+def random_around(chance: Chance, name: str, masks: bool) -> str | None:
+    """A rule around a step, now and then."""
+    if name not in STEPS or name in OPEN:
+        return None
+    if masks and chance.happens(0.3):
+        return "Masked"
+    if chance.happens(0.15):
+        # Complex states that need the whole array stay as they are; and those of Rprop are rounded at the start too.
+        return chance.choice(["Cautious"] if name in ("Unit", "Rprop") else ["Cautious", "Lowered"])
+    return None
 
 
 def random_chain(chance: Chance, policy: str, masks: bool) -> list[Member]:
     """What people write (bounds and penalties before one step), and as often anything in any order."""
     if chance.happens(0.4):
         names = [chance.choice(FRONT) for _ in range(chance.randint(0, 2))] + [chance.choice(USUAL)]
+        names += [chance.choice(LAST)] if chance.happens(0.2) else []
         return [random_member(chance, name, policy) for name in names]
     names = [chance.choice(FRONT) for _ in range(chance.choice([0, 0, 1, 1, 2, 3]))]
     names += chance.choices(STEPS, k=chance.choices([0, 1, 2], [1, 8, 2])[0])
@@ -309,6 +350,8 @@ def random_chain(chance: Chance, policy: str, masks: bool) -> list[Member]:
         twin = random_member(chance, "ClipGlobalNorm", policy)
         for _ in range(2):
             chain.insert(chance.randint(0, len(chain)), Member(twin.name, dict(twin.values)))
+    if chance.happens(0.2) and not any(member.name in OPEN for member in chain):
+        chain.append(random_member(chance, chance.choice(LAST), policy))
     return chain
 
 
@@ -318,7 +361,7 @@ def varied(chance: Chance, chain: list[Member]) -> list[Member]:
     able = [(m, n) for m in new for n in m.values if n != "nonfinite" and (m.name, n) not in FIXED]
     if able:
         member, name = chance.choice(able)
-        member.values[name] = random_value(chance, name)
+        member.values[name] = value_for(chance, member.name, name)
     return new
 
 
@@ -338,12 +381,28 @@ def for_fluxpy(value: Any) -> Any:
 def member_rule(member: Member) -> Rule:
     kind = globals()[member.name] if member.name in ("Tail", "Unit") else getattr(fluxpy, member.name)
     rule = kind(**{name: for_fluxpy(value) for name, value in member.values.items()})
-    return Masked(rule) if member.masked else rule
+    around = {
+        "Masked": Masked,
+        "Cautious": fluxpy.Cautious,
+        "Lowered": lambda rule: fluxpy.Lowered(rule, dtype=FLOAT16),
+    }
+    return rule if member.around is None else around[member.around](rule)
+
+
+def with_last(chance: Chance, rules: list[Rule], member: Member) -> list[Rule]:
+    """What must be last, around the whole chain or its last rule."""
+    values = {name: for_fluxpy(value) for name, value in member.values.items()}
+    start = 0 if len(rules) != 1 and chance.happens(0.5) else -1
+    inside = rules[start:]
+    inner = inside[0] if len(inside) == 1 else fluxpy.OptimiserChain(*inside)
+    return [*rules[:start], getattr(fluxpy, member.name)(inner, **values)]
 
 
 def rule_of(chance: Chance, chain: list[Member], mixed: bool) -> Rule:
     """The chain as a rule: a single one as it is or in a chain, and now and then a chain in a chain."""
-    rules = [member_rule(member) for member in chain]
+    last = chain[-1] if chain and chain[-1].name in LAST else None
+    rules = [member_rule(member) for member in (chain[:-1] if last else chain)]
+    rules = with_last(chance, rules, last) if last else rules
     if len(rules) > 2 and chance.happens(0.2):
         rules = [fluxpy.OptimiserChain(*rules[:2]), *rules[2:]]
     rule = rules[0] if len(rules) == 1 and chance.happens(0.7) else fluxpy.OptimiserChain(*rules)

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float64]
-Memory: TypeAlias = dict[str, Any]  # what a rule keeps for one array; empty before its first step
+# What a rule keeps for one array. Before its first step that is "start", the parameter when its state was made.
+Memory: TypeAlias = dict[str, Any]
 Value: TypeAlias = Any  # a number, a word, a tuple of two, or a schedule
 
 # --- Formulas: f(memory, x, g, hyperparameters) -> what is subtracted from x, or handed to the next rule ------------
@@ -109,6 +110,45 @@ def adopt(memory: Memory, x: Array, g: Array, lr: float, betas: Any, eps: float)
     m = memory["m"] = betas[0] * memory["m"] + (1 - betas[0]) * clipped
     memory["v"] = betas[1] * memory["v"] + (1 - betas[1]) * g**2
     return lr * m
+
+
+def ademamix(
+    memory: Memory, x: Array, g: Array, lr: float, betas: Any, eps: float, alpha: float, weight_decay: float
+) -> Array:
+    """Pagliardini et al. 2024 (arXiv 2409.03137), with constant alpha and beta3."""
+    m, v, t = moments(memory, g, betas[:2])
+    slow = memory["slow"] = betas[2] * memory.get("slow", 0.0) + (1 - betas[2]) * g
+    root = np.sqrt(v / (1 - betas[1] ** t)) + eps
+    return lr * ((m / (1 - betas[0] ** t) + alpha * slow) / root + weight_decay * x)
+
+
+def schedule_free(
+    memory: Memory, x: Array, step: Array, lr: float, beta: float, weight_decay: float, warmup_steps: int, r: float,
+    weight_lr_power: float,
+) -> Array:  # fmt: skip
+    """Defazio et al. 2024 (arXiv 2405.15682): z takes the steps, and y, which is x here, is between z and the average
+    of all z. The decay is taken at y, as in the authors' code."""
+    z, t = memory.get("z", memory["start"]), memory.get("t", 0) + 1
+    rate = lr * min(t / warmup_steps, 1.0) if warmup_steps else lr
+    peak = memory["peak"] = max(rate, memory.get("peak", 0.0))
+    weight = t**r * peak**weight_lr_power
+    total = memory["total"] = memory.get("total", 0.0) + weight
+    share = weight / total if total else 0.0
+    average = (x - (1 - beta) * z) / beta
+    z = z - rate * (step + weight_decay * x)
+    average = (1 - share) * average + share * z
+    memory.update(z=z, t=t)
+    return x - ((1 - beta) * z + beta * average)
+
+
+def schedule_free_sgd(memory: Memory, x: Array, g: Array, lr: float, momentum: float, **rest: Any) -> Array:
+    return schedule_free(memory, x, g, lr, momentum, **rest)
+
+
+def schedule_free_adamw(memory: Memory, x: Array, g: Array, lr: float, betas: Any, eps: float, **rest: Any) -> Array:
+    v = memory["v"] = betas[1] * memory.get("v", 0.0) + (1 - betas[1]) * g**2
+    t = memory.get("t", 0) + 1
+    return schedule_free(memory, x, g / (np.sqrt(v / (1 - betas[1] ** t)) + eps), lr, betas[0], **rest)
 
 
 def adabelief(memory: Memory, x: Array, g: Array, lr: float, betas: Any, eps: float) -> Array:
@@ -206,10 +246,65 @@ def unit(memory: Memory, x: Array, g: Array, lr: float, momentum: float) -> Arra
     return lr * m / (np.sqrt(np.sum(m**2)) + 1e-3)
 
 
-def masked(g: Array, change: Array) -> Array:
-    """That which wraps another: where it goes against the gradient it rests, and the mean over the array makes up."""
+# --- Rules around another: f(memory of that, g, its change) -> change ------------------------------------------------
+
+
+def masked(memory: Memory, g: Array, change: Array) -> Array:
+    """That of tests/random_cases.py: where it goes against the gradient it rests, and the mean over the array makes
+    up."""
     mask = change * g > 0
     return change * mask / (mask.mean() + 0.1) if mask.size else change
+
+
+def cautious(memory: Memory, g: Array, change: Array) -> Array:
+    """The code of Liang et al. 2024 (arXiv 2411.16085)."""
+    mask = change * g > 0
+    return change * mask / max(mask.mean(), 1e-3) if mask.size else change
+
+
+def lowered(memory: Memory, g: Array, change: Array) -> Array:
+    """With dtype=torch.float16: what it keeps is rounded after each step, but for single numbers. PyTorch rounds
+    float64 by way of float32."""
+    for name, part in memory.items():
+        if isinstance(part, np.ndarray) and part.ndim and name != "start":
+            with np.errstate(over="ignore"):
+                memory[name] = part.astype(np.float32).astype(np.float16).astype(np.float64)
+    return change
+
+
+AROUND: dict[str, Callable[..., Array]] = {"Masked": masked, "Cautious": cautious, "Lowered": lowered}
+
+# --- Rules around a whole chain, here its last member: they see what is about to be subtracted -----------------------
+
+
+def averaged(memory: Memory, x: Array, g: Array, decay: float) -> Array:
+    """`torch.optim.swa_utils`, of the parameter after each step."""
+    old = memory.get("average")
+    memory["average"] = x - g if old is None else decay * old + (1 - decay) * (x - g)
+    return g
+
+
+def lookahead(memory: Memory, x: Array, g: Array, k: int, alpha: float) -> Array:
+    """Algorithm 1 of Zhang et al. 2019 (arXiv 1907.08610)."""
+    slow, steps = memory.setdefault("slow", memory["start"]), memory.get("steps", 0) + 1
+    memory["steps"] = steps if steps < k else 0
+    if steps < k:
+        return g
+    slow = memory["slow"] = slow + alpha * (x - g - slow)
+    return x - slow
+
+
+# What to evaluate with: f(memory, x, hyperparameters).
+EVALUATIONS: dict[str, Callable[..., Array]] = {
+    "Averaged": lambda memory, x, values: memory.get("average", memory["start"]),
+    "Lookahead": lambda memory, x, values: memory.get("slow", memory["start"]),
+    "ScheduleFreeSGD": lambda memory, x, values: _mean(memory, x, values["momentum"]),
+    "ScheduleFreeAdamW": lambda memory, x, values: _mean(memory, x, values["betas"][0]),
+}
+
+
+def _mean(memory: Memory, x: Array, beta: float) -> Array:
+    return (x - (1 - beta) * memory.get("z", memory["start"])) / beta
 
 
 FORMULAS: dict[str, Callable[..., Array]] = {
@@ -226,6 +321,11 @@ FORMULAS: dict[str, Callable[..., Array]] = {
     "AdaMax": adamax,
     "OAdam": oadam,
     "AdaBelief": adabelief,
+    "AdEMAMix": ademamix,
+    "ScheduleFreeSGD": schedule_free_sgd,
+    "ScheduleFreeAdamW": schedule_free_adamw,
+    "Averaged": averaged,
+    "Lookahead": lookahead,
     "ADOPT": adopt,
     "RMSProp": rmsprop,
     "AdaGrad": adagrad,
@@ -312,11 +412,11 @@ class Skipped(Exception):
 
 @dataclass
 class Member:
-    """One rule of a chain: the name of its class, its hyperparameters, and whether a `Masked` is around it."""
+    """One rule of a chain: the name of its class, its hyperparameters, and which of `AROUND` is around it."""
 
     name: str
     values: dict[str, Value]
-    masked: bool = False
+    around: str | None = None
 
 
 @dataclass
@@ -332,6 +432,7 @@ class Leaf:
     mixed: bool = False
     count: int = 0
     started: bool | None = None  # whether it has momenta; None where either will do
+    fresh: bool = False  # whether it has momenta that no update has reached
     memories: list[Memory] = field(default_factory=list)
     window: int = 0  # how many updates of the present window went by
     master: Array | None = None
@@ -344,11 +445,37 @@ class Leaf:
         self.empty()
         self.write(self.x)
         self.way = np.zeros_like(self.x)
+        self.begin()
 
     def empty(self) -> None:
         """No momenta, no count. The window is that of all leaves, so its place is kept."""
         self.memories, self.count = [{} for _ in self.chain or ()], 0
-        self.master = self.x if self.mixed else None
+        self.master, self.fresh = self.x if self.mixed else None, False
+
+    def begin(self) -> None:
+        """Make a state, if it trains."""
+        if not self.frozen:
+            self.fresh = True
+            for memory in self.memories:
+                memory["start"] = self.x
+
+    def give_back(self) -> None:
+        """It is frozen: a state that no update has reached is made anew when it thaws."""
+        if self.fresh:
+            self.memories, self.fresh = [{} for _ in self.memories], False
+
+    @property
+    def evaluation(self) -> Array:
+        """The weights to evaluate with."""
+        own = self.x if self.master is None else np.where(self.rounded(self.master) != self.x, self.x, self.master)
+        x = own
+        if self.frozen or self.fresh or not any("start" in memory for memory in self.memories):
+            return self.x
+        for member, memory in zip(self.chain or (), self.memories, strict=True):
+            if member.name in EVALUATIONS:
+                values = {k: value_at(v, max(self.count - 1, 0)) for k, v in member.values.items()}
+                x = EVALUATIONS[member.name](memory, x, values)
+        return self.x if x is own else self.rounded(x)
 
     def write(self, x: Array) -> None:
         """Another value, from outside or by a step."""
@@ -381,7 +508,7 @@ class Leaf:
                 self.window += 1
                 if self.window >= value_at(member.values["n"], self.count):
                     self.window = 0
-                    memory.clear()
+                    memory.pop("total", None), memory.pop("sizes", None)
 
 
 class Step:
@@ -391,6 +518,9 @@ class Step:
         assert leaf.chain is not None
         self.leaf, self.g, self.index = leaf, g, 0
         leaf.follow()
+        for memory in leaf.memories:
+            memory.setdefault("start", leaf.x if leaf.master is None else leaf.master)
+        leaf.fresh = False
         self.values = [{k: value_at(v, leaf.count) for k, v in member.values.items()} for member in leaf.chain]
         self.names = [member.name for member in leaf.chain]
 
@@ -418,8 +548,9 @@ class Step:
     def applied(self, name: str, memory: Memory, values: Mapping[str, Any]) -> Array:
         leaf, g = self.leaf, self.g
         assert leaf.chain is not None and g is not None
+        around = leaf.chain[self.index].around
         change = FORMULAS[name](memory, leaf.x if leaf.master is None else leaf.master, g, **values)
-        return masked(g, change) if leaf.chain[self.index].masked else change
+        return change if around is None else AROUND[around](memory, g, change)
 
     def gather(self, memory: Memory, n: float) -> Array | None:
         """The mean over the window where it ends with this update. A gradient that is missing counts as zero."""
@@ -519,6 +650,7 @@ def adjust(leaves: Sequence[Leaf], **changes: Value) -> None:
 def freeze(leaves: Sequence[Leaf]) -> None:
     for leaf in leaves:
         leaf.frozen = True
+        leaf.give_back()
 
 
 def thaw(leaves: Sequence[Leaf]) -> None:

@@ -62,6 +62,13 @@ LOADER = DataLoader(TensorDataset(X, Y), batch_size=8)  # 8 batches, in order
 RULES = {"*encoder.*": AdamW(1e-2), "*": AdamW(3e-2)}
 
 
+# Rules with weights to evaluate with.
+AVERAGING = [
+    fluxpy.Averaged(AdamW(1e-2), decay=0.8),
+    fluxpy.ScheduleFreeAdamW(1e-2),
+]
+
+
 def theirs(model: Any) -> torch.optim.Optimizer:
     """The twin of `RULES` in torch."""
     encoder = [x for name, x in model.named_parameters() if "encoder." in name]
@@ -169,6 +176,62 @@ def test_lightning_freezes_and_thaws(tmp_path: Path) -> None:
     assert_trained(module.net.encoder, seen[2])
 
 
+@pytest.mark.parametrize("rule", AVERAGING, ids=["Averaged", "ScheduleFree"])
+@pytest.mark.parametrize("after", ["validation", "training"])
+def test_lightning_validates_with_the_weights_for_it(tmp_path: Path, rule: Any, after: str) -> None:
+    """By hooks of the module; and goes on from files that were written in either mode."""
+    L = pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    seen: list[tuple[float, float]] = []
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return mse_loss(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            seen.append((mse_loss(self.net(batch[0]), batch[1]).item(), self.trainer.global_step))
+
+        def on_validation_model_eval(self) -> None:
+            super().on_validation_model_eval()
+            for optimizer in self.trainer.optimizers:
+                optimizer.eval()
+
+        def on_validation_model_train(self) -> None:
+            super().on_validation_model_train()
+            self.on_train_start()
+
+        def on_train_start(self) -> None:  # after a file that was written in validation
+            for optimizer in self.trainer.optimizers:
+                optimizer.train()
+
+        def configure_optimizers(self) -> Any:
+            return TorchOptimizer(rule, self)
+
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}", save_on_train_epoch_end=after == "training")
+    first = Module()
+    lightning_trainer(tmp_path, [keep], epochs=4).fit(first, LOADER, LOADER)
+    wanted = dict.fromkeys(step for _, step in seen)
+    assert len(wanted) == 5  # also before the first step
+    start, losses = fluxpy.setup(rule, net := Net()), []
+    for _ in range(4):
+        for batch in LOADER:
+            grads = fluxpy.gradient(lambda m, x, y: mse_loss(m(x), y), net, *batch, state=start)
+            norm = torch.stack([g.norm() for _, g in fluxpy.trainables(grads, path=True)]).norm()
+            fluxpy.update(start, net, fluxpy.tree_map(lambda g, n=norm: g * (0.5 / (n + 1e-6)).clamp(max=1), grads))
+        with fluxpy.averaged(start, net), torch.no_grad():
+            losses += [mse_loss(net(x), y).item() for x, y in LOADER]
+    found = [loss for loss, step in seen if step > 0]
+    assert len(found) == len(losses) and torch.allclose(torch.tensor(found), torch.tensor(losses), atol=1e-5)
+    again = Module()
+    lightning_trainer(tmp_path, [], epochs=4).fit(again, LOADER, LOADER, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert_same(again.net, first.net, atol=0)
+
+
 def test_lightning_by_hand(tmp_path: Path) -> None:
     """Manual optimisation, with an optimiser for each branch of one tree."""
     L = pytest.importorskip("lightning")
@@ -222,13 +285,13 @@ class Items(torch.utils.data.Dataset):
         return {"input_ids": self.ids[i], "labels": self.ids[i].sum() % 2}
 
 
-def tiny_bert() -> Any:
+def tiny_bert(dropout: float = 0.1) -> Any:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(1)
     config = BertConfig(
         vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=8, num_labels=2, hidden_dropout_prob=0.1,
+        max_position_embeddings=8, num_labels=2, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
     )  # fmt: skip
     return BertForSequenceClassification(config)
 
@@ -236,13 +299,16 @@ def tiny_bert() -> Any:
 def hf_trainer(folder: Path, make: Callable[[Any], Any], callbacks: list[Any] | None = None, **options: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
-    model = tiny_bert()
+    model = tiny_bert(options.pop("dropout", 0.1))
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=12, per_device_train_batch_size=4, gradient_accumulation_steps=2,
         max_grad_norm=0.5, warmup_steps=3, lr_scheduler_type="cosine", logging_steps=1, save_steps=6, report_to=[],
         use_cpu=True, disable_tqdm=True, seed=11, **options,
     )  # fmt: skip
-    return Trainer(model, arguments, train_dataset=Items(), optimizers=(make(model), None), callbacks=callbacks)
+    return Trainer(
+        model, arguments, train_dataset=Items(), eval_dataset=Items(), optimizers=(make(model), None),
+        callbacks=callbacks,
+    )  # fmt: skip
 
 
 def decayed(model: Any) -> torch.optim.Optimizer:
@@ -320,6 +386,40 @@ def test_hf_trainer_freezes_and_thaws(tmp_path: Path) -> None:
     assert (tree.bert.encoder.layer[0].output.dense.weight.count, tree.classifier.bias.count) == (8, 12)
 
 
+@pytest.mark.parametrize("rule", AVERAGING, ids=["Averaged", "ScheduleFree"])
+def test_hf_trainer_evaluates_with_the_weights_for_it(tmp_path: Path, rule: Any) -> None:
+    """It calls `eval` and `train` by itself; and saves after it has evaluated."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 64}
+    options["dropout"] = 0.0  # evaluations draw random numbers too
+
+    def make(model: Any) -> TorchOptimizer:
+        return TorchOptimizer(rule, model)
+
+    one = hf_trainer(tmp_path / "one", make, **options)
+    one.train()
+    logged = [row["eval_loss"] for row in one.state.log_history if "eval_loss" in row]
+    other = hf_trainer(tmp_path / "other", make, dropout=0.0)  # never evaluates
+    other.train()
+    tree, batch = other.optimizer.optimizer.tree, torch.utils.data.default_collate([*Items()])
+
+    def evaluated() -> float:
+        with torch.no_grad():
+            return other.model.eval()(**batch).loss.item()
+
+    plain = evaluated()
+    with fluxpy.averaged(tree, other.model):
+        assert math.isclose(logged[-1], evaluated(), rel_tol=1e-5) and not math.isclose(logged[-1], plain, rel_tol=1e-4)
+        assert_same(one.model, other.model, atol=1e-6)  # it ends in evaluation mode, with the weights to keep
+    one.optimizer.train()
+    assert_same(one.model, other.model, atol=1e-6)
+    again = hf_trainer(tmp_path / "again", make, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-6"))
+    again.optimizer.train()
+    assert_same(again.model, one.model, atol=0)
+
+
 # --- Accelerate ---------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +476,38 @@ def test_accelerate_freezes_and_thaws(tmp_path: Path) -> None:
     model, _ = accelerated(ours, tmp_path, plan=plan)
     assert_same(seen[8], seen[16], atol=0)  # pyright: ignore[reportArgumentType]
     assert_trained(model.encoder, seen[16])  # pyright: ignore[reportArgumentType]
+
+
+def test_accelerate_passes_the_mode_on(tmp_path: Path) -> None:
+    """And goes on from what it saved in evaluation mode."""
+    accelerate = pytest.importorskip("accelerate")
+
+    def prepared() -> Any:
+        accelerator, model = accelerate.Accelerator(cpu=True), Net()
+        return accelerator, *accelerator.prepare(model, TorchOptimizer(AVERAGING[0], model))
+
+    def trained(model: Any, optimizer: Any) -> None:
+        for x, y in LOADER:
+            mse_loss(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    accelerator, model, optimizer = prepared()
+    trained(model, optimizer)
+    before = copy.deepcopy(model)
+    optimizer.eval()
+    assert torch.equal(model.head.weight, optimizer.optimizer.tree.head.weight.state.x)
+    assert not torch.equal(model.head.weight, before.head.weight)
+    accelerator.save_state(str(tmp_path / "saved"))
+    optimizer.train()
+    assert_same(model, before, atol=0)
+    trained(model, optimizer)
+    accelerator, other, again = prepared()
+    accelerator.load_state(str(tmp_path / "saved"))
+    again.train()
+    assert_same(other, before, atol=0)
+    trained(other, again)
+    assert_same(other, model, atol=0)
 
 
 # --- skorch -------------------------------------------------------------------------------------------------------

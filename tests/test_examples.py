@@ -93,6 +93,10 @@ SHOWN = {
 }
 
 
+# Where the first number must be the smaller one.
+BETTER = {"maml_sine": r"MAML (\S+), baseline (\S+)$"}
+
+
 def commands(example: Path) -> list[list[str]]:
     """What Python is given to run an example."""
     if example.stem != "fsdp_gpt":
@@ -126,4 +130,6 @@ def test_example(example: Path, tmp_path: Path) -> None:
         assert run.returncode == 0, printed
     for line in SHOWN[example.stem]:
         assert re.search(line, printed, re.MULTILINE), f"no line like {line!r} in\n{printed}"
+    for one, other in re.findall(BETTER.get(example.stem, r"(?!)()()"), printed, re.MULTILINE):
+        assert float(one) < float(other), printed
     assert sorted(path.name for path in tmp_path.iterdir()) == extra[1:]

@@ -52,6 +52,7 @@ from fluxpy import (
     update,
     withgradient,
 )  # fmt: skip
+from fluxpy.leaf import context_of
 
 # --- The flag of numbers that are not finite ----------------------------------------------------------------------
 
@@ -132,6 +133,24 @@ def test_a_bad_number_in_a_pure_update_is_the_results_affair(rule, monkeypatch):
     before, after = Run(rule).step(2), image(state, model)
     for key, was in before.image().items():  # counts are the host's, which knows of nothing yet
         assert not isinstance(was, torch.Tensor) or torch.equal(was, after[key]), key
+
+
+def test_a_flag_remembers_each_place_once(monkeypatch):
+    """However many updates, on however many sets of leaves; and it names the right one."""
+    like_a_device(monkeypatch)
+    model = {name: torch.zeros(2) for name in "abc"}
+    state = setup(OptimiserChain(ClipNorm(1.0), ClipGlobalNorm(1.0), Momentum(0.1)), model)
+    whole = {name: torch.ones(2) for name in "abc"}
+    for _ in range(4):
+        update(state, model, whole)
+        update(state, model, {"a": torch.ones(2), "b": None, "c": torch.ones(2)})
+    flag = context_of(state["a"]).flag
+    kinds = len(flag.kinds)
+    update(state, model, whole)
+    assert len(flag.kinds) == kinds <= 8
+    update(state, model, {"a": torch.ones(2), "b": None, "c": torch.full((2,), torch.nan)})
+    with pytest.raises(FloatingPointError, match=r"ClipNorm: .* of 'c' is not finite, in update 9"):
+        fluxpy.check_finite(state)
 
 
 @every_clipped

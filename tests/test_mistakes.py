@@ -31,6 +31,7 @@ from fluxpy import (
     value,
     withgradient,
 )
+from fluxpy.binding import Binding
 
 
 class Net(nn.Module):
@@ -201,11 +202,36 @@ def test_flags_that_are_changed_after_setup_are_told_once(how, before, first):
     model.encoder.requires_grad_(not before)
     with pytest.warns(UserWarning, match="requires_grad of 'encoder.0.weight', 'encoder.0.bias' was changed") as caught:
         trained(model, state, how)
-    assert len(caught) == 1
+    assert len(caught) == 1 and (caught[0].filename == __file__ or how != "update" or before)
     assert state.encoder[0].weight.frozen is not before
     for flag in (before, not before):
         model.encoder.requires_grad_(flag)
         trained(model, state, how)  # no second warning
+
+
+def test_flags_are_looked_at_once_and_cost_nothing_after(monkeypatch):
+    """Also where there is nothing to say: what was set up frozen by its flag, and thaws in both ways."""
+    looks = []
+    warn_of_flags = Binding.warn_of_flags
+    monkeypatch.setattr(Binding, "warn_of_flags", lambda *args, **how: looks.append(1) or warn_of_flags(*args, **how))
+    model = Net()
+    model.encoder.requires_grad_(False)
+    state = setup(Adam(), model)
+    trained(model, state, "update")
+    model.encoder[0].weight.requires_grad_(True)
+    thaw(state.encoder[0].weight)
+    trained(model, state, "update")
+    del looks[:]
+    for _ in range(3):
+        trained(model, state, "update")
+    assert looks == []
+    model.encoder[0].bias.requires_grad_(True)  # and this is told of, still
+    with pytest.warns(UserWarning, match=r"requires_grad of 'encoder\.0\.bias' was changed") as caught:
+        trained(model, state, "update")
+    assert len(caught) == 1
+    del looks[:]
+    trained(model, state, "update")
+    assert looks == []
 
 
 def test_flags_that_agree_are_nobodys_business():

@@ -515,3 +515,14 @@ def test_an_adjusted_schedule_can_be_loaded():
     update(state, model, {"a": torch.ones(2), "b": torch.ones(2)})
     fluxpy.load_state_dict(state, fluxpy.state_dict(state))
     assert state["a"].rule.lr == 0.05
+
+
+def test_a_callable_that_was_replaced_by_a_number_need_not_be_there():
+    """What the run was set up with is for information; what counts now are numbers."""
+    model = {"w": torch.zeros(2), "b": torch.zeros(2)}
+    state = setup(fluxpy.AdamW(lambda count: 0.1 / (1 + count)), model)
+    fluxpy.adjust(state, 0.02)
+    now = setup(fluxpy.AdamW(0.5), model)
+    report = load_state_dict(now, state_dict(state))
+    assert now["w"].rule == fluxpy.AdamW(0.02) and "lr was <function" in report.changed["w"]
+    assert not load_state_dict(setup(fluxpy.AdamW(0.5), model), state_dict(now)).changed

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import operator
+import pickle
 
 import numpy as np
 import optree
@@ -22,6 +23,7 @@ from fluxpy import (
     OptimiserChain,
     RMSProp,
     Rprop,
+    Rule,
     WeightDecay,
     adjust,
     freeze,
@@ -59,6 +61,28 @@ def test_setup_by_patterns():
         thaw(state)
     with pytest.raises(ValueError, match=r"'2.weight', '2.bias'.*pattern 'x.\*' matches no parameter"):
         setup({"0.*": Adam(), "x.*": Adam()}, net())
+
+
+LATE = [
+    ({"*": Adam(), "0.*": Descent()}, "'*'"),
+    ({"0.*": Adam(), "*.bias": Adam(), "0.bias": None, "*": Adam()}, "'0.*'"),
+]
+
+
+@pytest.mark.parametrize("late, first", LATE)
+def test_a_pattern_that_others_leave_nothing_for_is_warned_of(late, first):
+    """The first match wins, so it would be without effect, in silence."""
+    with pytest.warns(UserWarning, match=r"the pattern '0\.(\*|bias)' has no effect: .* taken by") as caught:
+        state = setup(late, net())
+    assert len(caught) == 1 and first in str(caught[0].message) and caught[0].filename == __file__
+    assert {leaf.rule for _, leaf in leaves(state)} == {Adam()}
+
+
+def test_a_pattern_that_takes_nothing_where_nothing_is_lost_is_no_matter():
+    """A `*` for what is left where nothing is, and a pattern whose parameters have that rule already."""
+    setup({"0.*": Adam(), "2.*": Descent(), "*": Adam(0.1)}, net())
+    setup({"0.*": Adam(0.1), "0.bias": Adam(0.1), "*": Adam()}, net())
+    setup({"0.*": None, "0.bias": None, "*": Adam()}, net())
 
 
 def test_setup_is_pure_and_lazy():
@@ -354,6 +378,60 @@ def test_a_leaf_that_trained_keeps_its_momenta(rule, restart):
     after = optree.tree_leaves(state[0].weight.state, namespace="fluxpy")
     assert state[0].weight.state is not None and len(after) == len(before)
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(after, before, strict=True))
+
+
+class InTensors(Rule):
+    """The mean of two gradients; how many there are is a tensor too."""
+
+    lr: float = 0.1
+    elementwise = True
+    whole = False
+
+    def init(self, x):
+        return torch.zeros_like(x), torch.zeros((), dtype=x.dtype) if self.whole else torch.zeros_like(x)
+
+    def apply(self, state, x, dx):
+        total, n = state[0] + dx, state[1] + 1
+        if n.max() < 2:
+            return (total, n), None
+        return (torch.zeros_like(total), torch.zeros_like(n)), self.lr * total / 2
+
+
+class InOneTensor(InTensors):
+    elementwise = False
+    whole = True
+
+
+@pytest.mark.parametrize("rule", [InTensors(), InOneTensor(), OptimiserChain(InTensors(), Momentum())])
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("between", [lambda state: state, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_what_was_gathered_in_tensors_alone_stays_when_frozen(rule, inplace, between):
+    """Neither count nor numbers of the state tell that an update was there."""
+    model = {"a": torch.zeros(3), "b": torch.zeros(2, 2)}
+    state = setup(rule, model)
+    grads = {"a": torch.ones(3), "b": torch.ones(2, 2)}
+    state, model = update(state, model, grads, inplace=inplace)
+    state = between(state)
+    freeze(state)
+    assert state["a"].state is not None and state["a"].count == 0
+    thaw(state)
+    freeze(state["a"])  # now and then, of one that steps with others
+    thaw(state["a"])
+    state, model = update(state, model, {name: 3 * dx for name, dx in grads.items()}, inplace=inplace)
+    twin = {name: torch.zeros_like(x) for name, x in model.items()}
+    other = setup(rule, twin)
+    for factor in (1, 3):
+        update(other, twin, {name: factor * dx for name, dx in grads.items()})
+    assert all(torch.equal(model[name], twin[name]) and model[name].any() for name in model)
+
+
+def test_what_a_refused_update_reached_is_as_it_was_made():
+    model = {"a": torch.zeros(3), "b": torch.zeros(2)}
+    state = setup(OptimiserChain(ClipNorm(1.0), Momentum()), model)
+    with pytest.raises(FloatingPointError):
+        update(state, model, {"a": torch.ones(3), "b": torch.full((2,), torch.nan)})
+    freeze(state)
+    assert state["a"].state is None
 
 
 def test_what_a_user_put_into_momenta_stays():

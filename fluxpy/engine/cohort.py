@@ -48,6 +48,7 @@ class Cohort:
         self.paths = [member.path for member in members]
         self.sizes = [x.numel() * (2 if x.is_complex() else 1) for x in self.params]
         self.numbers: Numbers = self.records[0].numbers.copy()
+        self.numbers.fresh = all(record.numbers.fresh for record in self.records)
         columns = [record.tensors or [] for record in self.records]
         self.momenta = [list(row) for row in zip(*columns, strict=True)]
         order = sorted(range(len(self.places)), key=self.places.__getitem__)
@@ -126,7 +127,7 @@ class Cohort:
 
     def advance(self, skeleton: Skeleton, moved: bool) -> None:
         """Count a step, after which the states have the numbers of this skeleton."""
-        self.numbers.skeleton = skeleton
+        self.numbers.skeleton, self.numbers.fresh = skeleton, False
         self.numbers.count += moved
 
 

@@ -1,5 +1,6 @@
 """TorchOptimizer: a rule or a state tree as a `torch.optim.Optimizer`, for loops written for those."""
 
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..evaluation import Exchange
 from ..leaf import Leaf, replace_leaf
 from ..pytree import partition
 from ..saving import load_state_dict, state_dict
-from ..state import Rules, State, bind, setup, shape_of, tree_bindings
+from ..state import Rules, State, bind, require_training_weights, setup, shape_of, tree_bindings, tree_context
 from ..text import names_of
 from ..tree import TreeSpec
 from ..update import update
@@ -32,6 +34,9 @@ class TorchOptimizer(Optimizer):
 
     `step` reads each parameter's `.grad`, and does nothing where there is none at all. Hooks, closures, schedulers and
     `torch.amp.GradScaler` work as with any optimiser of torch. It holds the parameters that the model has now.
+
+    `eval` puts the weights to evaluate with (see `fluxpy.averaged`) into the parameters, and `train` the training
+    weights back, as in optimisers of the `schedulefree` package, whose clients call them.
 
     `foreach` and `fused` are taken and mean nothing, since the engine decides that; `maximize`, `capturable` and
     `differentiable` raise ValueError if true.
@@ -63,7 +68,7 @@ class TorchOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         groups = [(group["names"], group.kept) for group in self._groups.current()]
-        return {"tree": self._tree, "params": self._params, "groups": groups}
+        return {"tree": self._tree, "params": self._params, "groups": groups, "training_weights": self._aside()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make an optimiser of a tree and its parameters. As in torch, hooks are not kept by pickles and copies."""
@@ -77,6 +82,9 @@ class TorchOptimizer(Optimizer):
         self._momenta = Momenta(self._groups.members)
         if "groups" in state:
             self._groups.regroup(state["groups"])
+        self._exchange: Exchange | None = None  # while it is in evaluation mode
+        if state.get("training_weights") is not None:
+            self._resume(self._new_exchange(), state["training_weights"])
         defaults: dict[str, Any] = {}
         for group in reversed(self._groups.current()):
             defaults |= group.shown()[0]
@@ -115,7 +123,8 @@ class TorchOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update by each parameter's `.grad`. `closure`, if given, is called once before, and its result returned.
-        Where nothing has a gradient, nothing happens."""
+        Where nothing has a gradient, nothing happens. RuntimeError in evaluation mode (see `eval`)."""
+        self._require_train_mode("step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -128,6 +137,62 @@ class TorchOptimizer(Optimizer):
                     raise
                 update(self._tree, self._model)
         return loss
+
+    def eval(self) -> None:
+        """Put the weights to evaluate with into the parameters, until `train`: what rules with an `evaluation` give.
+        Without such a rule this does nothing, and so does a second call.
+
+        In this mode `step` and `load_state_dict` are refused with RuntimeError, and `state_dict` holds the training
+        weights too, so that a run goes on exactly from files of it and of the model as it is. What else is written to
+        the parameters is lost at `train`, with a warning. Refused within `fluxpy.averaged`.
+        """
+        leaves = [member.leaf for member in self._groups.members]
+        if self._exchange is not None or not any(leaf.rule.evaluates for leaf in leaves):
+            return
+        exchange = self._new_exchange()
+        require_training_weights(self._tree, "eval() of a TorchOptimizer")
+        try:
+            exchange.begin()
+        except BaseException:
+            exchange.end()
+            raise
+        self._exchange = exchange
+
+    def train(self) -> None:
+        """Put the training weights back after `eval`, bit for bit. In training mode this does nothing."""
+        if self._exchange is None:
+            return
+        exchange, self._exchange = self._exchange, None
+        lost = exchange.written()
+        exchange.end()
+        if lost:
+            warnings.warn(
+                f"what was written to {names_of(lost)} between eval() and train() of a TorchOptimizer is lost; after "
+                "loading weights to evaluate with, do not call train()",
+                stacklevel=2,
+            )
+
+    def _new_exchange(self) -> Exchange:
+        binding = bind(self._tree, self._model)
+        if binding.spread:
+            raise ValueError(
+                "eval() of a TorchOptimizer is for parameters that are whole; where they are spread over processes "
+                "write `with fluxpy.averaged(optimizer.tree, model): ...`"
+            )
+        return Exchange(binding, tree_context(self._tree))
+
+    def _require_train_mode(self, what: str) -> None:
+        if self._exchange is not None:
+            raise RuntimeError(f"{what} is refused after optimizer.eval(); call optimizer.train() first")
+
+    def _aside(self) -> dict[str, Tensor] | None:
+        """The training weights by path, in evaluation mode."""
+        return None if self._exchange is None else self._exchange.training
+
+    def _resume(self, exchange: Exchange, training: Mapping[str, Tensor]) -> None:
+        """Be in evaluation mode with these training weights."""
+        exchange.resume(training)
+        self._exchange = exchange
 
     def _follow_devices(self) -> bool:
         """Bring momenta to their parameters, after `model.to(...)`; whether any were elsewhere."""
@@ -142,12 +207,15 @@ class TorchOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """All there is, by name, as plain data (`torch.load(..., weights_only=True)` takes it): under "state" what
-        `fluxpy.state_dict` has of each leaf, under "param_groups" what the groups show, with names as "params"."""
+        `fluxpy.state_dict` has of each leaf, under "param_groups" what the groups show, with names as "params"; after
+        `eval`, under "training_weights" those."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         saved = state_dict(self._tree)
         groups = [{**_plain(group), "params": list(group["names"])} for group in self._groups.current()]
         result: dict[str, Any] = {"state": saved.pop("leaves"), "param_groups": groups, **saved}
+        if self._exchange is not None:
+            result["training_weights"] = self._exchange.training
         for hook in self._optimizer_state_dict_post_hooks.values():
             changed = hook(self, result)
             result = result if changed is None else changed
@@ -159,8 +227,9 @@ class TorchOptimizer(Optimizer):
         Leaves are found by name. One of torch's goes by its `param_names`, or, if it has none, by order: the number of
         groups and their sizes must then be those here, or the parameters must be in one group, in the order of the
         model. Its rates and options replace those in the tree, but not schedules. ValueError for what does not fit;
-        then nothing is changed.
+        then nothing is changed. After loading what was saved in evaluation mode (see `eval`) this is in it too.
         """
+        self._require_train_mode("load_state_dict")
         d = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, d)
@@ -176,14 +245,31 @@ class TorchOptimizer(Optimizer):
             hook(self)
 
     def _load(self, d: dict[str, Any]) -> None:
-        rest = {key: value for key, value in d.items() if key not in ("state", "param_groups")}
+        rest = {key: value for key, value in d.items() if key not in ("state", "param_groups", "training_weights")}
+        training = d.get("training_weights")
         here = sorted(member.path for member in self._groups.members)
         names = sorted(name for group in d["param_groups"] for name in group["params"])
         if names != here:
             odd = set(names) ^ set(here)
             raise ValueError(f"load_state_dict: not in both, or twice: {names_of(sorted(odd) or names)}")
+        self._check_weights({} if training is None else training)
+        exchange = None if training is None else self._new_exchange()
         load_state_dict(self._tree, {"leaves": d["state"], **rest})
         self._groups.regroup([(group["params"], group) for group in d["param_groups"]])
+        if exchange is not None:
+            self._resume(exchange, training)
+
+    def _check_weights(self, training: Any) -> None:
+        """ValueError for training weights that are not those of parameters here."""
+        here = {member.path: member.x for member in self._groups.members}
+        if not isinstance(training, Mapping):
+            raise ValueError(
+                f"load_state_dict: training_weights must be tensors by name, but got {type(training).__name__}"
+            )
+        for path, own in training.items():
+            x = here.get(path)
+            if x is None or not isinstance(own, Tensor) or (x.shape, x.dtype) != (own.shape, own.dtype):
+                raise ValueError(f"load_state_dict: the training weights of {path!r} fit no parameter here")
 
 
 def _plain(group: ParamGroup) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class Muon(Rule):
     matrices. Of four and five, a convolution's, each output channel is a row: `flatten(1)`, for `scale` too. (A
     `Conv1d` has three, and so would be a batch: give it another rule.) Other parameters are refused, and complex ones.
 
-    Numbers of `torch.optim.Muon`, which takes matrices alone.
+    Numbers of `torch.optim.Muon`, which takes matrices alone. Gradients through a step are computed in bfloat16 too:
+    they are right to a few per cent.
 
     >>> rule, x = Muon(1.0, momentum=0.0, weight_decay=0.0), torch.zeros(2, 2)
     >>> _, change = rule.apply(rule.init(x), x, torch.tensor([[3.0, 0.0], [0.0, -0.1]]))

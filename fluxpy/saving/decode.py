@@ -40,6 +40,10 @@ class Misfit(Exception):
         self.kind = kind
 
 
+class NoCallable(Misfit):
+    """A callable that could not be saved is not here either."""
+
+
 class Template(NamedTuple):
     """The form of a state: the name of each part, an example of each, and the structure that joins them."""
 
@@ -98,9 +102,15 @@ class Decoder:
         return self._rules[key]
 
     def _made(self, own: LeafRecord, saved: Any) -> Rule | None:
-        """The rule that the run was set up with; this script's, where that counts."""
+        """The rule that the run was set up with; this script's, where that counts or the other is not to be had: it
+        had a callable, in place of which there may be a number by now."""
         assert own.rule is not None
-        return own.made if self._keep or saved is None else self._rule(own.made or own.rule, saved, own.shape)[0]
+        if self._keep or saved is None:
+            return own.made
+        try:
+            return self._rule(own.made or own.rule, saved, own.shape)[0]
+        except NoCallable:
+            return own.made
 
     def _state(self, own: LeafRecord, rule: Rule, saved: dict[str, Any]) -> Any:
         template = self._template(own, rule)
@@ -207,7 +217,7 @@ class RuleDecoder:
     def _callable(self, saved: str, own: Any, place: str) -> Any:
         note = f"{place} was {saved}, which a file cannot hold; this state has {own!r}"
         if not callable(own):
-            raise Misfit("rule", f"{note}: give setup that callable")
+            raise NoCallable("rule", f"{note}: give setup that callable")
         self.notes.append(note)
         return own
 

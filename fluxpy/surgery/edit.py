@@ -216,7 +216,7 @@ def _writes(draft: Draft) -> list[Callable[[], Undo]]:
         new = None
         if record.tensors is not None:
             tensors, skeleton = partition(draft.state)
-            new = [_like(t, value) for t in apart(tensors, [value])], Numbers(record.numbers.count, skeleton)
+            new = [_like(t, value) for t in apart(tensors, [value])], record.numbers.having(skeleton)
         writes.append(lambda: settle(record, value.shape, new))
     return writes
 

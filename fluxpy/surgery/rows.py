@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..grads import scatter
-from ..leaf import Numbers, Record, record_of
+from ..leaf import Record, record_of
 from ..parameters import trainables
 from ..pytree import partition
 from ..rebuild import Copies, like_parameter
@@ -110,7 +110,7 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
             if emptied is not None:
                 tensors, skeleton = partition(emptied)
                 tensors = _in_place_of(record.tensors or [], tensors)
-                new.append((record, (tensors, Numbers(record.numbers.count, skeleton))))
+                new.append((record, (tensors, record.numbers.having(skeleton))))
         writes = [partial(settle, record, record.shape, replacement) for record, replacement in new]
         perform(writes, tree_context(state))
     return state

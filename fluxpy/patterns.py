@@ -1,0 +1,67 @@
+"""Which rule each parameter gets, where `setup` is given glob patterns over their paths."""
+
+import fnmatch
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from .rule import Rule, rule_key
+from .text import named, names_of, near
+
+_GLOB = frozenset("*?[")
+
+
+def assign_rules(rule: Any, names: dict[int, list[str]]) -> dict[int, Rule | None]:
+    """The rule of each parameter, by its number; `names` has all its paths. The first pattern that matches wins."""
+    if not isinstance(rule, Mapping):
+        return dict.fromkeys(names, _rule(rule, "setup takes a rule or a mapping of patterns to rules"))
+    chosen: dict[int, str] = {}
+    by_path = {path: i for i, paths in names.items() for path in paths}
+    idle, late = [], {}
+    for pattern, own in rule.items():
+        if own is not None:
+            _rule(own, f"the pattern {pattern!r} needs a rule or None")
+        hits = _matches(pattern, names, by_path)
+        if not hits:
+            idle.append(pattern)
+        elif all(i in chosen for i in hits):
+            late[pattern] = [chosen[i] for i in hits]
+        chosen.update((i, pattern) for i in hits if i not in chosen)
+    bare = [paths[0] for i, paths in names.items() if i not in chosen]
+    if bare or idle:
+        problems = [f"no pattern matches the parameters {', '.join(map(repr, bare))}"] if bare else []
+        problems += [f"the pattern {pattern!r} matches no parameter ({near(pattern, [*by_path])})" for pattern in idle]
+        raise ValueError("setup: " + "; ".join(problems) + "; a last '*': Rule() catches what is left")
+    _warn_of_late(late, rule)
+    return {i: rule[pattern] for i, pattern in chosen.items()}
+
+
+def _matches(pattern: str, names: dict[int, list[str]], by_path: dict[str, int]) -> list[int]:
+    """The parameters that a pattern matches."""
+    hits = [by_path[pattern]] if pattern in by_path else []
+    if _GLOB.isdisjoint(pattern):
+        return hits  # one path: many of these need no walk over all
+    return [i for i, paths in names.items() if any(fnmatch.fnmatchcase(path, pattern) for path in paths)] or hits
+
+
+def _warn_of_late(late: dict[str, list[str]], rules: Mapping[str, Rule | None]) -> None:
+    """Warn of patterns for which earlier ones left nothing. A last `*` may find nothing left, and nothing is lost where
+    those that took it have an equal rule."""
+    for pattern, takers in late.items():
+        if pattern.strip("*") and any(not _equal(rules[taker], rules[pattern]) for taker in takers):
+            first = names_of(list(dict.fromkeys(takers)))
+            warnings.warn(
+                f"setup: the pattern {pattern!r} has no effect: all that it matches is taken by {first} before it, and "
+                f"the first match wins. Put {pattern!r} first, or leave it out",
+                stacklevel=4,
+            )
+
+
+def _equal(one: Rule | None, other: Rule | None) -> bool:
+    return one is other or (one is not None and other is not None and rule_key(one) == rule_key(other))
+
+
+def _rule(rule: Any, need: str) -> Rule:
+    if isinstance(rule, Rule):
+        return rule
+    raise TypeError(f"{need}, but got {named(rule)}")
