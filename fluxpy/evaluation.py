@@ -50,6 +50,7 @@ def averaged(state: State | Leaf, model: Any) -> Iterator[list[str]]:
                 exchanged.append((record, x, own))
                 aside[id(record)] = own
                 _write(x, value)
+        binding.note_writes()
         versions = [_version(x) for _, x, _ in exchanged]
         torch.clear_autocast_cache()  # of an autocast around the block: it has cast the other weights
         paths = dict(zip(map(id, binding.records), binding.paths, strict=True))
@@ -61,6 +62,7 @@ def averaged(state: State | Leaf, model: Any) -> Iterator[list[str]]:
         for record, x, own in exchanged:
             _write(x, own)
             aside.pop(id(record), None)
+        binding.note_writes()
         torch.clear_autocast_cache()
         if changed:
             lost = names_of([path for r, path in zip(binding.records, binding.paths, strict=True) if r in changed])

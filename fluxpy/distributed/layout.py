@@ -97,8 +97,8 @@ class Layout:
         local = held(x)
         return local.clone() if local.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() else local
 
-    def localise(self, t: Any, what: str) -> Tensor:
-        """What this process holds of a DTensor as large as the parameter, or of a whole tensor."""
+    def require_fits(self, t: Any, what: str) -> None:
+        """ValueError for what is no tensor as large as the parameter, or is spread over another mesh."""
         if not _is_tensor(t):
             raise ValueError(f"{what} must be a tensor, but is {type(t).__name__}")
         if not self.is_whole(t) or (is_dtensor(t) and t.device_mesh != self.mesh):
@@ -107,6 +107,10 @@ class Layout:
                 f"{what} must have the shape {tuple(self.shape)} on {self.mesh}, as its parameter, but has "
                 f"{tuple(t.shape)}{where}"
             )
+
+    def localise(self, t: Any, what: str) -> Tensor:
+        """What this process holds of a DTensor as large as the parameter, or of a whole tensor."""
+        self.require_fits(t, what)
         if not is_dtensor(t):
             return self.part(t)
         if t.placements != self.placements:
@@ -130,6 +134,19 @@ def layout_of(x: Any) -> Layout | None:
 def is_dtensor(x: Any) -> bool:
     """Whether a tensor is spread over processes."""
     return isinstance(x, _dtensor())
+
+
+def require_own_part(x: Any, what: str) -> None:
+    """ValueError for a DTensor that another process pickled: it holds the part of that one."""
+    mesh, here = x.device_mesh, None
+    if torch.distributed.is_initialized():
+        here = next(iter((mesh.mesh == torch.distributed.get_rank()).nonzero().tolist()), None)
+    there = mesh.get_coordinate()
+    if here is None or there is None or list(there) != here:
+        raise ValueError(
+            f"{what} is a part of another process, at {there} of {mesh}: what torch.save writes of DTensors is for the "
+            "process that wrote it; save and load by torch.distributed.checkpoint"
+        )
 
 
 def _is_tensor(x: Any) -> bool:
