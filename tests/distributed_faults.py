@@ -1,7 +1,8 @@
 """What processes of a world do with a state that moves between plain and spread models, and what they are refused."""
 
 import copy
-from typing import Any
+import weakref
+from typing import Any, ClassVar
 
 import distributed_cases as cases
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import fluxpy
@@ -230,6 +232,53 @@ def ddp_refuses_grads_that_it_did_not_average() -> None:
         run.check()
 
 
+class Alone(fluxpy.Rule):
+    """A rule of whole arrays, which sees that no other array is whole."""
+
+    seen: ClassVar[list[weakref.ref[torch.Tensor]] | None] = None
+
+    def apply(self, state: Any, x: torch.Tensor, dx: torch.Tensor) -> Any:
+        if self.seen is not None:
+            assert all(ref() is None for ref in self.seen)
+            self.seen.extend([weakref.ref(x), weakref.ref(dx)])
+        return state, 0.1 * dx / dx.norm()
+
+
+def one_array_at_a_time() -> None:
+    """Rules of whole arrays need the memory of one, also where a total over the tree comes first."""
+    for rule in (Alone(), OptimiserChain(ClipGlobalNorm(0.3), Alone()), OptimiserChain(Alone(), ClipGlobalNorm(0.3))):
+        run = Both(rule, shard)
+        for turn in range(2):
+            grads = fluxpy.gradient(loss, run.model, *mine(turn))
+            others = fluxpy.gradient(loss, run.alone, *batch(turn))
+            Alone.seen = []
+            fluxpy.update(run.state, run.model, grads)
+            assert Alone.seen
+            Alone.seen = None
+            fluxpy.update(run.state_alone, run.alone, others)
+        run.check()
+
+
+def started_over_on_one_process() -> None:
+    """Where only some processes make another attempt, no leaf is put together again."""
+    rules = {
+        "middle*": OptimiserChain(ClipGlobalNorm(0.1), CHAINS["whole"]),
+        "again*": OptimiserChain(ClipGlobalNorm(0.1), CHAINS["whole"], ClipGlobalNorm(0.2)),
+        "*": OptimiserChain(ClipGlobalNorm(0.1), cases.Worst(), cases.Fails()),
+    }
+    run = Both(rules, shard)
+    for turn in range(3):
+        grads = fluxpy.gradient(loss, run.model, *mine(turn), state=run.state)
+        others = fluxpy.gradient(loss, run.alone, *batch(turn), state=run.state_alone)
+        with CommDebugMode() as comm:
+            fluxpy.update(run.state, run.model, grads)
+        counts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(counts, comm.get_total_counts())
+        assert len(set(counts)) == 1, counts
+        fluxpy.update(run.state_alone, run.alone, others)
+    run.check()
+
+
 FAULTS = [
     to_plain_and_back,
     views_see_that_the_tree_moved,
@@ -239,6 +288,8 @@ FAULTS = [
     writes_are_seen_by_autograd,
     transforms_are_refused,
     offloaded,
+    one_array_at_a_time,
+    started_over_on_one_process,
     ddp_refuses_grads_that_it_did_not_average,
 ]
 # Those that find most, for every day.
