@@ -31,6 +31,12 @@ def test_the_ways_of_pytorch(size: int) -> None:
     run_world(size, ways.WAYS)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_bytes_are_those_of_the_page(size: int) -> None:
+    run_world(size, [cases.bytes_on_each_process])
+
+
 def test_four_processes_save_and_others_load(tmp_path: Path) -> None:
     folder = str(tmp_path)
     run_world(4, [partial(cases.save_in, folder), *cases.FEW_IN_FOUR, *ways.FEW_IN_FOUR])
