@@ -30,6 +30,7 @@ from fluxpy import (
     OptimiserChain,
     surgery,
 )
+from fluxpy.distributed.layout import Layout
 
 CLIPPED = OptimiserChain(ClipGlobalNorm(0.3), ClipNorm(0.2), Adam(0.05))
 
@@ -213,6 +214,36 @@ def offloaded() -> None:
         assert all(t.device.type == "cpu" for t in cases.fluxpy_tensors(run.state) if isinstance(t, torch.Tensor))
 
 
+def offloaded_from_other_devices() -> None:
+    """As where the mesh is of GPUs and the parts are on the CPU, but for the moving: DTensors are put together without
+    `from_local`, which would move them."""
+    known = Layout.__init__
+
+    def marked(self: Layout, x: Any) -> None:
+        known(self, x)
+        self.offloaded = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Layout, "__init__", marked)
+        for rule in (CLIPPED, CHAINS["whole"], MixedPrecision(Adam(0.05)), Adafactor(0.01)):
+            run = Both(rule, shard).step(2).both(lambda s: fluxpy.freeze(s.inside)).step(1).both(fluxpy.thaw)
+            saved, grads = fluxpy.state_dict(run.state), fluxpy.gradient(loss, run.model, *mine(0))
+            found, wanted = saved["leaves"]["head.weight"]["state"], run.model.head.weight
+            for t in found.values():
+                if isinstance(t, DTensor):
+                    assert (t.shape, t.stride(), t.placements) == (wanted.shape, wanted.stride(), wanted.placements)
+            run.step(1)
+            fluxpy.load_state_dict(run.state, saved)
+            fluxpy.load_state_dict(run.state_alone, saved)
+            others = {path: whole(grads[path]) for path, _ in fluxpy.leaves(run.state)}
+            with torch.no_grad():
+                for x, y in zip(run.model.parameters(), run.alone.parameters(), strict=True):
+                    y.copy_(whole(x))
+            fluxpy.update(run.state, run.model, grads)
+            fluxpy.update(run.state_alone, run.alone, others)
+            run.check()
+
+
 def ddp_refuses_grads_that_it_did_not_average() -> None:
     """By `.grad` too: one that thawed after the wrapping, whether it got a gradient or waits for one for ever."""
     run = Both(Adam(0.05), DistributedDataParallel, before=lambda m: m.inside.requires_grad_(False)).step(1)
@@ -288,6 +319,7 @@ FAULTS = [
     writes_are_seen_by_autograd,
     transforms_are_refused,
     offloaded,
+    offloaded_from_other_devices,
     one_array_at_a_time,
     started_over_on_one_process,
     ddp_refuses_grads_that_it_did_not_average,

@@ -37,7 +37,10 @@ class Layout:
         self.shape, self.stride, self.local_shape = x.shape, x.stride(), held(x).shape
         spread = (i for i, placement in enumerate(self.placements) if not placement.is_replicate())
         self.dims = tuple(i for i in spread if self.mesh.size(i) > 1)
+        # FSDP2 may keep parts on the CPU, of a mesh of other devices, by which the processes speak to each other.
+        self.offloaded = held(x).is_cpu and self.mesh.device_type != "cpu"
         self.accepted: Any = None  # what was last found to describe a tensor that is laid out like this
+        self._described = x._spec
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Layout):
@@ -81,11 +84,18 @@ class Layout:
         extra = t.shape[len(self.local_shape) :]
         shape = torch.Size((*self.shape, *extra))
         stride = self.stride if not extra else (*(2 * s for s in self.stride), 1)
+        if self.offloaded and t.is_cpu:  # which from_local would move to a device of the mesh
+            meta = self._described.tensor_meta._replace(shape=shape, stride=stride, dtype=t.dtype)
+            spec = type(self._described)(self.mesh, self.placements, tensor_meta=meta)
+            return _dtensor()(t, spec, requires_grad=t.requires_grad)
         return _dtensor().from_local(t, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
 
     def whole(self, t: Tensor) -> Tensor:
-        """The whole tensor of which a local one is a part."""
-        return self.show(t).full_tensor() if self.dims else t
+        """The whole tensor of which a local one is a part, on the same device."""
+        if not self.dims:
+            return t
+        there = t.to(self.mesh.device_type) if self.offloaded else t
+        return self.show(there).full_tensor().to(t.device)
 
     def part(self, t: Tensor) -> Tensor:
         """The local part of a whole tensor, in memory of its own."""
@@ -94,7 +104,7 @@ class Layout:
         from torch.distributed.tensor import distribute_tensor
 
         x: Any = distribute_tensor(t.detach(), self.mesh, self.placements, src_data_rank=None)
-        local = held(x)
+        local = held(x).to(t.device)
         return local.clone() if local.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() else local
 
     def require_fits(self, t: Any, what: str) -> None:

@@ -71,4 +71,5 @@ def _place(record: Any, t: Tensor) -> Tensor:
     if layout is None or not layout.is_whole(t):
         return torch.zeros(t.shape, dtype=t.dtype)
     extra = t.shape[len(record.shape) :]
-    return layout.show(torch.zeros((*record.local_shape, *extra), dtype=t.dtype, device=layout.mesh.device_type))
+    device = "cpu" if layout.offloaded else layout.mesh.device_type
+    return layout.show(torch.zeros((*record.local_shape, *extra), dtype=t.dtype, device=device))
