@@ -8,6 +8,7 @@ from itertools import chain
 from operator import is_, methodcaller
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -119,6 +120,11 @@ class Binding:
         other.local, other.parallel = other.params, None  # a copy is without its wrappers
         other.unasked = other._unasked()
         return other
+
+    def note_writes(self) -> None:
+        """Let autograd see what is written to the local tensors of parameters that are spread over processes."""
+        if self.spread:
+            torch.autograd.graph.increment_version(self.params)
 
     def part(self, places: Sequence[int]) -> "Binding":
         """Some of the parameters, with a plan of their own."""

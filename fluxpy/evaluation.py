@@ -72,6 +72,7 @@ class Exchange:
                 own = x.detach().clone()
                 self._keep(path, record, x, own)
                 _write(x, value)
+        binding.note_writes()
         self.versions = [_version(x) for _, _, x, _ in self.held]
         torch.clear_autocast_cache()  # of an autocast around the block: it has cast the other weights
 
@@ -106,6 +107,7 @@ class Exchange:
             _write(x, own)
             self.context.aside.pop(id(record), None)
         self.held, self.versions = [], []
+        self.binding.note_writes()
         torch.clear_autocast_cache()
 
 
@@ -116,9 +118,8 @@ def _evaluation(record: Record, x: Tensor, path: str) -> Tensor | None:
         return None
     try:
         with torch.no_grad():
-            value = at(rule, max(count - 1, 0)).evaluation_any(
-                record.state, x
-            )  # with the hyperparameters of the last step
+            now = at(rule, max(count - 1, 0))  # with the hyperparameters of the last step
+            value = now.evaluation_any(record.state, x)
     except Exception as error:
         error.add_note(f"in the evaluation of the rule {rule!r} of the parameter {path!r}")
         raise

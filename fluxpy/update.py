@@ -72,6 +72,8 @@ def update(state: AnyState, model: Model, grads: Any = None, *, inplace: bool = 
 
 def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
     """`update` in place of a model whose parameters are known."""
+    if grads is None and binding.parallel is not None and binding.parallel.replicas:  # what a backward pass left
+        binding.parallel.require_averages([not record.frozen for record in binding.records])
     found = in_order(binding, grads)
     if binding.unasked:
         binding.look_at_flags()
@@ -135,6 +137,7 @@ def flush(state: AnyState, model: Model) -> tuple[AnyState, Model]:
     records = [record for record in binding.records if id(record.rule) in ends]
     grads: list[Any] = [None] * len(binding.params)
     require_steppable(binding)
+    binding.note_writes()
     try:
         for record in records:
             record.rule = ends[id(record.rule)]
@@ -209,8 +212,7 @@ def _local(binding: Binding, grads: list[Any]) -> list[Any]:
             "parameters that are spread over processes are updated outside of torch.func, torch.compile and "
             "inference_mode"
         )
-    # Writes to local tensors are to be seen by autograd.
-    torch.autograd.graph.increment_version(binding.params)
+    binding.note_writes()
     return local_gradients([record.layout for record in binding.records], grads, binding.paths)
 
 

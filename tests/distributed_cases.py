@@ -3,6 +3,8 @@
 import copy
 import os
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import optree
@@ -710,21 +712,35 @@ def sharpness_is_over_all_shards() -> None:
 
 
 def bytes_on_each_process() -> None:
-    """What the page on scaling says: momenta are shared out, but for rounding up to whole rows."""
+    """What the page on scaling works out, against what tensors hold: of each rule, however the model is spread."""
     size = dist.get_world_size()
-    for rule, each in (
-        (Momentum(), 1),
-        (Adam(), 2),
-        (fluxpy.AMSGrad(), 3),
-        (MixedPrecision(Adam()), 3),
-        (Descent(), 0),
-    ):
-        for spread, share in ((copies, 1), (fully_shard, size), (DistributedDataParallel, 1)):
-            model = spread(nn.Sequential(nn.Linear(64, 32 * size), nn.Linear(32 * size, 4 * size)))
+    page = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text("utf-8")
+    said: dict[str, Any] = {"torch": torch, "fluxpy": fluxpy}
+    [code] = re.findall(r"```python\n(import optree\n.*?\n)adam, ", page, re.DOTALL)
+    exec(code, said)
+    ways = [(lambda m: DistributedDataParallel(m, gradient_as_bucket_view=True), 1), (copies, 1), (fully_shard, size)]
+    rules = [(row.rule, torch.float32) for row in ROWS.values()]
+    rules.append((MixedPrecision(AdamW(0.01)), torch.bfloat16))
+    for rule, dtype in rules:
+        for spread, share in ways:
+            layers = nn.Linear(256, 64 * size, bias=False), nn.Linear(64 * size, 128 * size, bias=False)
+            model = spread(nn.Sequential(*layers).to(dtype))
             state = fluxpy.setup(rule, model)
-            numbers = sum(x.numel() for x in fluxpy.trainables(model))
-            held = [t.to_local() if isinstance(t, DTensor) else t for t in fluxpy_tensors(state)]
-            assert sum(t.untyped_storage().nbytes() for t in held) == 4 * each * numbers // share
+            for _ in range(2):
+                model.zero_grad()
+                model(torch.ones(2, 256, dtype=dtype)).sum().backward()
+                fluxpy.update(state, model)
+            params = fluxpy.trainables(model)
+            numbers = sum(x.numel() for x in params)
+            held = stored([*params, *[x.grad for x in params], *fluxpy_tensors(state)])
+            assert held == pytest.approx(said["bytes_each"](rule, dtype) * numbers / share, rel=0.02), (rule, share)
+
+
+def stored(tensors: list[Any]) -> int:
+    """The bytes of memory that tensors hold on this process, each once."""
+    local = [t._local_tensor if isinstance(t, DTensor) else t for t in tensors if isinstance(t, Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
+    return sum(storages.values())
 
 
 def sequence_parallel() -> None:
@@ -817,7 +833,6 @@ SPREAD = [
     wrappers_are_no_part_of_a_path,
     trees_of_shards,
     sharpness_is_over_all_shards,
-    bytes_on_each_process,
     sequence_parallel,
     as_an_optimizer_of_torch,
     momenta_of_torch_go_on,

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ ALONE = {"recipes.md"}  # where no block needs the first one of the page
 WIDTH = 80  # what fits into the column
 
 
+@pytest.fixture
+def _no_group_stays() -> Iterator[None]:
+    """The page on several processes starts a group of one."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_no_group_stays")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_run(page: Path) -> None:
     """Each by itself after the first of its page, whatever stands between them."""

@@ -20,8 +20,7 @@ Case = Callable[[], None]
 
 def run_world(size: int, cases: Sequence[Case], patience: int = 300) -> None:
     """Run functions of a module, one after another, in each of some processes; AssertionError says which failed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "fluxpy", "helpers"])
+    context = _context()
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -46,6 +45,36 @@ def run_world(size: int, cases: Sequence[Case], patience: int = 300) -> None:
             if process.is_alive():
                 process.kill()
     assert not failures, "\n\n".join(failures)
+
+
+def run_and_kill(size: int, case: Case, rank: int, moment: Callable[[], object]) -> None:
+    """Run a function in each of some processes, kill one of them when `moment` returns, and wait until all are gone."""
+    context = _context()
+    with tempfile.TemporaryDirectory() as folder:
+        results = context.Queue()
+        processes = [
+            context.Process(target=_main, args=(each, size, folder, [case], results), daemon=True)
+            for each in range(size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            moment()
+            alive = processes[rank].is_alive()
+            processes[rank].kill()
+            for process in processes:
+                process.join(5)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+    assert alive, "the process ended before it was killed"
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "fluxpy", "helpers"])
+    return context
 
 
 def _main(rank: int, size: int, folder: str, cases: list[Case], results: Any) -> None:

@@ -8,31 +8,65 @@ from typing import Any
 
 from torch import Tensor
 
+from ..context import require_all_finite
 from ..engine.reference import ReferenceUnit
-from ..engine.step import Prepare
+from ..engine.step import Prepare, Request
 from ..leaf import Record
 
 
 class GatheredUnit(ReferenceUnit):
-    """One leaf, put together for its step. It is put together once an update, however often a step is attempted: the
-    other processes would not do it again."""
+    """One leaf, whole only while its step is worked out, so that no two are at a time: where its rule asks for a total
+    over the tree it lets go, and is put together anew for what follows.
 
-    whole: tuple[Record, Tensor, Tensor | None] | None = None
+    What it asked for and came to is kept until the update ends. Where a process makes another attempt at it, the others
+    would not put the leaf together again.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.asked: list[Request] = []
+        self.done = False
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
+        answers: list[Any] = []
+        while True:
+            if len(answers) == len(self.asked):
+                request = None if self.done else self._go_on(grads[self.place], answers)
+                if request is None:
+                    return
+                self.asked.append(request)
+            answers.append((yield self.asked[len(answers)]))
+
+    def _go_on(self, dx: Tensor | None, answers: list[Any]) -> Request | None:
+        """The next total over the tree that the rule asks for after these answers; None where it came to its result."""
         layout = self.record.layout
         assert layout is not None
-        if self.whole is None:
-            dx = grads[self.place]
-            self.whole = self.record.put_together(), layout.whole(self.x), None if dx is None else layout.whole(dx)
-        record, x, dx = self.whole
+        record, x = self.record.put_together(), layout.whole(self.x)
         inner = ReferenceUnit(record, x, self.place, self.path, self.context)
-        yield from inner.prepare([None] * self.place + [dx])
+        steps = inner.prepare([None] * self.place + [None if dx is None else layout.whole(dx)])
+        known, answer = iter(answers), None
+        while True:
+            try:
+                request = steps.send(answer)
+            except StopIteration:
+                self._keep(inner)
+                return None
+            if request.reduce.rule.over == "array":  # all of it is here
+                require_all_finite(request.parts, request.reduce, self.context, request.paths)
+                answer = request.parts
+            elif (answer := next(known, None)) is None:
+                return request._replace(reduce=request.reduce._replace(value=request.parts))  # without the whole array
+
+    def _keep(self, inner: ReferenceUnit) -> None:
+        """Keep this process's part of the result."""
+        layout = self.record.layout
+        assert layout is not None
         self.moved, self.skeleton = inner.moved, inner.skeleton
         self.value = layout.part(inner.value)
         self.spread = [layout.is_whole(t) for t in inner.news]
         self.news = [layout.part(t) if cut else t for t, cut in zip(inner.news, self.spread, strict=True)]
         self.olds = self.record.tensors or [] if inner.olds else []
+        self.done = True
 
     def settle(self, record: Record) -> None:
         super().settle(record)
@@ -40,4 +74,4 @@ class GatheredUnit(ReferenceUnit):
 
     def drop(self) -> None:
         super().drop()
-        self.whole = None
+        self.asked, self.done = [], False

@@ -37,7 +37,10 @@ class Layout:
         self.shape, self.stride, self.local_shape = x.shape, x.stride(), held(x).shape
         spread = (i for i, placement in enumerate(self.placements) if not placement.is_replicate())
         self.dims = tuple(i for i in spread if self.mesh.size(i) > 1)
+        # FSDP2 may keep parts on the CPU, of a mesh of other devices, by which the processes speak to each other.
+        self.offloaded = held(x).is_cpu and self.mesh.device_type != "cpu"
         self.accepted: Any = None  # what was last found to describe a tensor that is laid out like this
+        self._described = x._spec
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Layout):
@@ -81,11 +84,18 @@ class Layout:
         extra = t.shape[len(self.local_shape) :]
         shape = torch.Size((*self.shape, *extra))
         stride = self.stride if not extra else (*(2 * s for s in self.stride), 1)
+        if self.offloaded and t.is_cpu:  # which from_local would move to a device of the mesh
+            meta = self._described.tensor_meta._replace(shape=shape, stride=stride, dtype=t.dtype)
+            spec = type(self._described)(self.mesh, self.placements, tensor_meta=meta)
+            return _dtensor()(t, spec, requires_grad=t.requires_grad)
         return _dtensor().from_local(t, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
 
     def whole(self, t: Tensor) -> Tensor:
-        """The whole tensor of which a local one is a part."""
-        return self.show(t).full_tensor() if self.dims else t
+        """The whole tensor of which a local one is a part, on the same device."""
+        if not self.dims:
+            return t
+        there = t.to(self.mesh.device_type) if self.offloaded else t
+        return self.show(there).full_tensor().to(t.device)
 
     def part(self, t: Tensor) -> Tensor:
         """The local part of a whole tensor, in memory of its own."""
@@ -94,11 +104,11 @@ class Layout:
         from torch.distributed.tensor import distribute_tensor
 
         x: Any = distribute_tensor(t.detach(), self.mesh, self.placements, src_data_rank=None)
-        local = held(x)
+        local = held(x).to(t.device)
         return local.clone() if local.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() else local
 
-    def localise(self, t: Any, what: str) -> Tensor:
-        """What this process holds of a DTensor as large as the parameter, or of a whole tensor."""
+    def require_fits(self, t: Any, what: str) -> None:
+        """ValueError for what is no tensor as large as the parameter, or is spread over another mesh."""
         if not _is_tensor(t):
             raise ValueError(f"{what} must be a tensor, but is {type(t).__name__}")
         if not self.is_whole(t) or (is_dtensor(t) and t.device_mesh != self.mesh):
@@ -107,6 +117,10 @@ class Layout:
                 f"{what} must have the shape {tuple(self.shape)} on {self.mesh}, as its parameter, but has "
                 f"{tuple(t.shape)}{where}"
             )
+
+    def localise(self, t: Any, what: str) -> Tensor:
+        """What this process holds of a DTensor as large as the parameter, or of a whole tensor."""
+        self.require_fits(t, what)
         if not is_dtensor(t):
             return self.part(t)
         if t.placements != self.placements:
@@ -130,6 +144,19 @@ def layout_of(x: Any) -> Layout | None:
 def is_dtensor(x: Any) -> bool:
     """Whether a tensor is spread over processes."""
     return isinstance(x, _dtensor())
+
+
+def require_own_part(x: Any, what: str) -> None:
+    """ValueError for a DTensor that another process pickled: it holds the part of that one."""
+    mesh, here = x.device_mesh, None
+    if torch.distributed.is_initialized():
+        here = next(iter((mesh.mesh == torch.distributed.get_rank()).nonzero().tolist()), None)
+    there = mesh.get_coordinate()
+    if here is None or there is None or list(there) != here:
+        raise ValueError(
+            f"{what} is a part of another process, at {there} of {mesh}: what torch.save writes of DTensors is for the "
+            "process that wrote it; save and load by torch.distributed.checkpoint"
+        )
 
 
 def _is_tensor(x: Any) -> bool:

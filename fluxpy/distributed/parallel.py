@@ -31,6 +31,7 @@ class Parallel:
     ) -> None:
         self.replicas, self.params, self.paths = replicas, list(params), list(paths)
         self.checked: list[bool] | None = None  # who trains, as DDP was last found to agree with it
+        self.averaged: list[bool] | None = None  # who trains, as DDP was last found to average all of it
         meshes = dict.fromkeys(x.device_mesh for x in params if is_dtensor(x))  # pyright: ignore[reportAttributeAccessIssue]
         groups = [ddp.process_group for ddp in replicas]
         groups += [mesh.get_group(i) for mesh in meshes for i in range(mesh.ndim)]
@@ -96,20 +97,32 @@ class Parallel:
                     "over processes: call model(x), not model.module(x), or give what you call to forward"
                 )
 
+    def require_averages(self, trains: list[bool]) -> None:
+        """ValueError where DDP does not average the gradients of a parameter that trains, so that processes would drift
+        apart."""
+        if trains == self.averaged:
+            return
+        wanted = {id(x): path for x, path, wants in zip(self.params, self.paths, trains, strict=True) if wants}
+        for ddp in self.replicas:
+            inside, known = [x for x in ddp.module.parameters() if id(x) in wanted], _reduced(ddp)
+            late = [wanted[id(x)] for x in inside if id(x) not in known]
+            if late:
+                raise ValueError(
+                    f"DistributedDataParallel does not average the gradients of {names_of(late)}, which did not "
+                    "require grad when it was wrapped (or are ignored): freeze them, wrap the model anew, or use "
+                    "replicate of torch.distributed._composable.replicate_with_fsdp, where parameters may thaw at any "
+                    "time"
+                )
+        self.averaged = list(trains)
+
     def _check(self, trains: list[bool]) -> None:
         """ValueError where DDP would wait for other gradients than those of the parameters that train."""
         names = {id(x): path for x, path in zip(self.params, self.paths, strict=True)}
         wanted = {id(x) for x, wants in zip(self.params, trains, strict=True) if wants}
+        self.require_averages(trains)
         for ddp in self.replicas:
             inside = [x for x in ddp.module.parameters() if id(x) in names]
             known = _reduced(ddp)
-            late = [names[id(x)] for x in inside if id(x) in wanted and id(x) not in known]
-            if late:
-                raise ValueError(
-                    f"DistributedDataParallel does not average the gradients of {names_of(late)}, which did not "
-                    "require grad when it was wrapped (or are ignored): wrap the model anew, or use replicate of "
-                    "torch.distributed._composable.replicate_with_fsdp, where parameters may thaw at any time"
-                )
             idle = [names[id(x)] for x in inside if id(x) in known and id(x) not in wanted]
             if idle and (ddp.static_graph or not ddp.find_unused_parameters):
                 raise ValueError(

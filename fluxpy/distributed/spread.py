@@ -81,6 +81,7 @@ class Spread:
     def lay_out(self, layout: Layout | None) -> bool:
         """Move the state to where the parameter is now; whether it was elsewhere."""
         if layout == self.layout:
+            self.layout = layout  # its parts may be on another device by now
             return False
         if self.tensors is not None:
             tensors = self.tensors if self.layout is None else self.put_together().tensors or []

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.layout import is_dtensor, require_own_part
 from ..leaf import Leaf, record_of
 from ..pytree import skeleton_of
 from .format import part_names
@@ -34,7 +35,22 @@ def from_checkpoint(entry: Any, place: str) -> Any:
         made, pending = found["made"], found["pending"]
     except (ValueError, TypeError, KeyError) as error:
         raise malformed(f"{place}['pending']", "what state_dict writes there", text) from error
+    if made is True and entry.get("state") is None:
+        raise ValueError(
+            f"{place}: the checkpoint has momenta, for which the dict that it was loaded into had no place, since the "
+            "leaf was frozen and had none: thaw it before fluxpy.state_dict; the frozen flag is loaded with the rest"
+        )
     return entry | {"pending": pending, "state": entry.get("state") if made else None}
+
+
+def require_parts(leaf: Leaf, entry: dict[str, Any]) -> None:
+    """ValueError for DTensors whose parts a leaf cannot take, before anything is loaded."""
+    layout = record_of(leaf).layout
+    for t in (entry["state"] or {}).values():
+        if is_dtensor(t):
+            require_own_part(t, "a tensor of the state")
+            if layout is not None:
+                layout.require_fits(t, "a tensor of the state")
 
 
 def _places(leaf: Leaf) -> dict[str, Any] | None:
@@ -55,4 +71,5 @@ def _place(record: Any, t: Tensor) -> Tensor:
     if layout is None or not layout.is_whole(t):
         return torch.zeros(t.shape, dtype=t.dtype)
     extra = t.shape[len(record.shape) :]
-    return layout.show(torch.zeros((*record.local_shape, *extra), dtype=t.dtype, device=layout.mesh.device_type))
+    device = "cpu" if layout.offloaded else layout.mesh.device_type
+    return layout.show(torch.zeros((*record.local_shape, *extra), dtype=t.dtype, device=device))

@@ -14,7 +14,7 @@ from .changes import changes
 from .decode import Decoder, Misfit
 from .format import Encoder
 from .record import LeafRecord, read_leaf, write_leaf
-from .spread import for_checkpoint, from_checkpoint
+from .spread import for_checkpoint, from_checkpoint, require_parts
 from .values import malformed
 
 VERSION = 2
@@ -185,6 +185,7 @@ def _decode(
             continue
         [(key, entry)] = found.items()
         try:
+            require_parts(leaf, entry)
             new, notes = decoder.leaf(record, entry)
         except Misfit as misfit:
             getattr(report, misfit.kind)[path] = str(misfit)
