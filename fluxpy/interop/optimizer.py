@@ -257,7 +257,7 @@ class TorchOptimizer(Optimizer):
         load_state_dict(self._tree, {"leaves": d["state"], **rest})
         self._groups.regroup([(group["params"], group) for group in d["param_groups"]])
         if exchange is not None:
-            self._resume(exchange, training)
+            self._resume(exchange, training or {})
 
     def _check_weights(self, training: Any) -> None:
         """ValueError for training weights that are not those of parameters here."""
