@@ -218,7 +218,20 @@ def own_unit_norm(layers: Layers) -> Sides:
 
 
 def pure(layers: Layers) -> Sides:
-    model: Any = layers.fresh()
+    return _pure(layers, layers.fresh())
+
+
+def pure_of_dicts(layers: Layers) -> Sides:
+    """Nothing is copied but tensors and the dicts that hold them."""
+    tensors = {f"layer {i:03}": list(layer.parameters()) for i, layer in enumerate(_linears(layers.fresh()))}
+    return _pure(layers, {name: {"0": weight, "1": bias} for name, (weight, bias) in tensors.items()})
+
+
+def _linears(model: nn.Module) -> list[nn.Module]:
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+
+
+def _pure(layers: Layers, model: Any) -> Sides:
     state = fluxpy.setup(AdamW(LR), model)
     params: list[Tensor] = list(layers.fresh().parameters())
     # Both averages and the count of each parameter, as torch's functional AdamW takes them.
@@ -241,7 +254,12 @@ def pure(layers: Layers) -> Sides:
         options = {"amsgrad": False, "maximize": False, "fused": True, "weight_decay": 1e-2, "eps": 1e-8}
         adamw(params, grads, means, squares, [], counts, lr=LR, beta1=0.9, beta2=0.999, **options)
 
-    return Sides(Side(layers, lambda: model.parameters(), update), Side(layers, lambda: params, on_clones))
+    def own() -> list[Tensor]:
+        if isinstance(model, nn.Module):
+            return list(model.parameters())
+        return [p for layer in model.values() for p in layer.values()]
+
+    return Sides(Side(layers, own, update), Side(layers, lambda: params, on_clones))
 
 
 def linear(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -290,6 +308,7 @@ ROWS = {
     "a rule of one's own, elementwise, against the same formula in a loop by hand": Row(0.6, own_elementwise),
     "a rule of one's own, not elementwise (gradient at unit norm), against the same by hand": Row(1.0, own_unit_norm),
     "pure update, against cloning parameters and momenta and fused AdamW": Row(1.5, pure),
+    "pure update of nested dicts of tensors, against the same": Row(1.5, pure_of_dicts),
 }
 
 
