@@ -59,6 +59,7 @@ def test_checkpoints_of_two_processes(tmp_path: Path) -> None:
             partial(saving.saved_while_updates_go_on, folder + "/meanwhile"),
             partial(saving.frozen_where_the_file_has_momenta, folder),
             saving.parts_of_another_process,
+            partial(saving.one_saves_for_all, folder),
         ],
     )
 
