@@ -395,4 +395,4 @@ WAYS = [
     assigned_parameters,
     dicts_on_meshes_of_several_dimensions,
 ]
-FEW_IN_FOUR = [two_meshes_in_one_model, norms_over_two_meshes]
+FEW_IN_FOUR = [norms_over_two_meshes]
