@@ -129,7 +129,7 @@ def bind(state: State | Leaf, model: Any) -> Binding:
         return binding
     binding, context = _new_binding(state, spec, model, key), tree_context(state)
     if binding.spread or context.spread:
-        bindings.lay_out(binding, context, [record_of(leaf) for leaf in leaf_list(state)])
+        bindings.lay_out(binding, context, records_of(leaf_list(state)))
     return binding
 
 
