@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .distributed.layout import any_dtensor, local_tensors
+from .distributed.layout import any_dtensor, layout_of, local_tensors
 from .distributed.parallel import Parallel, parallel_of, reshard
 from .pytree import level, unwrap
-from .text import join, names_of
+from .text import form, join, names_of
 from .tree import TreeSpec, explore
 
 
@@ -170,6 +170,20 @@ class Bindings(dict[int, Binding]):
         key = id(plan.records[0]) if spec.kind == "leaf" else id(spec)
         self[key] = binding.fork(spec, model, containers, plan, self._forgetting())
 
+    def lay_out(self, binding: Binding, context: Any, tree: Sequence[Any]) -> None:
+        """Bring a state to where the parameters are, which may be spread over processes by now, or no longer. `tree`
+        are all records of the tree, as far as they are known."""
+        try:
+            moved = _lay_out(binding)
+        except BaseException:
+            self.clear()  # a model that does not fit is not to be known
+            raise
+        if any(moved):  # the others have plans for where it was
+            context.structure += 1
+            for key in [key for key, other in self.items() if other is not binding]:
+                del self[key]
+        context.spread = len(tree) < context.size or any(record.layout is not None for record in tree)
+
     def _forgetting(self) -> Callable[[], None]:
         kept = weakref.ref(self)  # a binding that held its holder would die by the garbage collector alone
 
@@ -179,6 +193,19 @@ class Bindings(dict[int, Binding]):
                 bindings.clear()
 
         return forget
+
+
+def _lay_out(binding: Binding) -> list[bool]:
+    """For each record, whether it was elsewhere."""
+    layouts = [layout_of(x) for x in binding.params]
+    for record, x, path in zip(binding.records, binding.params, binding.paths, strict=True):
+        if x.shape != record.shape:  # before anything is put together for it
+            raise ValueError(
+                f"the model does not fit the state: {path!r} was {form(record.shape, record.dtype)} at setup and is "
+                f"now {form(x.shape, x.dtype)}; of a parameter that is spread over processes give the DTensor itself, "
+                "not to_local() of it, else call setup again"
+            )
+    return [record.lay_out(layout) for record, layout in zip(binding.records, layouts, strict=True)]
 
 
 def _reference(model: Any, forget: Callable[[], None] | None) -> Callable[[], Any]:

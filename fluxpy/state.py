@@ -127,8 +127,9 @@ def bind(state: State | Leaf, model: Any) -> Binding:
     known = binding is not None and binding.spec is spec and binding.matches(model)
     if binding is not None and known and (alone is None or binding.records[0] is alone):
         return binding
-    binding = _new_binding(state, spec, model, key)
-    _lay_out(binding, state)
+    binding, context = _new_binding(state, spec, model, key), tree_context(state)
+    if binding.spread or context.spread:
+        bindings.lay_out(binding, context, records_of(leaf_list(state)))
     return binding
 
 
@@ -141,29 +142,6 @@ def _new_binding(state: State | Leaf, spec: TreeSpec, model: Any, key: int) -> B
             raise
         respec(state, other)  # all that the model has, in the order of the model
     return bindings.add(id(other), other, model, records)
-
-
-def _lay_out(binding: Binding, state: State | Leaf) -> None:
-    """Bring the state to where the parameters are, which may be spread over processes by now, or no longer."""
-    context = tree_context(state)
-    if not (binding.spread or context.spread):
-        return
-    triples = list(zip(binding.records, map(layout_of, binding.params), binding.paths, strict=True))
-    for (record, _, path), x in zip(triples, binding.params, strict=True):
-        if x.shape != record.shape:  # before anything is put together for it
-            raise ValueError(
-                f"the model does not fit the state: {path!r} was {form(record.shape, record.dtype)} at setup and is "
-                f"now {form(x.shape, x.dtype)}; of a parameter that is spread over processes give the DTensor itself, "
-                "not to_local() of it, else call setup again"
-            )
-    moved = [record.lay_out(layout) for record, layout, _ in triples]
-    if any(moved):  # what other views were used with has plans for where the state was
-        context.structure += 1
-        bindings = tree_bindings(state)
-        for key in [key for key, other in bindings.items() if other is not binding]:
-            del bindings[key]
-    tree = [record_of(leaf) for leaf in leaf_list(state)]
-    context.spread = any(record.layout is not None for record in tree) or len(tree) < context.size
 
 
 @overload

@@ -15,6 +15,7 @@ from distributed_cases import Both, named, shard
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.nn.parallel import DistributedDataParallel
 
 import fluxpy
 from fluxpy import Adam, ClipGlobalNorm, Descent, OptimiserChain
@@ -180,3 +181,16 @@ def parts_of_another_process() -> None:
             fluxpy.load_state_dict(run.state, from_first)
     assert not fluxpy.testing.diff(before, fluxpy.testing.snapshot(run.model, run.state))
     run.step(1).check()
+
+
+def one_saves_for_all(folder: str) -> None:
+    """Under DDP each process has everything."""
+    path = folder + "/run.flux"
+    run = Both(CLIPPED, DistributedDataParallel).step(2)
+    if dist.get_rank() == 0:
+        fluxpy.save(path, model=run.model, state=run.state)
+    dist.barrier()
+    other = Both(CLIPPED, DistributedDataParallel)
+    fluxpy.load(path, model=other.model, state=other.state)
+    run.model, run.state = other.model, other.state
+    run.check().step(2).check()

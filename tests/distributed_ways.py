@@ -14,7 +14,7 @@ from helpers import CHAINS
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
@@ -105,6 +105,13 @@ def distributed_by_hand() -> None:
         step_alike(Both(rule, lambda m: by_hand(m, mesh, [Shard(0)]), net=Two)).check()
 
 
+def require_clipped(run: Both, clip: Any, p: float, limit: float) -> None:
+    """That a comparison of clips is not one of nothing."""
+    grads = torch.utils._pytree.tree_leaves(fluxpy.gradient(loss, run.alone, *batch(0)))
+    norms = torch.stack([torch.linalg.vector_norm(g, ord=p) for g in grads])
+    assert (norms > limit).sum() > 1 if clip is ClipNorm else torch.linalg.vector_norm(norms, ord=p) > limit
+
+
 def two_meshes_in_one_model() -> None:
     """One layer over all processes, the other in replicas: a norm over both counts each number once."""
     size = dist.get_world_size()
@@ -118,7 +125,8 @@ def two_meshes_in_one_model() -> None:
 
     for p in NORMS:
         for clip in (ClipGlobalNorm, ClipNorm):
-            step_alike(Both(OptimiserChain(clip(0.1, norm_type=p), AdamW(0.05)), spread, net=Two)).check()
+            run = step_alike(Both(OptimiserChain(clip(0.01, norm_type=p), AdamW(0.05)), spread, net=Two)).check()
+            require_clipped(run, clip, p, 0.01)
 
 
 def norms_over_two_meshes() -> None:
@@ -132,7 +140,8 @@ def norms_over_two_meshes() -> None:
 
     for p in NORMS:
         for clip in (ClipGlobalNorm, ClipNorm):
-            run = Both(OptimiserChain(clip(0.05, norm_type=p), Adam(0.05)), spread, net=Wide)
+            run = Both(OptimiserChain(clip(0.01, norm_type=p), Adam(0.05)), spread, net=Wide)
+            require_clipped(run, clip, p, 0.01)
             for turn in range(3):
                 x, y = batch(turn)
                 fluxpy.trainstep(loss, run.model, (x[part * 6 :][:6], y[part * 6 :][:6]), run.state)
@@ -311,6 +320,33 @@ def dicts_of_the_model() -> None:
             assert torch.equal(a, later[0][key]) if isinstance(a, Tensor) else a == later[0][key]
 
 
+def assigned_parameters() -> None:
+    """A model that was sharded on `meta` is given its parameters by `load_state_dict(assign=True)`, piece by piece."""
+    for policy in (OffloadPolicy(), CPUOffloadPolicy(pin_memory=False)):
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double()
+        for layer in model:
+            fully_shard(layer, offload_policy=policy)
+        fully_shard(model, offload_policy=policy)
+        state = fluxpy.setup(CLIPPED, model)
+        alone = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double()
+        other = fluxpy.setup(CLIPPED, alone)
+        for key, x in alone.state_dict().items():
+            place = model.state_dict()[key]
+            model.load_state_dict(
+                {key: distribute_tensor(x, place.device_mesh, place.placements)}, assign=True, strict=False
+            )
+        fluxpy.follow(state, model)
+        for turn in range(2):
+            fluxpy.trainstep(loss, model, mine(turn), state)
+            fluxpy.trainstep(loss, alone, batch(turn), other)
+        again = {key: x.clone() for key, x in model.state_dict().items()}
+        model.load_state_dict(again, assign=True)  # in mid-run: other tensors of the same numbers
+        fluxpy.trainstep(loss, model, mine(2), state)
+        fluxpy.trainstep(loss, alone, batch(2), other)
+        cases.assert_same(model, state, alone, other)
+
+
 def dicts_on_meshes_of_several_dimensions() -> None:
     """Saved whole, and into a state on another mesh."""
     size = dist.get_world_size()
@@ -356,6 +392,7 @@ WAYS = [
     groups_freeze_and_thaw,
     layers_that_run_again,
     dicts_of_the_model,
+    assigned_parameters,
     dicts_on_meshes_of_several_dimensions,
 ]
-FEW_IN_FOUR = [two_meshes_in_one_model, norms_over_two_meshes]
+FEW_IN_FOUR = [norms_over_two_meshes]

@@ -59,12 +59,13 @@ def test_checkpoints_of_two_processes(tmp_path: Path) -> None:
             partial(saving.saved_while_updates_go_on, folder + "/meanwhile"),
             partial(saving.frozen_where_the_file_has_momenta, folder),
             saving.parts_of_another_process,
+            partial(saving.one_saves_for_all, folder),
         ],
     )
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.nightly)])
 def test_killed_while_saving(times: int, tmp_path: Path) -> None:
     """SIGKILL of one rank at a random moment: the newest checkpoint is the last that was finished, or the next one, and
     whole; and the run goes on from it."""
