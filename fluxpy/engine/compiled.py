@@ -49,7 +49,7 @@ class CompiledUnit:
 
     def __init__(self, cohort: Cohort) -> None:
         self.cohort, self.context = cohort, cohort.context
-        self.chunks = Chunks(cohort, split=False, numbers=False)
+        self.chunks = Chunks(cohort, split=False, long=True)
         self.kernels = set[Any]()
         self.totals = 0
         if self.master is not None:
@@ -101,7 +101,7 @@ class CompiledUnit:
 
     def _start(self, chunk: Chunk, dx: Any) -> Steps:
         """The rule's own steps, for the totals that it asks for."""
-        momenta = [row.read() for row in chunk.momenta]
+        momenta = [row.read().view(row.shape) for row in chunk.momenta]
         return self.now.steps(self.cohort.skeleton.combine(momenta), chunk.x.read(), dx)
 
     def _kinds(self) -> dict[bool, Chunk]:
@@ -118,7 +118,7 @@ class CompiledUnit:
 
     def _count_totals(self, chunk: Chunk) -> int:
         row, momenta, rule, skeleton = self._target(chunk)
-        tape = Tape([row.buffer, row.buffer, *(m.buffer for m in momenta)])
+        tape = Tape([row.buffer, row.buffer, *(m.buffer.view(m.shape) for m in momenta)])
         x, dx, *others = tape.inputs
         steps, answer, count = rule.steps(skeleton.combine(others), x, dx), None, 0
         try:
@@ -133,7 +133,7 @@ class CompiledUnit:
     def _program(self, chunk: Chunk) -> Program:
         """Write down what the rule does with this step's numbers, and find or make the kernel for it."""
         row, momenta, rule, before = self._target(chunk)
-        held = [m.buffer for m in momenta]
+        held = [m.buffer.view(m.shape) for m in momenta]
         own = [column[:2] if chunk.gathers else column[0] for column in self.differing.values()]
         bad = self.context.flag.bad
         tensors = [row.buffer, row.buffer, *held, *chunk.answers, *own, *([] if bad is None else [bad])]
@@ -190,8 +190,11 @@ class CompiledUnit:
             held = [] if bad is None else [bad]
             dx = chunk.gradient(self.chunks.grads).to(x.dtype)
             own = self._numbers_for(chunk)
-            program.kernel(program.numbers, x, dx, *(m.read() for m in momenta), *chunk.answers, *own, *held)
+            states = [m.read().view(m.shape) for m in momenta]
+            program.kernel(program.numbers, x, dx, *states, *chunk.answers, *own, *held)
             row.write(x)
+            for m in momenta:
+                m.write(m.buffer)
             if self.master is not None:
                 chunk.x.write(x)
         assert program is not None

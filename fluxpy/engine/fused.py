@@ -257,7 +257,7 @@ class FusedUnit(_Fused):
         assert self.front is not None
         if self.front_is_constant and not chunk.stacked:
             return self.front.steps(self.front_state, x, dx)
-        rows = (row.read().view(chunk.shape) for row in chunk.momenta[self.front_rows])
+        rows = (row.read().view(row.shape) for row in chunk.momenta[self.front_rows])
         return self.front.steps(self._front_numbers().combine(rows), x.view(chunk.shape), dx)
 
     def _front_numbers(self) -> Skeleton:

@@ -168,3 +168,42 @@ class Row:
             self.buffer.copy_(value.view(-1))
         if self.flat is None:
             copy_all(self.tensors, self.views)
+
+
+class NumberRow(Row):
+    """A number of each of several leaves, a 0-dim tensor, in a shape that broadcasts over their elements; or, where
+    `sizes` says how many these are, once for each element. Of a leaf in parts the number is that of the whole: it is
+    written when the `last` of them is.
+    """
+
+    __slots__ = ("firsts", "last", "own")
+
+    def __init__(
+        self,
+        tensors: list[Tensor],
+        scratch: Scratch,
+        role: Any,
+        shape: tuple[int, ...],
+        *,
+        sizes: list[int] | None = None,
+        last: bool = True,
+    ) -> None:
+        super().__init__(tensors, scratch, role)
+        self.shape, self.last, self.own, self.firsts = shape, last, self.flat, None
+        if sizes is not None:
+            self.flat, first = None, tensors[0]
+            self.buffer = scratch.take((role, "spread"), first.dtype, first.device, sum(sizes))
+            self.shape, self.views = (len(self.buffer),), list(self.buffer.split(sizes))
+            self.firsts = [view[0] for view in self.views]
+
+    def numbers(self) -> Tensor:
+        """The number of each leaf."""
+        return torch.stack(self.tensors) if self.own is None else self.own
+
+    def write(self, value: Tensor) -> None:
+        if self.firsts is not None and self.last:
+            if value is not self.buffer:
+                self.buffer.copy_(value.view(-1))
+            copy_all(self.tensors, self.firsts)
+        elif self.last:
+            super().write(value)

@@ -26,7 +26,7 @@ from ..rule import (
     title_key,
 )
 from .cohort import LEAST_RUN, Cohort
-from .layout import Row, Scratch, adjacent, chunks_of, copy_all, flat_view, views_like
+from .layout import NumberRow, Row, Scratch, adjacent, chunks_of, copy_all, flat_view, views_like
 from .step import FallBack, Prepare, Request
 from .tape import is_traceable
 
@@ -37,17 +37,27 @@ class Chunk:
     """Neighbours in a cohort as one tensor; or, of one large leaf, a part."""
 
     def __init__(
-        self, cohort: Cohort, scratch: Scratch, low: int, high: int, start: int, size: int, stack: bool
+        self,
+        cohort: Cohort,
+        scratch: Scratch,
+        numeric: Sequence[bool],
+        low: int,
+        high: int,
+        start: int,
+        size: int,
+        stack: bool,
     ) -> None:
         self.low, self.high, self.start = low, high, start
         reals = cohort.reals[low:high]
         self.size = size if size >= 0 else sum(cohort.sizes[low:high])
         self.stacked, self.shape = stack, (high - low, *reals[0].shape) if stack else (self.size,)
-        self.x = Row(reals, scratch, "x", start, size)
-        self.momenta = [Row(row[low:high], scratch, i, start, size) for i, row in enumerate(cohort.momenta)]
-        for row in self.momenta if stack else ():  # those of a rule that needs whole arrays may have their own shapes
-            row.shape = (high - low, *row.tensors[0].shape)
         self.gathers = high - low > 1
+        # In which a number of each leaf broadcasts over the leaves; or, where these have other shapes, is spread over.
+        self.number_shape = (high - low, *[1 for _ in reals[0].shape if stack]) if self.gathers else ()
+        self.x = Row(reals, scratch, "x", start, size)
+        self.momenta = [
+            self._row(cohort, scratch, i, is_number, size) for i, is_number in enumerate(numeric)
+        ]
         if self.gathers:
             first = reals[0]
             self.dx = scratch.take("dx", first.dtype, first.device, self.size)
@@ -58,6 +68,17 @@ class Chunk:
         self.answers: list[Any] = []
         self.running: Steps | None = None
         self.result: Any = None
+
+    def _row(self, cohort: Cohort, scratch: Scratch, i: int, is_number: bool, size: int) -> Row:
+        """The row of the i-th tensor of the states."""
+        tensors, sizes = cohort.momenta[i][self.low : self.high], cohort.sizes[self.low : self.high]
+        if is_number:
+            last, spread = size < 0 or self.start + size == sizes[0], self.gathers and not self.stacked
+            return NumberRow(tensors, scratch, i, self.number_shape, sizes=sizes if spread else None, last=last)
+        row = Row(tensors, scratch, i, self.start, size)
+        if self.stacked:  # those of a rule that needs whole arrays may have their own shapes
+            row.shape = (self.high - self.low, *tensors[0].shape)
+        return row
 
     def gradient(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradients of this chunk as one tensor, from those of the cohort, which have the strides of the reals."""
@@ -106,19 +127,22 @@ def _runs(cohort: Cohort, low: int, high: int) -> list[tuple[int, int]] | None:
 
 
 class Chunks:
-    """The chunks of a cohort, and one step's way through them."""
+    """The chunks of a cohort, and one step's way through them. With `long`, for a kernel: each chunk is one long tensor,
+    and each total a tensor."""
 
-    def __init__(self, cohort: Cohort, *, split: bool, stack: bool = False, numbers: bool = True) -> None:
-        self.cohort, self.numbers = cohort, numbers
-        # Where each array has a total of its own, leaves of one shape go as a stack: there the total is broadcast.
-        contiguous = all(x.is_contiguous() for x in cohort.reals)
-        runs = _runs(cohort, 0, len(cohort.sizes)) if contiguous and reducing(cohort.rule, "array") else None
-        breaks = {low for low, _ in runs} if runs is not None and not stack else ()
+    def __init__(self, cohort: Cohort, *, split: bool, stack: bool = False, long: bool = False) -> None:
+        self.cohort, self.long = cohort, long
+        # Where each array has a number of its own, leaves of one shape go as a stack: there the number is broadcast.
+        runs = None
+        if not (stack or long) and (any(cohort.numeric) or reducing(cohort.rule, "array")):
+            runs = _runs(cohort, 0, len(cohort.sizes)) if all(x.is_contiguous() for x in cohort.reals) else None
+        breaks = {low for low, _ in runs} if runs is not None else ()
         cohort.pack_momenta(breaks)
         scratch = Scratch()
         where = list(chunks_of(cohort.sizes, split, breaks))
         self.stack = stack or bool(breaks)
-        self.all = [Chunk(cohort, scratch, *place, self.stack and place[3] < 0) for place in where]
+        numeric = [False for _ in cohort.momenta] if stack else cohort.numeric
+        self.all = [Chunk(cohort, scratch, numeric, *place, self.stack and place[3] < 0) for place in where]
         self.one = len(self.all) == 1
         self.grads: Sequence[Tensor] = ()  # of real tensors with the strides of the parameters
         self.given: Sequence[Tensor] = ()
@@ -190,6 +214,10 @@ class Chunks:
     def _parts(self, reduce: Reduce, start: Start) -> Tensor:
         """What each leaf gives to a total. Worked out leaf by leaf, so that it does not depend on the grouping."""
         first = self.all[0]
+        for i, row in enumerate(first.momenta):
+            if isinstance(row, NumberRow) and _is_buffer(reduce.value, row):
+                rows: Any = [chunk.momenta[i] for chunk in self.all if chunk.start == 0]
+                return reduce.rule.parts(torch.cat([row.numbers() for row in rows]))
         stacked = all(chunk.runs is not None for chunk in self.all)
         if not (stacked or self.missing) and _is_gradient(reduce.value, first, self.grads):
             return reduce.rule.parts(self.given)
@@ -198,6 +226,10 @@ class Chunks:
             asked = reduce if chunk is first else self.advance(chunk, start)
             if not isinstance(asked, Reduce):
                 raise FallBack
+            if self._is_number(asked.value, chunk):
+                if chunk.start == 0:
+                    found.append(reduce.rule.parts(asked.value.expand(chunk.number_shape).reshape(-1)))
+                continue
             value, size = asked.value.reshape(-1).contiguous(), self.cohort.sizes[chunk.low]
             if chunk.size < size:  # a part of a large leaf, which is put together first
                 if chunk.start == 0:
@@ -209,13 +241,21 @@ class Chunks:
             found += [reduce.rule.parts(leaves) for leaves in chunk.leaves(value, self.cohort)]
         return torch.cat(found) if len(found) > 1 else found[0]
 
+    def _is_number(self, value: Tensor, chunk: Chunk) -> bool:
+        """Whether a rule asks for a total of what it made of the leaves' numbers."""
+        if value.ndim and (value.shape == chunk.shape or value.shape != chunk.number_shape):
+            return False
+        if not any(self.cohort.numeric):
+            raise FallBack(title_key(self.cohort.rule))  # it reduced the array by itself, and is not elementwise
+        return True
+
     def _spread(self, chunk: Chunk, parts: Tensor, reduce: Reduce) -> Any:
         """The totals of a chunk's own arrays, for each of its elements."""
         mine = parts[chunk.low : chunk.high]
         if not chunk.gathers:
             return self._answer(mine[0], reduce)
-        if self.stack:
-            return mine.view(-1, *[1] * (len(chunk.shape) - 1))
+        if chunk.stacked:
+            return mine.view(chunk.number_shape)
         if chunk.runs is not None:
             sizes = self.cohort.sizes
             return torch.cat(
@@ -227,7 +267,7 @@ class Chunks:
 
     def _answer(self, total: Tensor, reduce: Reduce) -> Any:
         """A total as a number, where the rule takes one and the host may read it: what follows is then cheaper."""
-        number = self.numbers and reduce.rule.takes_numbers and not total.ndim and reads_at_once(total)
+        number = not self.long and reduce.rule.takes_numbers and not total.ndim and reads_at_once(total)
         return total.item() if number else total
 
 
@@ -237,6 +277,10 @@ def like_parameters(grads: Sequence[Tensor], cohort: Cohort) -> list[Tensor]:
     for i in cohort.odd:
         found[i] = torch.empty_like(cohort.params[i], requires_grad=False).copy_(found[i])
     return found
+
+
+def _is_buffer(value: Tensor, row: Row) -> bool:
+    return value.data_ptr() == row.buffer.data_ptr() and value.numel() == row.buffer.numel()
 
 
 def _is_gradient(value: Tensor, chunk: Chunk, grads: Sequence[Tensor]) -> bool:
@@ -337,10 +381,11 @@ def result_fits(chunk: Chunk, rows: Sequence[Row], before: Skeleton) -> bool:
     device = chunk.x.buffer.device
     if change is not None and not (isinstance(change, Tensor) and change.is_floating_point()):
         return False
-    shapes = [row.shape for row in rows]
+    # What a number becomes may be one for all leaves, as a total over the tree is.
+    shapes = [(row.shape, ()) if isinstance(row, NumberRow) else (row.shape,) for row in rows]
     fits = skeleton.fits(before) and all(
-        isinstance(t, Tensor) and t.shape == shape and t.device == device and t.layout == torch.strided
-        for t, shape in zip([*tensors, change], [*shapes, chunk.shape], strict=True)
+        isinstance(t, Tensor) and t.shape in allowed and t.device == device and t.layout == torch.strided
+        for t, allowed in zip([*tensors, change], [*shapes, (chunk.shape,)], strict=True)
         if t is not None
     )
     return fits and all(torch.can_cast(t.dtype, row.buffer.dtype) for t, row in zip(tensors, rows, strict=True))

@@ -6,13 +6,15 @@ The same operators with other numbers are the same program, so one kernel serves
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..pytree import Skeleton, entries_of
-from ..rule import Rule, at, rule_key
+from ..context import Context
+from ..pytree import HOLE, Skeleton, entries_of
+from ..rule import ReducingRule, Rule, at, rule_key
 
 # Operators that take a 0-dim tensor where they take a number; elsewhere a number is a part of the program. A power is
 # not among them: where its exponent is known it is far faster.
@@ -127,6 +129,66 @@ def inputs_used(rule: Rule, skeleton: Skeleton, tensors: Sequence[Tensor]) -> se
     for line in tape.lines:
         used.update(place.at for place in _places((line.args, line.options)) if place.kind == "result")
     return used
+
+
+def keeps_numbers(record: Any, x: Any, context: Context) -> bool:
+    """Whether the numbers (0-dim tensors) in the state of a leaf can be spread over the elements of `x`, its parameter
+    as a real tensor: what they become hangs on numbers and totals alone, and a total of numbers not on how many
+    elements they stand for."""
+    known = context.traceable
+    key = "numbers", rule_key(record.rule, loose=True), x.dtype
+    if key not in known:
+        try:
+            rule = at(record.rule, record.numbers.count)
+        except Exception:  # a schedule that is wrong now: the step will say so, and name the leaf
+            return False
+        known[key] = _keeps_numbers(rule, record.numbers.skeleton, x, record.tensors)
+    return known[key]
+
+
+def _keeps_numbers(rule: Rule, skeleton: Skeleton, x: Tensor, tensors: Sequence[Tensor]) -> bool:
+    tape = Tape([t.reshape(-1) if t.ndim else t for t in (x, x, *tensors)])
+    stand_in, dx, *momenta = tape.inputs
+    totals: set[int] = set()
+    answer: Any = None
+    try:
+        steps = rule.steps(skeleton.combine(momenta), stand_in, dx)
+        while True:
+            reduce = steps.send(answer)
+            place = reduce.value.index
+            if not tape.example(place).ndim and not (place in _apart(tape, totals) and _counts_once(reduce.rule)):
+                return False
+            answer = tape.record(partial(_total, reduce.rule), (reduce.value,), {})
+            totals.add(answer.index)
+    except StopIteration as done:
+        news = [v for _, v in entries_of(done.value[0])]
+    except Exception:
+        return False
+    news = [new for part, new in zip(skeleton.parts, news, strict=False) if part is HOLE]
+    apart = _apart(tape, totals)
+    return all(t.ndim or (isinstance(new, Traced) and new.index in apart) for t, new in zip(tensors, news, strict=False))
+
+
+def _apart(tape: Tape, totals: set[int]) -> set[int]:
+    """The results that hang on numbers and totals alone; none of a rule that writes in place."""
+    if any(map(_writes, tape.lines)):
+        return set()
+    found = {i for i, t in enumerate(tape.given) if not t.ndim}
+    for i, line in enumerate(tape.lines, len(tape.given)):
+        used = {place.at for place in _places((line.args, line.options)) if place.kind == "result"}
+        if i in totals or used <= found:
+            found.add(i)
+    return found
+
+
+def _total(rule: ReducingRule, value: Tensor) -> Tensor:
+    return rule.combine(rule.parts([value]))
+
+
+def _counts_once(rule: ReducingRule) -> bool:
+    """Whether a number gives the same to a total however many elements it stands for."""
+    number = torch.tensor(0.7)
+    return torch.equal(rule.part(number.expand(2)), rule.part(number))
 
 
 def _writes(line: Line) -> bool:

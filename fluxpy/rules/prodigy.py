@@ -1,5 +1,6 @@
 """Prodigy: Adam that finds its rate by itself."""
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
 
@@ -23,21 +24,45 @@ class Distance(NamedTuple):
     d: Tensor
 
 
-class _Total(ReducingRule):
+class _Sum(ReducingRule):
+    """The sum over the array."""
+
+    over = "array"
+
+    def part(self, value: Tensor) -> Tensor:
+        return real(value).sum()
+
+    def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
+        return real(values).reshape(len(values), -1).sum(1) if isinstance(values, Tensor) else super().parts(values)
+
+
+class _Total(_Sum):
     """The sum over the tree, whatever the hyperparameters of those who ask are."""
+
+    over = "tree"
 
 
 class _Largest(ReducingRule):
-    """The largest number of the tree."""
+    """The largest number of the tree: of numbers, each of one array."""
 
     def part(self, value: Tensor) -> Tensor:
-        return value.amax()
+        return real(value).amax()
+
+    def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
+        return real(values).reshape(len(values), -1).amax(1) if isinstance(values, Tensor) else super().parts(values)
 
     def combine(self, parts: Tensor) -> Tensor:
         return parts.amax(0)
 
 
-_TOTAL, _LARGEST = _Total(), _Largest()
+class _TotalNumber(_Largest):
+    """The sum of numbers, each of one array: its part is itself, however many elements it stands for."""
+
+    def combine(self, parts: Tensor) -> Tensor:
+        return parts.sum(0)
+
+
+_SUM, _TOTAL, _LARGEST, _TOTAL_NUMBER = _Sum(), _Total(), _Largest(), _TotalNumber()
 
 
 class Prodigy(ReducingRule):
@@ -62,6 +87,7 @@ class Prodigy(ReducingRule):
     weight_decay: Hyper = hyper(default=0.0, allowed="[0, inf)")
     d0: Hyper = hyper(default=1e-6, allowed="(0, inf)", fixed=True)
     d_coef: Hyper = hyper(default=1.0, allowed="(0, inf)")
+    elementwise = True
 
     def init(self, x: Tensor) -> Distance:
         x = wide(real(x))
@@ -74,13 +100,14 @@ class Prodigy(ReducingRule):
         d = (yield Reduce(_LARGEST, state.d)).to(state.d)
         rate, fade = self.lr * d, beta2**0.5
         weight = d / self.d0 * rate
-        r = fade * state.r + weight * (dx * (state.x0 - x)).sum()
+        r = fade * state.r + weight * (yield Reduce(_SUM, dx * (state.x0 - x)))
         s = fade * state.s + weight * dx
-        agreement = yield Reduce(_TOTAL, r)
+        agreement = yield Reduce(_TOTAL_NUMBER, r)
         length = yield Reduce(_TOTAL, s.abs())
         dx = d * dx
         m, v = average(beta1, state.m, dx), average_square(beta2, state.v, dx)
         # Where all gradients were zero, so are both sums.
         d = torch.maximum(d, self.d_coef * (agreement / length.clamp(min=torch.finfo(length.dtype).tiny)).to(d))
         change = rate * decayed(m / (root(v) + d * self.eps), self.weight_decay, x)
-        return Distance(m, v, s, state.x0, r, d), like(change, given).to(given.dtype)
+        state = Distance(m, v, s, state.x0, r, torch.maximum(state.d, d))  # which is d, as the array's number
+        return state, like(change, given).to(given.dtype)
