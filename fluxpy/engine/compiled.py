@@ -94,7 +94,7 @@ class CompiledUnit:
         self.now = rule_now(self.cohort)
         self.chunks.load([grads[place] for place in self.cohort.places])
         first = self.chunks.all[0]
-        if not self.programs:
+        if not self.programs or self.now.accumulates:  # which asks for none until a window is full
             self.totals = self._count_totals(first)
         yield from self.chunks.run(self._start, self.now, self.totals)
         self.programs = {single: self._program(chunk) for single, chunk in self._kinds().items()}
