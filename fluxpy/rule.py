@@ -24,15 +24,19 @@ from .text import form, unknown
 
 
 class Reduce(NamedTuple):
-    """What a `ReducingRule` asks for between two of its lines: the total of `value`, a tensor of the parameter's shape.
+    """What a `ReducingRule` asks for between two of its lines: the total of `value`, a tensor of the parameter's shape,
+    or a function that gives it, which is called only where the total is not known yet.
 
     `nonfinite` says what happens where that is not finite: "raise", "skip" (the whole update: nothing changes) or
     "ignore".
     """
 
     rule: "ReducingRule"
-    value: Tensor
+    value: Any
     nonfinite: str = "ignore"
+
+    def tensor(self) -> Tensor:
+        return self.value() if callable(self.value) else self.value
 
 
 Steps: TypeAlias = Generator[Reduce, Any, tuple[Any, Any]]
@@ -294,7 +298,7 @@ def run_alone(
     """Run `rule.steps` on one tensor that is its own whole tree: `(state, change)`."""
     run = Run(rule.steps(state, x, dx))
     while run.asks is not None:
-        answer = total_of(run.asks, run.asks.rule.parts([run.asks.value]))
+        answer = total_of(run.asks, run.asks.rule.parts([run.asks.tensor()]))
         if check is not None:
             check(run.asks, answer)
         run.tell(answer)

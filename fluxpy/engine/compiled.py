@@ -16,10 +16,11 @@ from torch import Tensor
 from ..context import Context
 from ..pytree import HOLE, Skeleton, entries_of, skeleton_of
 from ..rule import Assign, Rule, Steps, reducing, replace, rule_key, title, title_key, walk
+from .chunk import Chunk
 from .cohort import Cohort
 from .kernels import Recipe, to_device, wide_dtype
 from .layout import Row
-from .packed import Chunk, Chunks, rule_now
+from .packed import Chunks, rule_now
 from .step import FallBack, Prepare
 from .tape import Tape, Traced
 
@@ -101,7 +102,7 @@ class CompiledUnit:
 
     def _start(self, chunk: Chunk, dx: Any) -> Steps:
         """The rule's own steps, for the totals that it asks for."""
-        momenta = [row.read().view(row.shape) for row in chunk.momenta]
+        momenta = [row.read() for row in chunk.momenta]
         return self.now.steps(self.cohort.skeleton.combine(momenta), chunk.x.read(), dx)
 
     def _kinds(self) -> dict[bool, Chunk]:
@@ -118,12 +119,12 @@ class CompiledUnit:
 
     def _count_totals(self, chunk: Chunk) -> int:
         row, momenta, rule, skeleton = self._target(chunk)
-        tape = Tape([row.buffer, row.buffer, *(m.buffer.view(m.shape) for m in momenta)])
+        tape = Tape([row.buffer, row.buffer, *(m.shown for m in momenta)])
         x, dx, *others = tape.inputs
         steps, answer, count = rule.steps(skeleton.combine(others), x, dx), None, 0
         try:
             while True:
-                answer = steps.send(answer).value
+                answer = steps.send(answer).tensor()
                 count += 1
         except StopIteration:
             return count
@@ -133,7 +134,7 @@ class CompiledUnit:
     def _program(self, chunk: Chunk) -> Program:
         """Write down what the rule does with this step's numbers, and find or make the kernel for it."""
         row, momenta, rule, before = self._target(chunk)
-        held = [m.buffer.view(m.shape) for m in momenta]
+        held = [m.shown for m in momenta]
         own = [column[:2] if chunk.gathers else column[0] for column in self.differing.values()]
         bad = self.context.flag.bad
         tensors = [row.buffer, row.buffer, *held, *chunk.answers, *own, *([] if bad is None else [bad])]
@@ -190,8 +191,7 @@ class CompiledUnit:
             held = [] if bad is None else [bad]
             dx = chunk.gradient(self.chunks.grads).to(x.dtype)
             own = self._numbers_for(chunk)
-            states = [m.read().view(m.shape) for m in momenta]
-            program.kernel(program.numbers, x, dx, *states, *chunk.answers, *own, *held)
+            program.kernel(program.numbers, x, dx, *(m.read() for m in momenta), *chunk.answers, *own, *held)
             row.write(x)
             for m in momenta:
                 m.write(m.buffer)

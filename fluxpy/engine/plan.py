@@ -313,7 +313,9 @@ class Plan:
             ways[key] = self._way(record, rule, x, form)
         way = ways[key]
         if way == "stack":
-            return "stack" if fits_stacked(x, tensors) else None
+            # In a stack, a number of each leaf does not broadcast as an elementwise rule in a chain wants it.
+            numbers = rule.delegates and not all(t.ndim for t in tensors)
+            return "stack" if fits_stacked(x, tensors) and not numbers else None
         return None if x.is_complex() and x.is_conj() else way
 
     def _way(self, record: Record, rule: Rule, x: Tensor, form: tuple[bool, ...] | None) -> str | None:

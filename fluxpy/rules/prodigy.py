@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Reduce, ReducingRule, Steps
-from .average import average, average_square, decayed, like, real, root, wide
+from .average import decayed, larger, like, plus, plus_square, quotient, real, root, wide
 
 
 class Distance(NamedTuple):
@@ -28,6 +28,7 @@ class _Sum(ReducingRule):
     """The sum over the array."""
 
     over = "array"
+    takes_numbers = splittable = True
 
     def part(self, value: Tensor) -> Tensor:
         return real(value).sum()
@@ -44,6 +45,8 @@ class _Total(_Sum):
 
 class _Largest(ReducingRule):
     """The largest number of the tree: of numbers, each of one array."""
+
+    takes_numbers = True
 
     def part(self, value: Tensor) -> Tensor:
         return real(value).amax()
@@ -97,17 +100,19 @@ class Prodigy(ReducingRule):
     def steps(self, state: Distance, x: Tensor, dx: Any) -> Steps:
         (beta1, beta2), given = self.betas, x
         x, dx = wide(real(x)), wide(real(dx))
-        d = (yield Reduce(_LARGEST, state.d)).to(state.d)
+        d = _beside((yield Reduce(_LARGEST, state.d)), state.d)
         rate, fade = self.lr * d, beta2**0.5
         weight = d / self.d0 * rate
-        r = fade * state.r + weight * (yield Reduce(_SUM, dx * (state.x0 - x)))
-        s = fade * state.s + weight * dx
-        agreement = yield Reduce(_TOTAL_NUMBER, r)
-        length = yield Reduce(_TOTAL, s.abs())
-        dx = d * dx
-        m, v = average(beta1, state.m, dx), average_square(beta2, state.v, dx)
-        # Where all gradients were zero, so are both sums.
-        d = torch.maximum(d, self.d_coef * (agreement / length.clamp(min=torch.finfo(length.dtype).tiny)).to(d))
+        r = fade * state.r + weight * (yield Reduce(_SUM, lambda: dx * (state.x0 - x)))
+        agreement = _beside((yield Reduce(_TOTAL_NUMBER, r)), state.d)
+        s = plus(fade * state.s, weight, dx)
+        length = _beside((yield Reduce(_TOTAL, lambda: s.abs())), state.d)
+        m, v = plus(beta1 * state.m, (1 - beta1) * d, dx), plus_square(beta2 * state.v, (1 - beta2) * d * d, dx)
+        d = larger(d, self.d_coef * quotient(agreement, length))
         change = rate * decayed(m / (root(v) + d * self.eps), self.weight_decay, x)
-        state = Distance(m, v, s, state.x0, r, torch.maximum(state.d, d))  # which is d, as the array's number
-        return state, like(change, given).to(given.dtype)
+        return Distance(m, v, s, state.x0, r, larger(state.d, d)), like(change, given).to(given.dtype)
+
+
+def _beside(total: Any, own: Tensor) -> Any:
+    """A total, where it is no number, in the dtype and on the device of the state."""
+    return total if isinstance(total, float) else total.to(own)
