@@ -15,9 +15,9 @@ from .harness import Column, Meter, figure, ratios
 from .sets import SETS, Problem
 
 TITLE = "Rules beside their packages"
-NOTE = """One update: ratios to `schedulefree`, `prodigyopt`, `pytorch_optimizer`, and `torch.optim`'s Muon and Adafactor
-(foreach), with the same hyperparameters. Both sides must agree before they are timed. Muon has the matrices of the set
-alone; Lookahead is around AdamW, theirs around torch's fused one; Cautious is around Lion."""
+NOTE = """One update: ratios to `schedulefree`, `prodigyopt`, `pytorch_optimizer`, and `torch.optim`'s Muon and
+Adafactor (foreach), with the same hyperparameters. Both sides must agree before they are timed. Muon has the matrices
+of the set alone; Lookahead is around AdamW, theirs around torch's fused one; Cautious is around Lion."""
 COLUMNS = {"mlp, 1 thread": ("mlp", 1), "gpt, 2 threads": ("gpt", 2), "many, 1 thread": ("many", 1)}
 TARGET = 1.0
 
@@ -30,7 +30,7 @@ class Pair(NamedTuple):
     module: str
     name: str
     matrices: bool = False
-    options: Mapping[str, Any] = {}  # noqa: RUF012
+    options: Mapping[str, Any] = {}
     room: float = 1e-3
 
 

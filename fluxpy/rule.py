@@ -54,8 +54,8 @@ class Rule:
     """Base class of all rules. A subclass is a frozen dataclass by itself; it writes two methods.
 
     `elementwise = True` promises that each element of the result depends on that element of the inputs alone (and on
-    the totals it asks for). The engine may then run the rule on many tensors packed into one, and complex parameters
-    reach it as real ones. A rule around another is elementwise only if it says so itself.
+    totals it asks for and 0-dim tensors of its state). The engine may then run the rule on many tensors packed into
+    one, and complex parameters reach it as real ones. A rule around another is elementwise only if it says so itself.
 
     >>> class Sign(Rule):
     ...     lr: float = 0.01
@@ -363,7 +363,7 @@ def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool 
 
 
 def is_packable(rule: Rule) -> bool:
-    """Whether the engine may run a rule on many real tensors packed into one."""
+    """Whether the engine may run a rule on many real tensors packed into one, 0-dim ones of its state spread."""
     return (rule.elementwise or rule.delegates) and all(map(is_packable, rule.inner))
 
 
