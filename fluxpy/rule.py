@@ -25,10 +25,8 @@ from .text import form, unknown
 
 class Reduce(NamedTuple):
     """What a `ReducingRule` asks for between two of its lines: the total of `value`, a tensor of the parameter's shape,
-    or a function that gives it, which is called only where the total is not known yet.
-
-    `nonfinite` says what happens where that is not finite: "raise", "skip" (the whole update: nothing changes) or
-    "ignore".
+    or a function that gives it, called only where the total is not known yet. `nonfinite` says what happens where that
+    is not finite: "raise", "skip" (the whole update: nothing changes) or "ignore".
     """
 
     rule: "ReducingRule"
@@ -36,6 +34,7 @@ class Reduce(NamedTuple):
     nonfinite: str = "ignore"
 
     def tensor(self) -> Tensor:
+        """The value, worked out."""
         return self.value() if callable(self.value) else self.value
 
 
