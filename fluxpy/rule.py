@@ -33,7 +33,7 @@ class Reduce(NamedTuple):
     value: Any
     nonfinite: str = "ignore"
 
-    def tensor(self) -> Tensor:
+    def tensor(self) -> Any:
         """The value, worked out."""
         return self.value() if callable(self.value) else self.value
 

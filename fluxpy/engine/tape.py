@@ -164,7 +164,7 @@ def _keeps_numbers(rule: Rule, state: Any, x: Tensor) -> bool:
         steps = rule.steps(skeleton.combine(momenta), stand_in, dx)
         while True:
             reduce = steps.send(answer)
-            value = reduce.tensor()
+            value: Any = reduce.tensor()
             is_number = not tape.example(value.index).ndim
             if is_number and (value.index not in _apart(tape, totals) or not _counts_once(reduce.rule)):
                 return False
