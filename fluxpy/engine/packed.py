@@ -285,7 +285,7 @@ class EagerUnit:
         if isinstance(change, Assign):
             chunk.x.write(mask(x, change.value.view(-1)))
         elif change is not None and self.context.flag.bad is None:
-            chunk.x.write(x.sub_(change.reshape(-1)))
+            chunk.x.write(x.sub_(change if change.ndim == 1 else change.reshape(-1)))
         elif change is not None:
             chunk.x.write(mask(x, x - change.reshape(-1)))
         write_state(chunk.momenta, news, mask)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..fields import Hyper, hyper
 from ..rule import Reduce, ReducingRule, Steps
 from .average import decayed, larger, like, plus, plus_square, quotient, real, root, wide
+from .clip import norm_of, norms_of
 
 
 class Distance(NamedTuple):
@@ -37,10 +38,16 @@ class _Sum(ReducingRule):
         return real(values).reshape(len(values), -1).sum(1) if isinstance(values, Tensor) else super().parts(values)
 
 
-class _Total(_Sum):
-    """The sum over the tree, whatever the hyperparameters of those who ask are."""
+class _Length(ReducingRule):
+    """The sum of the moduli over the tree, whatever the hyperparameters of those who ask are."""
 
-    over = "tree"
+    takes_numbers = splittable = True
+
+    def part(self, value: Tensor) -> Tensor:
+        return norm_of(real(value), 1.0)
+
+    def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
+        return norms_of(real(values) if isinstance(values, Tensor) else list(map(real, values)), 1.0)
 
 
 class _Largest(ReducingRule):
@@ -65,7 +72,7 @@ class _TotalNumber(_Largest):
         return parts.sum(0)
 
 
-_SUM, _TOTAL, _LARGEST, _TOTAL_NUMBER = _Sum(), _Total(), _Largest(), _TotalNumber()
+_SUM, _LENGTH, _LARGEST, _TOTAL_NUMBER = _Sum(), _Length(), _Largest(), _TotalNumber()
 
 
 class Prodigy(ReducingRule):
@@ -106,7 +113,7 @@ class Prodigy(ReducingRule):
         r = fade * state.r + weight * (yield Reduce(_SUM, lambda: dx * (state.x0 - x)))
         agreement = _beside((yield Reduce(_TOTAL_NUMBER, r)), state.d)
         s = plus(fade * state.s, weight, dx)
-        length = _beside((yield Reduce(_TOTAL, lambda: s.abs())), state.d)
+        length = _beside((yield Reduce(_LENGTH, s)), state.d)
         m, v = plus(beta1 * state.m, (1 - beta1) * d, dx), plus_square(beta2 * state.v, (1 - beta2) * d * d, dx)
         d = larger(d, self.d_coef * quotient(agreement, length))
         change = rate * decayed(m / (root(v) + d * self.eps), self.weight_decay, x)
