@@ -1,10 +1,11 @@
-"""Rules beside the packages that they have their numbers from."""
+"""Rules beside the packages that they have their numbers from, or that people take them from."""
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 import fluxpy
@@ -14,19 +15,23 @@ from .harness import Column, Meter, figure, ratios
 from .sets import SETS, Problem
 
 TITLE = "Rules beside their packages"
-NOTE = """One update: ratios to `schedulefree`, `prodigyopt`, and `torch.optim`'s Muon and Adafactor (foreach), with the
-same hyperparameters. Muon has the matrices of the set alone."""
+NOTE = """One update: ratios to `schedulefree`, `prodigyopt`, `pytorch_optimizer`, and `torch.optim`'s Muon and
+Adafactor (foreach), with the same hyperparameters. Both sides must agree before they are timed. Muon has the matrices
+of the set alone; Lookahead is around AdamW, theirs around torch's fused one; Cautious is around Lion."""
 COLUMNS = {"mlp, 1 thread": ("mlp", 1), "gpt, 2 threads": ("gpt", 2), "many, 1 thread": ("many", 1)}
 TARGET = 1.0
 
 
 class Pair(NamedTuple):
-    """One of our rules, and the class in another package."""
+    """One of our rules, and the class in another package: it takes the hyperparameters of the rule (of a wrapper, of
+    the one inside) and `options`. Over a few steps both may differ by `room` of the way that these go."""
 
     rule: fluxpy.Rule
     module: str
     name: str
     matrices: bool = False
+    options: Mapping[str, Any] = {}
+    room: float = 1e-3
 
 
 PAIRS = (
@@ -34,7 +39,14 @@ PAIRS = (
     Pair(fluxpy.ScheduleFreeSGD(1e-3), "schedulefree", "SGDScheduleFree"),
     Pair(fluxpy.Prodigy(), "prodigyopt", "Prodigy"),
     Pair(fluxpy.Adafactor(), "torch.optim", "Adafactor"),
-    Pair(fluxpy.Muon(), "torch.optim", "Muon", matrices=True),
+    Pair(fluxpy.Muon(), "torch.optim", "Muon", matrices=True, room=0.05),  # it computes in bfloat16
+    Pair(fluxpy.AdEMAMix(), "pytorch_optimizer", "AdEMAMix", options={"weight_decouple": True}),
+    # Theirs counts from 1 where the authors' code counts from 0.
+    Pair(fluxpy.ADOPT(), "pytorch_optimizer", "ADOPT", options={"clip_lambda": lambda step: (step - 1) ** 0.25}),
+    Pair(fluxpy.Lion(), "pytorch_optimizer", "Lion"),
+    Pair(fluxpy.Lookahead(fluxpy.AdamW()), "pytorch_optimizer", "Lookahead", options={"k": 6, "alpha": 0.5}),
+    # Theirs adds one to the elements that move.
+    Pair(fluxpy.Cautious(fluxpy.Lion()), "pytorch_optimizer", "Lion", options={"cautious": True}, room=0.05),
 )
 
 
@@ -44,14 +56,36 @@ def maker(pair: Pair) -> Callable[[list[Tensor]], Any] | None:
         kind = getattr(importlib.import_module(pair.module), pair.name)
     except ImportError:
         return None
+    rule = pair.rule.inner[0] if pair.rule.inner else pair.rule
 
     def make(params: list[Tensor]) -> Any:
-        optimizer = kind(params, **dataclasses.asdict(pair.rule))
+        values = dataclasses.asdict(rule)
+        if pair.name == "Lookahead":
+            return kind(torch.optim.AdamW(params, fused=True, **values), **pair.options)
+        optimizer = kind(params, **values, **pair.options)
         if hasattr(optimizer, "train"):
             optimizer.train()
         return optimizer
 
     return make
+
+
+def agree(problem: Problem, pair: Pair, make: Callable[[list[Tensor]], Any]) -> None:
+    """Both go the same way: AssertionError where they do not."""
+    theirs: list[Any] = list(problem.fresh().parameters())
+    model, optimizer = problem.fresh(), make(theirs)
+    state = fluxpy.setup(pair.rule, model)
+    for i in range(8):
+        for p, q, g in zip(theirs, model.parameters(), problem.grads, strict=True):
+            p.grad, q.grad = g * (1 + i % 3), g * (1 + i % 3)
+        optimizer.step()
+        fluxpy.update(state, model)
+    wrong = moved = 0.0
+    for p, q, x in zip(theirs, model.parameters(), problem.params, strict=True):
+        wrong += (p - q).detach().double().square().sum().item()
+        moved += (p - x).detach().double().square().sum().item()
+    off = (wrong / moved) ** 0.5
+    assert off <= pair.room, f"{pair.rule} and {pair.module}.{pair.name} differ by {off:.2%} of their way"
 
 
 def matrices_of(name: str) -> nn.Module:
@@ -67,6 +101,7 @@ def measure(column: str, meter: Meter) -> Column:
         if make is None or not meter.wants(row):
             continue
         problem = Problem((lambda: matrices_of(name)) if pair.matrices else name, meter.device)
+        agree(problem, pair, make)
         theirs = sides.of_torch(problem, make, check=False)
         times = meter.compare({"theirs": theirs, "ours": sides.of_fluxpy(problem, pair.rule, check=False)})
         found[row] = figure(ratios(times["ours"], times["theirs"]), target=None if meter.quick else TARGET)

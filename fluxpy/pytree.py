@@ -191,7 +191,7 @@ class Skeleton:
 
     def fits(self, other: "Skeleton") -> bool:
         """Whether tensors and numbers lie at the same places in both."""
-        if self.spec != other.spec:
+        if self.spec is not other.spec and self.spec != other.spec:
             return False
         return [part is HOLE for part in self.parts] == [part is HOLE for part in other.parts]
 

@@ -24,15 +24,18 @@ from .text import form, unknown
 
 
 class Reduce(NamedTuple):
-    """What a `ReducingRule` asks for between two of its lines: the total of `value`, a tensor of the parameter's shape.
-
-    `nonfinite` says what happens where that is not finite: "raise", "skip" (the whole update: nothing changes) or
-    "ignore".
+    """What a `ReducingRule` asks for between two of its lines: the total of `value`, a tensor of the parameter's shape,
+    or a function that gives it, called only where the total is not known yet. `nonfinite` says what happens where that
+    is not finite: "raise", "skip" (the whole update: nothing changes) or "ignore".
     """
 
     rule: "ReducingRule"
-    value: Tensor
+    value: Any
     nonfinite: str = "ignore"
+
+    def tensor(self) -> Any:
+        """The value, worked out."""
+        return self.value() if callable(self.value) else self.value
 
 
 Steps: TypeAlias = Generator[Reduce, Any, tuple[Any, Any]]
@@ -50,8 +53,8 @@ class Rule:
     """Base class of all rules. A subclass is a frozen dataclass by itself; it writes two methods.
 
     `elementwise = True` promises that each element of the result depends on that element of the inputs alone (and on
-    the totals it asks for). The engine may then run the rule on many tensors packed into one, and complex parameters
-    reach it as real ones. A rule around another is elementwise only if it says so itself.
+    totals it asks for and 0-dim tensors of its state). The engine may then run the rule on many tensors packed into
+    one, and complex parameters reach it as real ones. A rule around another is elementwise only if it says so itself.
 
     >>> class Sign(Rule):
     ...     lr: float = 0.01
@@ -294,7 +297,7 @@ def run_alone(
     """Run `rule.steps` on one tensor that is its own whole tree: `(state, change)`."""
     run = Run(rule.steps(state, x, dx))
     while run.asks is not None:
-        answer = total_of(run.asks, run.asks.rule.parts([run.asks.value]))
+        answer = total_of(run.asks, run.asks.rule.parts([run.asks.tensor()]))
         if check is not None:
             check(run.asks, answer)
         run.tell(answer)
@@ -359,7 +362,7 @@ def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool 
 
 
 def is_packable(rule: Rule) -> bool:
-    """Whether the engine may run a rule on many real tensors packed into one."""
+    """Whether the engine may run a rule on many real tensors packed into one, 0-dim ones of its state spread."""
     return (rule.elementwise or rule.delegates) and all(map(is_packable, rule.inner))
 
 

@@ -246,8 +246,32 @@ def copies(model: nn.Module) -> nn.Module:
     return replicate(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("replicate",)))
 
 
+class Power(ReducingRule):
+    over = "array"
+    splittable = True
+
+    def part(self, value: Any) -> Any:
+        return value.square().sum()
+
+
+class Tamed(ReducingRule):
+    """A user's rule with a number of each array, which all its parts share."""
+
+    lr: float = 0.05
+    elementwise = splittable = True
+
+    def init(self, x: Any) -> Any:
+        return torch.zeros_like(x), x.new_ones(())
+
+    def steps(self, state: Any, x: Any, dx: Any) -> Any:
+        power = 0.9 * state[1] + 0.1 * (yield Reduce(Power(), dx))
+        m = 0.8 * state[0] + dx
+        return (m, power), self.lr * m / (1 + power.sqrt())
+
+
 def every_rule_when_sharded() -> None:
     rules: dict[str, Any] = {name: row.rule for name, row in ROWS.items()} | CHAINS
+    rules |= {"a number of each array": Tamed(), "a number in front": OptimiserChain(Tamed(1.0), Adam(0.05))}
     for name, rule in rules.items():
         if name.startswith(("Clip", "WeightDecay", "SignDecay")):  # which would make steps of the gradient's size
             rule = OptimiserChain(rule, Descent(0.05))

@@ -168,7 +168,6 @@ WANTED: dict[str, set[str]] = {
     "whole in a chain": set(),
     "lazy": set(),
     "Adafactor": set(),
-    "Prodigy": set(),
     "Averaged": {"Following"},
 }
 WANTED |= {name: {"Fused"} for name in ("AccumGrad", "clip all, gather, Adam", "gather, AdamW")}

@@ -199,7 +199,8 @@ def test_one_can_differentiate_by_every_hyperparameter(row: Row) -> None:
         slope = draw(row, seed=i + 1)["matrix"]
         state, model = fluxpy.update(state, model, {"matrix": slope * model["matrix"]}, inplace=False)
         fluxpy.update(plain, same, {"matrix": slope * same["matrix"]})
-    torch.testing.assert_close(model["matrix"].detach(), same["matrix"], rtol=1e-12, atol=0)
+    room = 1e-6 if row.rule.keeps_master else 1e-12  # the master copy is in float32
+    torch.testing.assert_close(model["matrix"].detach(), same["matrix"], rtol=room, atol=0)
     leaf = state["matrix"]
     evaluated = leaf.rule.evaluation(leaf.state, model["matrix"])
     slopes = torch.autograd.grad((model["matrix"] + evaluated).sum(), list(tensors.values()))

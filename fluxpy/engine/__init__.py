@@ -1,9 +1,10 @@
 """Ways to run a rule fast. None has a formula of its own: each runs the rules' `apply`, or a kernel of PyTorch.
 
-plan.py       which leaves go together, kept from step to step
-plain.py      leaf by leaf, for whatever nothing else takes; the reference that the others are tested against
-flat.py       many leaves as one long tensor, in pieces that fit the cache
-native.py     PyTorch's fused kernels, with what stands in front of them on the flat path
-compiled.py   one kernel for a whole chain, by `torch.compile`
-slab.py       tensors that lie side by side
+plan.py        which leaves go together, kept from step to step (cohort.py, signature.py)
+step.py        one update: units to their totals, to their results, written
+reference.py   leaf by leaf, for whatever nothing else takes; the reference that the others are tested against
+packed.py      many leaves as one long tensor, or as a stack, in chunks that fit the cache (chunk.py, layout.py)
+fused.py       PyTorch's fused kernels, with what stands in front of them packed (fused_kernels.py, following.py)
+compiled.py    one kernel for a whole chain, by `torch.compile` (kernels.py)
+tape.py        what a rule does to tensors, written down
 """

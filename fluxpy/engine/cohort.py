@@ -51,6 +51,8 @@ class Cohort:
         self.numbers.fresh = all(record.numbers.fresh for record in self.records)
         columns = [record.tensors or [] for record in self.records]
         self.momenta = [list(row) for row in zip(*columns, strict=True)]
+        # Which rows are of numbers: 0-dim, where the parameters are not.
+        self.numeric = [not row[0].ndim and self.reals[0].ndim > 0 for row in self.momenta]
         order = sorted(range(len(self.places)), key=self.places.__getitem__)
         # Indices that bring a value for each leaf into the order of the model; None where they are in it.
         self.model_order: Tensor | None = None
@@ -143,16 +145,19 @@ def arranged(members: Sequence[Member]) -> list[Member]:
     return ordered
 
 
-def fits_packed(x: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Whether the state of a dense parameter can be packed: tensors like the parameter and nothing else."""
+def packed_form(x: Tensor, tensors: Sequence[Tensor]) -> tuple[bool, ...] | None:
+    """Which tensors of the state of a dense parameter are numbers (0-dim), where the others are like the parameter;
+    None where such a state cannot be packed."""
     real = real_view(x) if x.is_complex() else x
     if not is_dense(real):
-        return False
-    shape, stride, device = real.shape, real.stride(), real.device
+        return None
+    shape, stride, device, form = real.shape, real.stride(), real.device, []
     for t in tensors:
-        if t.shape != shape or t.stride() != stride or t.device != device or t.requires_grad or t.is_inference():
-            return False
-    return True
+        alike = t.shape == shape and t.stride() == stride
+        if t.device != device or t.requires_grad or t.is_inference() or not (alike or not t.ndim):
+            return None
+        form.append(not alike)
+    return tuple(form)
 
 
 def fits_stacked(x: Tensor, tensors: Sequence[Tensor]) -> bool:

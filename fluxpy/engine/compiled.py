@@ -16,10 +16,11 @@ from torch import Tensor
 from ..context import Context
 from ..pytree import HOLE, Skeleton, entries_of, skeleton_of
 from ..rule import Assign, Rule, Steps, reducing, replace, rule_key, title, title_key, walk
+from .chunk import Chunk
 from .cohort import Cohort
 from .kernels import Recipe, to_device, wide_dtype
 from .layout import Row
-from .packed import Chunk, Chunks, rule_now
+from .packed import Chunks, rule_now
 from .step import FallBack, Prepare
 from .tape import Tape, Traced
 
@@ -49,7 +50,7 @@ class CompiledUnit:
 
     def __init__(self, cohort: Cohort) -> None:
         self.cohort, self.context = cohort, cohort.context
-        self.chunks = Chunks(cohort, split=False, numbers=False)
+        self.chunks = Chunks(cohort, split=False, long=True)
         self.kernels = set[Any]()
         self.totals = 0
         if self.master is not None:
@@ -94,7 +95,7 @@ class CompiledUnit:
         self.now = rule_now(self.cohort)
         self.chunks.load([grads[place] for place in self.cohort.places])
         first = self.chunks.all[0]
-        if not self.programs:
+        if not self.programs or self.now.accumulates:  # which asks for none until a window is full
             self.totals = self._count_totals(first)
         yield from self.chunks.run(self._start, self.now, self.totals)
         self.programs = {single: self._program(chunk) for single, chunk in self._kinds().items()}
@@ -118,12 +119,12 @@ class CompiledUnit:
 
     def _count_totals(self, chunk: Chunk) -> int:
         row, momenta, rule, skeleton = self._target(chunk)
-        tape = Tape([row.buffer, row.buffer, *(m.buffer for m in momenta)])
+        tape = Tape([row.buffer, row.buffer, *(m.shown for m in momenta)])
         x, dx, *others = tape.inputs
         steps, answer, count = rule.steps(skeleton.combine(others), x, dx), None, 0
         try:
             while True:
-                answer = steps.send(answer).value
+                answer = steps.send(answer).tensor()
                 count += 1
         except StopIteration:
             return count
@@ -133,7 +134,7 @@ class CompiledUnit:
     def _program(self, chunk: Chunk) -> Program:
         """Write down what the rule does with this step's numbers, and find or make the kernel for it."""
         row, momenta, rule, before = self._target(chunk)
-        held = [m.buffer for m in momenta]
+        held = [m.shown for m in momenta]
         own = [column[:2] if chunk.gathers else column[0] for column in self.differing.values()]
         bad = self.context.flag.bad
         tensors = [row.buffer, row.buffer, *held, *chunk.answers, *own, *([] if bad is None else [bad])]
@@ -192,6 +193,8 @@ class CompiledUnit:
             own = self._numbers_for(chunk)
             program.kernel(program.numbers, x, dx, *(m.read() for m in momenta), *chunk.answers, *own, *held)
             row.write(x)
+            for m in momenta:
+                m.write(m.buffer)
             if self.master is not None:
                 chunk.x.write(x)
         assert program is not None

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from ..pytree import HOLE, Skeleton, partition, tensors_in
 from ..rule import Rule, Steps, at, rule_key, title_key, value_key
+from .chunk import Chunk
 from .cohort import Cohort
 from .fused_kernels import KERNELS, Lists, Parts, Run, bucket_key, last_state, takes
 from .layout import Row, adjacent, views_like
 from .packed import (
-    Chunk,
     Chunks,
     apart_from_written,
+    fits,
     like_parameters,
-    result_fits,
+    outcome_of,
     rule_now,
     write_state,
 )
@@ -245,7 +246,8 @@ class FusedUnit(_Fused):
             self.front_reads_x = self._reads_x(self.front)
             yield from self.chunks.run(self._start, self.front)
             first = self.chunks.all[0]
-            if not self.known_to_fit and not result_fits(first, first.momenta[self.front_rows], self.front_skeleton):
+            rows, before = first.momenta[self.front_rows], self.front_skeleton
+            if not self.known_to_fit and not fits(outcome_of(first.result), first, rows, before):
                 raise FallBack(title_key(self.cohort.rule))
             self.known_to_fit = self.front_is_constant
 
@@ -257,7 +259,7 @@ class FusedUnit(_Fused):
         assert self.front is not None
         if self.front_is_constant and not chunk.stacked:
             return self.front.steps(self.front_state, x, dx)
-        rows = (row.read().view(chunk.shape) for row in chunk.momenta[self.front_rows])
+        rows = (row.read() for row in chunk.momenta[self.front_rows])
         return self.front.steps(self._front_numbers().combine(rows), x.view(chunk.shape), dx)
 
     def _front_numbers(self) -> Skeleton:

@@ -59,7 +59,8 @@ class Recipe:
             # Times one, where an input becomes another: Inductor drops copies, and reads what was overwritten.
             news = [results[source] * numbers[-1] if source < len(inputs) else results[source] for _, source in writes]
             for (target, _), new in zip(writes, news, strict=True):
-                results[target].copy_(torch.where(inputs[-1], results[target], new) if masked else new)
+                old = results[target] if results[target].ndim else results[target].view(1)  # else not always written
+                old.copy_(torch.where(inputs[-1], old, new) if masked else new)
 
         # What torch.compile remembers it remembers by code, so each kernel has code of its own.
         code = kernel.__code__.replace(co_name=f"kernel_{len(_KERNELS)}")

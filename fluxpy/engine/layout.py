@@ -139,10 +139,10 @@ class Row:
     """One tensor of each of several leaves, as one flat tensor; or, of one large tensor, a part.
 
     The tensors are dense and detached. `flat` is their common view where they are adjacent; elsewhere they are gathered
-    into scratch memory and written back. `shape` is that in which a rule sees it: flat, unless somebody says otherwise.
+    into scratch memory and written back. `shown` is what a rule sees: flat, unless somebody says otherwise.
     """
 
-    __slots__ = ("buffer", "flat", "shape", "tensors", "views")
+    __slots__ = ("buffer", "flat", "shown", "tensors", "views")
 
     def __init__(self, tensors: list[Tensor], scratch: Scratch, role: Any, start: int = 0, size: int = -1) -> None:
         self.tensors = tensors
@@ -154,13 +154,17 @@ class Row:
             first, total = tensors[0], sum(t.numel() for t in tensors)
             self.buffer = scratch.take(role, first.dtype, first.device, total)
             self.views = views_like(self.buffer, tensors)
-        self.shape: tuple[int, ...] = (len(self.buffer),)
+        self.shown = self.buffer
+
+    def show_as(self, shape: tuple[int, ...]) -> None:
+        """Let rules see it in this shape."""
+        self.shown = self.buffer.view(shape)
 
     def read(self) -> Tensor:
-        """The values, as one flat tensor."""
+        """The values, as a rule sees them."""
         if self.flat is None:
             copy_all(self.views, self.tensors)
-        return self.buffer
+        return self.shown
 
     def write(self, value: Tensor) -> None:
         """Set the values."""
@@ -168,3 +172,44 @@ class Row:
             self.buffer.copy_(value.view(-1))
         if self.flat is None:
             copy_all(self.tensors, self.views)
+
+
+class NumberRow(Row):
+    """A number of each of several leaves, a 0-dim tensor, in a shape that broadcasts over their elements; or, where
+    `sizes` says how many these are, once for each element. Of a leaf in parts the number is that of the whole: it is
+    written when the `last` of them is.
+    """
+
+    __slots__ = ("firsts", "last", "own")
+
+    def __init__(
+        self,
+        tensors: list[Tensor],
+        scratch: Scratch,
+        role: Any,
+        shape: tuple[int, ...],
+        *,
+        sizes: list[int] | None = None,
+        last: bool = True,
+    ) -> None:
+        super().__init__(tensors, scratch, role)
+        self.last, self.own, self.firsts = last, self.flat, None
+        if sizes is None:
+            self.show_as(shape)
+        else:
+            self.flat, first = None, tensors[0]
+            self.buffer = scratch.take((role, "spread"), first.dtype, first.device, sum(sizes))
+            self.shown, self.views = self.buffer, list(self.buffer.split(sizes))
+            self.firsts = [view[0] for view in self.views]
+
+    def numbers(self) -> Tensor:
+        """The number of each leaf."""
+        return torch.stack(self.tensors) if self.own is None else self.own
+
+    def write(self, value: Tensor) -> None:
+        if self.firsts is not None and self.last:
+            if value is not self.buffer:
+                self.buffer.copy_(value.view(-1))
+            copy_all(self.tensors, self.firsts)
+        elif self.last:
+            super().write(value)

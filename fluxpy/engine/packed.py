@@ -5,7 +5,7 @@ a stack, `torch.func.vmap`ped over them: no second formula either way.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..pytree import Skeleton, memory, partition
 from ..rule import (
     Assign,
     Reduce,
+    ReducingRule,
     Rule,
     Steps,
     at,
@@ -25,100 +26,32 @@ from ..rule import (
     run_alone,
     title_key,
 )
-from .cohort import LEAST_RUN, Cohort
-from .layout import Row, Scratch, adjacent, chunks_of, copy_all, flat_view, views_like
+from .chunk import Chunk, runs_of, shaped_like
+from .cohort import Cohort
+from .layout import NumberRow, Row, Scratch, chunks_of
 from .step import FallBack, Prepare, Request
 from .tape import is_traceable
 
-Start = Callable[["Chunk", Any], Steps]
-
-
-class Chunk:
-    """Neighbours in a cohort as one tensor; or, of one large leaf, a part."""
-
-    def __init__(
-        self, cohort: Cohort, scratch: Scratch, low: int, high: int, start: int, size: int, stack: bool
-    ) -> None:
-        self.low, self.high, self.start = low, high, start
-        reals = cohort.reals[low:high]
-        self.size = size if size >= 0 else sum(cohort.sizes[low:high])
-        self.stacked, self.shape = stack, (high - low, *reals[0].shape) if stack else (self.size,)
-        self.x = Row(reals, scratch, "x", start, size)
-        self.momenta = [Row(row[low:high], scratch, i, start, size) for i, row in enumerate(cohort.momenta)]
-        for row in self.momenta if stack else ():  # those of a rule that needs whole arrays may have their own shapes
-            row.shape = (high - low, *row.tensors[0].shape)
-        self.gathers = high - low > 1
-        if self.gathers:
-            first = reals[0]
-            self.dx = scratch.take("dx", first.dtype, first.device, self.size)
-            self.dx_views = views_like(self.dx, reals)
-        self.written = {memory(row.buffer) for row in (self.x, *self.momenta)}
-        self.sizes: Tensor | None = None
-        self.runs = _runs(cohort, low, high)
-        self.answers: list[Any] = []
-        self.running: Steps | None = None
-        self.result: Any = None
-
-    def gradient(self, grads: Sequence[Tensor]) -> Tensor:
-        """The gradients of this chunk as one tensor, from those of the cohort, which have the strides of the reals."""
-        if not self.gathers:
-            flat = flat_view(grads[self.low])
-            return flat if self.size == len(flat) else flat[self.start : self.start + self.size]
-        mine = grads[self.low : self.high]
-        flat = adjacent(mine)
-        if flat is not None:
-            return flat
-        copy_all(self.dx_views, mine)
-        return self.dx
-
-    def leaves(self, value: Tensor, cohort: Cohort) -> list[Any]:
-        """A flat value in the shapes of its leaves: those of one shape, where they are few, as a stack."""
-        if self.runs is not None:
-            parts = value.split([(high - low) * cohort.sizes[low] for low, high in self.runs])
-            stacks = []
-            for part, (low, high) in zip(parts, self.runs, strict=True):
-                x = cohort.reals[low]
-                stacks.append(part.as_strided((high - low, *x.shape), (x.numel(), *x.stride()), part.storage_offset()))
-            return stacks
-        params = cohort.params[self.low : self.high]
-        parts = value.split(cohort.sizes[self.low : self.high])
-        return [[_like(part, x) for part, x in zip(parts, params, strict=True)]]
-
-    def clear(self) -> None:
-        """Forget one step's work."""
-        self.answers, self.running, self.result = [], None, None
-
-
-def _runs(cohort: Cohort, low: int, high: int) -> list[tuple[int, int]] | None:
-    """The neighbours of one shape and layout, where such runs are long; else None."""
-    if cohort.params[low].is_complex():
-        return None
-    runs: list[tuple[int, int]] = []
-    last: Any = None
-    for i in range(low, high):
-        form = cohort.reals[i].shape, cohort.reals[i].stride()
-        if form == last:
-            runs[-1] = runs[-1][0], i + 1
-        else:
-            runs.append((i, i + 1))
-            last = form
-    return runs if LEAST_RUN * len(runs) <= high - low else None
+Start = Callable[[Chunk, Any], Steps]
 
 
 class Chunks:
-    """The chunks of a cohort, and one step's way through them."""
+    """The chunks of a cohort, and one step's way through them. With `long`, as kernels take them: each chunk is one
+    long tensor, and each total a tensor."""
 
-    def __init__(self, cohort: Cohort, *, split: bool, stack: bool = False, numbers: bool = True) -> None:
-        self.cohort, self.numbers = cohort, numbers
-        # Where each array has a total of its own, leaves of one shape go as a stack: there the total is broadcast.
-        contiguous = all(x.is_contiguous() for x in cohort.reals)
-        runs = _runs(cohort, 0, len(cohort.sizes)) if contiguous and reducing(cohort.rule, "array") else None
-        breaks = {low for low, _ in runs} if runs is not None and not stack else ()
+    def __init__(self, cohort: Cohort, *, split: bool, stack: bool = False, long: bool = False) -> None:
+        self.cohort, self.long = cohort, long
+        # Where each array has a number of its own, leaves of one shape go as a stack: there the number is broadcast.
+        runs = None
+        if not (stack or long) and (any(cohort.numeric) or reducing(cohort.rule, "array")):
+            runs = runs_of(cohort, 0, len(cohort.sizes)) if all(x.is_contiguous() for x in cohort.reals) else None
+        breaks = {low for low, _ in runs} if runs is not None else ()
         cohort.pack_momenta(breaks)
         scratch = Scratch()
         where = list(chunks_of(cohort.sizes, split, breaks))
         self.stack = stack or bool(breaks)
-        self.all = [Chunk(cohort, scratch, *place, self.stack and place[3] < 0) for place in where]
+        numeric = [False for _ in cohort.momenta] if stack else cohort.numeric
+        self.all = [Chunk(cohort, scratch, numeric, *place, self.stack and place[3] < 0) for place in where]
         self.one = len(self.all) == 1
         self.grads: Sequence[Tensor] = ()  # of real tensors with the strides of the parameters
         self.given: Sequence[Tensor] = ()
@@ -174,7 +107,8 @@ class Chunks:
         Of several chunks each starts over for its next total, since they share their memory."""
         steps, answers = chunk.running, chunk.answers[-1:]
         if steps is None:
-            dx = None if self.missing else chunk.gradient(self.grads).view(chunk.shape)
+            dx = None if self.missing else chunk.gradient(self.grads)
+            dx = dx.view(chunk.shape) if dx is not None and chunk.stacked else dx
             steps, answers = start(chunk, dx), [None, *chunk.answers]
         try:
             for answer in answers:
@@ -189,33 +123,59 @@ class Chunks:
 
     def _parts(self, reduce: Reduce, start: Start) -> Tensor:
         """What each leaf gives to a total. Worked out leaf by leaf, so that it does not depend on the grouping."""
-        first = self.all[0]
-        stacked = all(chunk.runs is not None for chunk in self.all)
-        if not (stacked or self.missing) and _is_gradient(reduce.value, first, self.grads):
-            return reduce.rule.parts(self.given)
-        found, whole = [], reduce.value
+        first, rule, value = self.all[0], reduce.rule, reduce.tensor()
+        known = self._known(value)
+        if known is not None:
+            return rule.parts(known)
+        found: list[Tensor] = []
+        pieces: list[Tensor] = []  # of a large leaf
         for chunk in self.all:
-            asked = reduce if chunk is first else self.advance(chunk, start)
-            if not isinstance(asked, Reduce):
-                raise FallBack
-            value, size = asked.value.reshape(-1).contiguous(), self.cohort.sizes[chunk.low]
-            if chunk.size < size:  # a part of a large leaf, which is put together first
+            if chunk is not first:
+                reduce = self.advance(chunk, start)
+                if not isinstance(reduce, Reduce):
+                    raise FallBack
+                value = reduce.tensor()
+            if self._is_number(value, chunk):
                 if chunk.start == 0:
-                    whole = value.new_empty(size)
-                whole[chunk.start : chunk.start + chunk.size] = value
-                if chunk.start + chunk.size < size:
-                    continue
-                value = whole
-            found += [reduce.rule.parts(leaves) for leaves in chunk.leaves(value, self.cohort)]
+                    found.append(rule.parts(value.expand(chunk.number_shape).reshape(-1)))
+                continue
+            value, size = value.reshape(-1).contiguous(), self.cohort.sizes[chunk.low]
+            if chunk.size >= size:
+                found += [rule.parts(leaves) for leaves in chunk.leaves(value, self.cohort)]
+                continue
+            x = self.cohort.params[chunk.low]
+            split = rule.splittable and not x.is_complex()
+            pieces.append(rule.part(value) if split else value.clone())
+            if chunk.start + chunk.size == size:
+                found.append(_of_pieces(rule, pieces, None if split else x))
+                pieces = []
         return torch.cat(found) if len(found) > 1 else found[0]
+
+    def _known(self, value: Tensor) -> Any:
+        """What a rule asks for a total of, where that can be had leaf by leaf at once: gradients, or numbers."""
+        first = self.all[0]
+        for i, row in enumerate(first.momenta):
+            if isinstance(row, NumberRow) and _is_buffer(value, row):
+                rows: Any = [chunk.momenta[i] for chunk in self.all if chunk.start == 0]
+                return torch.cat([row.numbers() for row in rows])
+        stacked = all(chunk.runs is not None for chunk in self.all)
+        return self.given if not (stacked or self.missing) and _is_gradient(value, first, self.grads) else None
+
+    def _is_number(self, value: Tensor, chunk: Chunk) -> bool:
+        """Whether a rule asks for a total of what it made of the leaves' numbers."""
+        if value.ndim and (value.shape == chunk.shape or value.shape != chunk.number_shape):
+            return False
+        if not any(self.cohort.numeric):
+            raise FallBack(title_key(self.cohort.rule))  # it reduced the array by itself, and is not elementwise
+        return True
 
     def _spread(self, chunk: Chunk, parts: Tensor, reduce: Reduce) -> Any:
         """The totals of a chunk's own arrays, for each of its elements."""
         mine = parts[chunk.low : chunk.high]
         if not chunk.gathers:
             return self._answer(mine[0], reduce)
-        if self.stack:
-            return mine.view(-1, *[1] * (len(chunk.shape) - 1))
+        if chunk.stacked:
+            return mine.view(chunk.number_shape)
         if chunk.runs is not None:
             sizes = self.cohort.sizes
             return torch.cat(
@@ -227,7 +187,7 @@ class Chunks:
 
     def _answer(self, total: Tensor, reduce: Reduce) -> Any:
         """A total as a number, where the rule takes one and the host may read it: what follows is then cheaper."""
-        number = self.numbers and reduce.rule.takes_numbers and not total.ndim and reads_at_once(total)
+        number = not self.long and reduce.rule.takes_numbers and not total.ndim and reads_at_once(total)
         return total.item() if number else total
 
 
@@ -239,19 +199,23 @@ def like_parameters(grads: Sequence[Tensor], cohort: Cohort) -> list[Tensor]:
     return found
 
 
+def _is_buffer(value: Tensor, row: Row) -> bool:
+    return value.data_ptr() == row.buffer.data_ptr() and value.numel() == row.buffer.numel()
+
+
+def _of_pieces(rule: ReducingRule, pieces: list[Tensor], x: Tensor | None) -> Tensor:
+    """What a large leaf gives to a total: from what its pieces give, or where they are put together, for `x`."""
+    if x is None:
+        return rule.combine(torch.stack(pieces)).unsqueeze(0)
+    return rule.parts([shaped_like(torch.cat(pieces), x)])
+
+
 def _is_gradient(value: Tensor, chunk: Chunk, grads: Sequence[Tensor]) -> bool:
     """Whether a rule asks for a total of the gradients themselves."""
     source = chunk.dx if chunk.gathers else grads[chunk.low]
     if chunk.gathers and value.data_ptr() != source.data_ptr():
         source = grads[chunk.low]
     return value.data_ptr() == source.data_ptr() and value.numel() == chunk.size and value.dtype == source.dtype
-
-
-def _like(flat: Tensor, x: Tensor) -> Tensor:
-    """A flat value in the shape of its parameter."""
-    real = x if not x.is_complex() else torch.view_as_real(x.detach())
-    value = flat.view(real.shape) if real.is_contiguous() else flat.as_strided(real.shape, real.stride())
-    return torch.view_as_complex(value) if x.is_complex() else value
 
 
 class EagerUnit:
@@ -279,18 +243,19 @@ class EagerUnit:
         first = self.chunks.all[0]
         self._check(first)
         if not self.trusted:  # one of the other chunks may fail where the first did not
-            first.result = _kept(first)
+            first.result = _kept(first.result)
             for chunk in self.chunks.all[1:]:
                 chunk.result = self.chunks.advance(chunk, self._start)
                 self._check(chunk)
-                chunk.result = _kept(chunk)
+                chunk.result = _kept(chunk.result)
 
     def _start(self, chunk: Chunk, dx: Any) -> Steps:
-        momenta = [row.read().view(row.shape) for row in chunk.momenta]
-        return self.rule.steps(self.cohort.skeleton.combine(momenta), chunk.x.read().view(chunk.shape), dx)
+        momenta = [row.read() for row in chunk.momenta]
+        return self.rule.steps(self.cohort.skeleton.combine(momenta), chunk.x.read(), dx)
 
     def _check(self, chunk: Chunk) -> None:
-        if not result_fits(chunk, chunk.momenta, self.cohort.skeleton):
+        chunk.result = outcome_of(chunk.result)
+        if not fits(chunk.result, chunk, chunk.momenta, self.cohort.skeleton):
             raise FallBack(title_key(self.cohort.rule))
 
     def drop(self) -> None:
@@ -301,7 +266,7 @@ class EagerUnit:
         skeleton, moved = self.cohort.skeleton, True
         for chunk in self.chunks.all:
             if chunk.result is None:
-                chunk.result = self.chunks.advance(chunk, self._start)
+                chunk.result = outcome_of(self.chunks.advance(chunk, self._start))
             elif not self.trusted:
                 chunk.x.read()
                 for row in chunk.momenta:
@@ -315,35 +280,51 @@ class EagerUnit:
 
     def _write(self, chunk: Chunk) -> tuple[Any, bool]:
         mask = self.context.flag.mask
-        (state, change), x = chunk.result, chunk.x.buffer
-        news, skeleton = partition(state)
+        (news, skeleton, change), x = chunk.result, chunk.x.buffer
         news = apart_from_written(chunk, chunk.momenta, news)
         if isinstance(change, Assign):
             chunk.x.write(mask(x, change.value.view(-1)))
+        elif change is not None and self.context.flag.bad is None:
+            chunk.x.write(x.sub_(change if change.ndim == 1 else change.reshape(-1)))
         elif change is not None:
             chunk.x.write(mask(x, x - change.reshape(-1)))
         write_state(chunk.momenta, news, mask)
         return skeleton, change is not None
 
 
-def result_fits(chunk: Chunk, rows: Sequence[Row], before: Skeleton) -> bool:
-    """Whether a chunk's result is a state like the one before, and a change like the parameters. Where it is not, the
-    reference path says of which leaf."""
-    result = chunk.result
-    if not (isinstance(result, tuple) and len(result) == 2):
+class Outcome(NamedTuple):
+    """What a rule made of a chunk: the new state, taken apart, and the change."""
+
+    tensors: list[Tensor]
+    skeleton: Skeleton
+    change: Any
+
+
+def outcome_of(result: Any) -> Outcome | None:
+    """What a rule returned, taken apart; None where it is no pair."""
+    return Outcome(*partition(result[0]), result[1]) if isinstance(result, tuple) and len(result) == 2 else None
+
+
+def fits(outcome: Outcome | None, chunk: Chunk, rows: Sequence[Row], before: Skeleton) -> bool:
+    """Whether the new state is like the one before, and the change like the parameters. Where it is not, the reference
+    path says of which leaf."""
+    if outcome is None or not outcome.skeleton.fits(before):
         return False
-    tensors, skeleton = partition(result[0])
-    change = result[1].value if isinstance(result[1], Assign) else result[1]
-    device = chunk.x.buffer.device
-    if change is not None and not (isinstance(change, Tensor) and change.is_floating_point()):
+    change = outcome.change.value if isinstance(outcome.change, Assign) else outcome.change
+    if change is not None and not (
+        isinstance(change, Tensor) and change.is_floating_point() and _is_like(change, chunk.x.shown)
+    ):
         return False
-    shapes = [row.shape for row in rows]
-    fits = skeleton.fits(before) and all(
-        isinstance(t, Tensor) and t.shape == shape and t.device == device and t.layout == torch.strided
-        for t, shape in zip([*tensors, change], [*shapes, chunk.shape], strict=True)
-        if t is not None
-    )
-    return fits and all(torch.can_cast(t.dtype, row.buffer.dtype) for t, row in zip(tensors, rows, strict=True))
+    for t, row in zip(outcome.tensors, rows, strict=True):
+        # What a number becomes may be one for all leaves, as a total over the tree is.
+        alike = _is_like(t, row.shown) or (isinstance(row, NumberRow) and not t.ndim and t.device == row.shown.device)
+        if not alike or not (t.dtype == row.shown.dtype or torch.can_cast(t.dtype, row.shown.dtype)):
+            return False
+    return True
+
+
+def _is_like(t: Tensor, old: Tensor) -> bool:
+    return t.shape == old.shape and t.device == old.device and t.layout == torch.strided
 
 
 def apart_from_written(chunk: Chunk, rows: Sequence[Row], news: list[Tensor]) -> list[Tensor]:
@@ -362,15 +343,14 @@ def write_state(rows: Sequence[Row], news: Sequence[Tensor], mask: Callable[[Ten
             row.write(mask(row.buffer, new.reshape(-1)))
 
 
-def _kept(chunk: Chunk) -> Any:
-    """A result in memory of its own, until all chunks have theirs."""
-    (state, change) = chunk.result
-    tensors, skeleton = partition(state)
+def _kept(outcome: Outcome) -> Outcome:
+    """An outcome in memory of its own, until all chunks have theirs."""
+    change = outcome.change
     if isinstance(change, Assign):
         change = Assign(change.value.clone())
     elif change is not None:
         change = change.clone()
-    return skeleton.combine(t.clone() for t in tensors), change
+    return Outcome([t.clone() for t in outcome.tensors], outcome.skeleton, change)
 
 
 def rule_now(cohort: Cohort) -> Rule:

@@ -20,7 +20,7 @@ from ..leaf import Record, miss_update
 from ..pytree import HOLE, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
 from . import following, fused, fused_kernels
-from .cohort import Cohort, Member, arranged, fits_packed, fits_stacked, real_view
+from .cohort import Cohort, Member, arranged, fits_stacked, packed_form, real_view
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
 from .layout import Extents, addresses, extent
@@ -28,7 +28,7 @@ from .packed import EagerUnit
 from .reference import ReferenceUnit
 from .signature import Signature
 from .step import CohortUnit, Unit
-from .tape import is_arithmetic
+from .tape import is_arithmetic, keeps_numbers
 
 _MOST_ROUTES = 32  # kept of one plan
 _LEAST_STACK = 8  # leaves: fewer are as fast one by one as by vmap
@@ -307,22 +307,25 @@ class Plan:
             return None
         if not x.numel() or x.is_meta or is_wrapped(x):
             return None
-        packs = fits_packed(x, tensors)
-        key = id(rule), x.dtype, x.device, x.numel() > 1, tuple([t.dtype for t in tensors]), packs
+        form = packed_form(x, tensors)
+        key = id(rule), x.dtype, x.device, x.numel() > 1, tuple([t.dtype for t in tensors]), form
         if key not in ways:
-            ways[key] = self._way(record, rule, x, packs)
+            ways[key] = self._way(record, rule, x, form)
         way = ways[key]
         if way == "stack":
-            return "stack" if fits_stacked(x, tensors) else None
+            # In a stack, a number of each leaf does not broadcast as an elementwise rule in a chain wants it.
+            numbers = rule.delegates and not all(t.ndim for t in tensors)
+            return "stack" if fits_stacked(x, tensors) and not numbers else None
         return None if x.is_complex() and x.is_conj() else way
 
-    def _way(self, record: Record, rule: Rule, x: Tensor, packs: bool) -> str | None:
-        """How leaves of this rule, like `x`, can be stepped; `packs` where the state is like `x` too."""
+    def _way(self, record: Record, rule: Rule, x: Tensor, form: tuple[bool, ...] | None) -> str | None:
+        """How leaves of this rule, like `x`, can be stepped; `form` says which tensors of the state are numbers, where
+        the others are like `x`."""
         if rule.traced or title_key(rule) in self.context.reference_only:
             return None
         if not is_packable(rule):
             return None if x.is_complex() or any(map(reducing, _whole(rule))) else "stack"
-        if not packs:
+        if form is None or (any(form) and not keeps_numbers(record, real_view(x), self.context)):
             return None
         if self.context.compile and x.numel() > 1 and title_key(rule) not in self.context.uncompiled:
             return "compiled"
@@ -420,7 +423,8 @@ def _tensor_key(kind: str | None, record: Record, x: Tensor) -> Any:
     skeleton, tensors = record.numbers.skeleton, record.tensors or ()
     assert skeleton is not None
     shapes = (x.shape, *[t.shape for t in tensors]) if kind == "stack" else None
-    return x.dtype, x.device, skeleton.spec, tuple([t.dtype for t in tensors]), shapes
+    forms = tuple([(t.dtype, t.ndim == 0 != x.ndim) for t in tensors])
+    return x.dtype, x.device, skeleton.spec, forms, shapes
 
 
 def _numbers_key(record: Record) -> Any:

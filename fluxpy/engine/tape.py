@@ -5,14 +5,17 @@ branches on them are worked out by Python, once and not for each element; what r
 The same operators with other numbers are the same program, so one kernel serves all steps and all rates.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..pytree import Skeleton, entries_of
-from ..rule import Rule, at, rule_key
+from ..context import Context
+from ..pytree import HOLE, Skeleton, entries_of, partition
+from ..rule import ReducingRule, Rule, at, reducing, rule_key
 
 # Operators that take a 0-dim tensor where they take a number; elsewhere a number is a part of the program. A power is
 # not among them: where its exponent is known it is far faster.
@@ -94,17 +97,32 @@ def is_traceable(cohort: Any) -> bool:
     return is_arithmetic(cohort.records[0], cohort.reals[0], cohort.context)
 
 
-def is_arithmetic(record: Any, x: Any, context: Any) -> bool:
+def is_arithmetic(record: Any, x: Any, context: Context) -> bool:
     """Whether the rule of a leaf is: of `x`, its parameter as a real tensor."""
+
+    def ask(rule: Rule) -> bool:
+        return inputs_used(rule, record.numbers.skeleton, [x, x, *record.tensors]) is not None
+
+    return _known("arithmetic", record, x, context, ask)
+
+
+def keeps_numbers(record: Any, x: Any, context: Context) -> bool:
+    """Whether the numbers (0-dim tensors) in the state of a leaf can be spread over the elements of `x`, its parameter
+    as a real tensor: what they become hangs on numbers and totals alone, and a total of numbers not on how many
+    elements they stand for."""
+    return _known("numbers", record, x, context, lambda rule: _keeps_numbers(rule, record.state, x))
+
+
+def _known(question: str, record: Any, x: Any, context: Context, ask: Callable[[Rule], bool]) -> bool:
+    """The answer to a question about a leaf's rule, as it was or is now given."""
     known = context.traceable
-    key = rule_key(record.rule, loose=True), x.dtype
+    key = question, rule_key(record.rule, loose=True), x.dtype
     if key not in known:
         try:
             rule = at(record.rule, record.numbers.count)
         except Exception:  # a schedule that is wrong now: the step will say so, and name the leaf
             return False
-        tensors = [x, x, *record.tensors]
-        known[key] = inputs_used(rule, record.numbers.skeleton, tensors) is not None
+        known[key] = ask(rule)
     return known[key]
 
 
@@ -118,7 +136,7 @@ def inputs_used(rule: Rule, skeleton: Skeleton, tensors: Sequence[Tensor]) -> se
     try:
         steps = rule.steps(skeleton.combine(momenta), x, dx)
         while True:
-            answer = steps.send(answer).value
+            answer = steps.send(answer).tensor()
             used.add(answer.index)
     except StopIteration as done:
         used.update(v.index for _, v in entries_of(done.value) if isinstance(v, Traced))
@@ -127,6 +145,61 @@ def inputs_used(rule: Rule, skeleton: Skeleton, tensors: Sequence[Tensor]) -> se
     for line in tape.lines:
         used.update(place.at for place in _places((line.args, line.options)) if place.kind == "result")
     return used
+
+
+def _keeps_numbers(rule: Rule, state: Any, x: Tensor) -> bool:
+    parts: list[tuple[Rule, Any]] = []
+    if rule.delegates:
+        rule.map_inner_states(lambda *part: parts.append(part), state)
+    if parts and len(parts) == len(rule.inner):  # each of which it may pass by in this step
+        return all(_keeps_numbers(*part, x) for part in parts)
+    tensors, skeleton = partition(state)
+    if not reducing(rule) and all(t.ndim for t in tensors):
+        return True
+    tape = Tape([t.reshape(-1) if t.ndim else t for t in (x, x, *tensors)])
+    stand_in, dx, *momenta = tape.inputs
+    totals: set[int] = set()
+    answer: Any = None
+    try:
+        steps = rule.steps(skeleton.combine(momenta), stand_in, dx)
+        while True:
+            reduce = steps.send(answer)
+            value: Any = reduce.tensor()
+            is_number = not tape.example(value.index).ndim
+            if is_number and (value.index not in _apart(tape, totals) or not _counts_once(reduce.rule)):
+                return False
+            answer = tape.record(partial(_total, reduce.rule), (value,), {})
+            totals.add(answer.index)
+    except StopIteration as done:
+        after, change = done.value
+    except Exception:
+        return False
+    news = [] if change is None else [v for _, v in entries_of(after)]  # a step not taken says nothing
+    apart = _apart(tape, totals)
+    kept = [isinstance(v, Traced) and v.index in apart for p, v in zip(skeleton.parts, news, strict=False) if p is HOLE]
+    return len(kept) == len(tensors) and all(t.ndim or own for t, own in zip(tensors, kept, strict=True))
+
+
+def _apart(tape: Tape, totals: set[int]) -> set[int]:
+    """The results that hang on numbers and totals alone; none of a rule that writes in place."""
+    if any(map(_writes, tape.lines)):
+        return set()
+    found = {i for i, t in enumerate(tape.given) if not t.ndim}
+    for i, line in enumerate(tape.lines, len(tape.given)):
+        used = {place.at for place in _places((line.args, line.options)) if place.kind == "result"}
+        if i in totals or used <= found:
+            found.add(i)
+    return found
+
+
+def _total(rule: ReducingRule, value: Tensor) -> Tensor:
+    return rule.combine(rule.parts([value]))
+
+
+def _counts_once(rule: ReducingRule) -> bool:
+    """Whether a number gives the same to a total however many elements it stands for."""
+    number = torch.tensor(0.7)
+    return torch.equal(rule.part(number.expand(2)), rule.part(number))
 
 
 def _writes(line: Line) -> bool:
@@ -170,6 +243,10 @@ class Traced:
             return getattr(self.tape.example(self.index), name)
         return lambda *args, **options: self.tape.record(method, (self, *args), options)
 
+    def __rtruediv__(self, other: Any) -> Any:
+        # That of tensors makes one of its own, which a kernel does not know as an input.
+        return self.tape.record(operator.truediv, (other, self), {})
+
     def __bool__(self) -> bool:
         raise TypeError("an elementwise rule cannot branch on the values of a tensor")
 
@@ -189,7 +266,7 @@ def _operator(name: str) -> Any:
 
 
 _BINARY = "add sub mul truediv pow floordiv mod"
-for _name in [f"__{n}__" for n in _BINARY.split()] + [f"__r{n}__" for n in _BINARY.split()]:
+for _name in [f"__{n}__" for n in _BINARY.split()] + [f"__r{n}__" for n in _BINARY.split() if n != "truediv"]:
     setattr(Traced, _name, _operator(_name))
 for _name in ["neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "invert"]:
     setattr(Traced, f"__{_name}__", _operator(f"__{_name}__"))

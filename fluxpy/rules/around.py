@@ -114,7 +114,9 @@ class Cautious(Wrapper, ReducingRule):
         return wide(real(value)).sum()
 
     def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
-        return wide(real(values)).flatten(1).sum(1) if isinstance(values, Tensor) else super().parts(values)
+        if not isinstance(values, Tensor):
+            return super().parts(values)
+        return wide(real(values)).reshape(len(values), -1).sum(1)
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         run = Run(self.rule.steps(state, x, dx))

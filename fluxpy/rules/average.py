@@ -6,13 +6,27 @@ from torch import Tensor
 from ..fields import Hyper
 
 
+def plus(a: Tensor, factor: Hyper, b: Tensor) -> Tensor:
+    """`a + factor · b`, in one pass over memory where the factor is a number."""
+    return torch.add(a, b, alpha=factor) if _is_number(factor, a) else a + factor * b
+
+
+def plus_square(a: Tensor, factor: Hyper, b: Tensor) -> Tensor:
+    """`a + factor · b²`. The factor first: the square of a float16 of 256 is not finite, a thousandth of it is."""
+    return torch.addcmul(a, b, b, value=factor) if _is_number(factor, a) else a + factor * b * b
+
+
 def average(beta: Hyper, old: Tensor, new: Tensor) -> Tensor:
-    return beta * old + (1 - beta) * new
+    return plus(beta * old, 1 - beta, new)
 
 
 def average_square(beta: Hyper, old: Tensor, new: Tensor) -> Tensor:
-    # The weight first: the square of a float16 of 256 is not finite, a thousandth of it is.
-    return beta * old + (1 - beta) * new * new
+    return plus_square(beta * old, 1 - beta, new)
+
+
+def _is_number(factor: Hyper, a: Tensor) -> bool:
+    # Where something else stands for the tensors, it is written down with the operators that have numbers as inputs.
+    return isinstance(factor, float | int) and isinstance(a, Tensor)
 
 
 def root(v: Tensor) -> Tensor:
@@ -25,14 +39,14 @@ def root(v: Tensor) -> Tensor:
 
 def larger(a: Hyper, b: Hyper) -> Hyper:
     """`max(a, b)`, also of tensors."""
-    if not isinstance(a, Tensor):
-        return larger(b, a) if isinstance(b, Tensor) else max(a, b)
-    return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
+    if isinstance(a, float | int):
+        return max(a, b) if isinstance(b, float | int) else larger(b, a)
+    return a.clamp(min=b) if isinstance(b, float | int) else torch.maximum(a, b)
 
 
 def quotient(a: Hyper, b: Hyper) -> Hyper:
     """`a / b`, also of tensors; zero where `b` is."""
-    if not isinstance(b, Tensor):
+    if isinstance(b, float | int):
         return a / b if b else 0.0
     return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
 
@@ -44,7 +58,7 @@ def smaller(a: Hyper, b: Hyper) -> Hyper:
 
 def decayed(step: Tensor, factor: Hyper, x: Tensor) -> Tensor:
     """`step + factor · x`, at no cost where the factor is zero."""
-    return step if isinstance(factor, int | float) and factor == 0 else step + factor * x
+    return step if isinstance(factor, int | float) and factor == 0 else plus(step, factor, x)
 
 
 def wide(x: Tensor) -> Tensor:

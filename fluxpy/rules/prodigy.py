@@ -1,5 +1,6 @@
 """Prodigy: Adam that finds its rate by itself."""
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
 
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Reduce, ReducingRule, Steps
-from .average import average, average_square, decayed, like, real, root, wide
+from .average import decayed, larger, like, plus, plus_square, quotient, real, root, wide
+from .clip import norm_of, norms_of
 
 
 class Distance(NamedTuple):
@@ -23,21 +25,54 @@ class Distance(NamedTuple):
     d: Tensor
 
 
-class _Total(ReducingRule):
-    """The sum over the tree, whatever the hyperparameters of those who ask are."""
+class _Sum(ReducingRule):
+    """The sum over the array."""
+
+    over = "array"
+    takes_numbers = splittable = True
+
+    def part(self, value: Tensor) -> Tensor:
+        return real(value).sum()
+
+    def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
+        return real(values).reshape(len(values), -1).sum(1) if isinstance(values, Tensor) else super().parts(values)
+
+
+class _Length(ReducingRule):
+    """The sum of the moduli over the tree, whatever the hyperparameters of those who ask are."""
+
+    takes_numbers = splittable = True
+
+    def part(self, value: Tensor) -> Tensor:
+        return norm_of(real(value), 1.0)
+
+    def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
+        return norms_of(real(values) if isinstance(values, Tensor) else list(map(real, values)), 1.0)
 
 
 class _Largest(ReducingRule):
-    """The largest number of the tree."""
+    """The largest number of the tree: of numbers, each of one array."""
+
+    takes_numbers = True
 
     def part(self, value: Tensor) -> Tensor:
-        return value.amax()
+        return real(value).amax()
+
+    def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
+        return real(values).reshape(len(values), -1).amax(1) if isinstance(values, Tensor) else super().parts(values)
 
     def combine(self, parts: Tensor) -> Tensor:
         return parts.amax(0)
 
 
-_TOTAL, _LARGEST = _Total(), _Largest()
+class _TotalNumber(_Largest):
+    """The sum of numbers, each of one array: its part is itself, however many elements it stands for."""
+
+    def combine(self, parts: Tensor) -> Tensor:
+        return parts.sum(0)
+
+
+_SUM, _LENGTH, _LARGEST, _TOTAL_NUMBER = _Sum(), _Length(), _Largest(), _TotalNumber()
 
 
 class Prodigy(ReducingRule):
@@ -62,6 +97,7 @@ class Prodigy(ReducingRule):
     weight_decay: Hyper = hyper(default=0.0, allowed="[0, inf)")
     d0: Hyper = hyper(default=1e-6, allowed="(0, inf)", fixed=True)
     d_coef: Hyper = hyper(default=1.0, allowed="(0, inf)")
+    elementwise = True
 
     def init(self, x: Tensor) -> Distance:
         x = wide(real(x))
@@ -71,16 +107,19 @@ class Prodigy(ReducingRule):
     def steps(self, state: Distance, x: Tensor, dx: Any) -> Steps:
         (beta1, beta2), given = self.betas, x
         x, dx = wide(real(x)), wide(real(dx))
-        d = (yield Reduce(_LARGEST, state.d)).to(state.d)
+        d = _beside((yield Reduce(_LARGEST, state.d)), state.d)
         rate, fade = self.lr * d, beta2**0.5
         weight = d / self.d0 * rate
-        r = fade * state.r + weight * (dx * (state.x0 - x)).sum()
-        s = fade * state.s + weight * dx
-        agreement = yield Reduce(_TOTAL, r)
-        length = yield Reduce(_TOTAL, s.abs())
-        dx = d * dx
-        m, v = average(beta1, state.m, dx), average_square(beta2, state.v, dx)
-        # Where all gradients were zero, so are both sums.
-        d = torch.maximum(d, self.d_coef * (agreement / length.clamp(min=torch.finfo(length.dtype).tiny)).to(d))
+        r = fade * state.r + weight * (yield Reduce(_SUM, lambda: dx * (state.x0 - x)))
+        agreement = _beside((yield Reduce(_TOTAL_NUMBER, r)), state.d)
+        s = plus(fade * state.s, weight, dx)
+        length = _beside((yield Reduce(_LENGTH, s)), state.d)
+        m, v = plus(beta1 * state.m, (1 - beta1) * d, dx), plus_square(beta2 * state.v, (1 - beta2) * d * d, dx)
+        d = larger(d, self.d_coef * quotient(agreement, length))
         change = rate * decayed(m / (root(v) + d * self.eps), self.weight_decay, x)
-        return Distance(m, v, s, state.x0, r, d), like(change, given).to(given.dtype)
+        return Distance(m, v, s, state.x0, r, larger(state.d, d)), like(change, given).to(given.dtype)
+
+
+def _beside(total: Any, own: Tensor) -> Any:
+    """A total, where it is no number, in the dtype and on the device of the state."""
+    return total if isinstance(total, float) else total.to(own)
