@@ -36,6 +36,9 @@ class Parallel:
         groups = [ddp.process_group for ddp in replicas]
         groups += [mesh.get_group(i) for mesh in meshes for i in range(mesh.ndim)]
         self.groups: list[Any] = list({id(group): group for group in groups}.values())
+        self.ranks = {rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}  # of all that run it
+        for ddp in replicas:
+            self.ranks |= set(torch.distributed.get_process_group_ranks(ddp.process_group))
         for ddp in replicas:
             if ddp not in _CALLS and not compiled:
                 _CALLS[ddp] = 0
