@@ -136,6 +136,8 @@ class Learner:
             self.ranks.numbers("the end of fit")
         except BaseException as error:
             self.ranks.leave("fit", error)
+            if isinstance(error, Exception):
+                leave_to_the_user(error)
             raise
         return self.history
 
@@ -159,9 +161,6 @@ class Learner:
         self._loop = Loop(self, self._run)
         try:
             self._loop.fit()
-        except Exception as error:
-            leave_to_the_user(error)
-            raise
         finally:
             self._loop, self._run.saved, self._run.callbacks = None, None, []
 
@@ -367,8 +366,8 @@ class Learner:
         metrics."""
         if ranks_of(self.state, self.model).spread:
             raise ValueError(
-                "lr_find trains a copy of the model, and parameters that are spread over processes cannot be copied: find "
-                "the rate with the model under DistributedDataParallel, or with a small one on one process"
+                "lr_find trains a copy of the model, and parameters that are spread over processes cannot be copied: "
+                "find the rate with the model under DistributedDataParallel, or with a small one on one process"
             )
         other = copy.copy(self)
         other.model, other.state = copy.deepcopy((self.model, self.state))
