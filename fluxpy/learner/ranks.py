@@ -47,7 +47,12 @@ class Ranks:
                 raise outcome
             return [number]
         said = torch.tensor([zlib.crc32(place.encode()), outcome is not None, number], dtype=torch.float64)
-        heard = all_gather(said, _group()).view(-1, 3).tolist()
+        try:
+            heard = all_gather(said, _group()).view(-1, 3).tolist()
+        except RuntimeError as error:
+            self.apart = True
+            error.add_note(f"rank {self.rank} was at {place}; another process ended, or did not come there")
+            raise
         if any(has_outcome for _, has_outcome, _ in heard) or len({place for place, *_ in heard}) > 1:
             self._raise(place, outcome)
         return [number for *_, number in heard]
