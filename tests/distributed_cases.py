@@ -176,6 +176,8 @@ def ddp_trains_by_train_and_trainstep() -> None:
     torch.testing.assert_close(losses, others, rtol=ROOM, atol=ROOM)
     assert run.model.module.head.bias.grad is kept
     assert run.model.module.head.weight.grad is None
+    with pytest.raises(ValueError, match="the processes have from 1 to 2 batches"):
+        fluxpy.train(loss, run.model, [mine(i) for i in range(1 + (dist.get_rank() == 0))], run.state)
     fluxpy.trainstep(loss, run.model, mine(4), run.state)
     fluxpy.trainstep(loss, run.alone, batch(4), run.state_alone)
     run.check()

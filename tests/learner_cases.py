@@ -314,6 +314,8 @@ def uneven_data_ends_together(wrap: str) -> None:
         assert learner.progress.step == 6
         assert same_on_all((list(history), weights_of(learner), learner.batch_count))
         assert learner.state.head.weight.count == 4
+        assert len(learner.predict(known)) == len(mine[0])
+        assert same_on_all(learner.validate(known))
 
 
 def a_loss_that_is_not_finite() -> None:

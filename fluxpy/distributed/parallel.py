@@ -86,6 +86,22 @@ class Parallel:
             found /= group.size()
         return found
 
+    def require_same_length(self, data: Any) -> None:
+        """ValueError where the processes know that they have different numbers of batches: one would wait for ever."""
+        try:
+            length = len(data)
+        except TypeError:
+            length = -1
+        lengths = torch.tensor([length, -length], device=self.params[0].device)
+        for group in self.groups:
+            torch.distributed.all_reduce(lengths, torch.distributed.ReduceOp.MAX, group=group)
+        most, least = int(lengths[0]), -int(lengths[1])
+        if most > least > -1:
+            raise ValueError(
+                f"the processes have from {least} to {most} batches, and those with more would wait for the others: "
+                "give each as many (torch.utils.data.DistributedSampler does)"
+            )
+
     def _own(self, grad: Tensor | None) -> Tensor | None:
         """A gradient that the next backward pass does not overwrite."""
         if grad is not None and any(ddp.gradient_as_bucket_view for ddp in self.replicas):

@@ -213,7 +213,8 @@ class Learner:
             self.metrics.require_several(self.ranks.size)
 
     def validate(self, data: Any) -> dict[str, float]:
-        """The metrics on some data, by name. Fires the events of a validation phase."""
+        """The metrics on some data, by name. Fires the events of a validation phase. On several processes all have to
+        call it, each with its own part of the data, and get the numbers of all."""
         if self._loop is None:
             self.ranks = ranks_of(self.state, self.model)
             self.metrics.require_several(self.ranks.size)
@@ -235,19 +236,22 @@ class Learner:
         """The outputs for all of the data, on the CPU, in its order: of each batch only the input is used.
 
         Outputs that are tensors, or containers of tensors, are joined along their rows; where they do not fit together,
-        or hold other things that differ, they come as a list with one for each batch. No events are fired.
+        or hold other things that differ, they come as a list with one for each batch. No events are fired. On several
+        processes all have to call it, and each has the outputs of its own data.
         """
+        ranks = self.ranks if self._loop is not None else ranks_of(self.state, self.model)
         source = Source(data, "the data")
         source.make(0)
         outputs: list[list[Tensor]] = []
         others: list[Any] = []
         evaluating = evaluation_mode(self.model), averaged(self.state, self.model)
         with evaluating[0], evaluating[1], torch.no_grad(), self.casting():
-            for batch in source.batches():
+            for batch, counts in ranks.together(source, source.batches(), trains=False):
                 input, _ = split(place(batch, self.device))
                 tensors, opened = open_data(call(self.model, input))
-                outputs.append([t.cpu() for t in tensors])
-                others.append(opened)
+                if counts:
+                    outputs.append([t.cpu() for t in tensors])
+                    others.append(opened)
         columns = list(zip(*outputs, strict=False))
         if columns and all(map(others[0].is_like, others)) and all(map(_can_join, columns)):
             return others[0].combine(map(torch.cat, columns))

@@ -149,7 +149,7 @@ class Loop:
             training_mode(learner.model, learner.state)
             cancel: CancelTraining | None = None
             try:
-                for index, (batch, _) in enumerate(self._together(source, batches), progress.batch):
+                for index, (batch, _) in enumerate(self.ranks.together(source, batches, True), progress.batch):
                     learner.batch_index, learner.step_index = index, progress.step
                     self._batch(batch, self._training_batch)
             except CancelTraining as raised:
@@ -173,7 +173,7 @@ class Loop:
                 self._restore("validation")
             with evaluation_mode(learner.model), averaged(learner.state, learner.model), torch.no_grad():
                 done = 0 if phase is None else learner.progress.batch
-                for index, (batch, counts) in enumerate(self._together(source, batches), done):
+                for index, (batch, counts) in enumerate(self.ranks.together(source, batches, False), done):
                     learner.batch_index = index
                     self._batch(batch, self._validation_batch, counts)
 
@@ -186,12 +186,6 @@ class Loop:
         learner.batch_index, learner.seconds = 0, 0.0
         self.run.phase_began = time.monotonic() - self._spent("phase")
         learner.metrics.reset()
-
-    def _together(self, source: Source, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-        """The batches, and whether they count."""
-        if self.ranks.alone:
-            return ((batch, True) for batch in batches)
-        return self.ranks.together(source, batches, self.learner.training)
 
     def _run_phase(self, level: str, body: Callable[[], None]) -> None:
         try:

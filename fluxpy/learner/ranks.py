@@ -107,6 +107,9 @@ class Ranks:
     def together(self, source: Source, batches: Iterator[Any], trains: bool) -> Iterator[tuple[Any, bool]]:
         """The batches, and whether they count. Training ends with the process that has the fewest, and a warning. In
         evaluation a process whose data has ended goes through its last batch again, which then does not count."""
+        if self.alone:
+            yield from ((batch, True) for batch in batches)
+            return
         while True:
             batch: Any = _END
             error: Exception | None = None
