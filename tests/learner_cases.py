@@ -82,6 +82,29 @@ def margin(output: Tensor, target: Tensor) -> Tensor:
     return output.amax(-1).mean()
 
 
+class Hits:
+    """A metric as those of torchmetrics, which puts itself together, and computes once after each update."""
+
+    sync_on_compute = True
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        self.sums, self._computed = self.sums + torch.tensor([(output.argmax(-1) == target).sum(), len(target)]), None
+
+    def compute(self) -> Tensor:
+        if self._computed is None:
+            sums = self.sums.clone()
+            if dist.is_initialized():
+                dist.all_reduce(sums)
+            self._computed = sums[0] / sums[1]
+        return self._computed
+
+    def reset(self) -> None:
+        self.sums, self._computed = torch.zeros(2), None
+
+
 class At(Callback):
     """The events as they come; at one of them one process raises something."""
 
@@ -97,7 +120,8 @@ class At(Callback):
             raise raised
 
 
-METRICS = ["accuracy", "matthews_correlation_coefficient", "perplexity", margin]
+QUIET: Any = {"default_callbacks": False}
+METRICS: list[Any] = ["accuracy", "matthews_correlation_coefficient", "perplexity", margin, Hits]
 
 
 def callbacks(folder: str) -> list[Any]:
@@ -127,7 +151,7 @@ def learn(wrap: str, rule: Any, found: list[Any] = (), model: Any = None, **more
 def fit_in(folder: str, wrap: str) -> tuple[Learner, list[Any]]:
     found = callbacks(folder)
     rule = OptimiserChain(ClipGlobalNorm(1.0), Adam(0.05))
-    learner = learn(wrap, rule, found, metrics=METRICS)
+    learner = learn(wrap, rule, found, metrics=[m() if m is Hits else m for m in METRICS])
     learner.fit(part(rows(48), 8), part(rows(33, seed=1), 8), epochs=4)
     return learner, found
 
@@ -338,10 +362,20 @@ def windows_are_weighed_alike() -> None:
     """Batches in which the processes have other numbers of targets that count: the mean is one, and the same."""
     rank = dist.get_rank()
     data = [(x, torch.where(torch.arange(4) < 1 + rank + i % 3, y, -100)) for i, (x, y) in enumerate(part(rows(48), 8))]
-    learner = learn("ddp", Descent(0.1), accumulate=3)
-    learner.fit(data, epochs=2)
-    assert same_on_all(weights_of(learner))
-    assert learner.state.head.weight.count == 4
+
+    class Weighs(Learner):
+        def training_step(self, model: Any, input: Any, target: Any) -> Any:
+            self.step.weight = (target >= 0).sum()
+            return super().training_step(model, input, target)
+
+    found = []
+    for cls in (Learner, Weighs):
+        learner = cls(DistributedDataParallel(Net()), F.cross_entropy, Descent(0.1), accumulate=3, **QUIET)
+        learner.fit(data, epochs=2)
+        assert same_on_all(weights_of(learner))
+        assert learner.state.head.weight.count == 4
+        found.append(weights_of(learner)["head.weight"])
+    torch.testing.assert_close(*found)
 
 
 def samplers_get_their_epoch() -> None:

@@ -38,8 +38,11 @@ class Metrics:
         """Count a batch."""
         if step.output is None and len(self.all) > 1:
             raise ValueError(f"the metric {self.names[1]!r} needs an output: return (loss, output) from training_step")
-        for metric in self.all if step.scored is not False else ():
-            metric.update(step)
+        for metric in self.all:
+            if step.scored is False:
+                metric.pass_by()
+            else:
+                metric.update(step)
         self.batches += 1
 
     def reset(self) -> None:

@@ -62,7 +62,9 @@ def runs_together(state: State | Leaf, model: Any) -> tuple[set[int], bool]:
 def over_ranks(state: State | Leaf, model: Any, number: Tensor) -> Tensor:
     """The mean of a number over all processes that run a model, not read from its device."""
     parallel = bind(state, model).parallel
-    return number if parallel is None else parallel.mean(number)
+    if parallel is None:
+        return number
+    return parallel.mean(number if number.is_floating_point() else number.float())
 
 
 def local_parameters(state: State | Leaf, model: Any) -> list[Tensor]:

@@ -48,6 +48,9 @@ class Metric:
         # Build new sums: a caller may still hold the old ones.
         self.sums = tuple(a + b for a, b in zip(self.sums, added, strict=True)) if self.sums else added
 
+    def pass_by(self) -> None:
+        """Leave out a batch that only other processes have."""
+
     def reset(self) -> None:
         """Forget all batches."""
         self.sums = ()
@@ -239,6 +242,9 @@ class Outside(Metric):
         if not self.placed and isinstance(step.output, Tensor):
             self.metric, self.placed = self.metric.to(step.output.device), True
         self.metric.update(step.output, step.target)
+
+    def pass_by(self) -> None:
+        self.metric._computed = None  # else it would not meet those of others, which compute anew
 
     def reset(self) -> None:
         self.metric.reset()
