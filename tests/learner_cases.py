@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler, TensorDataset
 
 import fluxpy
-from fluxpy import Adam, ClipGlobalNorm, DataLoader, Descent, Momentum, OptimiserChain
+from fluxpy import AccumGrad, Adam, Averaged, ClipGlobalNorm, DataLoader, Descent, Momentum, Muon, OptimiserChain
 from fluxpy.learner import (
     Callback,
     CancelBatch,
@@ -41,6 +41,7 @@ from fluxpy.learner import (
     TensorBoardLogger,
     lr_find,
 )
+from fluxpy.learner.ranks import Ranks
 from fluxpy.schedules import Segment, segments
 
 WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
@@ -411,7 +412,15 @@ class Kill(BaseException):
     """As a kill between two batches."""
 
 
-def resumed(folder: str, wrap: str, step: int, every: int | None = None) -> tuple[Any, ...]:
+RULES = {
+    "averaged": Averaged(Adam(0.05), 0.9),
+    "gathered": OptimiserChain(ClipGlobalNorm(1.0), AccumGrad(4), Adam(0.05)),
+    "muon": {"*.weight": Muon(0.05), "*": Adam(0.05)},
+    "adam": Adam(0.05),
+}
+
+
+def resumed(folder: str, wrap: str, step: int, every: int | None, rule: str) -> tuple[Any, ...]:
     """A run that is killed after so many batches and started again: its numbers, and those of one that was not."""
     found = []
     for name, stop in (("whole", 10**6), ("cut", step), ("cut", 10**6)):
@@ -421,11 +430,11 @@ def resumed(folder: str, wrap: str, step: int, every: int | None = None) -> tupl
             if event == "batch_end" and learner.training and learner.step_index == stop:
                 raise Kill
 
-        own = Path(folder, f"{wrap}{step}", name)
+        own = Path(folder, f"{wrap}{rule}{step}", name)
         recorder, best = StatisticsRecorder(), EarlyStopping(patience=9, restore_best=True)
         saver = Checkpoint(own, every=every)
         learner = learn(
-            wrap, Adam(0.05), [kill, recorder, best, CSVLogger(own / "log.csv"), saver], Net(0.4), accumulate=2
+            wrap, RULES[rule], [kill, recorder, best, CSVLogger(own / "log.csv"), saver], Net(0.4), accumulate=2
         )
         data = part(rows(48), 8, shuffle=True)
         try:
@@ -436,12 +445,32 @@ def resumed(folder: str, wrap: str, step: int, every: int | None = None) -> tupl
     return found[0], found[1]
 
 
-def goes_on(folder: str, wrap: str) -> None:
+def goes_on(folder: str, wrap: str, rule: str = "adam") -> None:
     """Bit for bit, in the middle of an epoch and at its end."""
     for step, every in ((9, 2), (6, None)):
-        whole, again = resumed(folder, wrap, step, every)
+        whole, again = resumed(folder, wrap, step, every, rule)
         assert repr(whole) == repr(again)
         assert same_on_all(whole[:3])
+
+
+def goes_on_where_some_have_no_data_left(folder: str, wrap: str) -> None:
+    """In the middle of a validation, of which this process has fewer batches."""
+
+    def stop(learner: Any, event: str) -> None:
+        if event == "batch_end" and not learner.training and learner.batch_index == 3 and not learner.progress.resumed:
+            raise CancelFit
+
+    found = []
+    for name, stops in (("whole", []), ("cut", [stop])):
+        for _ in range(1 + len(stops)):
+            torch.manual_seed(dist.get_rank())
+            saver = Checkpoint(f"{folder}/{wrap}-{name}")
+            learner = learn(wrap, Adam(0.05), [*stops, recorder := StatisticsRecorder(), saver], Net(0.3))
+            history = learner.fit(part(rows(48), 8, shuffle=True), part(rows(33, seed=1), 8), epochs=2)
+            if history.stop_reason:
+                assert learner.progress.position() == {"epoch": 0, "phase": "validation", "batch": 4, "step": 6}
+        found.append((list(history), recorder.records, weights_of(learner)))
+    assert repr(found[0]) == repr(found[1])
 
 
 def save_here(folder: str, wrap: str) -> None:
@@ -498,5 +527,41 @@ def a_save_that_fails(folder: str) -> None:
         learner.fit(part(rows(48), 8), callbacks=[spoil])
 
 
-FEW = [errors_are_told, told_apart, a_loss_that_is_not_finite, windows_are_weighed_alike, samplers_get_their_epoch]
-IN_A_FOLDER = [signals_stop_all, a_save_that_fails]
+def directories_that_not_all_see(folder: str) -> None:
+    own = f"{folder}/own{dist.get_rank()}"
+    learn("ddp", Adam(0.1), [Checkpoint(own)]).fit(part(rows(48), 8))
+    with pytest.raises(ValueError, match="where it begins is .*'epoch': 1.* on rank 0 and 'a new run' on rank 1"):
+        learn("ddp", Adam(0.1), [Checkpoint(own)]).fit(part(rows(48), 8), epochs=2)
+
+
+def few_talks() -> None:
+    """Two a batch, and one at each event at which a callback may cancel."""
+    counts = []
+    numbers = Ranks.numbers
+
+    def counted(self: Any, *args: Any, **more: Any) -> Any:
+        counts[-1] += 1
+        return numbers(self, *args, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranks, "numbers", counted)
+        for found in ([StatisticsRecorder()], [Silent()]):
+            for n in (48, 96):
+                counts.append(0)
+                learn("ddp", Adam(0.1), [*found, LearningRateScheduler(lr=lambda n: 0.1)]).fit(part(rows(n), 8))
+    assert [counts[1] - counts[0], counts[3] - counts[2]] == [2 * 6, 3 * 6]
+
+
+class Silent(Callback):
+    def on_batch_end(self, learner: Any) -> None: ...
+
+
+FEW = [
+    errors_are_told,
+    told_apart,
+    a_loss_that_is_not_finite,
+    windows_are_weighed_alike,
+    samplers_get_their_epoch,
+    few_talks,
+]
+IN_A_FOLDER = [signals_stop_all, a_save_that_fails, directories_that_not_all_see]

@@ -30,6 +30,8 @@ def test_everything(wrap: str, tmp_path: Path) -> None:
     folder = str(tmp_path)
     cases.alone_in(folder)
     of_each = [cases.like_one_process, cases.cancels_are_agreed, cases.goes_on, cases.save_here]
-    run_world(2, [partial(cases.uneven_data_ends_together, wrap), *(partial(case, folder, wrap) for case in of_each)])
+    found = [partial(case, folder, wrap) for case in [*of_each, cases.goes_on_where_some_have_no_data_left]]
+    found += [partial(cases.goes_on, folder, wrap, rule) for rule in cases.RULES if rule != "adam"]
+    run_world(2, [partial(cases.uneven_data_ends_together, wrap), *found])
     run_world(4, [partial(cases.go_on_here, folder, wrap, wrap)])
     run_world(4, [partial(cases.like_one_process, folder, wrap)])

@@ -132,12 +132,11 @@ class Learner:
         extra = events.checked(callbacks)
         self.ranks = ranks_of(self.state, self.model, trains=True)
         try:
-            self._fit(train, valid, epochs, extra)
-            self.ranks.numbers("the end of fit")
-        except BaseException as error:
-            self.ranks.leave("fit", error)
-            if isinstance(error, Exception):
-                leave_to_the_user(error)
+            with self.ranks:
+                self._fit(train, valid, epochs, extra)
+                self.ranks.numbers("the end of fit")
+        except Exception as error:
+            leave_to_the_user(error)
             raise
         return self.history
 
@@ -223,11 +222,12 @@ class Learner:
         if inside:
             raise RuntimeError(f"validate cannot run within the {inside[-1]} of a fit; call it at epoch_end")
         source = Source(data, "the validation data")
-        source.make(0)
         outer, self._loop = self._loop, loop
         try:
-            loop.validation(source, source.batches(), None)
-            self.ranks.numbers("the end of validate")
+            with self.ranks:
+                source.make(0)
+                loop.validation(source, source.batches(), None)
+                self.ranks.numbers("the end of validate")
         finally:
             self._loop = outer
         return self.stats
@@ -241,11 +241,11 @@ class Learner:
         """
         ranks = self.ranks if self._loop is not None else ranks_of(self.state, self.model)
         source = Source(data, "the data")
-        source.make(0)
         outputs: list[list[Tensor]] = []
         others: list[Any] = []
         evaluating = evaluation_mode(self.model), averaged(self.state, self.model)
-        with evaluating[0], evaluating[1], torch.no_grad(), self.casting():
+        with ranks, evaluating[0], evaluating[1], torch.no_grad(), self.casting():
+            source.make(0)
             for batch, counts in ranks.together(source, source.batches(), trains=False):
                 input, _ = split(place(batch, self.device))
                 tensors, opened = open_data(call(self.model, input))
@@ -341,6 +341,9 @@ class Learner:
 
         Take it at any event but those of a batch that is not done: `batch_end` is the first at which it is.
         Callbacks are saved as they are; those that come later in the list have not yet seen the present event.
+
+        On several processes all have to take it alike, and callbacks are those of the first. Parameters that are spread
+        over them are put together in what the first gets, and are left out of what the others get.
         """
         if self._loop is None:
             self.ranks = ranks_of(self.state, self.model)

@@ -102,6 +102,14 @@ class Ranks:
             error.__traceback__ = where
         self.apart = not self.alone
 
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
+        """An error that ends a call is told."""
+        if error is not None:
+            self.leave("the end of a call", error)
+
     # --- What all must have alike -------------------------------------------------------------------------------------
 
     def together(self, source: Source, batches: Iterator[Any], trains: bool) -> Iterator[tuple[Any, bool]]:
@@ -170,14 +178,14 @@ class Ranks:
 
     def _raise(self, place: str, outcome: Exception | None) -> None:
         """Some have something to raise, or are elsewhere."""
-        text = "".join([type(outcome).__name__, ": ", str(outcome)])
-        kind = None if outcome is None else outcome.level if isinstance(outcome, Cancel) else "error"
-        reason = outcome.reason if isinstance(outcome, Cancel) else text
+        kind, reason = (None, "") if outcome is None else ("error", f"{type(outcome).__name__}: {outcome}")
+        if isinstance(outcome, Cancel):
+            kind, reason = outcome.level, outcome.reason
         every = self._exchange((place, kind, reason))
         kinds = [kind for _, kind, _ in every]
         if "error" in kinds:
             self.apart = True
-            if outcome is not None and not isinstance(outcome, Cancel):
+            if outcome is not None and kind == "error":
                 raise outcome
             rank = kinds.index("error")
             raise RuntimeError(f"rank {rank} failed at {every[rank][0]}: {every[rank][2]}")
