@@ -30,7 +30,7 @@ from .events import EVENTS, History
 from .html import learner_as_html
 from .loop import LOSS, Loop
 from .progress import Progress
-from .ranks import Ranks, ranks_of
+from .ranks import ranks_of
 from .resume import Run
 from .step import Step
 
@@ -84,7 +84,7 @@ class Learner:
         self.device = _device_of(parameters(self.state, model))  # where batches go
         self.metrics = Metrics(metrics)
         self.callbacks = [*([ProgressBar()] if default_callbacks else []), *events.checked(callbacks)]
-        self.ranks = Ranks()  # the processes that fit it, in a fit, a call of `validate` and a save
+        self.ranks = ranks_of(self.state, model)  # the processes that run it; looked up anew in each call
         # Of the fit:
         self.history = History()
         self.progress = Progress()  # what comes next, and whether the fit was resumed or is being cancelled
