@@ -178,7 +178,8 @@ def whole_tensor(t: Any, keep: bool) -> Tensor:
     ask alike. Any other tensor as it is."""
     if not is_dtensor(t):
         return t
-    whole = t.full_tensor()
+    partial = any(placement.is_partial() for placement in t.placements)
+    whole = t.full_tensor() if partial else Layout(t).whole(held(t))
     return whole.cpu() if keep else torch.empty(0, dtype=t.dtype)
 
 
