@@ -151,6 +151,8 @@ def learn(wrap: str, rule: Any, found: list[Any] = (), model: Any = None, **more
 
 def fit_in(folder: str, wrap: str) -> tuple[Learner, list[Any]]:
     found = callbacks(folder)
+    if wrap == "alone":
+        found.pop(6)  # the names of TensorBoard's files count up, and other tests hang on their order
     rule = OptimiserChain(ClipGlobalNorm(1.0), Adam(0.05))
     learner = learn(wrap, rule, found, metrics=[m() if m is Hits else m for m in METRICS])
     learner.fit(part(rows(48), 8), part(rows(33, seed=1), 8), epochs=4)
