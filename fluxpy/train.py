@@ -47,7 +47,7 @@ def train(
     over the processes, and the first of them shows the bar.
 
     Raises FloatingPointError with the item's index for a loss that is not finite, before that item updated anything,
-    and ValueError for data without a batch.
+    and ValueError for data without a batch, or of other lengths on other processes.
 
     >>> model = torch.nn.Linear(2, 1)
     >>> state = setup(Descent(0.1), model)
@@ -57,7 +57,9 @@ def train(
     """
     _refuse(refused, data, state)
     _check_order(loss, model)
-    bind(state, model)
+    parallel = bind(state, model).parallel
+    if parallel is not None:
+        parallel.require_same_length(data)
     training_mode(model, state)
     losses: list[Tensor] = []
     watched, drawn = is_first_process() and (_watched() if progress is None else progress), 0.0

@@ -64,6 +64,7 @@ SHOWN = {
         r"^    2 +\d\.\d{4} +0\.\d{4} +\d\.\d{4} +0\.\d{4}$",
         r"^wrote 72 rows to run.lenet\.csv$",
         r"^accuracy on 1000 held-out digits: 0\.\d{4}$",
+        r"\A((?!wrote)[^\0])*(wrote 72 rows((?!wrote)[^\0])*){2}\Z",  # of two processes one writes
     ],
     "linear_regression": [
         r"^Starting:\n     W = 5\.00, b = 0\.00, loss=\d+\.\d{5}$",
@@ -99,10 +100,12 @@ BETTER = {"maml_sine": r"MAML (\S+), baseline (\S+)$"}
 
 def commands(example: Path) -> list[list[str]]:
     """What Python is given to run an example."""
-    if example.stem != "fsdp_gpt":
-        return [[str(example)]]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    return [[*torchrun, "2", str(example)], [*torchrun, "1", str(example), "--resume"]]
+    if example.stem == "fsdp_gpt":
+        return [[*torchrun, "2", str(example)], [*torchrun, "1", str(example), "--resume"]]
+    if example.stem == "lenet_mnist":
+        return [[str(example)], [*torchrun, "2", str(example)]]
+    return [[str(example)]]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -133,3 +136,20 @@ def test_example(example: Path, tmp_path: Path) -> None:
     for one, other in re.findall(BETTER.get(example.stem, r"(?!)()()"), printed, re.MULTILINE):
         assert float(one) < float(other), printed
     assert sorted(path.name for path in tmp_path.iterdir()) == extra[1:]
+
+
+@pytest.mark.nightly
+def test_lenet_on_two_processes_is_as_good_as_on_one(tmp_path: Path) -> None:
+    """The example itself asserts an accuracy above 0.97."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*start, str(ROOT / "examples" / "lenet_mnist.py")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    shown = r"^wrote 1548 rows to run.lenet\.csv\naccuracy on 1000 held-out digits: 0\.9[78]"
+    assert re.search(shown, run.stdout, re.MULTILINE), run.stdout

@@ -173,6 +173,25 @@ def all_gather(sent: Tensor, group: Any = None) -> Tensor:
     return received
 
 
+def whole_tensor(t: Any, keep: bool) -> Tensor:
+    """The whole of a DTensor, on the CPU, for processes that want to keep it; an empty tensor for the others, who must
+    ask alike. Any other tensor as it is."""
+    if not is_dtensor(t):
+        return t
+    partial = any(placement.is_partial() for placement in t.placements)
+    whole = t.full_tensor() if partial else Layout(t).whole(held(t))
+    return whole.cpu() if keep else torch.empty(0, dtype=t.dtype)
+
+
+def copy_whole(here: Any, whole: Tensor) -> None:
+    """Write a whole tensor, or one laid out alike, into a tensor that may be a DTensor. Nothing is communicated."""
+    layout = layout_of(here)
+    if layout is None or is_dtensor(whole):
+        here.copy_(whole)
+    else:
+        held(here).copy_(layout.part(whole.to(held(here).device)))
+
+
 def any_dtensor(params: Sequence[Any]) -> bool:
     """Whether any of these is spread over processes."""
     kind = _dtensor()

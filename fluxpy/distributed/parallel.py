@@ -36,6 +36,9 @@ class Parallel:
         groups = [ddp.process_group for ddp in replicas]
         groups += [mesh.get_group(i) for mesh in meshes for i in range(mesh.ndim)]
         self.groups: list[Any] = list({id(group): group for group in groups}.values())
+        self.ranks = {rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}  # of all that run it
+        for ddp in replicas:
+            self.ranks |= set(torch.distributed.get_process_group_ranks(ddp.process_group))
         for ddp in replicas:
             if ddp not in _CALLS and not compiled:
                 _CALLS[ddp] = 0
@@ -82,6 +85,22 @@ class Parallel:
             torch.distributed.all_reduce(found, group=group)
             found /= group.size()
         return found
+
+    def require_same_length(self, data: Any) -> None:
+        """ValueError where the processes know that they have different numbers of batches: one would wait for ever."""
+        try:
+            length = len(data)
+        except TypeError:
+            length = -1
+        lengths = torch.tensor([length, -length], device=self.params[0].device)
+        for group in self.groups:
+            torch.distributed.all_reduce(lengths, torch.distributed.ReduceOp.MAX, group=group)
+        most, least = int(lengths[0]), -int(lengths[1])
+        if most > least > -1:
+            raise ValueError(
+                f"the processes have from {least} to {most} batches, and those with more would wait for the others: "
+                "give each as many (torch.utils.data.DistributedSampler does)"
+            )
 
     def _own(self, grad: Tensor | None) -> Tensor | None:
         """A gradient that the next backward pass does not overwrite."""

@@ -1,11 +1,12 @@
 """The metrics of a Learner together: those asked for by name, function or object."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 
-from .core import near
+from .core import near, open_data
 from .metrics import Accuracy, Loss, MatthewsCorrelationCoefficient, Mean, Metric, Outside, Perplexity, Top5Accuracy
 
 
@@ -38,7 +39,10 @@ class Metrics:
         if step.output is None and len(self.all) > 1:
             raise ValueError(f"the metric {self.names[1]!r} needs an output: return (loss, output) from training_step")
         for metric in self.all:
-            metric.update(step)
+            if step.scored is False:
+                metric.pass_by()
+            else:
+                metric.update(step)
         self.batches += 1
 
     def reset(self) -> None:
@@ -54,6 +58,24 @@ class Metrics:
         """The numbers by name that belong to what `peek` gave; empty before the first batch."""
         return {m.name: m.read(sums) for m, sums in zip(self.all, peeked, strict=True)} if peeked else {}
 
+    def here(self) -> dict[str, float]:
+        """The numbers of this process alone, where it is one of several, of the metrics that have such."""
+        own = [metric for metric in self.all if metric.summed] if self.batches else []
+        return {metric.name: metric.read(metric.peek()) for metric in own}
+
+    def total(self, every: list[list[Any]]) -> list[Any]:
+        """What `peek` gave on each of several processes, together."""
+        return [metric.total(list(sums)) for metric, sums in zip(self.all, zip(*every, strict=True), strict=False)]
+
+    def require_several(self, processes: int) -> None:
+        """ValueError for a metric that cannot be put together over several processes."""
+        for metric in self.all:
+            if processes > 1 and not metric.adds_up:
+                raise ValueError(
+                    f"nobody knows how the metric {metric.name!r} is put together over {processes} processes: write "
+                    "it as a Metric, whose sums are added, or as one of torchmetrics, which does it by itself"
+                )
+
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self.batches, "sums": {metric.name: metric.state_dict() for metric in self.all}}
 
@@ -63,6 +85,18 @@ class Metrics:
         for metric in self.all:
             if d["batches"]:
                 metric.load_state_dict(d["sums"][metric.name], device)
+
+
+def on_host(tree: Any) -> Any:
+    """The tree with its tensors on the CPU, copied together: one wait for each kind of them."""
+    tensors, opened = open_data(tree)
+    if not tensors:
+        return tree
+    kinds: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    for t in tensors:
+        kinds[t.device, t.dtype, t.shape].append(t)
+    copies = {kind: iter(torch.stack(alike).cpu()) for kind, alike in kinds.items()}
+    return opened.combine(next(copies[t.device, t.dtype, t.shape]) for t in tensors)
 
 
 def _metric(metric: Any, name: str | None) -> Metric:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..containers import open_data
 from ..context import reads_at_once
 from ..data import require_batches
+from ..distributed.layout import all_gather, copy_whole, whole_tensor
 from ..gradient import Gradients
 from ..grads import in_order
 from ..leaf import Leaf
@@ -17,6 +18,7 @@ from ..members import members_of
 from ..pytree import level
 from ..rule import hyperparameters
 from ..rule import walk as members
+from ..saving.checkpoint import write_checkpoint
 from ..saving.file import read as read_file
 from ..saving.file import remove_leftovers
 from ..saving.model import match_tensors, model_tensors
@@ -51,14 +53,23 @@ def note_loss(state: State | Leaf, finite: Tensor, what: str) -> None:
     context.flag.require(finite, context.updates, what)
 
 
-def require_one_process(state: State | Leaf, model: Any) -> None:
-    """ValueError for a model that runs on several processes: each would have metrics, files and stops of its own."""
+def runs_together(state: State | Leaf, model: Any) -> tuple[set[int], bool]:
+    """The ranks of the processes that run a model together, and whether its parameters are spread over them."""
+    binding = bind(state, model)
+    return set() if binding.parallel is None else binding.parallel.ranks, binding.spread
+
+
+def over_ranks(state: State | Leaf, model: Any, number: Tensor) -> Tensor:
+    """The mean of a number over all processes that run a model, not read from its device."""
     parallel = bind(state, model).parallel
-    if parallel is not None and any(group.size() > 1 for group in parallel.groups):
-        raise ValueError(
-            "the Learner is for one process: on several, its metrics, files and decisions to stop would be those of "
-            "each by itself; write the loop with fluxpy.train, which averages gradients and losses over them"
-        )
+    if parallel is None:
+        return number
+    return parallel.mean(number if number.is_floating_point() else number.float())
+
+
+def local_parameters(state: State | Leaf, model: Any) -> list[Tensor]:
+    """What this process holds of each of `parameters`."""
+    return bind(state, model).local
 
 
 def rates(leaf: Leaf, member: Any = None) -> list[Any]:
@@ -79,13 +90,17 @@ def updates_of(leaf: Leaf) -> int:
 
 
 def model_dict(model: Any, state: State | Leaf | None = None) -> dict[str, Tensor]:
-    """A copy of each tensor of the model by name, parameters and buffers; with the state, of parameters their training
-    weights, also where they hold those to evaluate with."""
+    """A copy of each tensor of the model by name, parameters and buffers, of tied ones the same; with the state, of
+    parameters their training weights, also where they hold those to evaluate with."""
     own: dict[int, Tensor] = {}
     if state is not None:
         binding, aside = bind(state, model), tree_context(state).aside
         own = {id(x): aside.get(id(record), x) for x, record in zip(binding.params, binding.records, strict=True)}
-    return {name: own.get(id(t), t).detach().clone() for name, t in model_tensors(model)}
+    copies: dict[int, Tensor] = {}
+    for _, t in (named := list(model_tensors(model))):
+        if id(t) not in copies:
+            copies[id(t)] = own.get(id(t), t).detach().clone()
+    return {name: copies[id(t)] for name, t in named}
 
 
 def match_model(model: Any, saved: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -100,4 +115,4 @@ def load_model(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Write what `match_model` paired into the model."""
     with torch.no_grad():
         for here, there in pairs:
-            here.copy_(there)
+            copy_whole(here, there)

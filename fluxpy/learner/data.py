@@ -28,6 +28,7 @@ class Source:
     def __init__(self, data: Any, name: str) -> None:
         self.data, self.name = data, name
         self.loader: Any = None  # what is gone through at present
+        self.last: Any = None  # the last batch that was skipped, or that came while others go on
         self.makes = callable(data) and not hasattr(data, "__iter__")
         if not self.makes:
             require_batches(data, name)
@@ -66,15 +67,27 @@ class Source:
         if self.each or self.makes:
             require_batches(self.loader, f"what {self.name} has for epoch {epoch}")
 
-    def batches(self, skip: int = 0) -> Iterator[Any]:
-        """The batches of this epoch after the first `skip`. The first is fetched at once, so that the order of the data
-        is drawn here and not after events that may draw too."""
+    def tell_epoch(self, epoch: int) -> None:
+        """Have each part of the loader that has a `set_epoch`, as samplers that give processes their share, take it."""
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        parts = [getattr(self.loader, name, None) for name in ("dataset", "sampler")]
+        parts += [batch_sampler, getattr(batch_sampler, "sampler", None), self.loader]
+        for part in {id(part): part for part in parts}.values():
+            if callable(set_epoch := getattr(part, "set_epoch", None)):
+                set_epoch(epoch)
+
+    def batches(self, skip: int = 0, may_end: bool = False) -> Iterator[Any]:
+        """The batches of this epoch after the first `skip`, of which there may be fewer if `may_end`. The first is
+        fetched at once, so that the order of the data is drawn here and not after events that may draw too."""
         batches = iter(self.loader)
         skipped = 0
         while skipped < skip:
-            if next(batches, _END) is _END:
+            batch = next(batches, _END)
+            if batch is _END:
+                if skipped and may_end:
+                    break
                 raise ValueError(f"{self.name} has {skipped} batches, but the saved run had done {skip} of this epoch")
-            skipped += 1
+            skipped, self.last = skipped + 1, batch
         if skip:
             return batches
         first = next(batches, _END)

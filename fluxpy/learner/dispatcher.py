@@ -1,7 +1,6 @@
 """Dispatcher: the one mechanism by which fit, epoch, phase and batch start, end, are cancelled and fail."""
 
 import contextlib
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,17 @@ class Dispatcher:
         self.again = False  # whether start events come that a saved run had fired: it was not cancelled at them
         self._learner = learner
         # The listeners of each event are found once, so that an event without listeners costs nothing.
+        self._ranks = learner.ranks
+        self._agreed: set[str] = set()  # events after which several processes agree on a cancel
         self._listeners: dict[str, list[tuple[Callable[[Learner], Any], str]]] = {event: [] for event in EVENTS}
         for callback in acting_order(callbacks):
             for event, listeners in self._listeners.items():
                 call = listener(callback, event)
                 if call is not None:
                     listeners.append((call, name_of(callback)))
+                    # What a class says holds for itself alone: one derived from it may cancel.
+                    if not self._ranks.alone and vars(type(callback)).get("cancels", True):
+                        self._agreed.add(event)
 
     def run(self, level: str, body: Callable[[], None], close: Callable[[bool], None] | None = None) -> None:
         """The start event, the body, and, whatever happens, once the end event.
@@ -63,6 +67,7 @@ class Dispatcher:
                 outcome = self._outer(outcome, cancel)
         except BaseException as error:
             self.error = error
+            self._ranks.leave(level, error)
             if not closed:
                 if close is not None:
                     with contextlib.suppress(Exception):
@@ -78,11 +83,29 @@ class Dispatcher:
         of the outermost level acts, and of those of one level the first.
         """
         if self._listeners[event]:
+            reason = self._learner.history.stop_reason
             error, cancel = self._tell(event, None)
+            if event in self._agreed:
+                cancel = self._agree(event, error, cancel, reason)
             if error is not None:
                 raise error
             if cancel is not None:
                 raise cancel
+
+    def _agree(self, event: str, error: BaseException | None, own: Cancel | None, reason: str | None) -> Cancel | None:
+        """The cancel of the outermost level that any process has. What another failed of is raised."""
+        if own is not None and own.agreed:
+            return own
+        outcome = error or own
+        try:
+            if outcome is None or isinstance(outcome, Exception):
+                self._ranks.numbers(event, outcome=outcome)
+        except Cancel as cancel:
+            if cancel is own:
+                return own
+            self._learner.history.stop_reason = reason
+            return self._accepted(cancel, "on another process")
+        return None
 
     def _tell(self, event: str, error: BaseException | None) -> tuple[BaseException | None, Cancel | None]:
         """Tell the listeners. After an error, what they raise is only noted on it."""
@@ -109,11 +132,12 @@ class Dispatcher:
         """The cancel, if its level runs; otherwise a warning."""
         if cancel.level not in self.levels:
             name = type(cancel).__name__
-            warnings.warn(f"{name} {where}: no {cancel.level} is running, so it does nothing", stacklevel=2)
+            self._ranks.warn(f"{name} {where}: no {cancel.level} is running, so it does nothing", stacklevel=2)
             return None
         learner = self._learner
-        if cancel.level == "fit" and learner.history.stop_reason is None:
-            learner.history.stop_reason = cancel.reason or f"CancelFit {where}"
+        if cancel.level == "fit":
+            cancel.reason = cancel.reason or f"CancelFit {where}"
+            learner.history.stop_reason = learner.history.stop_reason or cancel.reason
         before = learner.progress.cancelled
         if before is None or self.levels.index(cancel.level) < self.levels.index(before):
             learner.progress.cancelled = cancel.level

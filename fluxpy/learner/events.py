@@ -61,6 +61,7 @@ class Cancel(Exception):
     """
 
     level: ClassVar[str] = ""
+    agreed = False  # whether all processes of the run raise it
 
     def __init__(self, reason: str = "") -> None:
         super().__init__(reason)
@@ -97,6 +98,11 @@ class CancelFit(Cancel):
     level = "fit"
 
 
+CANCELS: dict[str, type[Cancel]] = {  # by level, the outermost first
+    cls.level: cls for cls in (CancelFit, CancelEpoch, CancelTraining, CancelValidation, CancelBatch)
+}
+
+
 class Callback:
     """Base class of callbacks: a method `on_<event>(self, learner)` for each event that matters.
 
@@ -109,6 +115,7 @@ class Callback:
     """
 
     acts_last: ClassVar[bool] = False  # at each event after all others: what saves has to see what they did
+    cancels: ClassVar[bool] = True  # whether it may raise a Cancel; False spares several processes to agree on none
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

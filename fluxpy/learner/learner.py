@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import averaged, setup
 from . import events, resume
 from .callbacks.progress_bar import ProgressBar
-from .collection import Metrics
+from .collection import Metrics, on_host
 from .core import (
     Leaf,
     Rules,
@@ -23,7 +23,6 @@ from .core import (
     parameters,
     place,
     reads_at_once,
-    require_one_process,
     why_it_failed,
 )
 from .data import Source, call, evaluation_mode, kind, move, split
@@ -31,6 +30,7 @@ from .events import EVENTS, History
 from .html import learner_as_html
 from .loop import LOSS, Loop
 from .progress import Progress
+from .ranks import ranks_of
 from .resume import Run
 from .step import Step
 
@@ -83,8 +83,8 @@ class Learner:
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
         self.device = _device_of(parameters(self.state, model))  # where batches go
         self.metrics = Metrics(metrics)
-        self.callbacks = events.checked(callbacks)
-        self.callbacks[:0] = [ProgressBar()] if default_callbacks else []
+        self.callbacks = [*([ProgressBar()] if default_callbacks else []), *events.checked(callbacks)]
+        self.ranks = ranks_of(self.state, model)  # the processes that run it; looked up anew in each call
         # Of the fit:
         self.history = History()
         self.progress = Progress()  # what comes next, and whether the fit was resumed or is being cancelled
@@ -127,10 +127,20 @@ class Learner:
         """
         if self._loop is not None:
             raise RuntimeError("fit is running; a callback cannot start another one")
-        require_one_process(self.state, self.model)
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ValueError(f"epochs={epochs!r} is not allowed; it must be a whole number above 0")
         extra = events.checked(callbacks)
+        self.ranks = ranks_of(self.state, self.model, trains=True)
+        try:
+            with self.ranks:
+                self._fit(train, valid, epochs, extra)
+                self.ranks.numbers("the end of fit")
+        except Exception as error:
+            leave_to_the_user(error)
+            raise
+        return self.history
+
+    def _fit(self, train: Any, valid: Any, epochs: int, extra: list[Any]) -> None:
         training = Source(train, "the training data")
         validation = None if valid is None else Source(valid, "the validation data")
         saved = self._find_saved(extra)
@@ -150,12 +160,8 @@ class Learner:
         self._loop = Loop(self, self._run)
         try:
             self._loop.fit()
-        except Exception as error:
-            leave_to_the_user(error)
-            raise
         finally:
             self._loop, self._run.saved, self._run.callbacks = None, None, []
-        return self.history
 
     def _find_saved(self, callbacks: list[Any]) -> dict[str, Any] | None:
         """The run to go on with: that loaded before, or one that a callback has."""
@@ -182,21 +188,46 @@ class Learner:
         assert source is not None
         self.progress, self.has_validation = progress, self._run.valid is not None
         self.epoch_count, self.epoch_index = epochs, min(progress.epoch, epochs - 1)
-        self.batch_index, self.batch_count, self.stats = 0, source.length(self.epoch_index), {}
-        self.step_index, self.step_count = progress.step, source.total(epochs)
+        self._require_same_fit()
+        self.batch_index, self.stats = 0, {}
+        self.batch_count = self.ranks.length("the length of the data", source.length(self.epoch_index))
+        self.step_index, self.step_count = progress.step, self.ranks.length("the length of fit", source.total(epochs))
+
+    def _require_same_fit(self) -> None:
+        """ValueError where the processes of a fit would do other things."""
+        if not self.ranks.alone:
+            names = [events.name_of(callback) for callback in (*self.callbacks, *self._run.callbacks)]
+            position = self.progress.position() if self.progress.resumed else "a new run"
+            self.ranks.require_same(
+                "fit",
+                {
+                    "the list of callbacks": names,
+                    "the list of metrics": self.metrics.names,
+                    "whether there is validation data": self.has_validation,
+                    "epochs": self.epoch_count,
+                    "accumulate": self.accumulate,
+                    "where it begins": position,
+                },
+            )
+            self.metrics.require_several(self.ranks.size)
 
     def validate(self, data: Any) -> dict[str, float]:
-        """The metrics on some data, by name. Fires the events of a validation phase."""
+        """The metrics on some data, by name. Fires the events of a validation phase. On several processes all have to
+        call it, each with its own part of the data, and get the numbers of all."""
+        if self._loop is None:
+            self.ranks = ranks_of(self.state, self.model)
+            self.metrics.require_several(self.ranks.size)
         loop = self._loop or Loop(self, Run())
         inside = [level for level in loop.dispatcher.levels if level not in ("fit", "epoch")]
         if inside:
             raise RuntimeError(f"validate cannot run within the {inside[-1]} of a fit; call it at epoch_end")
-        require_one_process(self.state, self.model)
         source = Source(data, "the validation data")
-        source.make(0)
         outer, self._loop = self._loop, loop
         try:
-            loop.validation(source, source.batches(), None)
+            with self.ranks:
+                source.make(0)
+                loop.validation(source, source.batches(), None)
+                self.ranks.numbers("the end of validate")
         finally:
             self._loop = outer
         return self.stats
@@ -205,19 +236,22 @@ class Learner:
         """The outputs for all of the data, on the CPU, in its order: of each batch only the input is used.
 
         Outputs that are tensors, or containers of tensors, are joined along their rows; where they do not fit together,
-        or hold other things that differ, they come as a list with one for each batch. No events are fired.
+        or hold other things that differ, they come as a list with one for each batch. No events are fired. On several
+        processes all have to call it, and each has the outputs of its own data.
         """
+        ranks = self.ranks if self._loop is not None else ranks_of(self.state, self.model)
         source = Source(data, "the data")
-        source.make(0)
         outputs: list[list[Tensor]] = []
         others: list[Any] = []
         evaluating = evaluation_mode(self.model), averaged(self.state, self.model)
-        with evaluating[0], evaluating[1], torch.no_grad(), self.casting():
-            for batch in source.batches():
+        with ranks, evaluating[0], evaluating[1], torch.no_grad(), self.casting():
+            source.make(0)
+            for batch, counts in ranks.together(source, source.batches(), trains=False):
                 input, _ = split(place(batch, self.device))
                 tensors, opened = open_data(call(self.model, input))
-                outputs.append([t.cpu() for t in tensors])
-                others.append(opened)
+                if counts:
+                    outputs.append([t.cpu() for t in tensors])
+                    others.append(opened)
         columns = list(zip(*outputs, strict=False))
         if columns and all(map(others[0].is_like, others)) and all(map(_can_join, columns)):
             return others[0].combine(map(torch.cat, columns))
@@ -269,8 +303,13 @@ class Learner:
 
     def running(self) -> dict[str, float]:
         """The numbers of the present phase so far. Reads them from the device, so call it seldom; `metrics.peek()`
-        keeps them unread, for `metrics.read` at a later time."""
-        return self.metrics.read(self.metrics.peek())
+        keeps them unread, for `metrics.read` at a later time. On several processes they are those of all, and all have
+        to ask alike; `metrics.here()` has those of this one."""
+        if self.ranks.alone:
+            return self.metrics.read(self.metrics.peek())
+        if self.ranks.apart:  # an error passes, and the others may not listen
+            return self.metrics.here()
+        return self.metrics.read(self.metrics.total(self.ranks.gather("running()", on_host(self.metrics.peek()))))
 
     def check_finite(self) -> str | None:
         """Read from the device whether a loss was not finite: `nonfinite`. On the CPU that is known at once."""
@@ -302,7 +341,14 @@ class Learner:
 
         Take it at any event but those of a batch that is not done: `batch_end` is the first at which it is.
         Callbacks are saved as they are; those that come later in the list have not yet seen the present event.
+
+        On several processes all have to take it alike, and callbacks are those of the first. Parameters that are spread
+        over them are put together in what the first gets, and are left out of what the others get.
         """
+        if self._loop is None:
+            self.ranks = ranks_of(self.state, self.model)
+        elif self.ranks.apart:
+            raise RuntimeError("state_dict needs all processes, and cannot be taken while an error passes")
         within = self.phase is not None and self._loop is not None and "batch" in self._loop.dispatcher.levels
         if within and self.progress.batch <= self.batch_index:
             raise RuntimeError("state_dict cannot be taken within a batch; take it at batch_end")
@@ -319,12 +365,17 @@ class Learner:
             raise RuntimeError("load_state_dict cannot be called while a fit is running")
         if hyperparameters is not None:
             d = d | {"hyperparameters": hyperparameters}
-        resume.load(self, d)
-        self._run = Run(saved=d)
+        self.ranks = ranks_of(self.state, self.model)
+        self._run = Run(saved=resume.load(self, d))
 
     def trial(self) -> "Learner":
         """A Learner to try things with: the same loss and steps, its own copy of model and state, neither callbacks nor
         metrics."""
+        if ranks_of(self.state, self.model).spread:
+            raise ValueError(
+                "lr_find trains a copy of the model, and parameters that are spread over processes cannot be copied: "
+                "find the rate with the model under DistributedDataParallel, or with a small one on one process"
+            )
         other = copy.copy(self)
         other.model, other.state = copy.deepcopy((self.model, self.state))
         other.callbacks, other.metrics = [], Metrics()

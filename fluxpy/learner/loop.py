@@ -2,17 +2,25 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import averaged, update, withgradient
-from .core import as_gradients, gradients_in_order, note_loss, parameters, place, reads_at_once, training_mode
+from .core import (
+    as_gradients,
+    gradients_in_order,
+    note_loss,
+    over_ranks,
+    parameters,
+    place,
+    reads_at_once,
+    training_mode,
+)
 from .data import Source, evaluation_mode, samples_of, split
 from .dispatcher import Dispatcher
-from .events import CancelTraining
+from .events import Cancel, CancelTraining
 from .resume import Run, restore
 from .rng import data_state, random_state, set_data_state, set_random_state
 from .scores import number
@@ -31,8 +39,10 @@ class Loop:
     def __init__(self, learner: "Learner", run: Run) -> None:
         self.learner = learner
         self.run = run
+        self.ranks = learner.ranks
         self.dispatcher = Dispatcher(learner, [*learner.callbacks, *run.callbacks])
         self.predicted = False  # whether the present batch of validation has told its output
+        self.losses: list[float] = []  # of the present batch on each process, where there are several
         self.compared: set[str] = set()  # the phases whose data was compared with that of the saved run
 
     # --- Epochs -------------------------------------------------------------------------------------------------------
@@ -51,6 +61,7 @@ class Loop:
 
     def _epoch(self) -> None:
         run, progress = self.run, self.learner.progress
+        self.ranks.require_same_state(self.learner.state)
         run.row = {} if run.saved is None else dict(run.saved["row"])
         self._restore("epoch")
         if progress.phase in ("start", "train"):
@@ -76,9 +87,10 @@ class Loop:
         if saved is None or saved["within"] != level:
             return
         restore(self.learner, self.run, saved)
-        set_random_state(saved["random"])
-        if level in ("fit", "epoch"):  # otherwise the data was begun before, and is at its place
-            set_data_state(self.run.sources, saved["random"]["data"])
+        if (random := saved["random"]) is not None:
+            set_random_state(random)
+            if level in ("fit", "epoch"):  # otherwise the data was begun before, and is at its place
+                set_data_state(self.run.sources, random["data"])
         self.run.saved, self.dispatcher.again = None, False
 
     # --- Phases -------------------------------------------------------------------------------------------------------
@@ -94,6 +106,7 @@ class Loop:
         source.make(self.learner.epoch_index)
         if rng is not None:
             set_data_state(run.sources, rng["data"])
+        source.tell_epoch(self.learner.epoch_index)
         run.rng_at_start["data"] = data_state(run.sources)
         self._start_phase("train" if level == "training" else level, source)
         progress.phase, progress.within = self.learner.phase or "", level
@@ -103,23 +116,23 @@ class Loop:
             self.run.window.load_state_dict(saved["window"], parameters(self.learner.state, self.learner.model))
             self.learner.metrics.load_state_dict(saved["metrics"], self.learner.device)
             self.learner.batch_index, self.learner.step_index = max(progress.batch - 1, 0), max(progress.step - 1, 0)
-        return source.batches(progress.batch)
+        return source.batches(progress.batch, may_end=level == "validation" and not self.ranks.alone)
 
     def _compare(self, level: str, source: Source) -> None:
         """Keep how many batches the phase has. When a resumed run first comes to its data, warn of what is inexact."""
-        before, now = self.run.lengths.get(level), source.length()
+        before, now = self.run.lengths.get(level), self.learner.batch_count
         self.run.lengths[level] = now
         if level in self.compared or not self.learner.progress.resumed:
             return
         self.compared.add(level)
         if None not in (before, now) and before != now and not source.each:
-            warnings.warn(
+            self.ranks.warn(
                 f"{source.name} has {now} batches, but in the saved run it had {before}: the resumed run goes on with "
                 "other data, and a schedule over the fit has another length",
                 stacklevel=2,
             )
         if source.keeps_workers():
-            warnings.warn(
+            self.ranks.warn(
                 f"{source.name} has persistent_workers=True, whose random numbers nobody can save: the resumed run is "
                 "not exactly the one that was saved; with persistent_workers=False it is",
                 stacklevel=2,
@@ -129,14 +142,14 @@ class Loop:
         learner, source, progress = self.learner, self.run.train, self.learner.progress
         assert source is not None
         batches = self._open(source, "training")
-        learner.step_count = source.total(learner.epoch_count)
+        learner.step_count = self.ranks.length("training_start", source.total(learner.epoch_count))
 
         def body() -> None:
             self._restore("training")
             training_mode(learner.model, learner.state)
             cancel: CancelTraining | None = None
             try:
-                for index, batch in enumerate(batches, progress.batch):
+                for index, (batch, _) in enumerate(self.ranks.together(source, batches, True), progress.batch):
                     learner.batch_index, learner.step_index = index, progress.step
                     self._batch(batch, self._training_batch)
             except CancelTraining as raised:
@@ -159,16 +172,18 @@ class Loop:
             if phase is not None:
                 self._restore("validation")
             with evaluation_mode(learner.model), averaged(learner.state, learner.model), torch.no_grad():
-                for index, batch in enumerate(batches, 0 if phase is None else learner.progress.batch):
+                done = 0 if phase is None else learner.progress.batch
+                for index, (batch, counts) in enumerate(self.ranks.together(source, batches, False), done):
                     learner.batch_index = index
-                    self._batch(batch, self._validation_batch)
+                    self._batch(batch, self._validation_batch, counts)
 
         self._run_phase("validation", body)
 
     def _start_phase(self, phase: str | None, source: Source) -> None:
         learner = self.learner
         learner.phase, learner.training, learner.nonfinite, learner.stats = phase, phase == "train", None, {}
-        learner.batch_index, learner.batch_count, learner.seconds = 0, source.length(), 0.0
+        learner.batch_count = self.ranks.length("the length of the data", source.length(), longest=phase != "train")
+        learner.batch_index, learner.seconds = 0, 0.0
         self.run.phase_began = time.monotonic() - self._spent("phase")
         learner.metrics.reset()
 
@@ -192,17 +207,17 @@ class Loop:
         if learner.training:
             stops = [getattr(c, "stops_on_nonfinite", False) for c in (*learner.callbacks, *run.callbacks)]
             if learner.check_finite() is not None and not any(stops):
-                warnings.warn(
+                self.ranks.warn(
                     f"{learner.nonfinite}; the fit goes on, the callback StopOnNaN would end it", stacklevel=2
                 )
 
     # --- Batches ------------------------------------------------------------------------------------------------------
 
-    def _batch(self, batch: Any, body: Callable[[], None]) -> None:
+    def _batch(self, batch: Any, body: Callable[[], None], counts: bool = True) -> None:
         """One batch. Nothing of it is left afterwards."""
         learner = self.learner
         input, target = split(place(batch, learner.device))
-        learner.step = Step(input, target, samples_of(target, input))
+        learner.step = Step(input, target, samples_of(target, input), scored=counts)
         try:
             self.dispatcher.run("batch", body, self._end_batch)
         finally:
@@ -210,8 +225,9 @@ class Loop:
 
     def _training_batch(self) -> None:
         learner, step = self.learner, self.learner.step
-        f = learner.training_step if learner.autocast is None else self._cast(learner.training_step)
+        f = self._agreed(learner.training_step if learner.autocast is None else self._cast(learner.training_step))
         value, step.grads = withgradient(f, learner.model, step.input, step.target, state=learner.state)
+        self.ranks.busy = False
         step.loss, step.output = value if isinstance(value, tuple) else (value, None)
         step.number = number(step.loss)
         if not self._is_finite(step):
@@ -222,15 +238,45 @@ class Loop:
             self._gather(step)
         learner.metrics.update(step)
 
+    def _agreed(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A step after whose forward pass all processes know each other's losses, and whether to go on."""
+        if self.ranks.alone:
+            return step
+
+        def agreed(*args: Any) -> Any:
+            value: Any = None
+            error: Exception | None = None
+            self.ranks.busy = self.ranks.spread
+            try:
+                value = step(*args)
+            except Exception as raised:
+                if self.ranks.busy and not isinstance(raised, Cancel):
+                    raise
+                error = raised
+            loss = value[0] if isinstance(value, tuple) else value
+            read = isinstance(loss, torch.Tensor) and reads_at_once(loss)
+            self.losses = self.ranks.numbers("a step", loss.item() if read else 0.0, error)
+            self.ranks.busy = self.learner.training
+            return value
+
+        return agreed
+
     def _update(self) -> None:
         learner = self.learner
         self.dispatcher.fire("update_start")
+        self.ranks.busy = self.ranks.spread
         update(learner.state, learner.model, learner.step.grads)
+        self.ranks.busy = False
 
     def _gather(self, step: Step) -> None:
         """Keep the gradients for the update at the end of the window, or of the data."""
         learner, window = self.learner, self.run.window
-        window.add(gradients_in_order(learner.state, learner.model, step.grads), weight_of(step, learner.loss))
+        weight = weight_of(step, learner.loss)
+        if isinstance(weight, torch.Tensor):
+            weight = over_ranks(learner.state, learner.model, weight)
+        else:
+            weight = self.ranks.mean("accumulate", weight)
+        window.add(gradients_in_order(learner.state, learner.model, step.grads), weight)
         if window.batches == learner.accumulate or learner.batch_index + 1 == learner.batch_count:
             self._update_by_window()
 
@@ -253,17 +299,21 @@ class Loop:
         """Whether the loss is. On a device nothing is read: there what is not finite holds back update and metrics."""
         learner = self.learner
         if not reads_at_once(step.loss):
-            step.scored = step.loss.isfinite()
+            step.scored = over_ranks(learner.state, learner.model, step.loss.detach()).isfinite()
             note_loss(learner.state, step.scored, LOSS)
             return True
-        if math.isfinite(step.number):
+        losses = [step.number] if self.ranks.alone else self.losses
+        bad = next((rank for rank, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if bad is None:
             return True
         if learner.nonfinite is None:
             where = f"batch {learner.batch_index} of epoch {learner.epoch_index}"
-            learner.nonfinite = f"{LOSS} of {where} is {step.number}; that batch updated nothing"
+            where += "" if self.ranks.alone else f" on rank {bad}"
+            learner.nonfinite = f"{LOSS} of {where} is {losses[bad]}; that batch updated nothing"
         return False
 
     def _end_batch(self, done: bool) -> None:
+        self.ranks.busy = False
         if self.learner.phase is not None and self.dispatcher.error is None:
             self.learner.progress.end_batch(self.learner.training)
 
@@ -271,7 +321,7 @@ class Loop:
         learner, step = self.learner, self.learner.step
         self.predicted = False
         with learner.casting():
-            value = learner.validation_step(learner.model, step.input, step.target)
+            value = self._agreed(learner.validation_step)(learner.model, step.input, step.target)
         step.loss, step.output = value if isinstance(value, tuple) else (value, step.output)
         step.number = number(step.loss)
         if not self.predicted:

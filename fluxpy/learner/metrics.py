@@ -4,9 +4,11 @@ A metric is a name (`"accuracy"`), a `Metric`, a function `(output, target) -> n
 `compute` and `reset` as those of torchmetrics. All are right for batches of different sizes.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ class Metric:
 
     name: str = ""
     sums: tuple[Any, ...] = ()
+    summed: ClassVar[bool] = True  # whether a process of several has numbers of its own
+    adds_up = True  # whether those of several processes can be put together
 
     def measure(self, step: Any) -> tuple[Any, ...]:
         """What this batch adds to each sum."""
@@ -44,6 +48,9 @@ class Metric:
         # Build new sums: a caller may still hold the old ones.
         self.sums = tuple(a + b for a, b in zip(self.sums, added, strict=True)) if self.sums else added
 
+    def pass_by(self) -> None:
+        """Leave out a batch that only other processes have."""
+
     def reset(self) -> None:
         """Forget all batches."""
         self.sums = ()
@@ -55,6 +62,10 @@ class Metric:
     def read(self, peeked: Any) -> float:
         """The number that belongs to what `peek` gave."""
         return float(self.value(tuple(s.tolist() if isinstance(s, Tensor) else s for s in peeked)))
+
+    def total(self, every: list[Any]) -> Any:
+        """What `peek` gave on each of several processes, together: the sums of their batches are added."""
+        return tuple(functools.reduce(operator.add, column) for column in zip(*every, strict=True))
 
     def state_dict(self) -> list[Any]:
         """The sums as plain data."""
@@ -220,14 +231,20 @@ class Mean(Metric):
 class Outside(Metric):
     """An object with `update(output, target)`, `compute()` and `reset()`, as those of torchmetrics."""
 
+    summed = False
+
     def __init__(self, metric: Any, name: str) -> None:
         self.metric, self.name = metric, name
         self.placed = not hasattr(metric, "to")
+        self.adds_up = bool(getattr(metric, "sync_on_compute", False))  # those of torchmetrics do it by themselves
 
     def update(self, step: Any) -> None:
         if not self.placed and isinstance(step.output, Tensor):
             self.metric, self.placed = self.metric.to(step.output.device), True
         self.metric.update(step.output, step.target)
+
+    def pass_by(self) -> None:
+        self.metric._computed = None  # else it would not meet those of others, which compute anew
 
     def reset(self) -> None:
         self.metric.reset()
@@ -235,6 +252,9 @@ class Outside(Metric):
     def peek(self) -> Any:
         value = self.metric.compute()
         return value.clone() if isinstance(value, Tensor) else value
+
+    def total(self, every: list[Any]) -> Any:
+        return every[0]  # each is of all processes
 
     def read(self, peeked: Any) -> float:
         try:

@@ -1,7 +1,7 @@
 """What a run needs to go on exactly as it would have, as plain data and back."""
 
 import time
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,15 +55,19 @@ def save(learner: "Learner", run: Run) -> dict[str, Any]:
         return clones(run.saved) | {"callbacks": callbacks or clones(run.saved["callbacks"])}
     progress = learner.progress
     in_phase = progress.within in ("training", "validation")
-    return {
+    own = {
+        "random": random_state(run.sources),
+        "rng_at_start": run.rng_at_start if in_phase else None,
+        "metrics": clones(learner.metrics.state_dict()) if in_phase else None,
+    }
+    every = learner.ranks.gather("state_dict", own)
+    saved = {
         "version": _VERSION,
         "model": model_dict(learner.model, learner.state),
         "state": state_dict(learner.state),
         "position": progress.position(),
         "within": progress.within,
-        "random": random_state(run.sources),
-        "rng_at_start": run.rng_at_start if in_phase else None,
-        "metrics": clones(learner.metrics.state_dict()) if in_phase else None,
+        **every[0],
         "window": clones(run.window.state_dict()),
         "row": dict(run.row),
         "lengths": dict(run.lengths),
@@ -72,12 +76,29 @@ def save(learner: "Learner", run: Run) -> dict[str, Any]:
         "seconds": run.seconds(learner) | {"epochs": learner.history.seconds[: len(history)]},
         "callbacks": callbacks,
     }
+    return learner.ranks.whole(saved if len(every) == 1 else saved | {"ranks": every})
 
 
-def load(learner: "Learner", saved: Any) -> None:
-    """Model, state, history and callbacks as they were saved; ValueError where they do not fit, and nothing is done."""
+def of_rank(saved: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
+    """A saved run as one of so many processes goes on with it. On another number than saved it there are random numbers
+    for as many as there were; ValueError in the middle of a phase, where each has its place in data of its own."""
+    every = saved.get("ranks", [{name: saved[name] for name in ("random", "rng_at_start", "metrics")}])
+    if len(every) == size:
+        return saved | every[rank]
+    if saved["rng_at_start"] is not None:
+        raise ValueError(
+            f"the run was saved by {len(every)} process{'es' * (len(every) > 1)} in the middle of a phase, and cannot "
+            f"go on with {size}: let as many end the epoch, and change their number after that"
+        )
+    return saved | (every[rank] if rank < len(every) else {"random": None})
+
+
+def load(learner: "Learner", saved: Any) -> dict[str, Any]:
+    """Model, state, history and callbacks as they were saved; ValueError where they do not fit, and nothing is done.
+    What is left to go on with comes back."""
     if not isinstance(saved, dict) or saved.get("version") != _VERSION or "position" not in saved:
         raise ValueError("load_state_dict takes what Learner.state_dict gave")
+    saved = of_rank(saved, learner.ranks.rank, learner.ranks.size)
     names = learner.metrics.names
     sums = names if saved["metrics"] is None else saved["metrics"]["sums"]
     if set(sums) != set(names):
@@ -85,15 +106,16 @@ def load(learner: "Learner", saved: Any) -> None:
     changes = changes_of_rules(plain_rules(present_rules(learner)), saved["rules"])
     _load_weights(learner, saved)
     if _hyperparameters(saved) == "load" and (changed := changed_rules(changes, _OPTION)):
-        warnings.warn(changed, stacklevel=3)
+        learner.ranks.warn(changed, stacklevel=3)
     learner.history = events.History((dict(row) for row in saved["history"]), saved["seconds"]["epochs"])
-    load_callbacks(learner.callbacks, saved["callbacks"])
+    load_callbacks(learner.callbacks, saved["callbacks"], learner.ranks.warn)
+    return saved
 
 
 def restore(learner: "Learner", run: Run, saved: dict[str, Any]) -> None:
     """Model, state and callbacks again as they were saved."""
     _load_weights(learner, saved)
-    load_callbacks([*learner.callbacks, *run.callbacks], saved["callbacks"], warn=False)
+    load_callbacks([*learner.callbacks, *run.callbacks], saved["callbacks"])
 
 
 def _hyperparameters(saved: dict[str, Any]) -> Literal["load", "keep"]:
@@ -116,7 +138,7 @@ def rules_of(learner: "Learner", saved: dict[str, Any] | None) -> Any:
     return saved["rules"] if saved and _hyperparameters(saved) == "load" else present_rules(learner)
 
 
-def load_callbacks(callbacks: list[Any], saved: list[Any], warn: bool = True) -> None:
+def load_callbacks(callbacks: list[Any], saved: list[Any], warn: Callable[..., None] | None = None) -> None:
     """Give callbacks their state back, by place and name. Those that have none are passed by."""
     for i, callback in enumerate(callbacks):
         name = events.name_of(callback)
@@ -124,10 +146,10 @@ def load_callbacks(callbacks: list[Any], saved: list[Any], warn: bool = True) ->
             continue
         if i < len(saved) and saved[i][0] == name:
             callback.load_state_dict(clones(saved[i][1]))
-        elif warn and type(callback).load_state_dict is not events.Callback.load_state_dict:
+        elif warn is not None and type(callback).load_state_dict is not events.Callback.load_state_dict:
             was = repr(saved[i][0]) if i < len(saved) else "nothing"
             where = f"the callback {name} was not saved at its place (there was {was})"
-            warnings.warn(f"{where}; it starts afresh", stacklevel=2)
+            warn(f"{where}; it starts afresh", stacklevel=2)
 
 
 def _saved_callback(callback: Any) -> list[Any]:
@@ -137,10 +159,15 @@ def _saved_callback(callback: Any) -> list[Any]:
 
 def clones(tree: Any) -> Any:
     """Plain data with its tensors copied."""
+    return mapped(tree, lambda t: t.detach().clone())
+
+
+def mapped(tree: Any, f: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Plain data with `f` of each of its tensors in its place."""
     if isinstance(tree, torch.Tensor):
-        return tree.detach().clone()
+        return f(tree)
     if isinstance(tree, dict):
-        return {key: clones(value) for key, value in tree.items()}
+        return {key: mapped(value, f) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(map(clones, tree))
+        return type(tree)(mapped(value, f) for value in tree)
     return tree

@@ -18,7 +18,7 @@ class Step:
     target: Any = None
     samples: int = 0
     weight: Any = None
-    scored: Any = True  # whether metrics count it; on a device a flag that is not read
+    scored: Any = True  # whether metrics count it; on a device a flag that is not read; not where others go on alone
     output: Any = None
     loss: Any = None
     number: Any = None  # the loss, read: a plain number on the CPU

@@ -47,10 +47,21 @@ def save(
     _require_one_process("save", model, state)
     if model is not None and state is not None:
         require_training_weights(state, "save(..., model=, state=)")
-    data: dict[str, Any] = {"model": None, "state": None if state is None else state_dict(state)}
+    tensors = None if model is None else dict(model_tensors(model))
+    write_checkpoint(path, tensors, None if state is None else state_dict(state), extra)
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    model: dict[str, Tensor] | None,
+    state: dict[str, Any] | None,
+    extra: dict[str, Any],
+) -> None:
+    """What `save` writes, of the tensors of a model by name, and of what `state_dict` gave."""
+    data: dict[str, Any] = {"model": None, "state": state}
     if model is not None:
         shared: dict[int, Tensor] = {}
-        data["model"] = {name: _dense(f"model {name!r}", t, shared) for name, t in model_tensors(model)}
+        data["model"] = {name: _dense(f"model {name!r}", t, shared) for name, t in model.items()}
     data["extra"] = {name: _plain(name, value, {}) for name, value in extra.items()}
     write(os.fsdecode(path), data)
 

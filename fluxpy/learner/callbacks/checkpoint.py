@@ -3,12 +3,11 @@
 import os
 import signal
 import threading
-import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from ... import averaged, save
-from ..core import read_file, remove_leftovers
+from ... import averaged
+from ..core import model_dict, read_file, remove_leftovers, write_checkpoint
 from ..events import Callback, CancelFit
 from ..learner import Learner
 from ..lock import Lock
@@ -101,25 +100,27 @@ class Checkpoint(Callback):
 
     def on_fit_start(self, learner: Learner) -> None:
         self.monitor.require(learner)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock.take()
-        remove_leftovers(self.directory)  # by a kill in the middle of a save
+        if learner.ranks.first:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock.take()
+            remove_leftovers(self.directory)  # by a kill in the middle of a save
         progress = learner.progress
         if not progress.resumed:
             self._best = []
         elif progress.epoch >= learner.epoch_count:
             done = f"the run in {str(self.directory)!r} has done {progress.epoch} epochs of {learner.epoch_count}"
-            warnings.warn(f"{done}: nothing is left to do; Checkpoint(resume=False) begins anew", stacklevel=2)
+            learner.ranks.warn(f"{done}: nothing is left to do; Checkpoint(resume=False) begins anew", stacklevel=2)
         self._batches, self._place, self._signal = 0, None, None
         self._catch_signals()
 
     def on_batch_end(self, learner: Learner) -> None:
-        self._stop_at_signal(learner)
         if learner.training and self.every is not None:
             self._batches += 1
             # Of a phase that is being cancelled the next batch never comes.
-            if self._batches >= self.every and learner.progress.cancelled is None:
+            ends = self._signal is not None or learner.progress.cancelled is not None
+            if self._batches >= self.every and not learner.ranks.any("Checkpoint", ends):
                 self._save(learner, self.last)
+        self._stop_at_signal(learner)
 
     def on_epoch_end(self, learner: Learner) -> None:
         if learner.error is not None:
@@ -140,6 +141,9 @@ class Checkpoint(Callback):
                     signal.signal(number, previous)
             self._previous = {}
             self._lock.release()
+        if learner.error is None:
+            signals = learner.ranks.gather("Checkpoint", self._signal)
+            self._signal = next((name for name in signals if name is not None), None)
         if self._signal is not None and learner.history.stop_reason is None:
             learner.history.stop_reason = self._signal  # it came after the last epoch
         if learner.error is None and self._signal is None:
@@ -154,14 +158,18 @@ class Checkpoint(Callback):
     # --- Files --------------------------------------------------------------------------------------------------------
 
     def _save(self, learner: Learner, path: Path) -> None:
+        where = f"Checkpoint of {path.name}"
         if path != self.last:
             with averaged(learner.state, learner.model) as exchanged:
                 if exchanged:
-                    return save(path, model=learner.model, weights="evaluation")
+                    model = learner.ranks.whole(model_dict(learner.model))
+                    extra: dict[str, Any] = {"weights": "evaluation"}
+                    return learner.ranks.by_first(where, lambda: write_checkpoint(path, model, None, extra))
         run = learner.state_dict()
-        del run["model"], run["state"]
+        model, state = run.pop("model"), run.pop("state")
         run.pop("hyperparameters", None)
-        save(path, model=learner.model, state=learner.state, run=run, fits=self._fits, weights="training")
+        extra = {"run": run, "fits": self._fits, "weights": "training"}
+        learner.ranks.by_first(where, lambda: write_checkpoint(path, model, state, extra))
         if path == self.last:
             self._batches, self._place = 0, self._where(learner)
 
@@ -177,7 +185,7 @@ class Checkpoint(Callback):
         if (value, name) in self._best:
             self._save(learner, self.directory / name)
         for _, old in dropped:
-            if old not in [kept for _, kept in self._best] and old != name:
+            if learner.ranks.first and old not in [kept for _, kept in self._best] and old != name:
                 (self.directory / old).unlink(missing_ok=True)
 
     # --- Signals ------------------------------------------------------------------------------------------------------

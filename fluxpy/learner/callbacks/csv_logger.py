@@ -21,6 +21,8 @@ class CSVLogger(Rows):
     rows that it will write again: each batch is there once.
     """
 
+    cancels = False
+
     def __init__(
         self,
         path: str | os.PathLike[str] = "run/log.csv",
@@ -39,6 +41,10 @@ class CSVLogger(Rows):
 
     def on_fit_start(self, learner: Learner) -> None:
         super().on_fit_start(learner)
+        if learner.ranks.first:
+            self._open(learner)
+
+    def _open(self, learner: Learner) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         resumed = learner.progress.resumed
         if resumed and self.path.exists():
@@ -56,6 +62,8 @@ class CSVLogger(Rows):
         return {"seconds": round(learner.seconds, 3)} if self.seconds else {}
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
+        if self._file is None:  # another process writes
+            return
         for row in rows:
             last = [row.pop("seconds")] if self.seconds else []
             csv.writer(self._file).writerow([*row.values(), *last])

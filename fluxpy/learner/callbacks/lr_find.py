@@ -100,6 +100,7 @@ class _Watch(Callback):
 
     def on_batch_end(self, learner: Learner) -> None:
         loss = float(learner.step.loss) if learner.step.loss is not None else math.nan
+        loss = learner.ranks.mean("lr_find", loss)
         if not math.isfinite(loss):
             raise CancelFit("the loss is not finite")
         self.rates.append(self.growth(learner.step_index))

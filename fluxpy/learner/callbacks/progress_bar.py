@@ -26,6 +26,8 @@ class ProgressBar(Callback):
     the end of each phase; a notebook has one bar of tqdm for the fit. It goes to stderr, or to `file`.
     """
 
+    cancels = False
+
     def __init__(self, file: TextIO | None = None, seconds: float = 0.1) -> None:
         self.file, self.seconds = file, seconds
         self._out: Any = None  # where the present phase is shown
@@ -39,24 +41,24 @@ class ProgressBar(Callback):
         self._width = 0  # of what is drawn
 
     def on_training_start(self, learner: "Learner") -> None:
-        self._out = self.file or sys.stderr
+        self._out = (self.file or sys.stderr) if learner.ranks.first else None
         self._terminal = self._out is not None and self._out.isatty()
         self._started, self._width, self._draw_at = time.monotonic(), 0, math.inf
         self._first = self._done = learner.progress.batch if learner.phase else 0
-        if self.file is None and "ipykernel" in sys.modules and self._bar is None:
+        if self._out is not None and self.file is None and "ipykernel" in sys.modules and self._bar is None:
             total, done = (learner.step_count, learner.progress.step) if learner.fitting else (learner.batch_count, 0)
             self._bar = tqdm(desc=_title(learner), total=total, initial=done, unit="batch")
         if self._bar is None and self._terminal:
             self._guard()
         if self._bar is not None or self._terminal:
-            self._draw(learner, learner.running())
+            self._draw(learner, _numbers(learner))
 
     on_validation_start = on_training_start
 
     def on_batch_end(self, learner: "Learner") -> None:
         self._done = learner.batch_index + 1
         if time.monotonic() >= self._draw_at:
-            self._draw(learner, learner.running())
+            self._draw(learner, _numbers(learner))
 
     def on_training_end(self, learner: "Learner") -> None:
         if self._bar is not None:
@@ -174,6 +176,11 @@ class _Guard:
 def _title(learner: "Learner") -> str:
     phase = "train" if learner.training else "validation"
     return f"Epoch {learner.epoch_index + 1}/{learner.epoch_count} · {phase}" if learner.fitting else phase.capitalize()
+
+
+def _numbers(learner: "Learner") -> dict[str, float]:
+    """The numbers so far. Of several processes those of this one, which can tell them without the others."""
+    return learner.running() if learner.ranks.alone else learner.metrics.here()
 
 
 def _bar(cells: int, full: int) -> str:

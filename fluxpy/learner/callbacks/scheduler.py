@@ -41,6 +41,8 @@ class LearningRateScheduler(Callback):
     [0.05, 0.15]
     """
 
+    cancels = False
+
     def __init__(
         self, *, lr: Callable[[int], Any] | None = None, scale: Callable[[int], Any] | None = None, member: Any = None
     ) -> None:

@@ -1,12 +1,8 @@
 """StatisticsRecorder: the metrics of each batch or phase. And how rows are gathered without reading the device."""
 
-from collections import defaultdict
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from ..core import open_data
+from ..collection import on_host
 from ..events import Callback
 from ..learner import Learner
 
@@ -19,6 +15,7 @@ class Rows(Callback):
     subclasses give, gets the numbers of many rows after every few batches, at the end of a phase and before a save.
     """
 
+    cancels = False
     phases: ClassVar[tuple[str, ...]] = ("train", "validation")  # those that have rows
 
     def __init__(self, per: str, every: int) -> None:
@@ -86,8 +83,17 @@ class Rows(Callback):
 
     def _flush(self, learner: Learner) -> None:
         gathered, self._gathered = self._gathered, []
-        if gathered:
-            self.keep([row | learner.metrics.read(sums) for row, sums in on_host(gathered)])
+        ranks, metrics = learner.ranks, learner.metrics
+        if ranks.alone and gathered:
+            self.keep([row | metrics.read(sums) for row, sums in on_host(gathered)])
+        elif gathered and not ranks.apart:  # what others have of the last rows is lost with them
+            rows = zip(*ranks.gather(type(self).__name__, on_host(gathered)), strict=True)
+            everyone = [tuple(zip(*row, strict=True)) for row in rows]
+            self.keep([self.join(list(row)) | metrics.read(metrics.total(list(sums))) for row, sums in everyone])
+
+    def join(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Of a row as each of several processes has it, by rank, one of all of them."""
+        return rows[0]
 
     def is_past(self, learner: Learner, epoch: int, batch: int, phase: str) -> bool:
         """Whether a resumed run will not come to this row again."""
@@ -110,6 +116,8 @@ class StatisticsRecorder(Rows):
     >>> len(recorder.values("loss")), list(recorder.records[0])
     (3, ['epoch', 'batch', 'phase', 'loss'])
     """
+
+    cancels = False
 
     def __init__(self, per: str = "batch", every: int = 50) -> None:
         super().__init__(per, every)
@@ -134,18 +142,6 @@ class StatisticsRecorder(Rows):
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
         self.records = d["records"]
-
-
-def on_host(tree: Any) -> Any:
-    """The tree with its tensors on the CPU, copied together: one wait for each kind of them."""
-    tensors, opened = open_data(tree)
-    if not tensors:
-        return tree
-    kinds: dict[Any, list[Tensor]] = defaultdict(list)
-    for t in tensors:
-        kinds[t.device, t.dtype, t.shape].append(t)
-    copies = {kind: iter(torch.stack(alike).cpu()) for kind, alike in kinds.items()}
-    return opened.combine(next(copies[t.device, t.dtype, t.shape]) for t in tensors)
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:

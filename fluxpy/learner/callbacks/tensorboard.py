@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import leaves
-from ..core import Leaf, gradients_in_order, hyperparameters, members, parameters, rates, updates_of
+from ..core import Leaf, gradients_in_order, hyperparameters, members, parameters, rates, updates_of, whole_tensor
 from ..learner import Learner
 from .statistics import Rows
 
@@ -34,6 +34,7 @@ class TensorBoardLogger(Rows):
     directory of its own; a resumed one goes on in that where it was.
     """
 
+    cancels = False
     phases = ("train",)
 
     def __init__(
@@ -51,6 +52,7 @@ class TensorBoardLogger(Rows):
         self.path, self.config, self.hyperparameters = Path(path), config, dict(hyperparameters or {})
         self.norms, self.histograms, self.depth = norms, histograms, depth
         self.directory: Path | None = None  # that of the present run
+        self._writes = True  # whether this process does
         self._resumed = False
         self._writers: dict[str, Any] = {}
         self._purge: dict[str, int] = {}  # from where on what is in the files already is not shown
@@ -62,7 +64,8 @@ class TensorBoardLogger(Rows):
 
     def on_fit_start(self, learner: Learner) -> None:
         super().on_fit_start(learner)
-        if not (self._resumed and self.directory):
+        self._writes = learner.ranks.first
+        if self._writes and not (self._resumed and self.directory):
             stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
             names = (stamp, *(f"{stamp}-{n}" for n in range(2, 1000)))  # fits may begin in the same second
             self.directory = next(self.path / name for name in names if not (self.path / name).exists())
@@ -72,7 +75,7 @@ class TensorBoardLogger(Rows):
             self._subtrees[_subtree(path, self.depth)].append(place)
         if self._resumed:  # what the old run wrote after it was saved is not shown
             self._purge = {"train": learner.progress.step, "validation": learner.progress.epoch}
-        else:
+        elif self._writes:
             self._describe(learner, self._writer("train"))
 
     def on_update_start(self, learner: Learner) -> None:
@@ -91,13 +94,22 @@ class TensorBoardLogger(Rows):
         self._before = []
         tags = {"batch/loss": learner.step.loss.detach(), **self._norms, **self._rates.changed(learner.state)}
         self._norms = {}
-        return {"tensorboard": (learner.step_index, time.time(), tags)}
+        return {"tensorboard": (learner.step_index, time.time(), tags, learner.step.samples)}
+
+    def join(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        step, moment, tags, _ = rows[0]["tensorboard"]
+        pairs = [(float(tags["batch/loss"]), samples) for *_, tags, samples in (row["tensorboard"] for row in rows)]
+        samples = sum(n for _, n in pairs)
+        mean = sum(loss * n for loss, n in pairs) / samples
+        return rows[0] | {"tensorboard": (step, moment, tags | {"batch/loss": mean}, samples)}
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
         assert self._learner is not None
+        if not self._writes:
+            return
         names = self._learner.metrics.names
         for row in rows:
-            step, moment, tags = row["tensorboard"]
+            step, moment, tags, _ = row["tensorboard"]
             for tag, number in ({f"batch/{name}": row[name] for name in names} | tags).items():
                 self._writer("train").add_scalar(tag, float(number), step, moment)
 
@@ -129,14 +141,14 @@ class TensorBoardLogger(Rows):
         self._resumed = self.directory is not None
 
     def _histograms(self, learner: Learner) -> None:
-        weights = parameters(learner.state, learner.model)
-        for (path, _), x in zip(leaves(learner.state), weights, strict=True):
-            finite = x.detach()[x.isfinite()]
-            if finite.numel() and not x.is_complex():
+        for (path, _), x in zip(leaves(learner.state), parameters(learner.state, learner.model), strict=True):
+            weights = learner.ranks.whole(x.detach())
+            finite = weights[weights.isfinite()]
+            if self._writes and finite.numel() and not x.is_complex():
                 self._writer("train").add_histogram(f"weights/{path}", finite, learner.epoch_index)
 
     def _epoch(self, phase: str, learner: Learner) -> None:
-        for name, number in learner.stats.items():
+        for name, number in learner.stats.items() if self._writes else ():
             self._writer(phase).add_scalar(f"epoch/{name}", number, learner.epoch_index)
 
     def _writer(self, phase: str) -> Any:
@@ -232,7 +244,7 @@ def _subtree(path: str, depth: int) -> str:
 
 def _norm(tensors: list[Any]) -> Tensor:
     """The norm of all of them together, not read from the device."""
-    norms = [torch.linalg.vector_norm(t.detach()).float() for t in tensors if t is not None]
+    norms = [whole_tensor(torch.linalg.vector_norm(t.detach()), keep=True).float() for t in tensors if t is not None]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
