@@ -5,7 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from operator import is_, methodcaller
+from operator import is_
 from typing import Any
 
 import torch
@@ -61,12 +61,11 @@ class Binding:
         containers, self.containers = self.containers, []
         dicts = [x for x in containers if isinstance(x, dict)]
         self.filled, self.empty = [x for x in dicts if x], [x for x in dicts if not x]
-        # Of plain dicts, as those of modules are, this is faster than to call a method by name.
-        self.values = dict.values if all(type(x) is dict for x in self.filled) else methodcaller("values")
         self.lists = [x for x in containers if type(x) in (list, tuple)]
         self.sizes = [*map(len, self.filled), *map(len, self.lists)]
         # Else some container cannot be looked into, and a model never matches.
         self.transparent = len(dicts) + len(self.lists) == len(containers)
+        self.views = [x.values() for x in self.filled]
         self.keys, self.held = [*chain.from_iterable(self.filled)], [*self._held()]
         return self
 
@@ -100,7 +99,7 @@ class Binding:
 
     def _held(self) -> Iterable[Any]:
         """All that is in the containers."""
-        return chain(chain.from_iterable(map(self.values, self.filled)), *self.lists)
+        return chain(chain.from_iterable(self.views), *self.lists)
 
     def fork(
         self, spec: TreeSpec, model: Any, containers: dict[int, Any], plan: Any, forget: Callable[[], None]
@@ -115,6 +114,7 @@ class Binding:
             other.filled, other.empty, other.lists = (
                 [containers[id(x)] for x in held] for held in (self.filled, self.empty, self.lists)
             )
+            other.views = [x.values() for x in other.filled]
             other.held = [*other._held()]
         other.params, other.records, other.plan, other.groups = plan.params, plan.records, plan, None
         other.local, other.parallel = other.params, None  # a copy is without its wrappers

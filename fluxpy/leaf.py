@@ -59,12 +59,19 @@ class Record(Spread):
         *("layout", "spread"),
     )
 
-    def __init__(self, rule: Rule | None, frozen: bool, shape: torch.Size, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        rule: Rule | None,
+        frozen: bool,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        numbers: Numbers | None = None,
+    ) -> None:
         self.rule, self.frozen, self.shape, self.dtype = rule, frozen, shape, dtype
         self.made = rule
         self.asked: bool | None = None
         self.tensors: list[Tensor] | None = None
-        self.numbers = Numbers()
+        self.numbers = Numbers() if numbers is None else numbers
         self.pending: Skeleton | None = None
         self.layout: Layout | None = None
         self.spread: list[bool] | None = None
@@ -124,8 +131,8 @@ class Record(Spread):
         return self.copy(numbers, None if self.tensors is None else [t.clone() for t in self.tensors])
 
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
-        other = Record(self.rule, self.frozen, self.shape, self.dtype)
-        other.numbers, other.tensors, other.pending = numbers, tensors, self.pending
+        other = Record(self.rule, self.frozen, self.shape, self.dtype, numbers)
+        other.tensors, other.pending = tensors, self.pending
         other.made, other.asked = self.made, self.asked
         other.layout, other.spread = self.layout, self.spread
         return other
