@@ -28,6 +28,11 @@ from fluxpy.learner import (
     StopOnNaN,
 )
 
+# A shell gives what runs in its background no interrupts, and whoever was started so is to leave them ignored.
+NEEDS_INTERRUPTS = pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="interrupts are ignored here"
+)
+
 NIGHTLY = os.environ.get("FLUXPY_NIGHTLY") == "1"
 
 SCRIPT = """
@@ -131,7 +136,7 @@ def test_killed_at_random_moments(tmp_path, whole):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=NEEDS_INTERRUPTS)])
 def test_signals_end_the_fit_and_the_next_goes_on(tmp_path, whole, number):
     folder = tmp_path / "run"
     process = start(folder, pause=0.02, every=1000)
@@ -260,6 +265,7 @@ def test_what_is_being_cancelled_is_not_saved_as_going_on(tmp_path):
     assert list(run.history) == list(whole.history)
 
 
+@NEEDS_INTERRUPTS
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_handlers_are_put_back_and_a_second_interrupt_acts_at_once(tmp_path):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
