@@ -12,7 +12,7 @@ import fluxpy
 
 from . import sides
 from .harness import Column, Meter, figure, ratios
-from .sets import SETS, Problem
+from .sets import SETS, Problem, apart
 
 TITLE = "Rules beside their packages"
 NOTE = """One update: ratios to `schedulefree`, `prodigyopt`, `pytorch_optimizer`, and `torch.optim`'s Muon and
@@ -80,11 +80,7 @@ def agree(problem: Problem, pair: Pair, make: Callable[[list[Tensor]], Any]) -> 
             p.grad, q.grad = g * (1 + i % 3), g * (1 + i % 3)
         optimizer.step()
         fluxpy.update(state, model)
-    wrong = moved = 0.0
-    for p, q, x in zip(theirs, model.parameters(), problem.params, strict=True):
-        wrong += (p - q).detach().double().square().sum().item()
-        moved += (p - x).detach().double().square().sum().item()
-    off = (wrong / moved) ** 0.5
+    off = apart(problem.params, model.parameters(), theirs)
     assert off <= pair.room, f"{pair.rule} and {pair.module}.{pair.name} differ by {off:.2%} of their way"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import fluxpy
 
 from .harness import Contender
+from .sets import apart
 from .sides import fused
 
 Without = Callable[[int], range]  # step -> the leaves that have no gradient in it
@@ -72,12 +73,7 @@ class Sides(NamedTuple):
         for side in (self.ours, other):
             if side.steps < steps:
                 side.run(steps - side.steps)
-        wrong = moved = 0.0
-        for x, a, b in zip(layers.start, self.ours.parameters(), other.parameters(), strict=True):
-            wrong += (a - b).detach().abs().double().square().sum().item()
-            moved += (b - x).detach().abs().double().square().sum().item()
-        assert moved > 0, "nothing moved"
-        off = (wrong / moved) ** 0.5
+        off = apart(layers.start, self.ours.parameters(), other.parameters())
         assert off <= tolerance, f"the two sides differ by {off:.2%} of the way that {steps} steps go"
 
 

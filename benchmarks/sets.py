@@ -1,7 +1,7 @@
 """The sets of parameters, each made afresh and alike by `build(name)`."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +55,21 @@ class Problem:
         norm = torch.stack([g.double().norm() for g in self.grads]).norm()
         assert norm > self.max_norm, "nothing to clip"
         coefficient = float(self.max_norm / norm) if clip else 1.0
-        wrong = moved = 0.0
-        for p, x, g, lr in zip(params, self.params, self.grads, rates or [1e-3] * len(params), strict=True):
+
+        def where(x: Tensor, g: Tensor, lr: float) -> Tensor:
             g = g.double() * coefficient
             kept = (1 - lr * 1e-2) ** steps
-            want = kept * x.double() - lr * g / (g.abs() + 1e-8) * (1 - kept) / (lr * 1e-2)
-            wrong += (p.double() - want).square().sum().item()
-            moved += (want - x).square().sum().item()
-        assert wrong < 0.01**2 * moved, f"off by {(wrong / moved) ** 0.5:.1%} of the way that {steps} steps go"
+            return kept * x.double() - lr * g / (g.abs() + 1e-8) * (1 - kept) / (lr * 1e-2)
+
+        off = apart(self.params, params, map(where, self.params, self.grads, rates or [1e-3] * len(params)))
+        assert off < 0.01, f"off by {off:.1%} of the way that {steps} steps go"
+
+
+def apart(start: Iterable[Tensor], ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:
+    """How far apart two came from one start, in parts of the way that the second went."""
+    wrong = moved = 0.0
+    for x, a, b in zip(start, ours, theirs, strict=True):
+        wrong += (a - b).detach().abs().double().square().sum().item()
+        moved += (b - x).detach().abs().double().square().sum().item()
+    assert moved > 0, "nothing moved"
+    return (wrong / moved) ** 0.5
