@@ -23,12 +23,7 @@ def run_world(size: int, cases: Sequence[Case], patience: int = 300) -> None:
     context = _context()
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=_main, args=(rank, size, folder, list(cases), results), daemon=True)
-            for rank in range(size)
-        ]
-        for process in processes:
-            process.start()
+        processes = _started(context, size, folder, list(cases), results)
         failures: list[str] = []
         answers, end = 0, time.monotonic() + patience
         while answers < size:
@@ -52,12 +47,7 @@ def run_and_kill(size: int, case: Case, rank: int, moment: Callable[[], object])
     context = _context()
     with tempfile.TemporaryDirectory() as folder:
         results = context.Queue()
-        processes = [
-            context.Process(target=_main, args=(each, size, folder, [case], results), daemon=True)
-            for each in range(size)
-        ]
-        for process in processes:
-            process.start()
+        processes = _started(context, size, folder, [case], results)
         try:
             moment()
             alive = processes[rank].is_alive()
@@ -69,6 +59,15 @@ def run_and_kill(size: int, case: Case, rank: int, moment: Callable[[], object])
                 process.kill()
                 process.join()
     assert alive, "the process ended before it was killed"
+
+
+def _started(context: Any, size: int, folder: str, cases: list[Case], results: Any) -> list[Any]:
+    found = [
+        context.Process(target=_main, args=(rank, size, folder, cases, results), daemon=True) for rank in range(size)
+    ]
+    for process in found:
+        process.start()
+    return found
 
 
 def _context() -> Any:

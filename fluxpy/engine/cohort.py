@@ -51,8 +51,8 @@ class Cohort:
         self.numbers.fresh = all(record.numbers.fresh for record in self.records)
         columns = [record.tensors or [] for record in self.records]
         self.momenta = [list(row) for row in zip(*columns, strict=True)]
-        # Which rows are of numbers: 0-dim, where the parameters are not.
-        self.numeric = [not row[0].ndim and self.reals[0].ndim > 0 for row in self.momenta]
+        # Which rows are of numbers.
+        self.numeric = [is_number(row[0], self.params[0]) for row in self.momenta]
         order = sorted(range(len(self.places)), key=self.places.__getitem__)
         # Indices that bring a value for each leaf into the order of the model; None where they are in it.
         self.model_order: Tensor | None = None
@@ -143,6 +143,12 @@ def arranged(members: Sequence[Member]) -> list[Member]:
         if LEAST_RUN * len({*forms.values()}) <= len(ordered):
             ordered.sort(key=lambda member: forms[member.place])
     return ordered
+
+
+def is_number(t: Tensor, x: Tensor) -> bool:
+    """Whether a tensor of the state of `x` is a number: 0-dim, where the parameter, a complex one as a real one, is
+    not."""
+    return not t.ndim and (x.ndim > 0 or x.is_complex())
 
 
 def packed_form(x: Tensor, tensors: Sequence[Tensor]) -> tuple[bool, ...] | None:

@@ -30,7 +30,7 @@ from .chunk import Chunk, runs_of, shaped_like
 from .cohort import Cohort
 from .layout import NumberRow, Row, Scratch, chunks_of
 from .step import FallBack, Prepare, Request
-from .tape import is_traceable
+from .tape import is_arithmetic
 
 Start = Callable[[Chunk, Any], Steps]
 
@@ -225,7 +225,9 @@ class EagerUnit:
         self.cohort, self.context = cohort, cohort.context
         self.stack = stack
         self.chunks = Chunks(cohort, split=not stack, stack=stack)
-        self.trusted = self.chunks.one or (not stack and is_traceable(cohort))
+        self.trusted = self.chunks.one or (
+            not stack and is_arithmetic(cohort.records[0], cohort.reals[0], self.context)
+        )
 
     laid_out = True
 

@@ -20,7 +20,7 @@ from ..leaf import Record, miss_update
 from ..pytree import HOLE, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
 from . import following, fused, fused_kernels
-from .cohort import Cohort, Member, arranged, fits_stacked, packed_form, real_view
+from .cohort import Cohort, Member, arranged, fits_stacked, is_number, packed_form, real_view
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
 from .layout import Extents, addresses, extent
@@ -423,7 +423,7 @@ def _tensor_key(kind: str | None, record: Record, x: Tensor) -> Any:
     skeleton, tensors = record.numbers.skeleton, record.tensors or ()
     assert skeleton is not None
     shapes = (x.shape, *[t.shape for t in tensors]) if kind == "stack" else None
-    forms = tuple([(t.dtype, t.ndim == 0 != x.ndim) for t in tensors])
+    forms = tuple([(t.dtype, is_number(t, x)) for t in tensors])
     return x.dtype, x.device, skeleton.spec, forms, shapes
 
 

@@ -92,13 +92,9 @@ class Tape:
         return found
 
 
-def is_traceable(cohort: Any) -> bool:
-    """Whether a cohort's rule is pure arithmetic: if one chunk succeeds, the others cannot fail."""
-    return is_arithmetic(cohort.records[0], cohort.reals[0], cohort.context)
-
-
 def is_arithmetic(record: Any, x: Any, context: Context) -> bool:
-    """Whether the rule of a leaf is: of `x`, its parameter as a real tensor."""
+    """Whether the rule of a leaf is pure arithmetic, so that if one chunk of a cohort succeeds, the others cannot fail.
+    `x` is its parameter as a real tensor."""
 
     def ask(rule: Rule) -> bool:
         return inputs_used(rule, record.numbers.skeleton, [x, x, *record.tensors]) is not None
