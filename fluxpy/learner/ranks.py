@@ -8,6 +8,7 @@ taken for an operation of the model.
 
 import math
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,9 @@ from .events import CANCELS, Cancel
 from .resume import mapped
 
 _END = object()
-_groups: list[Any] = []  # PyTorch's default group, and that of the talks beside it
+# PyTorch's default group, and that of the talks beside it. Not held: a group that is still there when Python ends has
+# threads that nobody joins, and aborts the process.
+_groups: list[weakref.ref[Any]] = []
 
 
 class Ranks:
@@ -228,6 +231,8 @@ def ranks_of(state: State | Leaf, model: Any, *, trains: bool = False) -> Ranks:
 
 def _group() -> Any:
     """The process group of the talks, made when they first talk."""
-    if not _groups or _groups[0] is not dist.group.WORLD:
-        _groups[:] = [dist.group.WORLD, dist.new_group(backend="gloo")]
-    return _groups[1]
+    default, talks = (group() for group in _groups) if _groups else (None, None)
+    if talks is None or default is not dist.group.WORLD:
+        talks = dist.new_group(backend="gloo")
+        _groups[:] = [weakref.ref(dist.group.WORLD), weakref.ref(talks)]
+    return talks
