@@ -186,7 +186,12 @@ class Rule:
     @cached
     def inner(self) -> tuple["Rule", ...]:
         """The rules directly inside it."""
-        return tuple(v for _, value in _items(self) for v in _elements(value) if isinstance(v, Rule))
+        return tuple([v for v in self._elements if isinstance(v, Rule)])
+
+    @cached
+    def _elements(self) -> list[Any]:
+        """Its hyperparameters and the rules directly inside it, those in tuples one by one."""
+        return [v for _, value in _items(self) for v in (value if isinstance(value, tuple) else (value,))]
 
     @property
     def follower(self) -> "Rule | None":
@@ -206,12 +211,12 @@ class Rule:
     @cached
     def traced(self) -> bool:
         """Whether a tensor stands for any hyperparameter, of inner rules too."""
-        return any(isinstance(v, Tensor) for rule in walk(self) for _, value in _items(rule) for v in _elements(value))
+        return any([isinstance(v, Tensor) for v in self._elements]) or any([rule.traced for rule in self.inner])
 
     @cached
     def scheduled(self) -> bool:
         """Whether any hyperparameter, of inner rules too, is a schedule."""
-        return any(callable(v) for rule in walk(self) for _, value in _items(rule) for v in _elements(value))
+        return any(map(callable, self._elements)) or any([rule.scheduled for rule in self.inner])
 
 
 def _refuse(rule: Rule, name: str, *_: Any) -> None:
@@ -336,7 +341,7 @@ def title(rule: Rule) -> str:
 
 def hyperparameters(rule: Rule) -> dict[str, Any]:
     """The rule's own hyperparameters by name, without those of rules inside it."""
-    return {name: value for name, value in _items(rule) if not any(isinstance(v, Rule) for v in _elements(value))}
+    return {name: value for name, value in _items(rule) if not _holds_rules(value)}
 
 
 def no_hyperparameter(rule: Rule, name: str) -> str:
@@ -439,13 +444,7 @@ def tensors_of(rule: Rule) -> list[Tensor]:
     """The tensors that stand for hyperparameters, of inner rules too."""
     if not rule.traced:
         return []
-    return [
-        v
-        for inner in walk(rule)
-        for value in hyperparameters(inner).values()
-        for v in _elements(value)
-        if isinstance(v, Tensor)
-    ]
+    return [v for inner in walk(rule) for v in inner._elements if isinstance(v, Tensor)]
 
 
 def _has_rows(rule: Rule, t: Tensor, x: Tensor) -> bool:
@@ -476,5 +475,5 @@ def _items(rule: Rule) -> list[tuple[str, Any]]:
     return [(name, getattr(rule, name)) for name in rule._names]
 
 
-def _elements(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
+def _holds_rules(value: Any) -> bool:
+    return isinstance(value[0] if value and isinstance(value, tuple) else value, Rule)

@@ -9,6 +9,7 @@ import fnmatch
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
@@ -353,8 +354,10 @@ def leaves_of(state: Any, verb: str) -> list[Leaf]:
     """The leaves under a view, a tied one once. TypeError names the verb."""
     if not isinstance(state, State):
         return [leaf for _, leaf in paths_and_leaves(state, verb)]
-    values = values_of(state)
-    return [values[index] for index in spec_of(state).leaves]
+    values, spec = values_of(state), spec_of(state)
+    if spec.kind == "slice":  # made anew each time one writes state[:6], while its children are kept, with their paths
+        return [values[index] for index in dict.fromkeys(chain.from_iterable(child.leaves for child in spec.children))]
+    return [values[index] for index in spec.leaves]
 
 
 def each_leaf(state: Any, verb: str) -> list[tuple[str, Leaf]]:

@@ -168,6 +168,16 @@ def test_a_sequence_with_a_parameter_of_its_own_keeps_positions():
     assert [path for path, _ in leaves(state[:2])] == ["0.weight", "0.bias"]
 
 
+def test_a_verb_on_a_slice_takes_each_leaf_once():
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(nn.Linear(2, 2), shared, nn.Sequential(nn.Linear(2, 2), shared))
+    state = setup(Descent(0.1), model)
+    fluxpy.adjust(state[1:], fluxpy.scale(0.5))
+    assert [leaf.rule.lr for _, leaf in leaves(state)] == [0.1, 0.1, 0.05, 0.05, 0.05, 0.05]
+    with pytest.raises(ValueError, match=r"no hyperparameter 'eta'.*at '1.weight', '1.bias', '2.0.weight'"):
+        fluxpy.adjust(state[1:], eta=0.1)
+
+
 def test_a_module_that_holds_its_parent():
     parent = nn.Linear(1, 1)
     parent.child = nn.Module()

@@ -142,7 +142,7 @@ class FusedListUnit(_Fused):
         super().__init__(cohort, len(cohort.momenta))
         self.grads: Sequence[Tensor] = ()
         self.now: dict[int, dict[str, Any]] = {}
-        self.everything = list(range(len(cohort.places)))
+        self.whole = cohort.places == list(range(len(cohort.places)))  # whether these are the first of all leaves
         self.bind()
 
     def bind(self) -> None:
@@ -151,8 +151,7 @@ class FusedListUnit(_Fused):
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.now = self.options()
         places = self.cohort.places
-        whole = len(grads) == len(places) and places == self.everything
-        self.grads = grads if whole else [grads[place] for place in places]
+        self.grads = grads if self.whole and len(grads) == len(places) else [grads[place] for place in places]
         if self.cohort.odd:  # a kernel would read other strides as if they were the parameter's
             self.grads = like_parameters(self.grads, self.cohort)
         return
@@ -165,7 +164,7 @@ class FusedListUnit(_Fused):
     def commit(self) -> None:
         numbers, options = self.tick(), self.masked(self.now)
         for run, places, leaf in self.all_calls:
-            run(list(self.grads) if places is None else [self.grads[i] for i in places], options[leaf])
+            run([*self.grads] if places is None else [self.grads[i] for i in places], options[leaf])
         self.grads = ()
         torch.autograd.graph.increment_version(self.cohort.params)
         self.cohort.advance(Skeleton(self.cohort.skeleton.spec, numbers), True)

@@ -69,7 +69,7 @@ class Route:
             if grads[i] is not None:
                 return False
         given = grads if self.everyone else [grads[i] for i in self.present]
-        if not self.signature.matches([*self.params, *given]):
+        if not self.signature.matches(*self.params, *given):
             return False
         if self.laid_out and addresses(self.params) != self.addresses:
             return False

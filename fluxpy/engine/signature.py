@@ -27,7 +27,7 @@ class Signature:
         sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
         self.guards = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
 
-    def matches(self, tensors: list[Any]) -> bool:
+    def matches(self, *tensors: Any) -> bool:
         """Whether each of these, which are as many, is a tensor that looks as before."""
         if self.guards is not None:
             return self.guards.check(*tensors)
