@@ -491,6 +491,7 @@ def test_a_wrapper_that_hides_an_evaluation_is_refused():
         pass
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # of PyTorch before 2.13
 def test_one_copy_at_most():
     """Counted by what the allocator is asked for."""
     model = nn.ParameterList([nn.Parameter(torch.randn(50_000)) for _ in range(8)])
