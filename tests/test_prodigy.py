@@ -106,7 +106,6 @@ def test_complex_parameters_are_pairs() -> None:
     torch.testing.assert_close(torch.view_as_real(model["w"]), pairs["w"])
 
 
-@pytest.mark.filterwarnings("ignore:.*before PyTorch 2.13")  # where its casts are not compiled
 @pytest.mark.parametrize(
     "rule",
     [

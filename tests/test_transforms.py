@@ -137,6 +137,9 @@ def by_name(params: dict[str, Tensor]) -> Tensor:
 NET = small()
 
 
+follows = pytest.mark.skipif(torch.__version__ < "2.13", reason="older versions do not follow a rule in a rule")
+
+
 def pure_step(state: Any, params: Any) -> Any:
     return update(state, params, grad(by_name)(params), inplace=False)
 
@@ -147,6 +150,7 @@ COMPILED = {
 }
 
 
+@follows
 @pytest.mark.parametrize(("rule", "most"), COMPILED.values(), ids=COMPILED)
 def test_a_whole_step_is_one_graph(rule: Any, most: int) -> None:
     """From the loss to the new state, and used again from step to step: counts are no constants."""
@@ -170,6 +174,7 @@ def test_a_whole_step_is_one_graph(rule: Any, most: int) -> None:
 
 
 @torch._dynamo.config.patch(trace_autograd_ops=True)
+@follows
 def test_a_module_is_stepped_in_place_in_one_graph() -> None:
     for compiled in (
         torch.compile(fluxpy.trainstep, fullgraph=True, backend="aot_eager"),
@@ -200,6 +205,7 @@ def test_a_graph_that_breaks_gives_the_same_numbers() -> None:
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
 
 
+@follows
 def test_what_a_graph_cannot_do_is_said() -> None:
     torch.compiler.reset()
     model = small()
@@ -213,6 +219,7 @@ def test_what_a_graph_cannot_do_is_said() -> None:
         torch.compile(update, fullgraph=True, backend="eager")(state, model, grads)
 
 
+@follows
 def test_in_a_graph_a_flag_goes_up_for_what_is_not_finite() -> None:
     torch.compiler.reset()
     params: Any = {name: x.detach().clone() for name, x in NET.named_parameters()}
