@@ -476,4 +476,4 @@ def _items(rule: Rule) -> list[tuple[str, Any]]:
 
 
 def _holds_rules(value: Any) -> bool:
-    return isinstance(value[0] if value and isinstance(value, tuple) else value, Rule)
+    return isinstance(value[0] if isinstance(value, tuple) and value else value, Rule)

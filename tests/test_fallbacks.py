@@ -111,7 +111,7 @@ def test_signatures(what: str, guards: bool, monkeypatch: MonkeyPatch) -> None:
     x, y = torch.ones(3, 4), torch.ones(2)
     one = Signature([x, y])
     assert (one.guards is not None) == guards
-    assert one.matches([{**SAME, **OTHER}[what](x), y]) == (what in SAME)
+    assert one.matches({**SAME, **OTHER}[what](x), y) == (what in SAME)
 
 
 @mark.parametrize("guards", [True, False])
@@ -119,7 +119,7 @@ def test_signatures_know_the_order(guards: bool, monkeypatch: MonkeyPatch) -> No
     if not guards:
         without_guards(monkeypatch)
     x, y = torch.ones(3, 4), torch.ones(2)
-    assert Signature([x, y]).matches([x, y]) and not Signature([x, y]).matches([y, x])
+    assert Signature([x, y]).matches(x, y) and not Signature([x, y]).matches(y, x)
 
 
 # --- Gradients ----------------------------------------------------------------------------------------------------
