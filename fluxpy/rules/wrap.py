@@ -345,12 +345,13 @@ class Averaged(Wrapper):
         inner, change = run.result
         if change is None:
             return state._replace(state=inner), None
-        new = real(change.value if isinstance(change, Assign) else x - change)
-        return Average(*self.follow(state.x, state.t, new), inner), change
+        t, then = self.follow(state.t)
+        new, _ = then(state.x, real(change.value if isinstance(change, Assign) else x - change))
+        return Average(new, t, inner), change
 
-    def follow(self, old: Tensor, t: int, x: Tensor) -> tuple[Tensor, int]:
-        """The average with one more step in it, and of how many it is then."""
-        return average(self.decay if t else 0.0, old, x if x.dtype == old.dtype else x.to(old.dtype)), t + 1
+    def follow(self, t: int) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+        decay = self.decay if t else 0.0
+        return t + 1, lambda old, x: (average(decay, old, x if x.dtype == old.dtype else x.to(old.dtype)), x)
 
     def evaluation(self, state: Average, x: Tensor) -> Tensor:
         value = state.x.to(real(x).dtype)
