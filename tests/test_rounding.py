@@ -66,7 +66,8 @@ every_half = pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "flo
 
 
 def bits(x: Tensor) -> np.ndarray:
-    return x.detach().clone().contiguous().view(torch.int16).numpy().astype(np.int64) & 0xFFFF
+    """Of the number in float32, where all but the first 16 or 19 are zero."""
+    return x.detach().float().numpy().view(np.uint32).astype(np.uint64)
 
 
 def lowbias32(h: np.ndarray) -> np.ndarray:
@@ -81,16 +82,16 @@ def lowbias32(h: np.ndarray) -> np.ndarray:
 
 def oracle(value: np.ndarray, x: Tensor, dx: Tensor, t: int) -> np.ndarray:
     """A float32 `value` on the grid of 16 bits, by its neighbours in float64."""
-    key = ((bits(x) << 16) + bits(dx)) * 0x9E3779B1 + (t * 0x9E3779) % 2**24
-    noise = lowbias32(key & 0xFFFFFFFF).astype(np.float64) % 2**16
-    digits, least, largest = (8, -133, 2.0**128 - 2.0**120) if x.dtype == BF16 else (11, -24, 65504.0)
+    lost, digits, least, largest = (16, 8, -133, 2.0**128 - 2.0**120) if x.dtype == BF16 else (13, 11, -24, 65504.0)
+    key = (bits(x) + bits(dx) // 2**lost) % 2**32 * 0x9E3779B1 + (t * 0x9E3779) % 2**24
+    noise = (lowbias32(key % 2**32) % 2**lost).astype(np.float64) / 2**lost
     size = np.abs(value.astype(np.float64))
     with np.errstate(invalid="ignore"):
         spacing = np.exp2(np.maximum(np.frexp(size)[1] - digits, least))
-        if x.dtype == F16:  # of the noise, as many bits as float16 has less than float32
-            noise, size = np.floor(noise / 8) * 8, np.rint(size * 2.0**37) / 2.0**37
+        if x.dtype == F16:  # of a subnormal number there are 13 bits below the last of float16
+            size = np.rint(size * 2.0**37) / 2.0**37
         below = np.floor(size / spacing)
-        up = (size / spacing - below) * 2**16 + noise >= 2**16
+        up = size / spacing - below + noise >= 1
         near = (below + up) * spacing
     near = np.where(near > largest, np.inf, near)
     return np.copysign(np.where(np.isfinite(value), near, np.abs(value)), value)
@@ -190,9 +191,9 @@ def test_the_random_bits_are_even_and_do_not_go_together(kind: str) -> None:
         dx = one * (kind == "gradients alike")
     elif kind == "free":
         x, dx = torch.randint(2**16, (2, 2**16), generator=g)
-    halves = [part.to(torch.int16).view(BF16) for part in (x, dx)]
+    own, slope = (part.to(torch.int16).view(BF16).float() for part in (x, dx))
     for t in (0, 1, 1000):
-        now, later = (signs_of(rounding._noise(*halves, turn)) for turn in (t, t + 1))
+        now, later = (signs_of(rounding._noise(own, slope, turn, 16)) for turn in (t, t + 1))
         assert np.abs(now.mean(0)).max() < 5 / 256
         assert np.abs(now.T @ now / 2**16 - np.eye(16)).max() < 5 / 256
         assert np.abs(now.T @ later / 2**16).max() < 5 / 256

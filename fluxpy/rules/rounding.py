@@ -59,8 +59,8 @@ class StochasticRounding(Wrapper):
     init_any = init  # the rule inside sees complex parameters in its own way
 
     def steps(self, state: Rounded, x: Tensor, dx: Any) -> Steps:
-        own = wide(x)
-        run = Run(self.rule.steps(state.state, own, None if dx is None else wide(dx)))
+        own, slope = wide(x), None if dx is None else wide(dx)
+        run = Run(self.rule.steps(state.state, own, slope))
         while run.asks is not None:
             run.tell((yield run.asks))
         inner, change = run.result
@@ -68,7 +68,7 @@ class StochasticRounding(Wrapper):
             return state._replace(state=inner), None
         if x.dtype in _FORMS:
             new = change.value if isinstance(change, Assign) else own - change
-            change = Assign(_rounded(new.float(), _noise(x, dx, state.t), x.dtype))
+            change = Assign(_rounded(new.float(), own, slope, state.t, x.dtype))
         return Rounded(state.t + 1, inner), change
 
     def evaluation(self, state: Rounded, x: Tensor) -> Tensor:
@@ -82,21 +82,21 @@ class StochasticRounding(Wrapper):
         return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))
 
 
-def _noise(x: Tensor, dx: Tensor | None, t: int) -> Tensor:
-    """16 random bits for each element: `lowbias32` [C. Wellons, hash-prospector, 2018] of the 16 bits of `x`, the 16 of
-    `dx`, and a number of the step, which no other of 2²⁴ has.
+def _noise(x: Tensor, dx: Tensor | None, t: int, lost: int) -> Tensor:
+    """As many random bits as are lost, for each element: `lowbias32` [C. Wellons, hash-prospector, 2018] of the bits of
+    `x` and `dx`, of 16 bits and now in float32, and a number of the step, which no other of 2²⁴ has.
 
     The first product, of Fibonacci hashing [Knuth], is for gradients that are like their parameters, as those of a
     square are: to `lowbias32` alone equal halves are nearly all the same. What is rounded has no part in it: where two
     ways to step differ in the last bit of that, all random bits would.
     """
-    key = x.detach().view(torch.int16).int() << 16
+    key = x.detach().view(torch.int32)  # not the 16 bits themselves, for which compiled code is not vectorised
     if dx is not None:
-        key = key | (dx.detach().view(torch.int16).int() & 0xFFFF)
-    key = key * _signed(0x9E3779B1) + t * 0x9E3779 % (1 << 24)  # below 2²⁴ a compiled step takes it as an input
-    key = (key ^ _shifted(key, 16)) * _signed(0x7FEB352D)
-    key = (key ^ _shifted(key, 15)) * _signed(0x846CA68B)
-    return (key ^ (key >> 16)) & 0xFFFF
+        key = key + _shifted(dx.detach().view(torch.int32), lost)
+    key = (key * _signed(0x9E3779B1)).add_(t * 0x9E3779 % (1 << 24))  # below 2²⁴ a kernel takes it as an input
+    key = key.bitwise_xor_(_shifted(key, 16)).mul_(_signed(0x7FEB352D))
+    key = key.bitwise_xor_(_shifted(key, 15)).mul_(_signed(0x846CA68B))
+    return key.bitwise_xor_(key >> 16).bitwise_and_((1 << lost) - 1)
 
 
 def _signed(constant: int) -> int:
@@ -106,16 +106,17 @@ def _signed(constant: int) -> int:
 
 def _shifted(bits: Tensor, places: int) -> Tensor:
     """32 bits shifted to the right, with zeros coming in."""
-    return (bits >> places) & ((1 << (32 - places)) - 1)
+    return (bits >> places).bitwise_and_((1 << (32 - places)) - 1)
 
 
-def _rounded(value: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 in `dtype`: up in size where the noise and the bits that there is no room for carry, else down."""
+def _rounded(value: Tensor, x: Tensor, dx: Tensor | None, t: int, dtype: torch.dtype) -> Tensor:
+    """A float32 in `dtype`: up in size where its bits that there is no room for and as many random ones carry, else
+    down. The noise is that of `x`, `dx` and `t`."""
     lost, scale = _FORMS[dtype]
     exact = value.detach() if scale == 1 else value.detach() * scale
-    bits = exact.view(torch.int32)
-    up = ((bits + (noise >> (16 - lost))) & -(1 << lost)).view(torch.float32)
-    near = torch.where((bits & 0x7F800000) != 0x7F800000, up, exact)  # of what is not finite, a NaN could wrap around
+    bits = _noise(x, dx, t, lost).add_(exact.view(torch.int32)).bitwise_and_(-(1 << lost))
+    near = bits.view(torch.float32)
+    near = torch.maximum(near, torch.minimum(near, exact))  # the same; but of a NaN, which may have wrapped around, NaN
     near = near if scale == 1 else near / scale
     if torch.is_grad_enabled():  # straight through; to add -0.0 changes nothing, not even -0.0
         near = value + torch.where(near == value.detach(), -0.0, near - value.detach())
