@@ -113,11 +113,12 @@ class FollowingUnit:
         self.inner.commit()
         moved = own.numbers.count > count
         t, then = self.follower.follow(t) if moved else (t, None)
-        for tensor, x in self.rows if then is not None else ():
-            old, value = tensor.read(), x.read()
-            new, becomes = then(old, value)
-            tensor.write(mask(old, new))
-            if becomes is not value:
-                x.write(mask(value, becomes))
+        if then is not None:
+            for tensor, x in self.rows:
+                old, value = tensor.read(), x.read()
+                new, becomes = then(old, value)
+                tensor.write(mask(old, new))
+                if becomes is not value:
+                    x.write(mask(value, becomes))
         parts = [*own.skeleton.parts[: self.place], HOLE, t, *own.skeleton.parts[self.place :]]
         self.cohort.advance(Skeleton(self.cohort.skeleton.spec, parts), moved)
