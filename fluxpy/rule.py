@@ -75,8 +75,9 @@ class Rule:
     # first tensor of the state; `master_for(copy, x)` brings it up to date, and the parameter becomes the rounded copy.
     keeps_master: ClassVar[bool] = False
 
-    # True for a rule around one other (`rule`) that steps as that does, and then brings an average of the parameter up
-    # to date: `follow(average, t, x)` gives both anew. Its state is (average, t, the state of `rule`).
+    # True for a rule around one other (`rule`) that steps as that does, and then looks to a tensor of its own, as an
+    # average of the parameter. Its state is (tensor, t, the state of `rule`). `follow(t)` gives t after a step, and the
+    # function that then makes (tensor, parameter) anew of both, or None where they stay.
     follows: ClassVar[bool] = False
 
     _names: ClassVar[tuple[str, ...]] = ()  # of the hyperparameters and the rules inside

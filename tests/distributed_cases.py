@@ -41,9 +41,11 @@ from fluxpy import (
     ClipGlobalNorm,
     ClipNorm,
     Descent,
+    Lowered,
     MixedPrecision,
     Momentum,
     OptimiserChain,
+    StochasticRounding,
     schedules,
 )  # fmt: skip
 from fluxpy.interop import TorchOptimizer, from_torch
@@ -281,6 +283,26 @@ def every_rule_when_sharded() -> None:
         run = Both(rule, shard)
         run.what = name
         run.step(8).check()
+
+
+def rounding_of_shards() -> None:
+    """The bits of one process, whatever the shards: those of an element hang on that alone."""
+    for rule in (Momentum(2.0**-10, 0.5), OptimiserChain(AccumGrad(2), Lowered(Momentum(2.0**-10, 0.5)))):
+        run = Both(StochasticRounding(rule), lambda model: shard(model.bfloat16()), before=lambda m: m.bfloat16())
+        g = torch.Generator().manual_seed(3)
+        for _ in range(8):
+            whole_ones = {
+                path: torch.randn(x.shape, generator=g).bfloat16()
+                for path, x in fluxpy.trainables(run.alone, path=True)
+            }
+            fluxpy.update(run.state_alone, run.alone, whole_ones)
+            grads = {
+                path: distribute_tensor(whole_ones[path], x.device_mesh, x.placements)
+                for path, x in fluxpy.trainables(run.model, path=True)
+            }
+            fluxpy.update(run.state, run.model, grads)
+        run.check(room=0.0)
+        assert run.state.head.weight.state.t == 8 // (1 + rule.accumulates)
 
 
 def norms_over_shards() -> None:
@@ -743,6 +765,7 @@ def bytes_on_each_process() -> None:
     ways = [(lambda m: DistributedDataParallel(m, gradient_as_bucket_view=True), 1), (copies, 1), (fully_shard, size)]
     rules = [(row.rule, torch.float32) for row in ROWS.values()]
     rules.append((MixedPrecision(AdamW(0.01)), torch.bfloat16))
+    rules.append((StochasticRounding(Lowered(AdamW(0.01))), torch.bfloat16))
     for rule, dtype in rules:
         for spread, share in ways:
             layers = nn.Linear(256, 64 * size, bias=False), nn.Linear(64 * size, 128 * size, bias=False)
@@ -834,6 +857,7 @@ def windows_end_and_averages_are_used() -> None:
 SPREAD = [
     every_rule_when_sharded,
     norms_over_shards,
+    rounding_of_shards,
     verbs_in_mid_run,
     accumulated,
     missing_gradients,
@@ -874,6 +898,7 @@ DDP = [
 FEW = [
     every_rule_when_sharded,
     norms_over_shards,
+    rounding_of_shards,
     verbs_in_mid_run,
     not_finite_on_one,
     losses_are_agreed_on,

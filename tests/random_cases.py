@@ -406,7 +406,9 @@ def rule_of(chance: Chance, chain: list[Member], mixed: bool) -> Rule:
     if len(rules) > 2 and chance.happens(0.2):
         rules = [fluxpy.OptimiserChain(*rules[:2]), *rules[2:]]
     rule = rules[0] if len(rules) == 1 and chance.happens(0.7) else fluxpy.OptimiserChain(*rules)
-    return fluxpy.MixedPrecision(rule, dtype=torch.float64) if mixed else rule
+    if mixed:
+        return fluxpy.MixedPrecision(rule, dtype=torch.float64)
+    return fluxpy.StochasticRounding(rule) if chance.happens(0.1) else rule  # of float64 it rounds nothing
 
 
 def random_patterns(chance: Chance, paths: list[str]) -> list[str]:

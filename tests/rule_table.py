@@ -145,6 +145,10 @@ ROWS: dict[str, Row] = {
     "Lowered": torch_row(
         fluxpy.Lowered(fluxpy.AdamW()), opt.AdamW, {**ADAM, "weight_decay": 0.3}, {"dtype": torch.float64}
     ),
+    # Of bfloat16, which alone it rounds, see tests/test_rounding.py.
+    "StochasticRounding": torch_row(
+        fluxpy.StochasticRounding(fluxpy.AdamW()), opt.AdamW, {**ADAM, "weight_decay": 0.3}
+    ),
     "Lookahead": paper_row(fluxpy.Lookahead(fluxpy.Adam()), oracles.lookahead, {**ADAM, "k": 3, "alpha": 0.8}),
     "Cautious": paper_row(fluxpy.Cautious(fluxpy.Adam()), oracles.cautious, ADAM),
     "MixedPrecision": torch_row(

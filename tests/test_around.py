@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Own, Whole, needs_compiler
+from helpers import SHAPES, Own, Run, Whole, needs_compiler, transposed, without
 from test_engine import Pair, paths_of
 
 import fluxpy
@@ -22,18 +22,20 @@ from fluxpy import (
     Momentum,
     OptimiserChain,
 )  # fmt: skip
+from fluxpy.testing.tree_promises import leaf_by_leaf
 
 CASES: dict[str, tuple[Any, set[str]]] = {
-    "lookahead": (Lookahead(Adam(0.02), k=3), {"Eager"}),
-    "lookahead, clipped inside": (Lookahead(OptimiserChain(ClipGlobalNorm(0.5), AdamW(0.02)), k=2), {"Eager"}),
-    "lookahead, gathering inside": (Lookahead(OptimiserChain(AccumGrad(2), Momentum(0.1)), k=2), {"Eager"}),
-    "lookahead in a chain": (OptimiserChain(ClipNorm(0.5), Lookahead(Momentum(0.1), k=2)), {"Eager"}),
+    "lookahead": (Lookahead(Adam(0.02), k=3), {"Following"}),
+    "lookahead, clipped inside": (Lookahead(OptimiserChain(ClipGlobalNorm(0.5), AdamW(0.02)), k=2), {"Following"}),
+    "lookahead, gathering inside": (Lookahead(OptimiserChain(AccumGrad(2), Momentum(0.1)), k=2), {"Following"}),
+    "lookahead in a chain": (OptimiserChain(ClipNorm(0.5), Lookahead(Momentum(0.1), k=2)), {"Following"}),
     "lookahead of whole arrays": (Lookahead(Whole(), k=2), set()),
     "cautious": (Cautious(Momentum(0.1)), {"Eager"}),
     "cautious in a chain": (OptimiserChain(ClipGlobalNorm(0.5), Cautious(Lion(0.1)), Descent(0.1)), {"Fused"}),
     "gathering, cautious": (OptimiserChain(AccumGrad(2), Cautious(Adam(0.01))), {"Eager"}),
     "cautious, clipped inside": (Cautious(OptimiserChain(ClipNorm(0.5), ClipGlobalNorm(0.9), Adam(0.02))), {"Eager"}),
     "cautious of whole arrays": (Cautious(Whole()), set()),
+    "lookahead of what no kernel steps": (Lookahead(Own(), k=2), {"Eager"}),
     "lookahead, cautious": (Lookahead(Cautious(Own()), k=2), {"Eager"}),
     "master": (MixedPrecision(Lookahead(Cautious(Adam(0.02)), k=3)), {"Eager"}),
 }
@@ -48,6 +50,60 @@ def test_every_path_has_the_plain_paths_numbers(rule: Any, paths: set[str], colu
     pair.both(fluxpy.freeze, "1").step(2).both(fluxpy.adjust, "0", lr=0.03).step(2).both(fluxpy.thaw).step(2)
     pair.both(fluxpy.reset, "3").both(fluxpy.adjust, lr=fluxpy.scale(0.5)).step(4)
     pair.check(1e-6 if isinstance(rule, MixedPrecision) else 1e-12)
+
+
+@pytest.mark.parametrize("layout", ["apart", "flat"])
+def test_a_kernel_and_the_slow_weights_that_follow_it(layout: str) -> None:
+    """The numbers of the rule's own `apply`, through all that happens to leaves; of a large one in pieces."""
+    rule = OptimiserChain(ClipGlobalNorm(0.5), Lookahead(AdamW(0.02), k=3, alpha=0.4))
+    shapes: dict[str, Any] = SHAPES | {"f": (300, 500), "g": (2,), "h": (1000, 2)}
+    run, plain = Run(rule, layout, shapes), Run(rule, layout, shapes)
+    for turn in range(16):
+        for one in (run, plain):
+            if turn == 3:
+                fluxpy.freeze(one.state.b)
+                fluxpy.adjust(one.state.d, lr=0.05)
+            if turn == 5:
+                fluxpy.adjust(fluxpy.thaw(one.state), k=uneven)
+            if turn == 7:
+                fluxpy.adjust(one.state.a, alpha=0.9)
+            if turn == 9:
+                fluxpy.reset(one.state.c)
+            if turn == 11:
+                one.state, one.model = fluxpy.update(one.state, one.model, one.grads(), inplace=False)
+        leaf_by_leaf(plain.state, rule)
+        change = without("e") if turn == 4 else transposed_all if turn == 6 else lambda grads: grads
+        run.step(1, change), plain.step(1, change)
+        run.equals(plain, room=1e-11)
+        assert paths_of(run.state) - {"Reference"} == {"Following"}
+    assert {run.state[name].state[1].steps for name in "bce"} != {0}
+
+
+def uneven(count: int) -> int:
+    return 2 + count % 2
+
+
+def transposed_all(grads: dict[str, Any]) -> dict[str, Any]:
+    return {name: transposed(dx) for name, dx in grads.items()}
+
+
+def test_within_a_window_only_the_kernel_runs() -> None:
+    """No pass over the slow weights, nor over the parameters."""
+    model = {str(i): torch.randn(40, 40) for i in range(20)}
+    state = fluxpy.setup(Lookahead(AdamW(0.01), k=4), model)
+    grads = {name: torch.randn(40, 40) for name in model}
+    fluxpy.update(state, model, grads)
+    plain = fluxpy.setup(AdamW(0.01), model)
+    fluxpy.update(plain, model, grads)
+    calls = [operators(lambda s=s: fluxpy.update(s, model, grads)) for s in (plain, state, state, state, plain)]
+    assert calls[0] == calls[1] == calls[2] == calls[4] and len(calls[3]) > len(calls[0])
+
+
+def operators(step: Any) -> list[str]:
+    """The names of PyTorch's operators that it calls."""
+    with torch.profiler.profile() as profile:
+        step()
+    return [event.name for event in profile.events() if event.name.startswith("aten::")]
 
 
 @needs_compiler

@@ -21,6 +21,7 @@ from fluxpy import (
     ClipGlobalNorm,
     Lion,
     OptimiserChain,
+    Rule,
     WeightDecay,
     adjust,
     freeze,
@@ -165,6 +166,34 @@ def test_leaves_with_different_clips_have_norms_of_their_own():
         adjust(state.b, max_norm=0.05)
         adjust(state.d, norm_type=1.0)
     alike(run, twin)
+
+
+class Integers(Rule):
+    """A user's rule that computes with integers, large ones too, of which no float32 may stand for any."""
+
+    lr: float = 0.01
+    elementwise = True
+
+    def init(self, x):
+        return torch.full(x.shape, 2**31 - 9, dtype=torch.int32, device=x.device), 0
+
+    def apply(self, state, x, dx):
+        seen, t = state
+        seen = (seen + 2 * t) * 0x7FEB352D - 1
+        key = torch.where(seen > 3, seen ^ (seen >> 15) & 0x1FFFF, 7 - seen) << 1
+        return (seen, t + 1), self.lr * dx * ((key & 0xFF) / 4 + 1)
+
+
+def test_integers_stay_integers():
+    """And one that is another at each step makes no kernel of its own."""
+    run, twin = both(Integers())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.step(40)
+    run.equals(twin.step(40), room=1e-12)
+    for name in SHAPES:
+        assert torch.equal(run.state[name].state[0], twin.state[name].state[0])
+    assert len(run.state["a"].state[0].unique()) == 1 and run.state["a"].state[0].dtype == torch.int32
 
 
 class Squash(ReducingRule):

@@ -169,6 +169,7 @@ WANTED: dict[str, set[str]] = {
     "lazy": set(),
     "Adafactor": set(),
     "Averaged": {"Following"},
+    "Lookahead": {"Following"},
 }
 WANTED |= {name: {"Fused"} for name in ("AccumGrad", "clip all, gather, Adam", "gather, AdamW")}
 

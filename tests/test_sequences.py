@@ -843,7 +843,8 @@ def test_sequence_compiled(seed: int, tmp_path: Path) -> None:
 def test_every_rule_takes_part() -> None:
     """By a formula in reference.py, or by lines of its own there; but for those that are compared with their oracles
     alone: nothing in them is new to the engine."""
-    own = {"ClipNorm", "ClipGlobalNorm", "AccumGrad", "OptimiserChain", "MixedPrecision", *reference.AROUND}
+    own = {"ClipNorm", "ClipGlobalNorm", "AccumGrad", "OptimiserChain", "MixedPrecision", "StochasticRounding"}
+    own |= {*reference.AROUND}
     alone = {"Adafactor", "Muon", "Prodigy"}
     assert {*ROWS} | {"Masked"} == {*reference.FORMULAS} - {"Tail", "Unit"} | own | alone
 

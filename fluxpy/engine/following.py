@@ -1,4 +1,4 @@
-"""Following units: a rule that a kernel of PyTorch's can step, and an average of the parameter that follows it.
+"""Following units: a rule that a kernel of PyTorch's can step, and a tensor beside the parameter that follows it.
 
 What steps goes its way as if nobody followed: over records of its own, which share the momenta of the leaves.
 """
@@ -40,7 +40,7 @@ def _own_key(rule: Rule) -> Any:
 
 
 class FollowingUnit:
-    """A cohort of rules that are followed: what steps, by a unit of its own, and the averages."""
+    """A cohort of rules that are followed: what steps, by a unit of its own, and the tensors that follow."""
 
     laid_out = True
 
@@ -111,9 +111,14 @@ class FollowingUnit:
         own, mask = self.inner.cohort, self.context.flag.mask
         count, t = own.numbers.count, self.cohort.skeleton.parts[self.place + 1]
         self.inner.commit()
-        moved, after = own.numbers.count > count, t
-        for average, x in self.rows if moved else ():
-            new, after = self.follower.follow(average.read(), t, x.read())
-            average.write(mask(average.buffer, new))
-        parts = [*own.skeleton.parts[: self.place], HOLE, after, *own.skeleton.parts[self.place :]]
+        moved = own.numbers.count > count
+        t, then = self.follower.follow(t) if moved else (t, None)
+        if then is not None:
+            for tensor, x in self.rows:
+                old, value = tensor.read(), x.read()
+                new, becomes = then(old, value)
+                tensor.write(mask(old, new))
+                if becomes is not value:
+                    x.write(mask(value, becomes))
+        parts = [*own.skeleton.parts[: self.place], HOLE, t, *own.skeleton.parts[self.place :]]
         self.cohort.advance(Skeleton(self.cohort.skeleton.spec, parts), moved)

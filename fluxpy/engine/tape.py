@@ -33,7 +33,7 @@ class Line(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A result by its line (inputs come first), or a number."""
+    """A "result" by its line (inputs come first), or a "number"; a "whole" one stays an integer."""
 
     kind: str
     at: int
@@ -54,22 +54,29 @@ class Tape:
         return [Traced(self, i) for i in range(len(self.given))]
 
     def record(self, call: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]) -> "Traced":
-        free = getattr(call, "__name__", "").strip("_") in _TAKES_TENSORS
-        placed = tuple(self.place(v, free) for v in args)
-        self.lines.append(Line(call, placed, tuple((k, self.place(v, free)) for k, v in options.items())))
+        kind = None
+        if getattr(call, "__name__", "").strip("_") in _TAKES_TENSORS:
+            kind = "whole" if int in map(type, args) and self._all_whole(args) else "number"
+        placed = tuple(self.place(v, kind) for v in args)
+        self.lines.append(Line(call, placed, tuple((k, self.place(v, kind)) for k, v in options.items())))
         self.examples.append(None)
         return Traced(self, len(self.examples) - 1)
 
-    def place(self, v: Any, free: bool) -> Any:
-        """A value as it stands in a line; a number, where a 0-dim tensor may be in its place, by its place."""
+    def _all_whole(self, args: Sequence[Any]) -> bool:
+        """Whether the tensors among these are of integers, which a number as a float would make floats."""
+        dtypes = [self.example(v.index).dtype for v in args if isinstance(v, Traced)]
+        return not any(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
+
+    def place(self, v: Any, kind: str | None) -> Any:
+        """A value as it stands in a line; a number, where a 0-dim tensor may be in its place, by its place and kind."""
         if isinstance(v, Traced):
             return Place("result", v.index)
         if isinstance(v, tuple | list):
-            return tuple(self.place(x, free) for x in v)
-        if free and type(v) in (float, int):
-            self.numbers.append(float(v))
-            return Place("number", len(self.numbers) - 1)
-        return v
+            return tuple(self.place(x, kind) for x in v)
+        if kind is None or type(v) not in (float, int) or (kind == "whole" and abs(v) > 1 << 24):
+            return v  # a larger one is another in float32, in which a kernel may be given it
+        self.numbers.append(float(v))
+        return Place(kind if type(v) is int else "number", len(self.numbers) - 1)
 
     def live(self, outputs: Sequence[int]) -> tuple[Line | None, ...]:
         """The lines that these results need; None in place of the others."""
@@ -214,6 +221,8 @@ def _places(v: Any) -> Iterator[Place]:
 
 def run_line(line: Line, numbers: Any, result: Callable[[int], Tensor]) -> Tensor:
     def value(v: Any) -> Any:
+        if isinstance(v, Place) and v.kind == "whole":
+            return numbers[v.at].long() if isinstance(numbers, Tensor) else int(numbers[v.at])
         if isinstance(v, Place):
             return result(v.at) if v.kind == "result" else numbers[v.at]
         return tuple(map(value, v)) if type(v) is tuple else v
@@ -264,5 +273,5 @@ def _operator(name: str) -> Any:
 _BINARY = "add sub mul truediv pow floordiv mod"
 for _name in [f"__{n}__" for n in _BINARY.split()] + [f"__r{n}__" for n in _BINARY.split() if n != "truediv"]:
     setattr(Traced, _name, _operator(_name))
-for _name in ["neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "invert"]:
+for _name in ["neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "invert", "lshift", "rshift"]:
     setattr(Traced, f"__{_name}__", _operator(f"__{_name}__"))

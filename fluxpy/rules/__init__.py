@@ -17,6 +17,7 @@ from .descent import Descent, Momentum, Nesterov
 from .lowered import Lowered
 from .muon import Muon
 from .prodigy import Prodigy
+from .rounding import StochasticRounding
 from .schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from .sign import Lion, Rprop
 from .wrap import AccumGrad, Averaged, MixedPrecision, OptimiserChain
@@ -58,5 +59,6 @@ __all__ = [
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
     "SignDecay",
+    "StochasticRounding",
     "WeightDecay",
 ]

@@ -38,7 +38,7 @@ class Lookahead(Wrapper):
     _: KW_ONLY
     k: Hyper = hyper(default=6, allowed="1, 2, ...")
     alpha: Hyper = hyper(default=0.5, allowed="[0, 1]")
-    delegates = assigns = True
+    delegates = follows = assigns = True
     accumulates = inner_accumulates
 
     def __post_init__(self) -> None:
@@ -59,11 +59,20 @@ class Lookahead(Wrapper):
         while run.asks is not None:
             run.tell((yield run.asks))
         inner, change = run.result
-        if change is None or state.steps + 1 < self.k:
-            return Slow(state.slow, state.steps + (change is not None), inner), change
-        fast = change.value if isinstance(change, Assign) else x - change
-        slow = average(1 - self.alpha, state.slow, real(fast))
-        return Slow(slow, 0, inner), Assign(like(slow, x))
+        if change is None:
+            return state._replace(state=inner), None
+        steps, then = self.follow(state.steps)
+        if then is None:
+            return Slow(state.slow, steps, inner), change
+        slow, _ = then(state.slow, real(change.value if isinstance(change, Assign) else x - change))
+        return Slow(slow, steps, inner), Assign(like(slow, x))
+
+    def follow(self, t: int) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None]:
+        return (t + 1, None) if t + 1 < self.k else (0, self._meet)
+
+    def _meet(self, slow: Tensor, fast: Tensor) -> tuple[Tensor, Tensor]:
+        slow = average(1 - self.alpha, slow, fast)
+        return slow, slow
 
     def evaluation(self, state: Slow, x: Tensor) -> Tensor:
         """The weights to evaluate with: the slow ones."""

@@ -21,6 +21,8 @@ class Wrapper(Rule):
 
     # True for one that says what the parameter becomes, so that nothing can come after it in a chain.
     assigns: ClassVar[bool] = False
+    # Why nothing may go around it, for one that must see the parameter itself.
+    outermost: ClassVar[str] = ""
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         return run_alone(self, state, x, dx)
@@ -71,17 +73,27 @@ def _names(wrapper: Wrapper) -> dict[str, list[Any]]:
 
 
 def refuse_inner(wrapper: Wrapper, rule: Any) -> None:
-    """TypeError for what is no rule inside a wrapper, ValueError for a master copy or evaluation weights there."""
+    """TypeError for what is no rule inside a wrapper, ValueError for what must be outermost or has evaluation weights
+    there."""
+    refuse_outermost(wrapper, rule)
+    if rule.evaluates:
+        name = type(wrapper).__name__
+        raise ValueError(f"{name}: {rule!r} has weights of its own to evaluate with, which {name} would pass over")
+
+
+def refuse_outermost(wrapper: Wrapper, rule: Any, form: str = "{}") -> None:
+    """TypeError for what is no rule inside a wrapper, ValueError for what must be outermost there. `form` is how it
+    stands among the arguments of the wrapper."""
     name = type(wrapper).__name__
     if not isinstance(rule, Rule):
         raise TypeError(f"{name} takes a rule, but got {rule!r}")
-    if any(isinstance(inner, MixedPrecision) for inner in walk(rule)):
-        raise ValueError(
-            f"MixedPrecision must be outermost, since it replaces the parameter by its master copy: "
-            f"write MixedPrecision({name}(...)), not {name}(MixedPrecision(...))"
-        )
-    if rule.evaluates:
-        raise ValueError(f"{name}: {rule!r} has weights of its own to evaluate with, which {name} would pass over")
+    for inner in walk(rule):
+        if isinstance(inner, Wrapper) and inner.outermost:
+            own = type(inner).__name__
+            way = f"write {own}({name}(...)), not {name}({form.format(own + '(...)')})"
+            if wrapper.outermost:
+                way = f"so must {name}, since {wrapper.outermost}: take one of them"
+            raise ValueError(f"{own} must be outermost, since {inner.outermost}: {way}")
 
 
 class OptimiserChain(Wrapper):
@@ -111,11 +123,7 @@ class OptimiserChain(Wrapper):
                 raise TypeError("OptimiserChain takes rules one by one: write OptimiserChain(*rules)")
             if not isinstance(rule, Rule):
                 raise TypeError(f"OptimiserChain takes rules, but number {i} is {named(rule)}")
-            if any(isinstance(inner, MixedPrecision) for inner in walk(rule)):
-                raise ValueError(
-                    "MixedPrecision must be outermost, since it replaces the parameter by its master copy: "
-                    "write MixedPrecision(OptimiserChain(...)), not OptimiserChain(..., MixedPrecision(...))"
-                )
+            refuse_outermost(self, rule, "..., {}")
             last = [type(r).__name__ for r in walk(rule) if isinstance(r, Wrapper) and r.assigns]
             if last and i + 1 < len(self.rules):
                 raise ValueError(
@@ -248,14 +256,12 @@ class MixedPrecision(Wrapper):
     _: KW_ONLY
     dtype: torch.dtype = hyper(default=torch.float32, fixed=True)
     delegates = keeps_master = assigns = True
+    outermost = "it replaces the parameter by its master copy"
     accumulates, evaluates = inner_accumulates, inner_evaluates
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.rule, Rule):
-            raise TypeError(f"MixedPrecision takes a rule, but got {self.rule!r}")
-        if any(isinstance(inner, MixedPrecision) for inner in walk(self.rule)):
-            raise ValueError("MixedPrecision must be outermost: there can be only one master copy")
+        refuse_outermost(self, self.rule)
         if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise ValueError(f"MixedPrecision: dtype={self.dtype!r} is not allowed; it must be a floating-point dtype")
 
@@ -339,12 +345,13 @@ class Averaged(Wrapper):
         inner, change = run.result
         if change is None:
             return state._replace(state=inner), None
-        new = real(change.value if isinstance(change, Assign) else x - change)
-        return Average(*self.follow(state.x, state.t, new), inner), change
+        t, then = self.follow(state.t)
+        new, _ = then(state.x, real(change.value if isinstance(change, Assign) else x - change))
+        return Average(new, t, inner), change
 
-    def follow(self, old: Tensor, t: int, x: Tensor) -> tuple[Tensor, int]:
-        """The average with one more step in it, and of how many it is then."""
-        return average(self.decay if t else 0.0, old, x if x.dtype == old.dtype else x.to(old.dtype)), t + 1
+    def follow(self, t: int) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+        decay = self.decay if t else 0.0
+        return t + 1, lambda old, x: (average(decay, old, x if x.dtype == old.dtype else x.to(old.dtype)), x)
 
     def evaluation(self, state: Average, x: Tensor) -> Tensor:
         value = state.x.to(real(x).dtype)
