@@ -21,7 +21,7 @@ def unwrap(module: Any) -> Any:
     """The module inside `torch.compile`, DataParallel, DistributedDataParallel and a wrapper that checkpoints
     activations: they are no part of a path."""
     while isinstance(module, nn.Module):
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if isinstance(module, _WRAPPERS):
             module = module.module
         elif "_orig_mod" in module._modules:  # torch.compile; its class lives in a module that is slow to import
             module = module._orig_mod
@@ -30,6 +30,10 @@ def unwrap(module: Any) -> Any:
         else:
             break
     return module
+
+
+_WRAPPERS = nn.DataParallel, nn.parallel.DistributedDataParallel
+_SEQUENCES = nn.Sequential, nn.ModuleList, nn.ParameterList
 
 
 def fsdp_module() -> Any:
@@ -57,7 +61,7 @@ def level(x: Any) -> Level | None:
     """The children of a container; None of anything else."""
     if isinstance(x, nn.Module):
         put_back(x)
-        sequence = isinstance(x, nn.Sequential | nn.ModuleList | nn.ParameterList)
+        sequence = isinstance(x, _SEQUENCES)
         # A sequence with parameters of its own keeps the positions of its layers.
         inside = {**x._modules, **x._parameters} if sequence else {**x._parameters, **x._modules}
         return Level("sequence" if sequence else "record", tuple(inside), list(inside.values()))
