@@ -27,7 +27,7 @@ from .rule import Rule, at, hyperparameters, rule_key, title_key
 from .rule import walk as walk_rule
 from .show import describe_tree, table, tree_as_html
 from .text import OF_STATES, WORDS, form, near
-from .tree import Mirror, TreeSpec, check_model, relaid, respec, rooted, spec_of, values_of, walk
+from .tree import Mirror, TreeSpec, check_model, explore, relaid, respec, rooted, spec_of, values_of, walk
 
 AnyState = TypeVar("AnyState", bound="State | Leaf")
 Rules: TypeAlias = Rule | Mapping[str, Rule | None]  # one rule, or rules by glob patterns over paths
@@ -182,7 +182,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
         raise TypeError("the rule comes first: setup(rule, model)")
     if isinstance(model, State | Leaf):
         raise TypeError("setup takes the model, not a state; to take a state over: setup(rule, model, keep=state)")
-    spec, params = walk(model)
+    walked = spec, params, _ = explore(model)
     if not params:
         check_model(model, "setup(rule, model)")
         warnings.warn("setup found no parameters in this model", stacklevel=2)
@@ -216,6 +216,8 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
         )
     if taken and keep is not None:
         _warn_of_new_tensors(keep, kept, taken, params)
+    if isinstance(model, nn.Module) and not (context.spread or is_compiling()):
+        bindings.add(id(spec), spec, model, records_of(leaves), walked)  # so that the first update need not walk again
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
 
 

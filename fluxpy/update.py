@@ -72,8 +72,9 @@ def update(state: AnyState, model: Model, grads: Any = None, *, inplace: bool = 
 
 def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
     """`update` in place of a model whose parameters are known."""
-    if grads is None and binding.parallel is not None and binding.parallel.replicas:  # what a backward pass left
-        binding.parallel.require_averages([not record.frozen for record in binding.records])
+    parallel = binding.parallel
+    if grads is None and parallel is not None and parallel.replicas:  # what a backward pass left
+        parallel.require_averages([not record.frozen for record in binding.records])
     found = in_order(binding, grads)
     if binding.unasked:
         binding.look_at_flags()
