@@ -10,6 +10,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
 NAMESPACE = "fluxpy"
+PLAIN = Tensor, nn.Parameter  # classes of tensors that keep nothing back
 
 
 def is_parameter(x: Any) -> bool:

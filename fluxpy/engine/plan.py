@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..begin import begin
 from ..context import Context
 from ..distributed.gathered import GatheredUnit
 from ..distributed.totals import Totals
 from ..leaf import Record, miss_update
-from ..pytree import HOLE, Skeleton, is_wrapped
+from ..pytree import HOLE, PLAIN, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
 from . import following, fused, fused_kernels
 from .cohort import Cohort, Member, arranged, fits_stacked, is_number, packed_form, real_view
@@ -32,7 +32,6 @@ from .tape import is_arithmetic, keeps_numbers
 
 _MOST_ROUTES = 32  # kept of one plan
 _LEAST_STACK = 8  # leaves: fewer are as fast one by one as by vmap
-_PLAIN = torch.Tensor, nn.Parameter
 _place = attrgetter("place")
 
 
@@ -265,10 +264,10 @@ class Plan:
         alone: list[Member] = []
         stacks: dict[Any, list[Member]] = {}
         ways: dict[Any, str | None] = {}
+        self._begin(grads)
         for place, (record, x, path, dx) in enumerate(zip(self.records, self.params, self.paths, grads, strict=True)):
             if not record.takes_part(dx):
                 continue
-            self._begin(record, x, path)
             member = Member(record, x, place, path)
             kind = None if record.needs_whole else self._kind(record, x, dx, ways)
             if kind is None or (dx is None and kind == "compiled"):
@@ -288,12 +287,13 @@ class Plan:
         kind = GatheredUnit if member.record.needs_whole else ReferenceUnit
         return kind(*member, self.context)
 
-    def _begin(self, record: Record, x: Tensor, path: str) -> None:
-        if record.tensors is not None:
-            return
-        self.begun.append((record, record.numbers, record.pending))
+    def _begin(self, grads: Sequence[Any]) -> None:
+        """Make states for the leaves that step and have none."""
+        every = zip(self.records, self.params, self.paths, grads, strict=True)
+        new = [(r, x, path) for r, x, path, dx in every if r.tensors is None and r.takes_part(dx)]
+        self.begun += [(record, record.numbers, record.pending) for record, _, _ in new]
         try:
-            record.begin(x, path)
+            begin(new)
         except BaseException:
             self.forget_begun()
             raise
@@ -303,7 +303,7 @@ class Plan:
         remembers what hangs on the rule and the dtypes alone."""
         rule, tensors = record.rule, record.tensors
         assert rule is not None and tensors is not None
-        if type(x) not in _PLAIN or (dx is not None and type(dx) not in _PLAIN):
+        if type(x) not in PLAIN or (dx is not None and type(dx) not in PLAIN):
             return None
         if not x.numel() or x.is_meta or is_wrapped(x):
             return None
