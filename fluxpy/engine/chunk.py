@@ -9,7 +9,7 @@ from torch import Tensor
 from ..pytree import memory
 from ..rule import Steps
 from .cohort import LEAST_RUN, Cohort
-from .layout import NumberRow, Row, Scratch, adjacent, copy_all, flat_view, views_like
+from .layout import NumberRow, Row, Scratch, adjacent, copy_all, flat_view, runs, views_like
 
 
 class Chunk:
@@ -97,16 +97,8 @@ def runs_of(cohort: Cohort, low: int, high: int) -> list[tuple[int, int]] | None
     """The neighbours of one shape and layout, where such runs are long; else None."""
     if cohort.params[low].is_complex():
         return None
-    runs: list[tuple[int, int]] = []
-    last: Any = None
-    for i in range(low, high):
-        form = cohort.reals[i].shape, cohort.reals[i].stride()
-        if form == last:
-            runs[-1] = runs[-1][0], i + 1
-        else:
-            runs.append((i, i + 1))
-            last = form
-    return runs if LEAST_RUN * len(runs) <= high - low else None
+    found = [(low + start, low + end) for start, end in runs(cohort.reals[low:high])]
+    return found if LEAST_RUN * len(found) <= high - low else None
 
 
 def shaped_like(flat: Tensor, x: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class Cohort:
         self.params = [member.x for member in members]
         self.places = [member.place for member in members]
         self.paths = [member.path for member in members]
-        self.sizes = [x.numel() * (2 if x.is_complex() else 1) for x in self.params]
+        parts = 2 if self.params[0].is_complex() else 1
+        self.sizes = [x.numel() * parts for x in self.params]
         self.numbers: Numbers = self.records[0].numbers.copy()
         self.numbers.fresh = all(record.numbers.fresh for record in self.records)
         columns = [record.tensors or [] for record in self.records]
@@ -139,9 +140,12 @@ def arranged(members: Sequence[Member]) -> list[Member]:
     ordered = sorted(members, key=attrgetter("place"))
     rule, first = ordered[0].record.rule, [real_view(member.x) for member in ordered[:2]]
     if rule is not None and reducing(rule) and len(first) > 1 and adjacent(first) is None:
-        forms = {member.place: (member.x.numel(), member.x.shape, member.x.stride()) for member in ordered}
-        if LEAST_RUN * len({*forms.values()}) <= len(ordered):
-            ordered.sort(key=lambda member: forms[member.place])
+        forms: dict[Any, list[Member]] = {}
+        for member in ordered:
+            x = member.x
+            forms.setdefault((x.numel(), x.shape, x.stride()), []).append(member)
+        if LEAST_RUN * len(forms) <= len(ordered):
+            return [member for form in sorted(forms) for member in forms[form]]
     return ordered
 
 

@@ -35,9 +35,10 @@ def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
     first = tensors[0]
     if len(tensors) == 1:
         return flat_view(first)
-    pointers, width = addresses(tensors), first.element_size()
-    if pointers[0] + first.numel() * width != pointers[1]:
+    width = first.element_size()
+    if first.data_ptr() + first.numel() * width != tensors[1].data_ptr():
         return None
+    pointers = addresses(tensors)
     sizes = [t.numel() for t in tensors]
     ends = [*accumulate(sizes, initial=0)]
     if pointers != [pointers[0] + end * width for end in ends[:-1]]:
@@ -92,17 +93,36 @@ def extent(t: Tensor) -> int:
     return (last + 1) * t.element_size()
 
 
+def runs(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """The neighbours of one shape and strides, each from the first to behind the last."""
+    forms = [(t.shape, t.stride()) for t in tensors]
+    starts = [i for i, form in enumerate(forms) if not i or form != forms[i - 1]]
+    return [*zip(starts, [*starts[1:], len(forms)], strict=True)]
+
+
+def stacks(flat: Tensor, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+    """For neighbours of one shape and strides their part of a long tensor, as a stack of such; and those neighbours."""
+    start = flat.storage_offset()
+    for low, high in runs(tensors):
+        first, many = tensors[low], high - low
+        size = first.numel()
+        yield flat.as_strided((many, *first.shape), (size, *first.stride()), start), tensors[low:high]
+        start += many * size
+
+
 def views_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Parts of a long tensor, in the shapes and strides of others."""
-    starts = accumulate([t.numel() for t in tensors[:-1]], initial=flat.storage_offset())
-    return [flat.as_strided(t.shape, t.stride(), start) for t, start in zip(tensors, starts, strict=True)]
+    return [view for stack, _ in stacks(flat, tensors) for view in stack.unbind()]
 
 
 def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies that are adjacent; the tensors themselves where they are already."""
     if adjacent(tensors) is not None:
         return list(tensors)
-    return views_like(torch.cat([flat_view(t) for t in tensors]), tensors)
+    found: list[Tensor] = []
+    for stack, same in stacks(tensors[0].new_empty(sum(t.numel() for t in tensors)), tensors):
+        found += torch.stack(same, out=stack).unbind()
+    return found
 
 
 def chunks_of(sizes: Sequence[int], split: bool, breaks: Collection[int] = ()) -> Iterator[tuple[int, int, int, int]]:
@@ -142,19 +162,26 @@ class Row:
     into scratch memory and written back. `shown` is what a rule sees: flat, unless somebody says otherwise.
     """
 
-    __slots__ = ("buffer", "flat", "shown", "tensors", "views")
+    __slots__ = ("_views", "buffer", "flat", "shown", "tensors")
 
     def __init__(self, tensors: list[Tensor], scratch: Scratch, role: Any, start: int = 0, size: int = -1) -> None:
         self.tensors = tensors
         self.flat = adjacent(tensors)
         if self.flat is not None:
             self.flat = self.flat if size < 0 else self.flat[start : start + size]
-            self.buffer, self.views = self.flat, tensors
+            self.buffer = self.flat
         else:
             first, total = tensors[0], sum(t.numel() for t in tensors)
             self.buffer = scratch.take(role, first.dtype, first.device, total)
-            self.views = views_like(self.buffer, tensors)
-        self.shown = self.buffer
+        self.shown: Tensor = self.buffer
+        self._views: list[Tensor] | None = None
+
+    @property
+    def views(self) -> list[Tensor]:
+        """The parts of the scratch memory, made when they are first used: a kernel may never gather."""
+        if self._views is None:
+            self._views = views_like(self.buffer, self.tensors)
+        return self._views
 
     def show_as(self, shape: tuple[int, ...]) -> None:
         """Let rules see it in this shape."""
@@ -199,8 +226,8 @@ class NumberRow(Row):
         else:
             self.flat, first = None, tensors[0]
             self.buffer = scratch.take((role, "spread"), first.dtype, first.device, sum(sizes))
-            self.shown, self.views = self.buffer, list(self.buffer.split(sizes))
-            self.firsts = [view[0] for view in self.views]
+            self.shown, self._views = self.buffer, list(self.buffer.split(sizes))
+            self.firsts = [view[0] for view in self._views]
 
     def numbers(self) -> Tensor:
         """The number of each leaf."""

@@ -20,7 +20,7 @@ from ..leaf import Record, miss_update
 from ..pytree import HOLE, PLAIN, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
 from . import following, fused, fused_kernels
-from .cohort import Cohort, Member, arranged, fits_stacked, is_number, packed_form, real_view
+from .cohort import Cohort, Member, arranged, fits_stacked, packed_form, real_view
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
 from .layout import Extents, addresses, extent
@@ -143,7 +143,7 @@ class Plan:
         if here != self.addresses:
             self._renew()
             self.addresses = here
-        members, kinds, alone = self._members(grads)
+        members, statics, alone = self._members(grads)
         live = {member.place for member in members}
         self._leave_out({unit.place for unit in alone})
         for present in (True, False):
@@ -151,7 +151,7 @@ class Plan:
         assigned = {place for cohort in self.cohorts for place in cohort.places}
         cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
         if live - assigned or _has_twins(_alike_but_for_numbers(cohorts)):
-            self._regroup(members, kinds, grads)
+            self._regroup(members, statics)
             cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
         if len(self.routes) >= _MOST_ROUTES:
             self.routes.clear()
@@ -256,32 +256,32 @@ class Plan:
 
     # --- Grouping -----------------------------------------------------------------------------------------------------
 
-    def _members(self, grads: Sequence[Any]) -> tuple[list[Member], dict[int, str], list[ReferenceUnit]]:
-        """The leaves that step in cohorts, how each can be stepped by its place, and the units of those that step
-        alone."""
+    def _members(self, grads: Sequence[Any]) -> tuple[list[Member], dict[int, Any], list[ReferenceUnit]]:
+        """The leaves that step in cohorts, what they must have in common but numbers by their places, and the units of
+        those that step alone."""
         members: list[Member] = []
-        kinds: dict[int, str] = {}
+        statics: dict[int, Any] = {}
         alone: list[Member] = []
         stacks: dict[Any, list[Member]] = {}
-        ways: dict[Any, str | None] = {}
+        known: dict[Any, Any] = {}
         self._begin(grads)
         for place, (record, x, path, dx) in enumerate(zip(self.records, self.params, self.paths, grads, strict=True)):
             if not record.takes_part(dx):
                 continue
             member = Member(record, x, place, path)
-            kind = None if record.needs_whole else self._kind(record, x, dx, ways)
-            if kind is None or (dx is None and kind == "compiled"):
+            static = None if record.needs_whole else self._static(record, x, dx, known)
+            if static is None or (dx is None and static[0] == "compiled"):
                 alone.append(member)
                 continue
-            kinds[place] = kind
-            if kind == "stack":
+            statics[place] = static
+            if static[0] == "stack":
                 stacks.setdefault((x.shape, x.dtype, id(record.rule), dx is None), []).append(member)
             else:
                 members.append(member)
         for stack in stacks.values():
             (members if len(stack) >= _LEAST_STACK else alone).extend(stack)
         members.sort(key=_place)
-        return members, kinds, [self._alone(member) for member in sorted(alone, key=_place)]
+        return members, statics, [self._alone(member) for member in sorted(alone, key=_place)]
 
     def _alone(self, member: Member) -> ReferenceUnit:
         kind = GatheredUnit if member.record.needs_whole else ReferenceUnit
@@ -298,25 +298,29 @@ class Plan:
             self.forget_begun()
             raise
 
-    def _kind(self, record: Record, x: Tensor, dx: Tensor | None, ways: dict[Any, str | None]) -> str | None:
-        """How a leaf can be stepped: "compiled", "fused", "following", "eager", "stack", or None: by itself. `ways`
-        remembers what hangs on the rule and the dtypes alone."""
-        rule, tensors = record.rule, record.tensors
-        assert rule is not None and tensors is not None
+    def _static(self, record: Record, x: Tensor, dx: Tensor | None, known: dict[Any, Any]) -> Any:
+        """What leaves must have in common with this one to go together, but for numbers. First how they are stepped:
+        "compiled", "fused", "following", "eager" or "stack". None of one that steps by itself. `known` remembers what
+        hangs on the rule and the dtypes alone."""
+        rule, tensors, skeleton = record.rule, record.tensors, record.numbers.skeleton
+        assert rule is not None and tensors is not None and skeleton is not None
         if type(x) not in PLAIN or (dx is not None and type(dx) not in PLAIN):
             return None
-        if not x.numel() or x.is_meta or is_wrapped(x):
+        if not x.numel() or x.is_meta or x.is_conj() or is_wrapped(x):
             return None
         form = packed_form(x, tensors)
-        key = id(rule), x.dtype, x.device, x.numel() > 1, tuple([t.dtype for t in tensors]), form
-        if key not in ways:
-            ways[key] = self._way(record, rule, x, form)
-        way = ways[key]
-        if way == "stack":
-            # In a stack, a number of each leaf does not broadcast as an elementwise rule in a chain wants it.
-            numbers = rule.delegates and not all(t.ndim for t in tensors)
-            return "stack" if fits_stacked(x, tensors) and not numbers else None
-        return None if x.is_complex() and x.is_conj() else way
+        dtypes = tuple([t.dtype for t in tensors])
+        key = id(rule), x.dtype, x.device, x.numel() > 1, dtypes, form, id(skeleton.spec), dx is None
+        if key not in known:
+            way = self._way(record, rule, x, form)
+            shared = way and _rule_key(way, rule, self.context), dx is not None, x.dtype, x.device, skeleton.spec
+            known[key] = None if way is None else (way, *shared, dtypes, form)
+        static = known[key]
+        if static is None or static[0] != "stack":
+            return static
+        # In a stack, a number of each leaf does not broadcast as an elementwise rule in a chain wants it.
+        numbers = rule.delegates and not all(t.ndim for t in tensors)
+        return (*static, x.shape, *[t.shape for t in tensors]) if fits_stacked(x, tensors) and not numbers else None
 
     def _way(self, record: Record, rule: Rule, x: Tensor, form: tuple[bool, ...] | None) -> str | None:
         """How leaves of this rule, like `x`, can be stepped; `form` says which tensors of the state are numbers, where
@@ -338,20 +342,17 @@ class Plan:
         front = kernel != "eager" and fused_kernels.has_front(rule if kernel == "fused" else following.stepper(rule))
         return "eager" if front and not is_arithmetic(record, real_view(x), self.context) else kernel
 
-    def _regroup(self, members: list[Member], kinds: dict[int, str], grads: Sequence[Any]) -> None:
+    def _regroup(self, members: list[Member], statics: dict[int, Any]) -> None:
         """Make cohorts of all leaves that step, so that those which became alike go together again."""
         live = {member.place for member in members}
         for cohort in [cohort for cohort in self.cohorts if cohort.places[0] in live]:
             self._drop(cohort)
-        buckets: dict[Any, list[Member]] = {}
-        keys: dict[Any, Any] = {}
+        same: dict[tuple[int, int], list[Member]] = {}  # which is cheaper to tell than what is equal
         for member in members:
-            record, kind = member.record, kinds[member.place]
-            rule = keys.get((kind, id(record.rule)))
-            if rule is None:
-                rule = keys[kind, id(record.rule)] = _rule_key(kind, record.rule, self.context)
-            static = kind, rule, grads[member.place] is not None, *_tensor_key(kind, record, member.x)
-            buckets.setdefault((static, *_numbers_key(record)), []).append(member)
+            same.setdefault((id(statics[member.place]), id(member.record.numbers)), []).append(member)
+        buckets: dict[Any, list[Member]] = {}
+        for found in same.values():
+            buckets.setdefault((statics[found[0].place], *_numbers_key(found[0].record)), []).extend(found)
         for (static, *_), found in buckets.items():
             self.add(arranged(found), static)
 
@@ -416,15 +417,6 @@ def _rule_key(kind: str | None, rule: Any, context: Context) -> Any:
     if kind == "following":
         return following.bucket_key(rule)
     return compiled_key(rule, context) if kind == "compiled" else rule_key(rule)
-
-
-def _tensor_key(kind: str | None, record: Record, x: Tensor) -> Any:
-    """What leaves must have in common besides their rules and numbers."""
-    skeleton, tensors = record.numbers.skeleton, record.tensors or ()
-    assert skeleton is not None
-    shapes = (x.shape, *[t.shape for t in tensors]) if kind == "stack" else None
-    forms = tuple([(t.dtype, is_number(t, x)) for t in tensors])
-    return x.dtype, x.device, skeleton.spec, forms, shapes
 
 
 def _numbers_key(record: Record) -> Any:
