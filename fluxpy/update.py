@@ -7,6 +7,7 @@ plan. Where one may differentiate through it, it runs the reference path: each r
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from .engine.reference import ReferenceUnit
 from .engine.step import FallBack, Unit, run_to_results
 from .grads import in_order
 from .leaf import Leaf, Record, miss_update
-from .pytree import is_transforming, is_unseen, is_wrapped, memory, unwritable
+from .pytree import is_transforming, is_wrapped, memory, unwritable
 from .rebuild import Copies, as_parameter, like_parameter, rebuild
 from .rule import Rule, tensors_of
 from .state import AnyState, State, bind, shape_of, tree_context
@@ -366,18 +367,19 @@ def _watch_history(binding: Binding, fork: Context) -> None:
 
 def _check(binding: Binding, grads: Sequence[Any], inplace: bool) -> None:
     """ValueError, with the path, for a parameter or gradient that does not fit the state."""
+    unseen = torch.compiler.is_compiling() or any(map(is_wrapped, binding.local))
     for record, x, path, dx in zip(binding.records, binding.local, binding.paths, grads, strict=True):
         _check_one(path, record, x, dx)
-        if inplace and unwritable(x):
+        if inplace and (unseen or x.is_inference() or not x.is_contiguous()) and unwritable(x):
             raise ValueError(
                 f"{path!r} cannot be written in place (expanded, or made in inference mode); clone it first"
             )
-    if not any(map(is_unseen, binding.local)):
+    if not unseen:
         _check_overlap(binding)
 
 
 def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
-    if (x.shape, x.dtype) != (record.local_shape, record.dtype):
+    if x.shape != record.local_shape or x.dtype != record.dtype:
         raise ValueError(
             f"the model does not fit the state: {path!r} was {form(record.shape, record.dtype)} at setup and is now "
             f"{form(x.shape, x.dtype)}; after model.to(...) write fluxpy.follow(state, model), else call setup again"
@@ -388,13 +390,14 @@ def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
         raise ValueError(f"the gradient of {path!r} must be a tensor or None, but got {type(dx).__name__}")
     if dx.layout != torch.strided:
         raise ValueError(f"the gradient of {path!r} is sparse ({dx.layout}); pass grad.to_dense()")
-    if (dx.shape, dx.dtype, dx.device) != (x.shape, x.dtype, x.device):
+    device = x.device
+    if dx.shape != x.shape or dx.dtype != x.dtype or dx.device != device:
         raise ValueError(
             f"the gradient of {path!r} does not fit: the parameter is {form(x.shape, x.dtype)} on {x.device}, "
             f"the gradient {form(dx.shape, dx.dtype)} on {dx.device}"
         )
     for t in record.tensors or ():
-        if t.device != x.device and t.ndim:
+        if t.device != device and t.ndim:
             raise ValueError(
                 f"the momenta of {path!r} are on {t.device}, the parameter on {x.device}: after model.to(...) write "
                 "fluxpy.follow(state, model)"
@@ -406,7 +409,7 @@ def _check_overlap(binding: Binding) -> None:
     ends: dict[torch.device, tuple[int, str]] = {}
     pairs = zip(binding.local, binding.paths, strict=True)
     found = [(x.data_ptr(), x, path) for x, path in pairs if x.numel() and not x.is_meta]
-    for start, x, path in sorted(found, key=lambda entry: entry[0]):
+    for start, x, path in sorted(found, key=itemgetter(0)):
         end, other = ends.get(x.device, (0, ""))
         if start < end:
             raise ValueError(

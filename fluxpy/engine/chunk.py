@@ -9,7 +9,7 @@ from torch import Tensor
 from ..pytree import memory
 from ..rule import Steps
 from .cohort import LEAST_RUN, Cohort
-from .layout import NumberRow, Row, Scratch, adjacent, copy_all, flat_view, runs, views_like
+from .layout import NumberRow, Row, Runs, Scratch, adjacent, copy_all, flat_view, runs, views_like
 
 
 class Chunk:
@@ -28,6 +28,7 @@ class Chunk:
     ) -> None:
         self.low, self.high, self.start = low, high, start
         reals = cohort.reals[low:high]
+        where = runs(reals)
         self.size = size if size >= 0 else sum(cohort.sizes[low:high])
         self.stacked, self.shape = stack, (high - low, *reals[0].shape) if stack else (self.size,)
         self.gathers = high - low > 1
@@ -39,12 +40,12 @@ class Chunk:
         if self.gathers:
             first = reals[0]
             self.dx = scratch.take("dx", first.dtype, first.device, self.size)
-            self.dx_views = views_like(self.dx, reals)
+            self.dx_views = views_like(self.dx, reals, where)
         self.written = {memory(row.buffer) for row in (self.x, *self.momenta)}
         self.scratch = scratch
         self.asked: tuple[Tensor, list[Tensor]] | None = None  # a value that a total is asked for, and its leaves
         self.sizes: Tensor | None = None
-        self.runs = runs_of(cohort, low, high)
+        self.runs = long_runs(cohort, where, low)
         self.answers: list[Any] = []
         self.running: Steps | None = None
         self.result: Any = None
@@ -93,12 +94,11 @@ class Chunk:
         self.answers, self.running, self.result = [], None, None
 
 
-def runs_of(cohort: Cohort, low: int, high: int) -> list[tuple[int, int]] | None:
-    """The neighbours of one shape and layout, where such runs are long; else None."""
-    if cohort.params[low].is_complex():
+def long_runs(cohort: Cohort, where: Runs, low: int = 0) -> Runs | None:
+    """Runs of leaves, counted from `low` on, by their numbers in the cohort; None where they are short."""
+    if cohort.params[low].is_complex() or LEAST_RUN * len(where) > where[-1][1]:
         return None
-    found = [(low + start, low + end) for start, end in runs(cohort.reals[low:high])]
-    return found if LEAST_RUN * len(found) <= high - low else None
+    return [(low + start, low + end) for start, end in where]
 
 
 def shaped_like(flat: Tensor, x: Tensor) -> Tensor:

@@ -67,7 +67,8 @@ class Cohort:
     @cached_property
     def reals(self) -> list[Tensor]:
         """The parameters without history, complex ones as real."""
-        return [real_view(x) for x in self.params]
+        detached = [x.detach() for x in self.params]
+        return [*map(torch.view_as_real, detached)] if detached[0].is_complex() else detached
 
     @property
     def rule(self) -> Rule:

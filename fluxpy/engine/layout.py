@@ -17,6 +17,7 @@ from torch import Tensor
 # Elements of a chunk: 2**17 floats are half a megabyte, so what a chain touches stays in the cache.
 SIZE = 1 << 17
 
+Runs = list[tuple[int, int]]  # of neighbours, each from the first to behind the last
 copy_all: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -93,26 +94,27 @@ def extent(t: Tensor) -> int:
     return (last + 1) * t.element_size()
 
 
-def runs(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """The neighbours of one shape and strides, each from the first to behind the last."""
+def runs(tensors: Sequence[Tensor]) -> Runs:
+    """The neighbours of one shape and strides."""
     forms = [(t.shape, t.stride()) for t in tensors]
     starts = [i for i, form in enumerate(forms) if not i or form != forms[i - 1]]
     return [*zip(starts, [*starts[1:], len(forms)], strict=True)]
 
 
-def stacks(flat: Tensor, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-    """For neighbours of one shape and strides their part of a long tensor, as a stack of such; and those neighbours."""
+def stacks(flat: Tensor, tensors: Sequence[Tensor], where: Runs | None = None) -> Iterator[tuple[Tensor, Any]]:
+    """For neighbours of one shape and strides their part of a long tensor, as a stack of such; and those neighbours.
+    `where` are the runs, where they are known."""
     start = flat.storage_offset()
-    for low, high in runs(tensors):
+    for low, high in where or runs(tensors):
         first, many = tensors[low], high - low
         size = first.numel()
         yield flat.as_strided((many, *first.shape), (size, *first.stride()), start), tensors[low:high]
         start += many * size
 
 
-def views_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+def views_like(flat: Tensor, tensors: Sequence[Tensor], where: Runs | None = None) -> list[Tensor]:
     """Parts of a long tensor, in the shapes and strides of others."""
-    return [view for stack, _ in stacks(flat, tensors) for view in stack.unbind()]
+    return [view for stack, _ in stacks(flat, tensors, where) for view in stack.unbind()]
 
 
 def pack(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -26,9 +26,9 @@ from ..rule import (
     run_alone,
     title_key,
 )
-from .chunk import Chunk, runs_of, shaped_like
+from .chunk import Chunk, long_runs, shaped_like
 from .cohort import Cohort
-from .layout import NumberRow, Row, Scratch, chunks_of
+from .layout import NumberRow, Row, Scratch, chunks_of, runs
 from .step import FallBack, Prepare, Request
 from .tape import is_arithmetic
 
@@ -42,10 +42,10 @@ class Chunks:
     def __init__(self, cohort: Cohort, *, split: bool, stack: bool = False, long: bool = False) -> None:
         self.cohort, self.long = cohort, long
         # Where each array has a number of its own, leaves of one shape go as a stack: there the number is broadcast.
-        runs = None
+        found = None
         if not (stack or long) and (any(cohort.numeric) or reducing(cohort.rule, "array")):
-            runs = runs_of(cohort, 0, len(cohort.sizes)) if all(x.is_contiguous() for x in cohort.reals) else None
-        breaks = {low for low, _ in runs} if runs is not None else ()
+            found = long_runs(cohort, runs(cohort.reals)) if all(x.is_contiguous() for x in cohort.reals) else None
+        breaks = {low for low, _ in found} if found is not None else ()
         cohort.pack_momenta(breaks)
         scratch = Scratch()
         where = list(chunks_of(cohort.sizes, split, breaks))

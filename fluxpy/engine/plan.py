@@ -96,8 +96,8 @@ def _has_twins(alike: list[list[Cohort]]) -> bool:
 
 def _odd(cohort: Cohort, grads: Sequence[Any]) -> list[int]:
     """The leaves of a cohort whose gradients have other strides than the parameters."""
-    pairs = [(x, grads[place]) for x, place in zip(cohort.params, cohort.places, strict=True)]
-    return [i for i, (x, dx) in enumerate(pairs) if dx is not None and dx.stride() != x.stride()]
+    pairs = enumerate(zip(cohort.params, cohort.places, strict=True))
+    return [i for i, (x, place) in pairs if (dx := grads[place]) is not None and dx.stride() != x.stride()]
 
 
 class Plan:
@@ -131,7 +131,7 @@ class Plan:
                 return route
         if self.context.structure != self.structure:
             self._verify()
-        self.route = route = self.routes.get(self._pattern(grads))
+        self.route = route = self.routes.get(self._pattern(grads)) if self.routes else None
         if route is None or _has_twins(route.alike) or not route.takes(grads):
             return None
         return route
@@ -218,9 +218,9 @@ class Plan:
 
     # --- What changed -------------------------------------------------------------------------------------------------
 
-    def _pattern(self, grads: Sequence[Any]) -> tuple[tuple[bool, bool], ...]:
+    def _pattern(self, grads: Sequence[Any]) -> bytes:
         """Which leaves have a gradient, and which are frozen."""
-        return tuple([(g is None, record.frozen) for record, g in zip(self.records, grads, strict=True)])
+        return bytes([2 * (g is None) + record.frozen for record, g in zip(self.records, grads, strict=True)])
 
     def _adopt_rules(self) -> None:
         """Take over what `adjust` did. Where the leaves of a cohort do not go together any more, it is dissolved."""
@@ -311,11 +311,11 @@ class Plan:
         form = packed_form(x, tensors)
         dtypes = tuple([t.dtype for t in tensors])
         key = id(rule), x.dtype, x.device, x.numel() > 1, dtypes, form, id(skeleton.spec), dx is None
-        if key not in known:
+        static = known.get(key, key)
+        if static is key:
             way = self._way(record, rule, x, form)
             shared = way and _rule_key(way, rule, self.context), dx is not None, x.dtype, x.device, skeleton.spec
-            known[key] = None if way is None else (way, *shared, dtypes, form)
-        static = known[key]
+            static = known[key] = None if way is None else (way, *shared, dtypes, form)
         if static is None or static[0] != "stack":
             return static
         # In a stack, a number of each leaf does not broadcast as an elementwise rule in a chain wants it.
