@@ -8,7 +8,7 @@ import copy
 import fnmatch
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar, overload
 
@@ -99,9 +99,7 @@ def leaf_list(state: State | Leaf) -> list[Leaf]:
 
 def tree_context(state: State | Leaf) -> Context:
     """What all leaves of the tree share."""
-    if isinstance(state, Leaf):
-        return context_of(state)
-    leaves = values_of(state)
+    leaves = leaf_list(state)
     return context_of(leaves[0]) if leaves else Context()
 
 
@@ -112,9 +110,7 @@ def require_training_weights(state: State | Leaf, what: str) -> None:
 
 def tree_bindings(state: State | Leaf) -> Bindings:
     """The models that views of the tree were used with, by the identity of the view's spec."""
-    if isinstance(state, Leaf):
-        return bindings_of(state)
-    leaves = values_of(state)
+    leaves = leaf_list(state)
     return bindings_of(leaves[0]) if leaves else Bindings()
 
 
@@ -198,10 +194,10 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     for record, x in zip(records, params, strict=True) if context.spread or taken else ():
         record.lay_out(layout_of(x))
     leaves = [Leaf(record, context, bindings) for record in records]
-    new = [index for index in range(len(params)) if index not in taken]
+    new = [index for index in range(len(params)) if rules[index] is not None and index not in taken]
     with torch.inference_mode(False), torch.no_grad():
-        _begin(records, new, list(taken), local_tensors(params), names)
-    if kept and (changed := _changed(kept, [i for i in new if rules[i] is not None], params, names)):
+        _begin(records, new, taken, local_tensors(params), names)
+    if kept and (changed := _changed(kept, new, params, names)):
         warnings.warn(
             f"setup(keep=) starts anew where shape or dtype changed: {'; '.join(changed[:8])}"
             f"{f' ({len(changed)} in all)' if len(changed) > 8 else ''}. Rows that are still meant can "
@@ -281,9 +277,7 @@ def _warn_of_new_tensors(
         )
 
 
-def _begin(
-    records: list[Record], new: list[int], old: list[int], params: list[Tensor], names: dict[int, list[str]]
-) -> None:
+def _begin(records: list[Record], new: list[int], old: Iterable[int], params: list[Tensor], names: Any) -> None:
     """Make the states of new leaves that train, in the same place of an accumulation window as those that are kept."""
     todo: list[tuple[Record, Tensor, str]] = []
     windows: dict[Any, Skeleton] = {}  # of leaves with a rule of the same kind
@@ -296,9 +290,7 @@ def _begin(
             windows[title_key(r.rule)] = numbers
     for index in new:
         record, path = records[index], names[index][0]
-        if record.rule is None:
-            continue
-        if record.rule.accumulates:
+        if record.rule is not None and record.rule.accumulates:
             record.pending = windows.get(title_key(record.rule))
             if record.pending is None and inner:
                 record.pending = _in_step(record.rule, first_numbers(record.rule, params[index], path), inner)
