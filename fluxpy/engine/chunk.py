@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..pytree import memory
 from ..rule import Steps
-from .cohort import LEAST_RUN, Cohort
-from .layout import NumberRow, Row, Runs, Scratch, adjacent, copy_all, flat_view, runs, views_like
+from .cohort import Cohort
+from .layout import LEAST_RUN, NumberRow, Row, Scratch, adjacent, copy_all, flat_view, stacks, views_like
 
 
 class Chunk:
@@ -28,7 +28,7 @@ class Chunk:
     ) -> None:
         self.low, self.high, self.start = low, high, start
         reals = cohort.reals[low:high]
-        where = runs(reals)
+        where = cohort.runs(low, high)
         self.size = size if size >= 0 else sum(cohort.sizes[low:high])
         self.stacked, self.shape = stack, (high - low, *reals[0].shape) if stack else (self.size,)
         self.gathers = high - low > 1
@@ -45,7 +45,8 @@ class Chunk:
         self.scratch = scratch
         self.asked: tuple[Tensor, list[Tensor]] | None = None  # a value that a total is asked for, and its leaves
         self.sizes: Tensor | None = None
-        self.runs = long_runs(cohort, where, low)
+        # The neighbours of one shape and strides, where these are many.
+        self.runs = where if LEAST_RUN * len(where) <= len(reals) and not cohort.params[low].is_complex() else None
         self.answers: list[Any] = []
         self.running: Steps | None = None
         self.result: Any = None
@@ -76,12 +77,7 @@ class Chunk:
     def leaves(self, value: Tensor, cohort: Cohort) -> list[Any]:
         """A flat value in the shapes of its leaves: those of one shape, where they are few, as a stack."""
         if self.runs is not None:
-            parts = value.split([(high - low) * cohort.sizes[low] for low, high in self.runs])
-            stacks = []
-            for part, (low, high) in zip(parts, self.runs, strict=True):
-                x = cohort.reals[low]
-                stacks.append(part.as_strided((high - low, *x.shape), (x.numel(), *x.stride()), part.storage_offset()))
-            return stacks
+            return [stack for stack, _ in stacks(value, cohort.reals[self.low : self.high], self.runs)]
         if self.asked is None or self.asked[0].dtype != value.dtype:
             buffer = self.scratch.take("asked", value.dtype, value.device, self.size)
             pairs = zip(buffer.split(cohort.sizes[self.low : self.high]), cohort.params[self.low :], strict=False)
@@ -92,13 +88,6 @@ class Chunk:
     def clear(self) -> None:
         """Forget one step's work."""
         self.answers, self.running, self.result = [], None, None
-
-
-def long_runs(cohort: Cohort, where: Runs, low: int = 0) -> Runs | None:
-    """Runs of leaves, counted from `low` on, by their numbers in the cohort; None where they are short."""
-    if cohort.params[low].is_complex() or LEAST_RUN * len(where) > where[-1][1]:
-        return None
-    return [(low + start, low + end) for start, end in where]
 
 
 def shaped_like(flat: Tensor, x: Tensor) -> Tensor:

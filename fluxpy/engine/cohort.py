@@ -12,9 +12,7 @@ from ..context import Context
 from ..leaf import Numbers, Record, rules_of
 from ..pytree import Skeleton
 from ..rule import Rule, reducing
-from .layout import adjacent, chunks_of, is_dense, pack, views_like
-
-LEAST_RUN = 4  # leaves of one shape, on average: shorter runs are not worth a stack
+from .layout import LEAST_RUN, Runs, adjacent, chunks_of, is_dense, pack, runs, views_like
 
 
 class Member(NamedTuple):
@@ -61,6 +59,7 @@ class Cohort:
         if order != list(range(len(order))):
             self.model_order = torch.tensor(order, device=self.params[0].device)
             self.model_places, self.model_paths = sorted(self.places), [self.paths[i] for i in order]
+        self.known_runs: dict[tuple[int, int], Runs] = {}
         self.odd: list[int] = []  # the gradients whose strides are not those of their parameters
         self._share()
 
@@ -92,13 +91,20 @@ class Cohort:
             record.numbers = self.numbers
         self.tensors = [record.tensors for record in self.records]
 
+    def runs(self, low: int, high: int) -> Runs:
+        """The neighbours of one shape and strides among some leaves, counted from the first of these."""
+        if (low, high) not in self.known_runs:
+            self.known_runs[low, high] = runs(self.reals[low:high])
+        return self.known_runs[low, high]
+
     def pack_momenta(self, breaks: Collection[int] = ()) -> None:
         """Lay the momenta of small neighbours side by side."""
         if not self.momenta:
             return
         for low, high, _, _ in chunks_of(self.sizes, False, breaks):
+            where = self.runs(low, high)  # of momenta too: each is like its parameter, or all are numbers
             for row in self.momenta:
-                row[low:high] = pack(row[low:high])
+                row[low:high] = pack(row[low:high], where)
         self.hold(self.momenta)
 
     def hold(self, momenta: list[list[Tensor]]) -> None:
@@ -143,10 +149,9 @@ def arranged(members: Sequence[Member]) -> list[Member]:
     if rule is not None and reducing(rule) and len(first) > 1 and adjacent(first) is None:
         forms: dict[Any, list[Member]] = {}
         for member in ordered:
-            x = member.x
-            forms.setdefault((x.numel(), x.shape, x.stride()), []).append(member)
+            forms.setdefault((member.x.shape, member.x.stride()), []).append(member)
         if LEAST_RUN * len(forms) <= len(ordered):
-            return [member for form in sorted(forms) for member in forms[form]]
+            return [member for form in sorted(forms, key=lambda f: (f[0].numel(), f)) for member in forms[form]]
     return ordered
 
 

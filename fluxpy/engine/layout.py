@@ -7,6 +7,7 @@ of their momenta); a *chunk* is what is worked on at once: neighbours in a row, 
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 # Elements of a chunk: 2**17 floats are half a megabyte, so what a chain touches stays in the cache.
 SIZE = 1 << 17
 
+LEAST_RUN = 4  # leaves of one shape, on average: shorter runs are not worth a stack
 Runs = list[tuple[int, int]]  # of neighbours, each from the first to behind the last
 copy_all: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
@@ -73,17 +75,14 @@ class Extents:
         """Whether any of these points into the memory."""
         if not self.starts or pointers == self.apart:
             return False
-        if not self._meets(pointers):
-            self.apart = pointers
-            return False
-        return True
-
-    def _meets(self, pointers: list[int]) -> bool:
         if len(pointers) > 32:
             starts, ends = self.as_arrays
             found = np.fromiter(pointers, np.int64, len(pointers))
-            return bool((found < ends[starts.searchsorted(found, side="right")]).any())
-        return any(pointer < self.ends[bisect_right(self.starts, pointer)] for pointer in pointers)
+            meets = bool((found < ends[starts.searchsorted(found, side="right")]).any())
+        else:
+            meets = any(pointer < self.ends[bisect_right(self.starts, pointer)] for pointer in pointers)
+        self.apart = self.apart if meets else pointers
+        return meets
 
 
 def extent(t: Tensor) -> int:
@@ -117,12 +116,12 @@ def views_like(flat: Tensor, tensors: Sequence[Tensor], where: Runs | None = Non
     return [view for stack, _ in stacks(flat, tensors, where) for view in stack.unbind()]
 
 
-def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
+def pack(tensors: Sequence[Tensor], where: Runs | None = None) -> list[Tensor]:
     """Copies that are adjacent; the tensors themselves where they are already."""
     if adjacent(tensors) is not None:
         return list(tensors)
     found: list[Tensor] = []
-    for stack, same in stacks(tensors[0].new_empty(sum(t.numel() for t in tensors)), tensors):
+    for stack, same in stacks(tensors[0].new_empty(sum([t.numel() for t in tensors])), tensors, where):
         found += torch.stack(same, out=stack).unbind()
     return found
 
@@ -164,8 +163,6 @@ class Row:
     into scratch memory and written back. `shown` is what a rule sees: flat, unless somebody says otherwise.
     """
 
-    __slots__ = ("_views", "buffer", "flat", "shown", "tensors")
-
     def __init__(self, tensors: list[Tensor], scratch: Scratch, role: Any, start: int = 0, size: int = -1) -> None:
         self.tensors = tensors
         self.flat = adjacent(tensors)
@@ -173,17 +170,14 @@ class Row:
             self.flat = self.flat if size < 0 else self.flat[start : start + size]
             self.buffer = self.flat
         else:
-            first, total = tensors[0], sum(t.numel() for t in tensors)
+            first, total = tensors[0], sum([t.numel() for t in tensors])
             self.buffer = scratch.take(role, first.dtype, first.device, total)
-        self.shown: Tensor = self.buffer
-        self._views: list[Tensor] | None = None
+        self.shown = self.buffer
 
-    @property
+    @cached_property
     def views(self) -> list[Tensor]:
-        """The parts of the scratch memory, made when they are first used: a kernel may never gather."""
-        if self._views is None:
-            self._views = views_like(self.buffer, self.tensors)
-        return self._views
+        """The parts of the scratch memory: of parameters that a kernel steps where they are, nobody asks for them."""
+        return views_like(self.buffer, self.tensors)
 
     def show_as(self, shape: tuple[int, ...]) -> None:
         """Let rules see it in this shape."""
@@ -209,8 +203,6 @@ class NumberRow(Row):
     written when the `last` of them is.
     """
 
-    __slots__ = ("firsts", "last", "own")
-
     def __init__(
         self,
         tensors: list[Tensor],
@@ -228,8 +220,8 @@ class NumberRow(Row):
         else:
             self.flat, first = None, tensors[0]
             self.buffer = scratch.take((role, "spread"), first.dtype, first.device, sum(sizes))
-            self.shown, self._views = self.buffer, list(self.buffer.split(sizes))
-            self.firsts = [view[0] for view in self._views]
+            self.shown, self.views = self.buffer, list(self.buffer.split(sizes))
+            self.firsts = [view[0] for view in self.views]
 
     def numbers(self) -> Tensor:
         """The number of each leaf."""

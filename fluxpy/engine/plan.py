@@ -7,6 +7,7 @@ split only where a route needs a part of it. So models whose parts take turns so
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -40,7 +41,7 @@ class Route:
 
     def __init__(self, plan: "Plan", cohorts: list[Cohort], alone: list[ReferenceUnit], grads: Sequence[Any]) -> None:
         params = plan.params
-        self.cohorts, self.units = cohorts, [*map(plan.unit_of, cohorts), *alone]
+        self.cohorts, self.units = cohorts, [*[plan.units[id(cohort)] for cohort in cohorts], *alone]
         self.present = [i for i, g in enumerate(grads) if g is not None]
         self.absent = [i for i, g in enumerate(grads) if g is None]
         self.everyone = not self.absent
@@ -48,7 +49,7 @@ class Route:
         self.params = params
         self.odd = [_odd(cohort, grads) for cohort in cohorts]
         self.alike = _alike_but_for_numbers(cohorts)
-        self.addresses = addresses(params)
+        self.addresses = plan.addresses
         self.extents = [*map(extent, params)]
         self.memory = Extents(self.addresses, self.extents)
         self.laid_out = any(unit.laid_out for unit in self.units)
@@ -56,7 +57,7 @@ class Route:
     def fork(self, plan: "Plan", cohorts: list[Cohort], alone: list[ReferenceUnit]) -> "Route":
         """The same route over the copies in another plan."""
         other = copy.copy(self)
-        other.cohorts, other.units = cohorts, [*map(plan.unit_of, cohorts), *alone]
+        other.cohorts, other.units = cohorts, [*[plan.units[id(cohort)] for cohort in cohorts], *alone]
         other.params, other.addresses = plan.params, plan.addresses
         other.memory = Extents(plan.addresses, self.extents)
         other.alike = _alike_but_for_numbers(cohorts)
@@ -177,20 +178,14 @@ class Plan:
         other.waiting = other.find_waiting()
         where = {cohort.places[0]: cohort for cohort in other.cohorts}
         cohorts = [where[cohort.places[0]] for cohort in route.cohorts]
-        alone = [
-            ReferenceUnit(other.records[unit.place], params[unit.place], unit.place, unit.path, context)
-            for unit in route.units
-            if isinstance(unit, ReferenceUnit)
-        ]
+        own = [unit for unit in route.units if isinstance(unit, ReferenceUnit)]
+        alone = [ReferenceUnit(other.records[u.place], params[u.place], u.place, u.path, context) for u in own]
         other.route = route.fork(other, cohorts, alone)
         pattern = next((key for key, known in self.routes.items() if known is route), None)
         if pattern is not None:
             other.routes[pattern] = other.route
         other.route.enter()
         return other, other.route.units
-
-    def unit_of(self, cohort: Cohort) -> CohortUnit:
-        return self.units[id(cohort)]
 
     def sit_out(self) -> None:
         """Tell accumulating rules of an update in which their leaves were frozen. Leaves that share their numbers keep
@@ -210,11 +205,8 @@ class Plan:
             record.tensors, record.numbers, record.pending = None, numbers, pending
         if self.begun:
             self.begun = []
-            self._dissolve()
-
-    def _dissolve(self) -> None:
-        self.cohorts, self.units, self.routes, self.route = [], {}, {}, None
-        self.context.structure += 1
+            self.cohorts, self.units, self.routes, self.route = [], {}, {}, None
+            self.context.structure += 1
 
     # --- What changed -------------------------------------------------------------------------------------------------
 
@@ -264,8 +256,11 @@ class Plan:
         alone: list[Member] = []
         stacks: dict[Any, list[Member]] = {}
         known: dict[Any, Any] = {}
-        self._begin(grads)
-        for place, (record, x, path, dx) in enumerate(zip(self.records, self.params, self.paths, grads, strict=True)):
+        every = [*zip(self.records, self.params, self.paths, grads, strict=True)]
+        new = [(r, x, path) for r, x, path, dx in every if r.tensors is None and r.takes_part(dx)]
+        self.begun += [(record, record.numbers, record.pending) for record, _, _ in new]
+        begin(new)
+        for place, (record, x, path, dx) in enumerate(every):
             if not record.takes_part(dx):
                 continue
             member = Member(record, x, place, path)
@@ -281,22 +276,8 @@ class Plan:
         for stack in stacks.values():
             (members if len(stack) >= _LEAST_STACK else alone).extend(stack)
         members.sort(key=_place)
-        return members, statics, [self._alone(member) for member in sorted(alone, key=_place)]
-
-    def _alone(self, member: Member) -> ReferenceUnit:
-        kind = GatheredUnit if member.record.needs_whole else ReferenceUnit
-        return kind(*member, self.context)
-
-    def _begin(self, grads: Sequence[Any]) -> None:
-        """Make states for the leaves that step and have none."""
-        every = zip(self.records, self.params, self.paths, grads, strict=True)
-        new = [(r, x, path) for r, x, path, dx in every if r.tensors is None and r.takes_part(dx)]
-        self.begun += [(record, record.numbers, record.pending) for record, _, _ in new]
-        try:
-            begin(new)
-        except BaseException:
-            self.forget_begun()
-            raise
+        kinds = [(GatheredUnit if m.record.needs_whole else ReferenceUnit, m) for m in sorted(alone, key=_place)]
+        return members, statics, [kind(*member, self.context) for kind, member in kinds]
 
     def _static(self, record: Record, x: Tensor, dx: Tensor | None, known: dict[Any, Any]) -> Any:
         """What leaves must have in common with this one to go together, but for numbers. First how they are stepped:
@@ -306,11 +287,11 @@ class Plan:
         assert rule is not None and tensors is not None and skeleton is not None
         if type(x) not in PLAIN or (dx is not None and type(dx) not in PLAIN):
             return None
-        if not x.numel() or x.is_meta or x.is_conj() or is_wrapped(x):
+        if x.is_conj() or is_wrapped(x):
             return None
         form = packed_form(x, tensors)
         dtypes = tuple([t.dtype for t in tensors])
-        key = id(rule), x.dtype, x.device, x.numel() > 1, dtypes, form, id(skeleton.spec), dx is None
+        key = id(rule), x.dtype, x.device, min(x.numel(), 2), dtypes, form, id(skeleton.spec), dx is None
         static = known.get(key, key)
         if static is key:
             way = self._way(record, rule, x, form)
@@ -325,7 +306,7 @@ class Plan:
     def _way(self, record: Record, rule: Rule, x: Tensor, form: tuple[bool, ...] | None) -> str | None:
         """How leaves of this rule, like `x`, can be stepped; `form` says which tensors of the state are numbers, where
         the others are like `x`."""
-        if rule.traced or title_key(rule) in self.context.reference_only:
+        if not x.numel() or x.is_meta or rule.traced or title_key(rule) in self.context.reference_only:
             return None
         if not is_packable(rule):
             return None if x.is_complex() or any(map(reducing, _whole(rule))) else "stack"
@@ -390,16 +371,12 @@ class Plan:
             self.add(arranged(moved), cohort.static_key)
 
 
-def _stack(cohort: Cohort) -> EagerUnit:
-    return EagerUnit(cohort, stack=True)
-
-
 _MAKERS: dict[str, Callable[[Cohort], CohortUnit]] = {
     "compiled": CompiledUnit,
     "fused": fused.fused_unit,
     "following": following.FollowingUnit,
     "eager": EagerUnit,
-    "stack": _stack,
+    "stack": partial(EagerUnit, stack=True),
 }
 
 
