@@ -19,8 +19,6 @@ from .pytree import level, unwrap
 from .text import form, join, names_of
 from .tree import TreeSpec, explore
 
-Walked = tuple[TreeSpec, list[Tensor], list[Any]]  # what `explore` gives
-
 
 class Binding:
     """A model that fits `spec`: its parameters and their paths, in the order of the model.
@@ -30,7 +28,7 @@ class Binding:
     dies, `forget` is called. `records` are what the whole tree holds for each number; here, for each parameter.
     """
 
-    def __init__(self, spec: TreeSpec, model: Any, records: Sequence[Any] = (), walked: Walked | None = None) -> None:
+    def __init__(self, spec: TreeSpec, model: Any, records: Sequence[Any] = (), walked: Any = None) -> None:
         if spec.kind in ("slice", "selection"):
             raise ValueError(
                 "a slice or a selection of the state has no matching branch of a model; "
@@ -165,10 +163,9 @@ class Bindings(dict[int, Binding]):
 
     MOST = 16
 
-    def add(
-        self, key: int, spec: TreeSpec, model: Any, records: Sequence[Any], walked: Walked | None = None
-    ) -> Binding:
-        """Bind a model. When a module dies all are forgotten: parts of it, and tensors, may be among the others."""
+    def add(self, key: int, spec: TreeSpec, model: Any, records: Sequence[Any], walked: Any = None) -> Binding:
+        """Bind a model, with what `explore` gave if that was asked. When a module dies all are forgotten: parts of it,
+        and tensors, may be among the others."""
         if len(self) >= self.MOST:
             self.clear()
         binding = self[key] = Binding(spec, model, records, walked).watch(model, self._forgetting())

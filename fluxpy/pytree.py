@@ -291,10 +291,8 @@ def unwritable(x: Tensor) -> bool:
 
 def memory(x: Tensor) -> int:
     """What tensors that share memory have in common; of an empty tensor, itself."""
-    if is_wrapped(x) or not x.numel():
-        return id(x)
-    try:
-        return x.untyped_storage().data_ptr() or id(x)  # a meta tensor has none
+    try:  # a meta tensor has none
+        return (not is_wrapped(x) and x.numel() and x.untyped_storage().data_ptr()) or id(x)
     except RuntimeError:  # a DTensor, which stands for others
         return id(x)
 

@@ -7,6 +7,7 @@
 Parameters are numbered in depth-first order; a tied one has one number and stands at several places.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, ClassVar, Self, overload
@@ -104,12 +105,7 @@ class TreeSpec:
     @cached
     def duplicate(self) -> str | None:
         """A path that two parameters have, if there is one."""
-        seen: set[str] = set()
-        for path, _ in self.paths:
-            if path in seen:
-                return path
-            seen.add(path)
-        return None
+        return next((path for path, times in Counter(path for path, _ in self.paths).items() if times > 1), None)
 
     @cached
     def by_name(self) -> dict[Any, "TreeSpec"]:
@@ -156,12 +152,9 @@ def walk(model: Any) -> tuple[TreeSpec, list[Tensor]]:
 
 def explore(model: Any) -> tuple[TreeSpec, list[Tensor], list[Any]]:
     """`walk`, and all containers on the way: those of a module are its dicts of parameters and modules."""
-    values: list[Tensor] = []
-    numbers: dict[int, int] = {}
-    above: list[int] = []  # the containers that we are within, by their identity
+    values, numbers, holders = list[Tensor](), dict[int, int](), list[Any]()
     places: list[tuple[str, tuple[Any, ...], int]] = []
-    holders: list[Any] = []
-    todo = [iter([model])]
+    todo, above = [iter([model])], list[int]()  # the containers that we are within: what is left, and their identity
     while todo:
         for top in todo[-1]:
             if is_parameter(top):
@@ -191,9 +184,8 @@ def explore(model: Any) -> tuple[TreeSpec, list[Tensor], list[Any]]:
     spec = _known(places)
     if spec.duplicate is not None:
         raise ValueError(f"two parameters of the model have one path, {spec.duplicate!r}; rename one of them")
-    if torch.compiler.is_compiling():
-        return spec, values, holders
-    if any(issubclass(kind, nn.parameter.UninitializedTensorMixin) for kind in {*map(type, values)}):
+    kinds = {} if torch.compiler.is_compiling() else {type(x): x for x in values}
+    if any(map(nn.parameter.is_lazy, kinds.values())):
         path = next(path for index, path in spec.leaves.items() if nn.parameter.is_lazy(values[index]))
         raise ValueError(f"the parameter {path!r} is lazy and has no shape yet; run the model once first")
     return spec, values, holders

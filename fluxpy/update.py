@@ -178,7 +178,8 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
     if route is None:
         binding.warn_of_flags()
         _check(binding, grads, inplace)
-        grads = _apart_from_parameters(binding, grads)
+        written = {memory(x) for x in binding.local}  # a gradient in there would change while it is read
+        grads = [g.clone() if g is not None and memory(g) in written else g for g in grads]
         try:
             route = plan.find(grads) or plan.make(grads)
         except BaseException:
@@ -260,16 +261,11 @@ def _sit_out(binding: Binding, records: Sequence[Record]) -> None:
 def _pure(state: Any, binding: Binding, context: Context, model: Any, grads: Any) -> tuple[Any, Any]:
     """The outcome as a new state and a new model, which share no tensor with the old."""
     found = in_order(binding, grads)
-    kept_as_it_is = all(_has_begun(record) for record in binding.records)
-    if not kept_as_it_is or is_transforming() or torch.is_inference_mode_enabled() or _has_history(binding, found):
+    begun = all(r.frozen or r.rule is None or r.tensors is not None for r in binding.records)  # needs no new state
+    if not begun or is_transforming() or torch.is_inference_mode_enabled() or _has_history(binding, found):
         return _pure_by_reference(state, binding, context, model, found)
     with torch.no_grad():
         return _pure_by_copy(state, binding, context, model, found)
-
-
-def _has_begun(record: Record) -> bool:
-    """Whether a plan can step a leaf without making a state for it."""
-    return record.frozen or record.rule is None or record.tensors is not None
 
 
 def _pure_by_copy(state: Any, binding: Binding, context: Context, model: Any, grads: list[Any]) -> tuple[Any, Any]:
@@ -379,7 +375,8 @@ def _check(binding: Binding, grads: Sequence[Any], inplace: bool) -> None:
 
 
 def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
-    if x.shape != record.local_shape or x.dtype != record.dtype:
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if shape != record.local_shape or dtype != record.dtype:
         raise ValueError(
             f"the model does not fit the state: {path!r} was {form(record.shape, record.dtype)} at setup and is now "
             f"{form(x.shape, x.dtype)}; after model.to(...) write fluxpy.follow(state, model), else call setup again"
@@ -390,8 +387,7 @@ def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
         raise ValueError(f"the gradient of {path!r} must be a tensor or None, but got {type(dx).__name__}")
     if dx.layout != torch.strided:
         raise ValueError(f"the gradient of {path!r} is sparse ({dx.layout}); pass grad.to_dense()")
-    device = x.device
-    if dx.shape != x.shape or dx.dtype != x.dtype or dx.device != device:
+    if dx.shape != shape or dx.dtype != dtype or dx.device != device:
         raise ValueError(
             f"the gradient of {path!r} does not fit: the parameter is {form(x.shape, x.dtype)} on {x.device}, "
             f"the gradient {form(dx.shape, dx.dtype)} on {dx.device}"
@@ -420,12 +416,6 @@ def _check_overlap(binding: Binding) -> None:
         size = x.nbytes if is_dense(x) else x.element_size()
         if start + size > end:
             ends[x.device] = start + size, path
-
-
-def _apart_from_parameters(binding: Binding, grads: list[Any]) -> list[Any]:
-    """The gradients, copied where they are in the memory of a parameter, which is written while they are read."""
-    written = {memory(x) for x in binding.local}
-    return [g.clone() if g is not None and memory(g) in written else g for g in grads]
 
 
 def check_finite(state: State | Leaf) -> None:
