@@ -23,13 +23,14 @@ def begin(todo: Iterable[tuple[Record, Tensor, str]]) -> None:
     """Make states for parameters, each with its path. Where a rule makes the same of two that are small and alike,
     without a look at their values, others like them get copies of that."""
     groups: dict[Any, list[tuple[Record, Tensor, str]]] = {}
-    for new in todo:
-        record, x, _ = new
-        groups.setdefault((id(record.rule), record.numbers.count, record.shape, record.dtype, x.device), []).append(new)
+    for r, x, path in todo:
+        groups.setdefault((id(r.rule), r.numbers.count, r.shape, r.dtype, x.device), []).append((r, x, path))
     for group in groups.values():
         alike = len(group) > 2 and not is_transforming() and group[0][1].numel() <= _SMALL
+        alike = alike and all(type(x) in PLAIN and x.layout == torch.strided and x.is_contiguous() for _, x, _ in group)
+        alike = alike and all(record.layout is record.pending is None for record, _, _ in group)
         for i, (record, x, path) in enumerate(group):
-            with _Glance() if alike and i == 1 and all(map(_is_plain, group)) else nullcontext() as glance:
+            with _Glance() if alike and i == 1 else nullcontext() as glance:
                 record.begin(x, path)
             if glance is not None and glance.enough and _same(record, group[0][0]):
                 for other, _, _ in group[2:]:
@@ -45,12 +46,6 @@ class _Glance(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.enough = self.enough and func in _LOOKS and not (kwargs or {}).keys() - {"dtype", "device"}
         return func(*args, **(kwargs or {}))
-
-
-def _is_plain(new: tuple[Record, Tensor, str]) -> bool:
-    record, x, _ = new
-    dense = type(x) in PLAIN and x.layout == torch.strided and x.is_contiguous()
-    return dense and record.layout is record.pending is None
 
 
 def _same(one: Record, other: Record) -> bool:

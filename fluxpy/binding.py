@@ -164,8 +164,7 @@ class Bindings(dict[int, Binding]):
     MOST = 16
 
     def add(self, key: int, spec: TreeSpec, model: Any, records: Sequence[Any], walked: Any = None) -> Binding:
-        """Bind a model, with what `explore` gave if that was asked. When a module dies all are forgotten: parts of it,
-        and tensors, may be among the others."""
+        """Bind a model. When a module dies all are forgotten: parts of it, and tensors, may be among the others."""
         if len(self) >= self.MOST:
             self.clear()
         binding = self[key] = Binding(spec, model, records, walked).watch(model, self._forgetting())

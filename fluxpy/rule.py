@@ -99,8 +99,7 @@ class Rule:
         validate(self)
 
     def init(self, x: Tensor) -> Any:
-        """The state for a parameter `x` (shape, dtype and device as `x`): any pytree of tensors and numbers. It hangs
-        on `x` alone: of small parameters that are alike, and whose values it does not read, it is asked twice."""
+        """The state for a parameter `x` (shape, dtype and device as `x`): any pytree of tensors and numbers."""
         return ()
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:

@@ -184,8 +184,7 @@ def explore(model: Any) -> tuple[TreeSpec, list[Tensor], list[Any]]:
     spec = _known(places)
     if spec.duplicate is not None:
         raise ValueError(f"two parameters of the model have one path, {spec.duplicate!r}; rename one of them")
-    kinds = {} if torch.compiler.is_compiling() else {type(x): x for x in values}
-    if any(map(nn.parameter.is_lazy, kinds.values())):
+    if not torch.compiler.is_compiling() and any(map(nn.parameter.is_lazy, {type(x): x for x in values}.values())):
         path = next(path for index, path in spec.leaves.items() if nn.parameter.is_lazy(values[index]))
         raise ValueError(f"the parameter {path!r} is lazy and has no shape yet; run the model once first")
     return spec, values, holders

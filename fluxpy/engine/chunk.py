@@ -9,7 +9,7 @@ from torch import Tensor
 from ..pytree import memory
 from ..rule import Steps
 from .cohort import Cohort
-from .layout import LEAST_RUN, NumberRow, Row, Scratch, adjacent, copy_all, flat_view, stacks, views_like
+from .layout import LEAST_RUN, NumberRow, Row, Scratch, adjacent, copy_all, flat_view, runs, stacks, views_like
 
 
 class Chunk:
@@ -28,7 +28,7 @@ class Chunk:
     ) -> None:
         self.low, self.high, self.start = low, high, start
         reals = cohort.reals[low:high]
-        where = cohort.runs(low, high)
+        where = runs(reals)
         self.size = size if size >= 0 else sum(cohort.sizes[low:high])
         self.stacked, self.shape = stack, (high - low, *reals[0].shape) if stack else (self.size,)
         self.gathers = high - low > 1

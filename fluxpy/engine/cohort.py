@@ -12,7 +12,7 @@ from ..context import Context
 from ..leaf import Numbers, Record, rules_of
 from ..pytree import Skeleton
 from ..rule import Rule, reducing
-from .layout import LEAST_RUN, Runs, adjacent, chunks_of, is_dense, pack, runs, views_like
+from .layout import LEAST_RUN, adjacent, chunks_of, is_dense, pack, runs, views_like
 
 
 class Member(NamedTuple):
@@ -59,7 +59,6 @@ class Cohort:
         if order != list(range(len(order))):
             self.model_order = torch.tensor(order, device=self.params[0].device)
             self.model_places, self.model_paths = sorted(self.places), [self.paths[i] for i in order]
-        self.known_runs: dict[tuple[int, int], Runs] = {}
         self.odd: list[int] = []  # the gradients whose strides are not those of their parameters
         self._share()
 
@@ -91,18 +90,12 @@ class Cohort:
             record.numbers = self.numbers
         self.tensors = [record.tensors for record in self.records]
 
-    def runs(self, low: int, high: int) -> Runs:
-        """The neighbours of one shape and strides among some leaves, counted from the first of these."""
-        if (low, high) not in self.known_runs:
-            self.known_runs[low, high] = runs(self.reals[low:high])
-        return self.known_runs[low, high]
-
     def pack_momenta(self, breaks: Collection[int] = ()) -> None:
         """Lay the momenta of small neighbours side by side."""
         if not self.momenta:
             return
         for low, high, _, _ in chunks_of(self.sizes, False, breaks):
-            where = self.runs(low, high)  # of momenta too: each is like its parameter, or all are numbers
+            where = runs(self.reals[low:high])  # of momenta too: each is like its parameter, or all are numbers
             for row in self.momenta:
                 row[low:high] = pack(row[low:high], where)
         self.hold(self.momenta)

@@ -101,8 +101,7 @@ def runs(tensors: Sequence[Tensor]) -> Runs:
 
 
 def stacks(flat: Tensor, tensors: Sequence[Tensor], where: Runs | None = None) -> Iterator[tuple[Tensor, Any]]:
-    """For neighbours of one shape and strides their part of a long tensor, as a stack of such; and those neighbours.
-    `where` are the runs, where they are known."""
+    """The parts of a long tensor for neighbours of one shape and strides, as stacks, each with those neighbours."""
     start = flat.storage_offset()
     for low, high in where or runs(tensors):
         first, many = tensors[low], high - low
