@@ -77,13 +77,15 @@ class Structure:
     the spec of optree where other containers than tuples, lists and dicts are in it.
     """
 
-    __slots__ = ("plan",)
+    __slots__ = ("flat", "plan")
     known: ClassVar[dict[Any, "Structure"]] = {}  # by the spec of optree
+    flats: ClassVar[dict[type, "Structure"]] = {}  # of named tuples that hold no containers, by class
     specs: ClassVar[dict[Any, Any]] = {}  # of optree, by plan
     MOST: ClassVar[int] = 10_000  # are kept: what users hand around may be different each time
 
-    def __init__(self, plan: Any) -> None:
+    def __init__(self, plan: Any, flat: Any = None) -> None:
         self.plan = plan
+        self.flat = flat  # what makes it of its leaves, where that is known: faster than optree
 
     @staticmethod
     def of(spec: Any) -> "Structure":
@@ -97,8 +99,12 @@ class Structure:
             if len(Structure.known) >= Structure.MOST:
                 Structure.known.clear()
                 Structure.specs.clear()
+                Structure.flats.clear()
             found = Structure.known[spec] = Structure(plan)
             Structure.specs[plan] = spec
+            if spec.kind is optree.PyTreeKind.NAMEDTUPLE and spec.num_nodes == spec.num_leaves + 1:
+                found.flat = spec.type
+                Structure.flats[spec.type] = found
         return found
 
     @property
@@ -113,7 +119,9 @@ class Structure:
 
     def build(self, parts: list[Any]) -> Any:
         """The pytree of these leaves."""
-        return build(self.plan, parts) if torch.compiler.is_compiling() else optree.tree_unflatten(self.spec, parts)
+        if torch.compiler.is_compiling():
+            return build(self.plan, parts)
+        return optree.tree_unflatten(self.spec, parts) if self.flat is None else self.flat(*parts)
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Structure) and self.plan == other.plan)
@@ -127,6 +135,11 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
     if torch.compiler.is_compiling():
         parts: list[Any] = []
         return parts, Structure(take_apart(tree, parts))
+    flat = _LONE if type(tree) is Tensor else Structure.flats.get(type(tree))
+    if flat is _LONE:
+        return [tree], flat
+    if flat is not None and _PLAIN.issuperset(map(type, tree)):
+        return list(tree), flat
     parts, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
     return parts, Structure.of(spec)
 
@@ -155,6 +168,15 @@ def build(plan: Any, parts: Sequence[Any]) -> Any:
     if kind is dict:
         return dict(zip(keys, inside, strict=True))
     return kind(inside) if kind in (tuple, list) else kind(*inside)
+
+
+def _alone(leaf: Any) -> Any:
+    return leaf
+
+
+_LONE = Structure.of(optree.tree_structure(0, none_is_leaf=True, namespace=NAMESPACE))  # a leaf alone
+_LONE.flat = _alone
+_PLAIN = {Tensor, int, float}  # which nobody makes a container
 
 
 class Skeleton:
@@ -193,7 +215,10 @@ class Skeleton:
         """Whether tensors and numbers lie at the same places in both."""
         if self.spec is not other.spec and self.spec != other.spec:
             return False
-        return [part is HOLE for part in self.parts] == [part is HOLE for part in other.parts]
+        for mine, its in zip(self.parts, other.parts, strict=True):
+            if (mine is HOLE) is not (its is HOLE):
+                return False
+        return True
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Skeleton) and self.fits(other)

@@ -35,9 +35,10 @@ def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
     first = tensors[0]
     if len(tensors) == 1:
         return flat_view(first)
-    pointers, width = addresses(tensors), first.element_size()
-    if pointers[0] + first.numel() * width != pointers[1]:
+    width = first.element_size()
+    if first.data_ptr() + first.numel() * width != tensors[1].data_ptr():
         return None
+    pointers = addresses(tensors)
     sizes = [t.numel() for t in tensors]
     ends = [*accumulate(sizes, initial=0)]
     if pointers != [pointers[0] + end * width for end in ends[:-1]]:
