@@ -302,7 +302,7 @@ class FusedUnit(_Fused):
         tensors, skeleton = partition(state)
         rows = chunk.momenta[self.front_rows]
         if rows:
-            write_state(rows, apart_from_written(chunk, rows, tensors), self.context.flag.mask)
+            write_state(rows, apart_from_written(chunk, rows, tensors), self.context.flag)
         return skeleton, None if dx is None else dx.reshape(-1)
 
     def _run_kernel(
