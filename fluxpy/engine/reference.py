@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..context import Context, require_finite
 from ..leaf import Numbers, Record
-from ..pytree import apart, partition, shares
+from ..pytree import Skeleton, apart, is_unseen, memory, partition, shares
 from ..rule import Assign, Reduce, Rule, at
 from ..text import note
 from .step import Prepare, Request
@@ -31,6 +32,7 @@ class ReferenceUnit:
         self.record, self.x, self.place, self.path, self.context = record, x, place, path, context
         self.dx: Tensor | None = None
         self.value: Any = None  # what the parameter becomes, once that is worked out
+        self.change: Any = None  # or what will be subtracted from it where it is
         self.own: Numbers | None = None  # what it gave the record last
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
@@ -82,8 +84,9 @@ class ReferenceUnit:
             raise TypeError(f"{self._who()} must return (state, change), but gave {result!r}")
         state, change = result
         self.moved = change is not None
-        self.value = self._new_value(change)
-        (olds, before), (news, self.skeleton) = partition(self.state), partition(state)
+        self.change = change if self.inplace and self._can_subtract(change) else None
+        self.value = self._new_value(change) if self.change is None else None
+        (olds, before), (news, self.skeleton) = self._parts_before(), partition(state)
         self.olds = olds if before == self.skeleton and all(map(_alike, olds, news)) else []
         if any(t.device != self.x.device and t.ndim for t in news):
             raise ValueError(f"{self._who()} gave a state on another device than the parameter's {self.x.device}")
@@ -92,9 +95,29 @@ class ReferenceUnit:
         news = apart(news, [self.x, *dx, *([] if self.olds and self.inplace else olds)])
         if self.olds:
             if self.inplace:  # a rule may let its buffers change places
-                news = [t.clone() if t is not old and shares(t, olds) else t for old, t in zip(olds, news, strict=True)]
-            news = [t.to(old.dtype) for old, t in zip(olds, news, strict=True)]
+                news = _apart_from_others(news, olds)
+            news = [t if t.dtype == old.dtype else t.to(old.dtype) for old, t in zip(olds, news, strict=True)]
         self.news = news
+
+    def _parts_before(self) -> tuple[list[Tensor], Skeleton]:
+        """The tensors of the state before the step, and the rest of it."""
+        record = self.record
+        if record.tensors is None or record.numbers.skeleton is None:
+            return partition(self.state)
+        return record.tensors, record.numbers.skeleton
+
+    def _can_subtract(self, change: Any) -> bool:
+        """Whether subtracting in place cannot fail, and gives what the parameter becomes."""
+        x = self.x
+        if type(change) is not Tensor or change.dtype != x.dtype or change.shape != x.shape:
+            return False
+        if change.layout != torch.strided or change.device != x.device or x.is_meta:
+            return False
+        return not (is_unseen(x) or is_unseen(change)) and memory(change) != memory(x)
+
+    def new_value(self) -> Tensor:
+        """What the parameter becomes."""
+        return self.value if self.change is None else self.x - self.change
 
     def _new_value(self, change: Any) -> Tensor:
         """What the parameter becomes."""
@@ -114,7 +137,7 @@ class ReferenceUnit:
         """Give a record the new state. In place, each tensor keeps its memory where its shape allows."""
         if self.context.flag.bad is not None:  # since another leaf was worked out, perhaps
             mask = self.context.flag.mask
-            self.value = mask(self.x, self.value)
+            self.value, self.change = mask(self.x, self.new_value()), None
             self.news = [mask(old, t) for old, t in zip(self.olds, self.news, strict=True)] if self.olds else self.news
         if self.inplace and self.olds:
             self.news = [old if old is t else old.copy_(t) for old, t in zip(self.olds, self.news, strict=True)]
@@ -126,18 +149,28 @@ class ReferenceUnit:
 
     def drop(self) -> None:
         """Let go of a step's gradient and results."""
-        self.dx = self.state = self.value = None
+        self.dx = self.state = self.value = self.change = None
         self.news, self.olds = [], []
 
     def commit(self) -> None:
+        if self.change is not None and self.context.flag.bad is None:
+            self.x.sub_(self.change)  # first: the change may be a tensor of the state
         self.settle(self.record)
-        if self.moved:
+        if self.moved and self.value is not None:
             self.x.copy_(self.value)
         self.drop()
 
 
 def _share(path: str, parts: Tensor) -> tuple[list[str], Tensor]:
     return [path], parts
+
+
+def _apart_from_others(news: list[Tensor], olds: list[Tensor]) -> list[Tensor]:
+    """New tensors, cloned where they are in the memory of old ones, but for those that are their own old ones."""
+    if is_compiling():
+        return [t.clone() if t is not old and shares(t, olds) else t for old, t in zip(olds, news, strict=True)]
+    taken = set(map(memory, olds))
+    return [t.clone() if t is not old and memory(t) in taken else t for old, t in zip(olds, news, strict=True)]
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
