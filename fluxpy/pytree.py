@@ -79,13 +79,13 @@ class Structure:
 
     __slots__ = ("flat", "plan")
     known: ClassVar[dict[Any, "Structure"]] = {}  # by the spec of optree
-    flats: ClassVar[dict[type, "Structure"]] = {}  # of named tuples that hold no containers, by class
+    flats: ClassVar[dict[type, "Structure"]] = {}  # by that class
     specs: ClassVar[dict[Any, Any]] = {}  # of optree, by plan
     MOST: ClassVar[int] = 10_000  # are kept: what users hand around may be different each time
 
-    def __init__(self, plan: Any, flat: Any = None) -> None:
+    def __init__(self, plan: Any) -> None:
         self.plan = plan
-        self.flat = flat  # what makes it of its leaves, where that is known: faster than optree
+        self.flat: Any = None  # the class of a named tuple that holds no containers, which is made without optree
 
     @staticmethod
     def of(spec: Any) -> "Structure":
@@ -135,9 +135,9 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
     if torch.compiler.is_compiling():
         parts: list[Any] = []
         return parts, Structure(take_apart(tree, parts))
-    flat = _LONE if type(tree) is Tensor else Structure.flats.get(type(tree))
-    if flat is _LONE:
-        return [tree], flat
+    if type(tree) is Tensor:
+        return [tree], _LONE
+    flat = Structure.flats.get(type(tree))
     if flat is not None and _PLAIN.issuperset(map(type, tree)):
         return list(tree), flat
     parts, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
@@ -170,12 +170,7 @@ def build(plan: Any, parts: Sequence[Any]) -> Any:
     return kind(inside) if kind in (tuple, list) else kind(*inside)
 
 
-def _alone(leaf: Any) -> Any:
-    return leaf
-
-
 _LONE = Structure.of(optree.tree_structure(0, none_is_leaf=True, namespace=NAMESPACE))  # a leaf alone
-_LONE.flat = _alone
 _PLAIN = {Tensor, int, float}  # which nobody makes a container
 
 
@@ -215,10 +210,7 @@ class Skeleton:
         """Whether tensors and numbers lie at the same places in both."""
         if self.spec is not other.spec and self.spec != other.spec:
             return False
-        for mine, its in zip(self.parts, other.parts, strict=True):
-            if (mine is HOLE) is not (its is HOLE):
-                return False
-        return True
+        return [part is HOLE for part in self.parts] == [part is HOLE for part in other.parts]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Skeleton) and self.fits(other)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..context import FiniteFlag, reads_at_once, require_all_finite
-from ..pytree import Skeleton, memory, partition
+from ..pytree import Skeleton, partition
 from ..rule import (
     Assign,
     Reduce,
@@ -70,12 +70,6 @@ class Chunks:
             self.given = self.grads = like_parameters(grads, self.cohort)
         if self.complex and not self.missing:
             self.grads = [torch.view_as_real(g.resolve_conj()) for g in self.given]
-
-    def written(self) -> None:
-        """Let go of a step's gradients; each chunk was cleared."""
-        self.given = self.grads = ()
-        if self.hidden_writes:
-            torch.autograd.graph.increment_version(self.cohort.params)
 
     def clear(self) -> None:
         """Let go of a step's gradients and results."""
@@ -282,7 +276,9 @@ class EagerUnit:
                     row.read()
             skeleton, moved = self._write(chunk)
             chunk.clear()
-        self.chunks.written()
+        self.chunks.clear()
+        if self.chunks.hidden_writes:
+            torch.autograd.graph.increment_version(self.cohort.params)
         self.cohort.advance(skeleton, moved)
 
     def _write(self, chunk: Chunk) -> tuple[Any, bool]:
@@ -317,9 +313,9 @@ def fits(outcome: Outcome | None, chunk: Chunk, rows: Sequence[Row], before: Ske
     if outcome is None or not outcome.skeleton.fits(before):
         return False
     change = outcome.change.value if isinstance(outcome.change, Assign) else outcome.change
-    if change is not None:
-        if not (isinstance(change, Tensor) and change.is_floating_point() and _is_like(change, chunk.x.shown)):
-            return False
+    is_like = isinstance(change, Tensor) and change.is_floating_point() and _is_like(change, chunk.x.shown)
+    if change is not None and not is_like:
+        return False
     for t, row in zip(outcome.tensors, rows, strict=True):
         old = row.shown
         # What a number becomes may be one for all leaves, as a total over the tree is.

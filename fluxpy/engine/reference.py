@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ..context import Context, require_finite
 from ..leaf import Numbers, Record
-from ..pytree import Skeleton, apart, is_unseen, memory, partition, shares
+from ..pytree import apart, is_unseen, memory, partition, shares
 from ..rule import Assign, Reduce, Rule, at
 from ..text import note
 from .step import Prepare, Request
@@ -86,7 +85,9 @@ class ReferenceUnit:
         self.moved = change is not None
         self.change = change if self.inplace and self._can_subtract(change) else None
         self.value = self._new_value(change) if self.change is None else None
-        (olds, before), (news, self.skeleton) = self._parts_before(), partition(state)
+        record = self.record
+        known = None if record.tensors is None else (record.tensors, record.numbers.skeleton)
+        (olds, before), (news, self.skeleton) = known or partition(self.state), partition(state)
         self.olds = olds if before == self.skeleton and all(map(_alike, olds, news)) else []
         if any(t.device != self.x.device and t.ndim for t in news):
             raise ValueError(f"{self._who()} gave a state on another device than the parameter's {self.x.device}")
@@ -95,16 +96,9 @@ class ReferenceUnit:
         news = apart(news, [self.x, *dx, *([] if self.olds and self.inplace else olds)])
         if self.olds:
             if self.inplace:  # a rule may let its buffers change places
-                news = _apart_from_others(news, olds)
+                news = [t.clone() if t is not old and shares(t, olds) else t for old, t in zip(olds, news, strict=True)]
             news = [t if t.dtype == old.dtype else t.to(old.dtype) for old, t in zip(olds, news, strict=True)]
         self.news = news
-
-    def _parts_before(self) -> tuple[list[Tensor], Skeleton]:
-        """The tensors of the state before the step, and the rest of it."""
-        record = self.record
-        if record.tensors is None or record.numbers.skeleton is None:
-            return partition(self.state)
-        return record.tensors, record.numbers.skeleton
 
     def _can_subtract(self, change: Any) -> bool:
         """Whether subtracting in place cannot fail, and gives what the parameter becomes."""
@@ -163,14 +157,6 @@ class ReferenceUnit:
 
 def _share(path: str, parts: Tensor) -> tuple[list[str], Tensor]:
     return [path], parts
-
-
-def _apart_from_others(news: list[Tensor], olds: list[Tensor]) -> list[Tensor]:
-    """New tensors, cloned where they are in the memory of old ones, but for those that are their own old ones."""
-    if is_compiling():
-        return [t.clone() if t is not old and shares(t, olds) else t for old, t in zip(olds, news, strict=True)]
-    taken = set(map(memory, olds))
-    return [t.clone() if t is not old and memory(t) in taken else t for old, t in zip(olds, news, strict=True)]
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
