@@ -41,7 +41,6 @@ class Chunks:
 
     def __init__(self, cohort: Cohort, *, split: bool, stack: bool = False, long: bool = False) -> None:
         self.cohort, self.long = cohort, long
-        self.complex = cohort.params[0].is_complex()
         # Where each array has a number of its own, leaves of one shape go as a stack: there the number is broadcast.
         runs = None
         if not (stack or long) and (any(cohort.numeric) or reducing(cohort.rule, "array")):
@@ -52,7 +51,7 @@ class Chunks:
         where = list(chunks_of(cohort.sizes, split, breaks))
         self.stack = stack or bool(breaks)
         numeric = [False for _ in cohort.momenta] if stack else cohort.numeric
-        self.all = [Chunk(cohort, scratch, numeric, *place, self.stack and place[3] < 0) for place in where]
+        self.all = [Chunk(cohort, scratch, numeric, place, self.stack and place[3] < 0) for place in where]
         self.one = len(self.all) == 1
         self.grads: Sequence[Tensor] = ()  # of real tensors with the strides of the parameters
         self.given: Sequence[Tensor] = ()
@@ -68,7 +67,7 @@ class Chunks:
         self.given = self.grads = grads
         if self.cohort.odd and not self.missing:
             self.given = self.grads = like_parameters(grads, self.cohort)
-        if self.complex and not self.missing:
+        if self.cohort.params[0].is_complex() and not self.missing:
             self.grads = [torch.view_as_real(g.resolve_conj()) for g in self.given]
 
     def clear(self) -> None:
@@ -342,9 +341,7 @@ def write_state(rows: Sequence[Row], news: Sequence[Tensor], flag: FiniteFlag) -
     """Write the new states of a chunk."""
     for row, new in zip(rows, news, strict=True):
         if new.data_ptr() != row.buffer.data_ptr():
-            if flag.bad is not None:
-                new = flag.mask(row.buffer, new.reshape(-1))
-            row.write(new)
+            row.write(new if flag.bad is None else flag.mask(row.buffer, new.reshape(-1)))
 
 
 def _kept(outcome: Outcome) -> Outcome:

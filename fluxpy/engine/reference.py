@@ -85,9 +85,7 @@ class ReferenceUnit:
         self.moved = change is not None
         self.change = change if self.inplace and self._can_subtract(change) else None
         self.value = self._new_value(change) if self.change is None else None
-        record = self.record
-        known = None if record.tensors is None else (record.tensors, record.numbers.skeleton)
-        (olds, before), (news, self.skeleton) = known or partition(self.state), partition(state)
+        (olds, before), (news, self.skeleton) = partition(self.state), partition(state)
         self.olds = olds if before == self.skeleton and all(map(_alike, olds, news)) else []
         if any(t.device != self.x.device and t.ndim for t in news):
             raise ValueError(f"{self._who()} gave a state on another device than the parameter's {self.x.device}")
@@ -103,11 +101,10 @@ class ReferenceUnit:
     def _can_subtract(self, change: Any) -> bool:
         """Whether subtracting in place cannot fail, and gives what the parameter becomes."""
         x = self.x
-        if type(change) is not Tensor or change.dtype != x.dtype or change.shape != x.shape:
+        if type(change) is not Tensor or (change.dtype, change.shape, change.device) != (x.dtype, x.shape, x.device):
             return False
-        if change.layout != torch.strided or change.device != x.device or x.is_meta:
-            return False
-        return not (is_unseen(x) or is_unseen(change)) and memory(change) != memory(x)
+        seen = change.layout == torch.strided and not (x.is_meta or is_unseen(x) or is_unseen(change))
+        return seen and memory(change) != memory(x)
 
     def new_value(self) -> Tensor:
         """What the parameter becomes."""
