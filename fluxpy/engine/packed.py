@@ -316,10 +316,9 @@ def fits(outcome: Outcome | None, chunk: Chunk, rows: Sequence[Row], before: Ske
     if change is not None and not is_like:
         return False
     for t, row in zip(outcome.tensors, rows, strict=True):
-        old = row.shown
         # What a number becomes may be one for all leaves, as a total over the tree is.
-        alike = _is_like(t, old) or (isinstance(row, NumberRow) and not t.ndim and t.device == old.device)
-        if not alike or not (t.dtype == old.dtype or torch.can_cast(t.dtype, old.dtype)):
+        alike = _is_like(t, row.shown) or (isinstance(row, NumberRow) and not t.ndim and t.device == row.shown.device)
+        if not alike or not (t.dtype == row.shown.dtype or torch.can_cast(t.dtype, row.shown.dtype)):
             return False
     return True
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..context import Context, require_finite
 from ..leaf import Numbers, Record
-from ..pytree import apart, is_unseen, memory, partition, shares
+from ..pytree import apart, is_unseen, is_wrapped, partition, shares
 from ..rule import Assign, Reduce, Rule, at
 from ..text import note
 from .step import Prepare, Request
@@ -101,10 +101,11 @@ class ReferenceUnit:
     def _can_subtract(self, change: Any) -> bool:
         """Whether subtracting in place cannot fail, and gives what the parameter becomes."""
         x = self.x
-        if type(change) is not Tensor or (change.dtype, change.shape, change.device) != (x.dtype, x.shape, x.device):
+        if type(change) is not Tensor or x.is_meta or is_unseen(x) or is_wrapped(change):
             return False
-        seen = change.layout == torch.strided and not (x.is_meta or is_unseen(x) or is_unseen(change))
-        return seen and memory(change) != memory(x)
+        alike = (change.dtype, change.shape, change.device) == (x.dtype, x.shape, x.device)
+        given = [t for t in (x, self.dx) if t is not None]  # which another leaf may write to
+        return alike and change.layout == torch.strided and not shares(change, given)
 
     def new_value(self) -> Tensor:
         """What the parameter becomes."""
