@@ -99,13 +99,12 @@ class ReferenceUnit:
         self.news = news
 
     def _can_subtract(self, change: Any) -> bool:
-        """Whether subtracting in place cannot fail, and gives what the parameter becomes."""
+        """Whether it can be subtracted in place: of the same form, and not in memory that another leaf may write to."""
         x = self.x
         if type(change) is not Tensor or x.is_meta or is_unseen(x) or is_wrapped(change):
             return False
-        alike = (change.dtype, change.shape, change.device) == (x.dtype, x.shape, x.device)
-        given = [t for t in (x, self.dx) if t is not None]  # which another leaf may write to
-        return alike and change.layout == torch.strided and not shares(change, given)
+        same = (change.dtype, change.shape, change.device, change.layout) == (x.dtype, x.shape, x.device, torch.strided)
+        return same and not shares(change, [t for t in (x, self.dx) if t is not None])
 
     def new_value(self) -> Tensor:
         """What the parameter becomes."""
