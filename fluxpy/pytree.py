@@ -171,7 +171,7 @@ def build(plan: Any, parts: Sequence[Any]) -> Any:
     return kind(inside) if kind in (tuple, list) else kind(*inside)
 
 
-_LONE = Structure.of(optree.tree_structure(0, none_is_leaf=True, namespace=NAMESPACE))  # a leaf alone
+_LONE = Structure.of(optree.treespec_leaf(none_is_leaf=True, namespace=NAMESPACE))  # a leaf alone
 _LONE.flat = itemgetter(0)
 _PLAIN = {Tensor, int, float}  # which nobody makes a container
 

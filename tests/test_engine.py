@@ -839,7 +839,7 @@ def test_the_verbs_between_compiled_steps():
 
 @needs_compiler
 def test_a_master_copy_is_compiled_in_its_own_precision():
-    pair = Nested(MixedPrecision(Adam(0.1), dtype=torch.float64), "compiled", [(4, 3), (7,)], torch.float32).step(10)
+    pair = Pair(MixedPrecision(Adam(0.1), dtype=torch.float64), "compiled", [(4, 3), (7,)], torch.float32).step(10)
     assert paths_of(pair.state) == {"Compiled"}
     for i in range(2):
         torch.testing.assert_close(pair.state[i].state.x, pair.pure[i].state.x, rtol=1e-12, atol=1e-13)
