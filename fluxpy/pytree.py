@@ -100,7 +100,6 @@ class Structure:
             if len(Structure.known) >= Structure.MOST:
                 Structure.known.clear()
                 Structure.specs.clear()
-                Structure.flats.clear()
             found = Structure.known[spec] = Structure(plan)
             Structure.specs[plan] = spec
             if spec.kind is optree.PyTreeKind.NAMEDTUPLE and spec.num_nodes == spec.num_leaves + 1:

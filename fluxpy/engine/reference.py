@@ -106,10 +106,6 @@ class ReferenceUnit:
         same = (change.dtype, change.shape, change.device, change.layout) == (x.dtype, x.shape, x.device, torch.strided)
         return same and not shares(change, [t for t in (x, self.dx) if t is not None])
 
-    def new_value(self) -> Tensor:
-        """What the parameter becomes."""
-        return self.value if self.change is None else self.x - self.change
-
     def _new_value(self, change: Any) -> Tensor:
         """What the parameter becomes."""
         value = change.value if isinstance(change, Assign) else self.x if change is None else change
@@ -128,7 +124,8 @@ class ReferenceUnit:
         """Give a record the new state. In place, each tensor keeps its memory where its shape allows."""
         if self.context.flag.bad is not None:  # since another leaf was worked out, perhaps
             mask = self.context.flag.mask
-            self.value, self.change = mask(self.x, self.new_value()), None
+            value = self.value if self.change is None else self.x - self.change
+            self.value, self.change = mask(self.x, value), None
             self.news = [mask(old, t) for old, t in zip(self.olds, self.news, strict=True)] if self.olds else self.news
         if self.inplace and self.olds:
             self.news = [old if old is t else old.copy_(t) for old, t in zip(self.olds, self.news, strict=True)]
