@@ -60,12 +60,7 @@ class Record(Spread):
     )
 
     def __init__(
-        self,
-        rule: Rule | None,
-        frozen: bool,
-        shape: torch.Size,
-        dtype: torch.dtype,
-        numbers: Numbers | None = None,
+        self, rule: Rule | None, frozen: bool, shape: torch.Size, dtype: torch.dtype, numbers: Numbers | None = None
     ) -> None:
         self.rule, self.frozen, self.shape, self.dtype = rule, frozen, shape, dtype
         self.made = rule
@@ -304,13 +299,7 @@ KEEP: Any = object()  # not given
 
 
 def replace_leaf(
-    leaf: Leaf,
-    *,
-    rule: Any = KEEP,
-    state: Any = KEEP,
-    frozen: Any = KEEP,
-    count: Any = KEEP,
-    pending: Any = KEEP,
+    leaf: Leaf, *, rule: Any = KEEP, state: Any = KEEP, frozen: Any = KEEP, count: Any = KEEP, pending: Any = KEEP
 ) -> None:
     """Change what is given of a leaf. With `state=None` it gets new momenta at its next update, which go on with the
     `pending` numbers, by default with those that an accumulating rule has."""

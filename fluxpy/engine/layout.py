@@ -35,9 +35,10 @@ def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
     first = tensors[0]
     if len(tensors) == 1:
         return flat_view(first)
-    pointers, width = addresses(tensors), first.element_size()
-    if pointers[0] + first.numel() * width != pointers[1]:
+    width = first.element_size()
+    if first.data_ptr() + first.numel() * width != tensors[1].data_ptr():
         return None
+    pointers = addresses(tensors)
     sizes = [t.numel() for t in tensors]
     ends = [*accumulate(sizes, initial=0)]
     if pointers != [pointers[0] + end * width for end in ends[:-1]]:
@@ -169,7 +170,7 @@ class Row:
     def write(self, value: Tensor) -> None:
         """Set the values."""
         if value is not self.buffer:
-            self.buffer.copy_(value.view(-1))
+            self.buffer.copy_(value if value.ndim == 1 else value.reshape(-1))
         if self.flat is None:
             copy_all(self.tensors, self.views)
 
@@ -209,7 +210,7 @@ class NumberRow(Row):
     def write(self, value: Tensor) -> None:
         if self.firsts is not None and self.last:
             if value is not self.buffer:
-                self.buffer.copy_(value.view(-1))
+                self.buffer.copy_(value.reshape(-1))
             copy_all(self.tensors, self.firsts)
         elif self.last:
             super().write(value)
