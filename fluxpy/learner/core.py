@@ -11,11 +11,11 @@ from ..containers import open_data
 from ..context import reads_at_once
 from ..data import require_batches
 from ..distributed.layout import all_gather, copy_whole, whole_tensor
+from ..distributed.parallel import modules_in
 from ..gradient import Gradients
 from ..grads import in_order
 from ..leaf import Leaf
 from ..members import members_of
-from ..pytree import level
 from ..rule import hyperparameters
 from ..rule import walk as members
 from ..saving.checkpoint import write_checkpoint
@@ -31,18 +31,8 @@ from ..train import place, training_mode, why_it_failed
 from ..update import check_finite
 
 
-def parameters(state: State | Leaf, model: Any) -> list[Tensor]:
-    """The model's parameters in the order of `leaves(state)`, tied ones once."""
-    return bind(state, model).params
-
-
-def gradients_in_order(state: State | Leaf, model: Any, grads: Any) -> list[Tensor | None]:
-    """The gradient of each of `parameters`."""
-    return in_order(bind(state, model), grads)
-
-
 def as_gradients(state: State | Leaf, model: Any, values: list[Tensor | None]) -> Any:
-    """What `gradient` returns, of the gradients of `parameters`."""
+    """What `gradient` returns, of the gradients in the order of the parameters."""
     spec = bind(state, model).walked
     return values[0] if spec.kind == "leaf" else Gradients(spec, values)
 
@@ -53,23 +43,12 @@ def note_loss(state: State | Leaf, finite: Tensor, what: str) -> None:
     context.flag.require(finite, context.updates, what)
 
 
-def runs_together(state: State | Leaf, model: Any) -> tuple[set[int], bool]:
-    """The ranks of the processes that run a model together, and whether its parameters are spread over them."""
-    binding = bind(state, model)
-    return set() if binding.parallel is None else binding.parallel.ranks, binding.spread
-
-
 def over_ranks(state: State | Leaf, model: Any, number: Tensor) -> Tensor:
     """The mean of a number over all processes that run a model, not read from its device."""
     parallel = bind(state, model).parallel
     if parallel is None:
         return number
     return parallel.mean(number if number.is_floating_point() else number.float())
-
-
-def local_parameters(state: State | Leaf, model: Any) -> list[Tensor]:
-    """What this process holds of each of `parameters`."""
-    return bind(state, model).local
 
 
 def rates(leaf: Leaf, member: Any = None) -> list[Any]:
@@ -82,11 +61,6 @@ def rates(leaf: Leaf, member: Any = None) -> list[Any]:
         return []
     found = [hyperparameters(rule) for outer in chosen for rule in members(outer)]
     return [own["lr"] for own in found if "lr" in own]
-
-
-def updates_of(leaf: Leaf) -> int:
-    """How often a leaf was updated."""
-    return leaf.count
 
 
 def model_dict(model: Any, state: State | Leaf | None = None) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import trainables
-from .core import level, open_data, require_batches
+from .core import modules_in, open_data, require_batches
 
 TARGETS = ("target", "targets", "label", "labels", "y")
 
@@ -114,10 +114,6 @@ class Source:
                 todo += [(part, depth + 1) for part in vars(x).values()]
         return list(found.values())
 
-    def keeps_workers(self) -> bool:
-        """Whether processes that outlive an epoch make the batches: nobody knows their random numbers."""
-        return bool(getattr(self.loader, "persistent_workers", False))
-
 
 _END = object()
 _GENERATORS = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
@@ -173,19 +169,10 @@ def kind(batch: Any) -> str:
     return f"a tensor of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
 
 
-def modules(model: Any) -> Iterator[nn.Module]:
-    """All modules of a model, which may be a pytree that holds some."""
-    if isinstance(model, nn.Module):
-        yield from model.modules()
-    elif (here := level(model)) is not None:
-        for child in here.children:
-            yield from modules(child)
-
-
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
     """Modules in evaluation mode for a while, then each as it was."""
-    before = [(module, module.training) for module in modules(model)]
+    before = [(module, module.training) for module in modules_in(model)]
     for module, _ in before:
         module.eval()
     try:

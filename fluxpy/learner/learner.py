@@ -17,10 +17,10 @@ from .core import (
     Leaf,
     Rules,
     State,
+    bind,
     check_finite,
     leave_to_the_user,
     open_data,
-    parameters,
     place,
     reads_at_once,
     why_it_failed,
@@ -29,10 +29,8 @@ from .data import Source, call, evaluation_mode, kind, move, split
 from .events import EVENTS, History
 from .html import learner_as_html
 from .loop import LOSS, Loop
-from .progress import Progress
+from .progress import Progress, Step
 from .ranks import ranks_of
-from .resume import Run
-from .step import Step
 
 
 class Learner:
@@ -81,7 +79,7 @@ class Learner:
         self.model, self.loss = model, loss
         self.autocast, self.accumulate = autocast, accumulate
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
-        self.device = _device_of(parameters(self.state, model))  # where batches go
+        self.device = _device_of(bind(self.state, model).params)  # where batches go
         self.metrics = Metrics(metrics)
         self.callbacks = [*([ProgressBar()] if default_callbacks else []), *events.checked(callbacks)]
         self.ranks = ranks_of(self.state, model)  # the processes that run it; looked up anew in each call
@@ -102,7 +100,7 @@ class Learner:
         self.nonfinite: str | None = None  # what was not finite
         # Of the batch:
         self.step = Step()
-        self._run = Run()
+        self._run = Loop()  # of the last fit, or of one that was loaded
         self._loop: Loop | None = None  # while one runs
 
     @property
@@ -145,23 +143,25 @@ class Learner:
         validation = None if valid is None else Source(valid, "the validation data")
         saved = self._find_saved(extra)
         progress = Progress() if saved is None else Progress(**saved["position"], resumed=True)
-        for source in (training, validation):
-            if source is not None:
-                source.need(epochs, epochs - progress.epoch)
+        for source in filter(None, (training, validation)):
+            source.need(epochs, epochs - progress.epoch)
         if saved is None:
             self.history = History()
         else:
             resume.load_callbacks(extra, saved["callbacks"][len(self.callbacks) :])
         self.history.stop_reason = None
-        lengths = {} if saved is None else dict(saved["lengths"])
-        rules = resume.rules_of(self, saved)
-        self._run = Run(training, validation, extra, rules=rules, lengths=lengths, saved=saved)
-        self._start_fit(progress, epochs)
-        self._loop = Loop(self, self._run)
+        self.progress, self.has_validation = progress, validation is not None
+        self.epoch_count, self.epoch_index = epochs, min(progress.epoch, epochs - 1)
+        self._run = Loop(training, validation, extra, saved)
+        self._require_same_fit(extra)
+        self.batch_index, self.stats = 0, {}
+        self.batch_count = self.ranks.length("the length of the data", training.length(self.epoch_index))
+        self.step_index, self.step_count = progress.step, self.ranks.length("the length of fit", training.total(epochs))
+        self._loop = self._run.of(self)
         try:
             self._loop.fit()
         finally:
-            self._loop, self._run.saved, self._run.callbacks = None, None, []
+            self._loop = None
 
     def _find_saved(self, callbacks: list[Any]) -> dict[str, Any] | None:
         """The run to go on with: that loaded before, or one that a callback has."""
@@ -183,33 +183,20 @@ class Learner:
             )
             raise
 
-    def _start_fit(self, progress: Progress, epochs: int) -> None:
-        source = self._run.train
-        assert source is not None
-        self.progress, self.has_validation = progress, self._run.valid is not None
-        self.epoch_count, self.epoch_index = epochs, min(progress.epoch, epochs - 1)
-        self._require_same_fit()
-        self.batch_index, self.stats = 0, {}
-        self.batch_count = self.ranks.length("the length of the data", source.length(self.epoch_index))
-        self.step_index, self.step_count = progress.step, self.ranks.length("the length of fit", source.total(epochs))
-
-    def _require_same_fit(self) -> None:
+    def _require_same_fit(self, callbacks: list[Any]) -> None:
         """ValueError where the processes of a fit would do other things."""
-        if not self.ranks.alone:
-            names = [events.name_of(callback) for callback in (*self.callbacks, *self._run.callbacks)]
-            position = self.progress.position() if self.progress.resumed else "a new run"
-            self.ranks.require_same(
-                "fit",
-                {
-                    "the list of callbacks": names,
-                    "the list of metrics": self.metrics.names,
-                    "whether there is validation data": self.has_validation,
-                    "epochs": self.epoch_count,
-                    "accumulate": self.accumulate,
-                    "where it begins": position,
-                },
-            )
-            self.metrics.require_several(self.ranks.size)
+        self.metrics.require_several(self.ranks.size)
+        self.ranks.require_same(
+            "fit",
+            {
+                "the list of callbacks": [events.name_of(callback) for callback in (*self.callbacks, *callbacks)],
+                "the list of metrics": self.metrics.names,
+                "whether there is validation data": self.has_validation,
+                "epochs": self.epoch_count,
+                "accumulate": self.accumulate,
+                "where it begins": self.progress.position() if self.progress.resumed else "a new run",
+            },
+        )
 
     def validate(self, data: Any) -> dict[str, float]:
         """The metrics on some data, by name. Fires the events of a validation phase. On several processes all have to
@@ -217,7 +204,7 @@ class Learner:
         if self._loop is None:
             self.ranks = ranks_of(self.state, self.model)
             self.metrics.require_several(self.ranks.size)
-        loop = self._loop or Loop(self, Run())
+        loop = self._loop or Loop().of(self)
         inside = [level for level in loop.dispatcher.levels if level not in ("fit", "epoch")]
         if inside:
             raise RuntimeError(f"validate cannot run within the {inside[-1]} of a fit; call it at epoch_end")
@@ -277,7 +264,7 @@ class Learner:
             output = self.predicted(call(model, input))
             return self.loss(output, self.step.target), output
         except (TypeError, RuntimeError) as error:
-            args, params = (self.step.output, target, input), parameters(self.state, self.model)
+            args, params = (self.step.output, target, input), bind(self.state, self.model).params
             for note in why_it_failed(error, None, args, "loss(output, target)", params):
                 error.add_note(note)
             raise
@@ -298,7 +285,7 @@ class Learner:
         """The autocast that was asked for, if one was."""
         if self.autocast is None:
             return nullcontext()
-        kind = self.device or next(iter(parameters(self.state, self.model))).device
+        kind = self.device or bind(self.state, self.model).params[0].device
         return torch.autocast(kind.type, self.autocast)
 
     def running(self) -> dict[str, float]:
@@ -363,10 +350,8 @@ class Learner:
         """
         if self._loop is not None:
             raise RuntimeError("load_state_dict cannot be called while a fit is running")
-        if hyperparameters is not None:
-            d = d | {"hyperparameters": hyperparameters}
         self.ranks = ranks_of(self.state, self.model)
-        self._run = Run(saved=resume.load(self, d))
+        self._run = Loop(saved=resume.load(self, d, hyperparameters))
 
     def trial(self) -> "Learner":
         """A Learner to try things with: the same loss and steps, its own copy of model and state, neither callbacks nor
@@ -380,7 +365,7 @@ class Learner:
         other.model, other.state = copy.deepcopy((self.model, self.state))
         other.callbacks, other.metrics = [], Metrics()
         other.history, other.progress, other.step, other.stats = History(), Progress(), Step(), {}
-        other._run, other._loop = Run(), None
+        other._run, other._loop = Loop(), None
         return other
 
 

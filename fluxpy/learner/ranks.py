@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from .. import assert_same_on_all_ranks
-from .core import Leaf, State, all_gather, runs_together, whole_tensor
+from .core import Leaf, State, all_gather, bind, whole_tensor
 from .data import Source
 from .events import CANCELS, Cancel
 from .resume import mapped
@@ -211,15 +211,15 @@ def ranks_of(state: State | Leaf, model: Any, *, trains: bool = False) -> Ranks:
     train, while there are several, or that runs on some of them only."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Ranks()
-    found, spread = runs_together(state, model)
-    size = dist.get_world_size()
+    binding, size = bind(state, model), dist.get_world_size()
+    found = set() if binding.parallel is None else binding.parallel.ranks
     if found and len(found) != size:
         raise ValueError(
             f"the model runs on {len(found)} of {size} processes, and the Learner takes one that runs on all of them, "
             "or on one: write the loop with fluxpy.train"
         )
     if found:
-        return Ranks(dist.get_rank(), size, spread)
+        return Ranks(dist.get_rank(), size, binding.spread)
     if trains:
         raise ValueError(
             f"this is one of {size} processes, but nothing averages the model's gradients over them: each would train "

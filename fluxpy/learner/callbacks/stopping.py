@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from ... import adjust, averaged, leaves, scale, select
-from ..core import load_model, local_parameters, match_model, model_dict, rates
+from ..core import bind, load_model, match_model, model_dict, rates
 from ..events import Callback, CancelFit
 from ..learner import Learner
 from .monitor import Monitor
@@ -190,7 +190,7 @@ class StopOnNaN(Callback):
 
     def _stop(self, learner: Learner) -> None:
         if learner.nonfinite is not None:
-            here = all(bool(x.isfinite().all()) for x in local_parameters(learner.state, learner.model))
+            here = all(bool(x.isfinite().all()) for x in bind(learner.state, learner.model).local)
             sound = not learner.ranks.any("StopOnNaN", not here)
             raise CancelFit(f"{learner.nonfinite}{'' if sound else _CURE}")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import leaves
-from ..core import Leaf, gradients_in_order, hyperparameters, members, parameters, rates, updates_of, whole_tensor
+from ..core import Leaf, bind, hyperparameters, in_order, members, rates, whole_tensor
 from ..learner import Learner
 from .statistics import Rows
 
@@ -81,13 +81,13 @@ class TensorBoardLogger(Rows):
     def on_update_start(self, learner: Learner) -> None:
         self._before, self._norms = [], {}
         if self.norms and learner.step_index % self.norms < learner.accumulate:
-            grads = gradients_in_order(learner.state, learner.model, learner.step.grads)
-            self._before = [x.detach().clone() for x in parameters(learner.state, learner.model)]
+            grads = in_order(bind(learner.state, learner.model), learner.step.grads)
+            self._before = [x.detach().clone() for x in bind(learner.state, learner.model).params]
             for name, places in self._subtrees.items():
                 self._norms[f"gradient_norm/{name}"] = _norm([grads[i] for i in places])
 
     def more(self, learner: Learner) -> dict[str, Any]:
-        now, old = parameters(learner.state, learner.model), self._before
+        now, old = bind(learner.state, learner.model).params, self._before
         for name, places in self._subtrees.items() if old else ():
             moved = _norm([now[i].detach() - old[i] for i in places])
             self._norms[f"update_ratio/{name}"] = moved / _norm([old[i] for i in places])
@@ -141,7 +141,7 @@ class TensorBoardLogger(Rows):
         self._resumed = self.directory is not None
 
     def _histograms(self, learner: Learner) -> None:
-        for (path, _), x in zip(leaves(learner.state), parameters(learner.state, learner.model), strict=True):
+        for (path, _), x in zip(leaves(learner.state), bind(learner.state, learner.model).params, strict=True):
             weights = learner.ranks.whole(x.detach())
             finite = weights[weights.isfinite()]
             if self._writes and finite.numel() and not x.is_complex():
@@ -206,7 +206,7 @@ class Rates:
         changed: dict[str, float] = {}
         for name, rate, leaf in self.named:
             # After the update: the rate it used is that of the count before.
-            value: Any = rate(max(updates_of(leaf) - 1, 0)) if callable(rate) else rate
+            value: Any = rate(max(leaf.count - 1, 0)) if callable(rate) else rate
             number = float(value)
             if self.written.get(f"lr/{name}") != number:
                 changed[f"lr/{name}"] = number
