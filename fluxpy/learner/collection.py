@@ -24,10 +24,11 @@ class Metrics:
         self.all: list[Metric] = [Loss()]
         for name, metric in pairs:
             made = _metric(metric, name)
-            if made.name != "loss" and made.name in self.names:
+            if made.name == "loss":
+                continue
+            if made.name in self.names:
                 raise ValueError(f"two metrics are called {made.name!r}; name them: metrics={{'name': metric, ...}}")
-            if made.name != "loss":
-                self.all.append(made)
+            self.all.append(made)
         self.batches = 0  # how many were counted
 
     @property

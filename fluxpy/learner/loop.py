@@ -12,11 +12,11 @@ from .core import as_gradients, bind, in_order, note_loss, over_ranks, place, re
 from .data import Source, evaluation_mode, samples_of, split
 from .dispatcher import Dispatcher
 from .events import Cancel, CancelTraining
+from .metrics import number
 from .progress import Step
 from .ranks import Ranks
 from .resume import present_rules, restore
 from .rng import data_state, random_state, set_data_state, set_random_state
-from .scores import number
 from .window import Window, saved_window, weight_of
 
 if TYPE_CHECKING:

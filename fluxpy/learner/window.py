@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scores import counted, number
+from .metrics import counted, number
 
 _LOW = (torch.float16, torch.bfloat16)
 
