@@ -14,6 +14,7 @@ one of them cancels is cancelled after that.
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any, ClassVar, SupportsIndex, overload
 
 from .core import near
@@ -171,6 +172,18 @@ def checked(callbacks: Any) -> list[Any]:
         if not callable(callback):
             raise TypeError(f"a callback is a callable (learner, event) or a Callback, but got {callback!r}")
     return found
+
+
+def require_whole(name: str, value: Any, least: int = 1) -> None:
+    """ValueError for what is no whole number, or too small."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value!r} is not allowed; it must be a whole number, {least} or more")
+
+
+def require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """ValueError for another value."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not allowed; it must be {' or '.join(map(repr, allowed))}")
 
 
 class History(list[dict[str, Any]]):

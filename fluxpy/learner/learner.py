@@ -125,8 +125,7 @@ class Learner:
         """
         if self._loop is not None:
             raise RuntimeError("fit is running; a callback cannot start another one")
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-            raise ValueError(f"epochs={epochs!r} is not allowed; it must be a whole number above 0")
+        events.require_whole("epochs", epochs)
         extra = events.checked(callbacks)
         self.ranks = ranks_of(self.state, self.model, trains=True)
         try:
@@ -165,23 +164,20 @@ class Learner:
 
     def _find_saved(self, callbacks: list[Any]) -> dict[str, Any] | None:
         """The run to go on with: that loaded before, or one that a callback has."""
-        for callback in (*self.callbacks, *callbacks):
-            if self._run.saved is None and isinstance(callback, events.Callback):
-                saved = callback.saved_run()
-                if saved is not None:
-                    self._load_from(callback, saved)
+        for callback in filter(lambda c: isinstance(c, events.Callback), (*self.callbacks, *callbacks)):
+            if self._run.saved is not None:
+                break
+            if (saved := callback.saved_run()) is not None:
+                try:
+                    self.load_state_dict(saved)
+                except ValueError as error:
+                    where = f" in {str(callback.directory)!r}" if hasattr(callback, "directory") else ""
+                    error.add_note(
+                        f"the run that {events.name_of(callback)} saved{where} is of another model, rule or script: "
+                        "give this one its own directory, or begin anew with resume=False"
+                    )
+                    raise
         return self._run.saved
-
-    def _load_from(self, callback: events.Callback, saved: dict[str, Any]) -> None:
-        try:
-            self.load_state_dict(saved)
-        except ValueError as error:
-            where = getattr(callback, "directory", None)
-            error.add_note(
-                f"the run that {events.name_of(callback)} saved{'' if where is None else f' in {str(where)!r}'} is of "
-                "another model, rule or script: give this one its own directory, or begin anew with resume=False"
-            )
-            raise
 
     def _require_same_fit(self, callbacks: list[Any]) -> None:
         """ValueError where the processes of a fit would do other things."""
@@ -230,8 +226,7 @@ class Learner:
         source = Source(data, "the data")
         outputs: list[list[Tensor]] = []
         others: list[Any] = []
-        evaluating = evaluation_mode(self.model), averaged(self.state, self.model)
-        with ranks, evaluating[0], evaluating[1], torch.no_grad(), self.casting():
+        with ranks, evaluation_mode(self.model), averaged(self.state, self.model), torch.no_grad(), self.casting():
             source.make(0)
             for batch, counts in ranks.together(source, source.batches(), trains=False):
                 input, _ = split(place(batch, self.device))
@@ -398,8 +393,7 @@ def _check(learner: Learner, loss: Any, autocast: Any, accumulate: Any) -> None:
     if autocast not in (None, torch.bfloat16):
         hint = "" if autocast != torch.float16 else ": float16 needs its loss scaled, or small gradients are lost"
         raise ValueError(f"autocast={autocast!r} is not allowed{hint}; it is torch.bfloat16 or None")
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"accumulate={accumulate!r} is not allowed; it is a number of batches, at least 1")
+    events.require_whole("accumulate", accumulate)
     if isinstance(loss, type):
         raise TypeError(f"the loss is an object, not a class: write {loss.__name__}()")
     if not callable(loss):

@@ -130,9 +130,9 @@ class ProgressBar(Callback):
             return "", ""
         rate = batches / max(seconds, 1e-9)
         left = f" · {tqdm.format_interval(max(0, total - self._done) / rate)} left" if total else ""
-        if rate < 10:
-            return f"· {1 / rate:.2g} s/batch{left}", f"· {1 / rate:.2g} s/batch{left}"
-        return f"· {rate:.0f} batches/s{left}", f"· {rate:.0f}/s{left}"
+        slow = f"{1 / rate:.2g} s/batch"
+        long, short = (slow, slow) if rate < 10 else (f"{rate:.0f} batches/s", f"{rate:.0f}/s")
+        return f"· {long}{left}", f"· {short}{left}"
 
     # --- What others print --------------------------------------------------------------------------------------------
 

@@ -72,11 +72,9 @@ class LearningRateScheduler(Callback):
         if not any(rates(leaf, self.member) for _, leaf in leaves(learner.state)):
             what = "" if self.member is None else f" in its member {self.member!r}"
             raise ValueError(f"LearningRateScheduler: no leaf has a rule with the hyperparameter 'lr'{what}")
-        for path, leaf in leaves(learner.state):
-            _check(path, leaf, self.member)
-        self._learner = learner
         self._fill(learner)
         self._follow(learner)
+        self._learner = learner
 
     def on_training_start(self, learner: Learner) -> None:
         if self._filled is self.schedule:  # a length that is known only now

@@ -5,7 +5,7 @@ from typing import Any
 
 from ... import adjust, averaged, leaves, scale, select
 from ..core import bind, load_model, match_model, model_dict, rates
-from ..events import Callback, CancelFit
+from ..events import Callback, CancelFit, require_whole
 from ..learner import Learner
 from .monitor import Monitor
 
@@ -15,8 +15,7 @@ class Plateau(Callback):
     `stuck`, and `better` for an epoch that was."""
 
     def __init__(self, monitor: str, patience: int, min_delta: float, mode: str | None) -> None:
-        if patience < 1:
-            raise ValueError(f"patience={patience!r} is not allowed; it is a number of epochs, at least 1")
+        require_whole("patience", patience)
         if not min_delta >= 0:
             raise ValueError(f"min_delta={min_delta!r} is not allowed; it is what counts as better, at least 0")
         self.monitor, self.patience, self.min_delta = Monitor(monitor, mode), patience, min_delta
@@ -170,8 +169,7 @@ class StopOnNaN(Callback):
     stops_on_nonfinite = True
 
     def __init__(self, every: int = 50) -> None:
-        if every < 1:
-            raise ValueError(f"every={every!r} is not allowed; it is a number of batches, at least 1")
+        require_whole("every", every)
         self.every = every
 
     def on_batch_end(self, learner: Learner) -> None:
