@@ -2,11 +2,13 @@
 
 # ruff: noqa: F401
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..adjust import adjust, scale
 from ..containers import open_data
 from ..context import reads_at_once
 from ..data import require_batches
@@ -24,7 +26,7 @@ from ..saving.file import remove_leftovers
 from ..saving.model import match_tensors, model_tensors
 from ..saving.state_dict import changed_rules, changes_of_rules, plain_rules
 from ..show import tree_as_html
-from ..state import Rules, State, bind, tree_context
+from ..state import Rules, State, bind, select, tree_context
 from ..text import html_table, near
 from ..tracebacks import leave_to_the_user
 from ..train import place, training_mode, why_it_failed
@@ -61,6 +63,22 @@ def rates(leaf: Leaf, member: Any = None) -> list[Any]:
         return []
     found = [hyperparameters(rule) for outer in chosen for rule in members(outer)]
     return [own["lr"] for own in found if "lr" in own]
+
+
+class Changed(scale):
+    """In `adjust`: what a function gives of each present value."""
+
+    def __init__(self, f: Callable[[Any], Any]) -> None:
+        super().__init__(1.0)
+        self.f = f
+
+    def of(self, value: Any) -> Any:
+        return self.f(value)
+
+
+def adjust_rates(state: State | Leaf, f: Callable[[Any], Any], member: Any = None) -> None:
+    """Put what `f` gives of each learning rate in its place, on all leaves that have one."""
+    adjust(select(state, lambda _, leaf: len(rates(leaf, member)) > 0), lr=Changed(f), member=member)
 
 
 def model_dict(model: Any, state: State | Leaf | None = None) -> dict[str, Tensor]:

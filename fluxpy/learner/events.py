@@ -17,8 +17,7 @@ from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, ClassVar, SupportsIndex, overload
 
-from .core import near
-from .html import history_as_html
+from .core import html_table, near
 
 EVENTS = (
     "fit_start",
@@ -219,4 +218,16 @@ class History(list[dict[str, Any]]):
         return {name: [row[key].get(name, math.nan) for row in self] for name in names}
 
     def _repr_html_(self) -> str:
-        return history_as_html(self, self.stop_reason)
+        return history_as_html(self)
+
+
+def history_as_html(history: History) -> str:
+    """A table with a row for each epoch, and a column for each metric of each phase."""
+    columns = [(phase, name) for phase in ("train", "validation") for name in history[phase]]
+    header = ["epoch", *(f"{phase} {name}" for phase, name in columns)]
+    rows = [[row["epoch"], *(_cell(row[phase].get(name)) for phase, name in columns)] for row in history]
+    return html_table(header, rows, "" if history.stop_reason is None else f"ended early: {history.stop_reason}")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)

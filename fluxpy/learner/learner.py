@@ -1,6 +1,7 @@
 """The Learner: epochs of training and validation, whose every turn callbacks can see and change."""
 
 import copy
+import html
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import averaged, setup
+from .. import averaged, setup, summary
 from . import events, resume
 from .callbacks.progress_bar import ProgressBar
 from .collection import Metrics, on_host
@@ -19,15 +20,16 @@ from .core import (
     State,
     bind,
     check_finite,
+    html_table,
     leave_to_the_user,
     open_data,
     place,
     reads_at_once,
+    tree_as_html,
     why_it_failed,
 )
 from .data import Source, call, evaluation_mode, kind, move, split
 from .events import EVENTS, History
-from .html import learner_as_html
 from .loop import LOSS, Loop
 from .progress import Progress, Step
 from .ranks import ranks_of
@@ -131,7 +133,6 @@ class Learner:
         try:
             with self.ranks:
                 self._fit(train, valid, epochs, extra)
-                self.ranks.numbers("the end of fit")
         except Exception as error:
             leave_to_the_user(error)
             raise
@@ -210,7 +211,6 @@ class Learner:
             with self.ranks:
                 source.make(0)
                 loop.validation(source, source.batches(), None)
-                self.ranks.numbers("the end of validate")
         finally:
             self._loop = outer
         return self.stats
@@ -305,7 +305,18 @@ class Learner:
         return self.nonfinite
 
     def _repr_html_(self) -> str:
-        return learner_as_html(self)
+        about = [
+            ("model", type(self.model).__name__),
+            ("loss", events.name_of(self.loss)),
+            ("metrics", ", ".join(self.metrics.names)),
+            ("callbacks", ", ".join(map(events.name_of, self.callbacks)) or "none"),
+            ("epochs done", self.progress.epoch),
+        ]
+        alone = isinstance(self.state, Leaf)
+        state = f"<pre>{html.escape(summary(self.state))}</pre>" if alone else tree_as_html(self.state)
+        return (
+            html_table(["Learner", ""], about) + state + (events.history_as_html(self.history) if self.history else "")
+        )
 
     def explain(self, callbacks: Iterable[Any] = ()) -> str:
         """Which callbacks act at which event, in their order, as text."""

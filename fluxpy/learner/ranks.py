@@ -109,8 +109,10 @@ class Ranks:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
-        """An error that ends a call is told."""
-        if error is not None:
+        """All end a call together. An error that ends it is told."""
+        if error is None:
+            self.numbers("the end of a call")
+        else:
             self.leave("the end of a call", error)
 
     # --- What all must have alike -------------------------------------------------------------------------------------

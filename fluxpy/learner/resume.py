@@ -21,7 +21,10 @@ _OPTION = 'hyperparameters="keep" (of Checkpoint or load_state_dict)'
 
 def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
     """The run as plain data."""
-    callbacks = [_saved_callback(callback) for callback in (*learner.callbacks, *run.callbacks)]
+    callbacks = [
+        [events.name_of(callback), clones(callback.state_dict()) if isinstance(callback, events.Callback) else {}]
+        for callback in (*learner.callbacks, *run.callbacks)
+    ]
     if run.saved is not None:  # nothing was done since it was loaded
         return clones(run.saved) | {"callbacks": callbacks or clones(run.saved["callbacks"])}
     progress, now = learner.progress, time.monotonic()
@@ -118,11 +121,6 @@ def load_callbacks(callbacks: list[Any], saved: list[Any], warn: Callable[..., N
             was = repr(saved[i][0]) if i < len(saved) else "nothing"
             where = f"the callback {name} was not saved at its place (there was {was})"
             warn(f"{where}; it starts afresh", stacklevel=2)
-
-
-def _saved_callback(callback: Any) -> list[Any]:
-    state = clones(callback.state_dict()) if isinstance(callback, events.Callback) else {}
-    return [events.name_of(callback), state]
 
 
 def clones(tree: Any) -> Any:

@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from ... import adjust, averaged, leaves, scale, select
-from ..core import bind, load_model, match_model, model_dict, rates
+from ... import averaged, leaves, scale
+from ..core import adjust_rates, bind, load_model, match_model, model_dict, rates
 from ..events import Callback, CancelFit, require_whole
 from ..learner import Learner
 from .monitor import Monitor
@@ -143,19 +143,11 @@ class ReduceOnPlateau(Plateau):
 
     def stuck(self, learner: Learner) -> None:
         self.waited = 0
-        adjust(select(learner.state, lambda _, leaf: len(rates(leaf)) > 0), lr=_Lowered(self.factor, self.min_lr))
+        adjust_rates(learner.state, self._lowered)
 
-
-class _Lowered(scale):
-    """In `adjust`: a rate times a factor, but not below a lowest one."""
-
-    def __init__(self, factor: float, lowest: float) -> None:
-        super().__init__(factor)
-        self.lowest = lowest
-
-    def of(self, value: Any) -> Any:
-        new = super().of(value)
-        return max(new, min(value, self.lowest)) if isinstance(new, int | float) else new
+    def _lowered(self, rate: Any) -> Any:
+        new = scale(self.factor).of(rate)
+        return max(new, min(rate, self.min_lr)) if isinstance(new, int | float) else new
 
 
 class StopOnNaN(Callback):
