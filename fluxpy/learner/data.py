@@ -38,7 +38,10 @@ class Source:
 
     def length(self, epoch: int | None = None) -> int | None:
         """How many batches an epoch has, by default the present one, if that is known."""
-        return _length(self.data[epoch] if self.each and epoch is not None else self.loader)
+        try:
+            return len(self.data[epoch] if self.each and epoch is not None else self.loader)
+        except TypeError:  # also of a torch DataLoader over what has no length
+            return None
 
     def total(self, epochs: int) -> int | None:
         """How many batches all epochs have together, if known. Where a callable makes them: all like the present."""
@@ -192,13 +195,6 @@ def move(model: Any, device: torch.device, held: bool) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"device={str(device)!r} moves modules; put the tensors of this model there yourself")
     model.to(device)
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:  # also of a torch DataLoader over what has no length
-        return None
 
 
 def _takes_one(make: Callable[..., Any]) -> bool:

@@ -11,7 +11,7 @@ from .. import averaged, update, withgradient
 from .core import as_gradients, bind, in_order, note_loss, over_ranks, place, reads_at_once, training_mode
 from .data import Source, evaluation_mode, samples_of, split
 from .dispatcher import Dispatcher
-from .events import Cancel, CancelTraining
+from .events import CancelTraining
 from .metrics import number
 from .progress import Step
 from .ranks import Ranks
@@ -288,18 +288,13 @@ class Loop:
 
     def _agreed(self, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """What a step gives. After it all processes know each other's losses, and whether to go on."""
-        value: Any = None
-        error: Exception | None = None
+
+        def loss_of(value: Any) -> float:
+            loss = value[0] if isinstance(value, tuple) else value
+            return loss.item() if isinstance(loss, torch.Tensor) and reads_at_once(loss) else 0.0
+
         self.ranks.busy = self.ranks.spread
-        try:
-            value = step(*args)
-        except Exception as raised:
-            if self.ranks.busy and not isinstance(raised, Cancel):
-                raise
-            error = raised
-        loss = value[0] if isinstance(value, tuple) else value
-        read = isinstance(loss, torch.Tensor) and reads_at_once(loss)
-        self.losses = self.ranks.numbers("a step", loss.item() if read else 0.0, error)
+        value, self.losses = self.ranks.attempt("a step", lambda: step(*args), loss_of)
         self.ranks.busy = self.learner.training
         return value
 

@@ -82,15 +82,24 @@ class Ranks:
         self.numbers(place)
         return self._exchange(value)
 
-    def by_first(self, place: str, action: Callable[[], None]) -> None:
-        """Have the first do something; none goes on before it is done. An error is one of all."""
+    def attempt(
+        self, place: str, action: Callable[[], Any], number: Callable[[Any], float] = lambda value: 0.0
+    ) -> tuple[Any, list[float]]:
+        """What each does, and the number that all have of it. An error or a cancel of one is one of all, but an error
+        where they may be waiting for this one."""
+        value: Any = None
         error: Exception | None = None
-        if self.first:
-            try:
-                action()
-            except Exception as raised:
-                error = raised
-        self.numbers(place, outcome=error)
+        try:
+            value = action()
+        except Exception as raised:
+            if self.busy and not isinstance(raised, Cancel):
+                raise
+            error = raised
+        return value, self.numbers(place, number(value) if error is None else 0.0, error)
+
+    def by_first(self, place: str, action: Callable[[], None]) -> None:
+        """Have the first do something; none goes on before it is done."""
+        self.attempt(place, action if self.first else lambda: None)
 
     def leave(self, place: str, error: BaseException) -> None:
         """An error passes. The others are told, if they will surely listen; where they may wait for this process in an
@@ -124,13 +133,8 @@ class Ranks:
             yield from ((batch, True) for batch in batches)
             return
         while True:
-            batch: Any = _END
-            error: Exception | None = None
-            try:
-                batch = next(batches, _END)
-            except Exception as raised:
-                error = raised
-            has = self.numbers(f"the next batch of {source.name}", batch is not _END, error)
+            place = f"the next batch of {source.name}"
+            batch, has = self.attempt(place, lambda: next(batches, _END), lambda batch: batch is not _END)
             if not any(has) or (trains and not all(has)):
                 break
             if batch is _END:

@@ -117,7 +117,8 @@ class ProgressBar(Callback):
         total, done = learner.batch_count, self._done
         parts = [f"{_title(learner)} {done}" + (f"/{total}" if total else "")]
         if total and cells:
-            parts.append(_bar(cells, min(cells, cells * done // total)))
+            full = min(cells, cells * done // total)
+            parts.append(f"[{('=' * full + '>' * (full < cells)).ljust(cells, '.')}]")
         parts += [_text(numbers, width), end]
         line = " ".join(part for part in parts if part)
         code = self._out.encoding or "utf-8"
@@ -181,11 +182,6 @@ def _title(learner: "Learner") -> str:
 def _numbers(learner: "Learner") -> dict[str, float]:
     """The numbers so far. Of several processes those of this one, which can tell them without the others."""
     return learner.running() if learner.ranks.alone else learner.metrics.here()
-
-
-def _bar(cells: int, full: int) -> str:
-    bar = "=" * cells if full == cells else "=" * full + ">"
-    return f"[{bar.ljust(cells, '.')}]"
 
 
 def _text(numbers: dict[str, float], width: int = 99) -> str:
