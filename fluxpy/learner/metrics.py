@@ -1,8 +1,4 @@
-"""Metrics over a phase: sums on the device, read only when asked for.
-
-A metric is a name (`"accuracy"`), a `Metric`, a function `(output, target) -> number`, or an object with `update`,
-`compute` and `reset` as those of torchmetrics. All are right for batches of different sizes.
-"""
+"""Metrics over a phase: sums on the device, read only when asked for. All are right for batches of different sizes."""
 
 import functools
 import math

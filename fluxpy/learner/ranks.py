@@ -70,8 +70,6 @@ class Ranks:
 
     def length(self, place: str, number: int | None, longest: bool = False) -> int | None:
         """How many batches all have, or with `longest` any; None if one of them does not know."""
-        if self.alone:
-            return number
         found = [int(n) for n in self.numbers(place, -1 if number is None else number)]
         return None if -1 in found else max(found) if longest else min(found)
 

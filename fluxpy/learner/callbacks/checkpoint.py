@@ -131,7 +131,7 @@ class Checkpoint(Callback):
 
     def on_fit_end(self, learner: Learner) -> None:
         try:
-            if learner.error is None and self._place != self._where(learner):
+            if learner.error is None and self._place != learner.progress.position():
                 self._save(learner, self.last)
         finally:
             for number, previous in self._previous.items():
@@ -167,10 +167,7 @@ class Checkpoint(Callback):
             extra = {"run": run, "fits": self._fits, "weights": "training"}
         learner.ranks.by_first(f"Checkpoint of {path.name}", lambda: write_checkpoint(path, model, state, extra))
         if path == self.last:
-            self._batches, self._place = 0, self._where(learner)
-
-    def _where(self, learner: Learner) -> tuple[Any, ...]:
-        return learner.progress.epoch, learner.progress.phase, learner.progress.batch
+            self._batches, self._place = 0, learner.progress.position()
 
     def _rank(self, learner: Learner, value: float) -> None:
         """Keep this epoch if it is among the best. `last.flux` comes after that: should the run be killed in between,
