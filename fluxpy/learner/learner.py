@@ -166,14 +166,15 @@ class Learner:
 
     def _find_saved(self, callbacks: list[Any]) -> dict[str, Any] | None:
         """The run to go on with: that loaded before, or one that a callback has."""
-        for callback in filter(lambda c: isinstance(c, events.Callback), (*self.callbacks, *callbacks)):
-            if self._run.saved is not None:
-                break
+        for callback in (*self.callbacks, *callbacks):
+            if self._run.saved is not None or not isinstance(callback, events.Callback):
+                continue
             if (saved := callback.saved_run()) is not None:
                 try:
                     self.load_state_dict(saved)
                 except ValueError as error:
-                    where = f" in {str(callback.directory)!r}" if hasattr(callback, "directory") else ""
+                    directory = getattr(callback, "directory", None)
+                    where = "" if directory is None else f" in {str(directory)!r}"
                     error.add_note(
                         f"the run that {events.name_of(callback)} saved{where} is of another model, rule or script: "
                         "give this one its own directory, or begin anew with resume=False"
@@ -315,9 +316,8 @@ class Learner:
         ]
         alone = isinstance(self.state, Leaf)
         state = f"<pre>{html.escape(summary(self.state))}</pre>" if alone else tree_as_html(self.state)
-        return (
-            html_table(["Learner", ""], about) + state + (events.history_as_html(self.history) if self.history else "")
-        )
+        past = events.history_as_html(self.history) if self.history else ""
+        return html_table(["Learner", ""], about) + state + past
 
     def explain(self, callbacks: Iterable[Any] = ()) -> str:
         """Which callbacks act at which event, in their order, as text."""

@@ -1,6 +1,7 @@
 """CSVLogger: the metrics as a table in a file."""
 
 import csv
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class CSVLogger(Rows):
                     break  # the old run was killed while it wrote
                 if not line.startswith(b"epoch,"):
                     epoch, batch, phase = line.decode().split(",")[:3]
-                    if not self.is_past(learner, int(epoch), int(batch), phase):
+                    if not learner.progress.is_past(int(epoch), phase, int(batch) if self.per_batch else math.inf):
                         break
                 end += len(line)
             file.truncate(end)

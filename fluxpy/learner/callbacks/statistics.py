@@ -94,12 +94,6 @@ class Rows(Callback):
         """Of a row as each of several processes has it, by rank, one of all of them."""
         return rows[0]
 
-    def is_past(self, learner: Learner, epoch: int, batch: int, phase: str) -> bool:
-        """Whether a resumed run will not come to this row again."""
-        if self.per_batch:
-            return learner.progress.is_past(epoch, phase, batch)
-        return learner.progress.is_past(epoch, phase)
-
 
 class StatisticsRecorder(Rows):
     """Keeps the metrics of each batch (running values) or, with `per="epoch"`, of each phase, in `records`.
