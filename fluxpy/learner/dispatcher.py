@@ -124,7 +124,7 @@ class Dispatcher:
         """The cancel, if its level runs; otherwise a warning."""
         if cancel.level not in self.levels:
             name = type(cancel).__name__
-            self._ranks.warn(f"{name} {where}: no {cancel.level} is running, so it does nothing", stacklevel=2)
+            self._ranks.warn(f"{name} {where}: no {cancel.level} is running, so it does nothing")
             return None
         learner = self._learner
         if cancel.level == "fit":

@@ -153,14 +153,12 @@ class Loop:
         if None not in (before, now) and before != now and not source.each:
             self.ranks.warn(
                 f"{source.name} has {now} batches, but in the saved run it had {before}: the resumed run goes on with "
-                "other data, and a schedule over the fit has another length",
-                stacklevel=2,
+                "other data, and a schedule over the fit has another length"
             )
         if getattr(source.loader, "persistent_workers", False):
             self.ranks.warn(
                 f"{source.name} has persistent_workers=True, whose random numbers nobody can save: the resumed run is "
-                "not exactly the one that was saved; with persistent_workers=False it is",
-                stacklevel=2,
+                "not exactly the one that was saved; with persistent_workers=False it is"
             )
 
     def _training(self) -> None:
@@ -229,9 +227,7 @@ class Loop:
         if learner.training:
             stops = [getattr(c, "stops_on_nonfinite", False) for c in (*learner.callbacks, *self.callbacks)]
             if learner.check_finite() is not None and not any(stops):
-                self.ranks.warn(
-                    f"{learner.nonfinite}; the fit goes on, the callback StopOnNaN would end it", stacklevel=2
-                )
+                self.ranks.warn(f"{learner.nonfinite}; the fit goes on, the callback StopOnNaN would end it")
 
     # --- Batches ------------------------------------------------------------------------------------------------------
 

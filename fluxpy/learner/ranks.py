@@ -171,10 +171,10 @@ class Ranks:
             return data
         return mapped(data, lambda t: whole_tensor(t, self.first))
 
-    def warn(self, message: str, stacklevel: int = 1) -> None:
+    def warn(self, message: str) -> None:
         """A warning that all have, and the first gives."""
         if self.first:
-            warnings.warn(message, stacklevel=stacklevel + 1)
+            warnings.warn(message, stacklevel=4)  # where `load_state_dict` was called; from within a fit, anywhere
 
     # --- What they raise ----------------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ def load(learner: "Learner", saved: Any, hyperparameters: str | None) -> dict[st
     changes = changes_of_rules(plain_rules(present_rules(learner.state)), saved["rules"])
     _load_weights(learner, saved)
     if saved["hyperparameters"] == "load" and (changed := changed_rules(changes, _OPTION)):
-        learner.ranks.warn(changed, stacklevel=3)
+        learner.ranks.warn(changed)
     learner.history = events.History((dict(row) for row in saved["history"]), saved["seconds"]["epochs"])
     load_callbacks(learner.callbacks, saved["callbacks"], learner.ranks.warn)
     return saved
@@ -120,7 +120,7 @@ def load_callbacks(callbacks: list[Any], saved: list[Any], warn: Callable[..., N
         elif warn is not None and type(callback).load_state_dict is not events.Callback.load_state_dict:
             was = repr(saved[i][0]) if i < len(saved) else "nothing"
             where = f"the callback {name} was not saved at its place (there was {was})"
-            warn(f"{where}; it starts afresh", stacklevel=2)
+            warn(f"{where}; it starts afresh")
 
 
 def clones(tree: Any) -> Any:

@@ -107,7 +107,7 @@ class Checkpoint(Callback):
             self._best = []
         elif progress.epoch >= learner.epoch_count:
             done = f"the run in {str(self.directory)!r} has done {progress.epoch} epochs of {learner.epoch_count}"
-            learner.ranks.warn(f"{done}: nothing is left to do; Checkpoint(resume=False) begins anew", stacklevel=2)
+            learner.ranks.warn(f"{done}: nothing is left to do; Checkpoint(resume=False) begins anew")
         self._batches, self._place, self._signal = 0, None, None
         self._catch_signals()
 
