@@ -130,13 +130,11 @@ class Dispatcher:
         if cancel.level == "fit":
             cancel.reason = cancel.reason or f"CancelFit {where}"
             learner.history.stop_reason = learner.history.stop_reason or cancel.reason
-        before = learner.progress.cancelled
-        if before is None or self.levels.index(cancel.level) < self.levels.index(before):
-            learner.progress.cancelled = cancel.level
+        learner.progress.cancelled = min(
+            learner.progress.cancelled or cancel.level, cancel.level, key=self.levels.index
+        )
         return cancel
 
     def _outer(self, first: Cancel | None, second: Cancel) -> Cancel:
         """The one of the outer level; of one level the first."""
-        if first is None or self.levels.index(second.level) < self.levels.index(first.level):
-            return second
-        return first
+        return min(first or second, second, key=lambda cancel: self.levels.index(cancel.level))

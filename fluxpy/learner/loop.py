@@ -17,7 +17,7 @@ from .progress import Step
 from .ranks import Ranks
 from .resume import present_rules, restore
 from .rng import data_state, random_state, set_data_state, set_random_state
-from .window import Window, saved_window, weight_of
+from .window import Window, weight_of
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -138,7 +138,9 @@ class Loop:
         self._compare(level, source)
         self.window = Window()
         if saved is not None:
-            self.window = saved_window(saved["window"], bind(learner.state, learner.model).params)
+            pairs = zip(saved["window"]["sums"], bind(learner.state, learner.model).params, strict=False)
+            sums = [None if g is None else g.to(x.device, copy=True) for g, x in pairs]
+            self.window = Window(**saved["window"] | {"sums": sums})
             learner.metrics.load_state_dict(saved["metrics"], learner.device)
             learner.batch_index, learner.step_index = max(progress.batch - 1, 0), max(progress.step - 1, 0)
         return source.batches(progress.batch, may_end=level == "validation" and not self.ranks.alone)

@@ -38,12 +38,6 @@ class Window:
         return [None if g is None else (g / self.weight).to(x.dtype) for g, x in zip(self.sums, like, strict=True)]
 
 
-def saved_window(d: dict[str, Any], like: list[Tensor]) -> Window:
-    """That whose fields were saved, on the devices of these parameters."""
-    sums = [None if g is None else g.to(x.device, copy=True) for g, x in zip(d["sums"], like, strict=False)]
-    return Window(d["batches"], sums, d["weight"])
-
-
 def weight_of(step: Any, loss: Any) -> Any:
     """How much a batch counts in a mean over several. Of targets that are classes that is how many of them
     `cross_entropy` takes the mean of, which are those that are not `ignore_index`; of others, the samples."""
