@@ -70,8 +70,8 @@ class Metrics:
 
     def require_several(self, processes: int) -> None:
         """ValueError for a metric that cannot be put together over several processes."""
-        for metric in self.all:
-            if processes > 1 and not metric.adds_up:
+        for metric in self.all if processes > 1 else ():
+            if not metric.adds_up:
                 raise ValueError(
                     f"nobody knows how the metric {metric.name!r} is put together over {processes} processes: write "
                     "it as a Metric, whose sums are added, or as one of torchmetrics, which does it by itself"

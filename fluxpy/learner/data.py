@@ -83,14 +83,13 @@ class Source:
         """The batches of this epoch after the first `skip`, of which there may be fewer if `may_end`. The first is
         fetched at once, so that the order of the data is drawn here and not after events that may draw too."""
         batches = iter(self.loader)
-        skipped = 0
-        while skipped < skip:
+        for skipped in range(skip):
             batch = next(batches, _END)
+            if batch is _END and skipped and may_end:
+                break
             if batch is _END:
-                if skipped and may_end:
-                    break
                 raise ValueError(f"{self.name} has {skipped} batches, but the saved run had done {skip} of this epoch")
-            skipped, self.last = skipped + 1, batch
+            self.last = batch
         if skip:
             return batches
         first = next(batches, _END)

@@ -130,9 +130,8 @@ class Dispatcher:
         if cancel.level == "fit":
             cancel.reason = cancel.reason or f"CancelFit {where}"
             learner.history.stop_reason = learner.history.stop_reason or cancel.reason
-        learner.progress.cancelled = min(
-            learner.progress.cancelled or cancel.level, cancel.level, key=self.levels.index
-        )
+        outermost = learner.progress.cancelled or cancel.level
+        learner.progress.cancelled = min(outermost, cancel.level, key=self.levels.index)
         return cancel
 
     def _outer(self, first: Cancel | None, second: Cancel) -> Cancel:
