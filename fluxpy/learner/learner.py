@@ -81,8 +81,7 @@ class Learner:
         self.model, self.loss = model, loss
         self.autocast, self.accumulate = autocast, accumulate
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
-        devices = {x.device for x in bind(self.state, model).params}
-        self.device = devices.pop() if len(devices) == 1 else None  # where batches go
+        self.device = _device_of(bind(self.state, model).params)  # where batches go
         self.metrics = Metrics(metrics)
         self.callbacks = [*([ProgressBar()] if default_callbacks else []), *events.checked(callbacks)]
         self.ranks = ranks_of(self.state, model)  # the processes that run it; looked up anew in each call
@@ -387,6 +386,12 @@ def _check_signature(loss: Any) -> None:
             f"the loss is called as loss(output, target), as those of PyTorch are, but {loss!r} takes other arguments "
             f"({error}); loss(model, x, y) is for fluxpy.train, and what needs more is an overridden training_step"
         ) from None
+
+
+def _device_of(tensors: list[Tensor]) -> torch.device | None:
+    """Where all of them are, if that is one device."""
+    devices = {x.device for x in tensors}
+    return devices.pop() if len(devices) == 1 else None
 
 
 def _can_join(tensors: tuple[Tensor, ...]) -> bool:

@@ -37,7 +37,7 @@ class CSVLogger(Rows):
         self.seconds = seconds
         self.path = Path(path)
         self._file: Any = None
-        self._writer: Any = None
+        self._columns: list[str] = []
         self._start: int | None = None  # where the rows of this fit begin
 
     def on_fit_start(self, learner: Learner) -> None:
@@ -52,19 +52,20 @@ class CSVLogger(Rows):
         self._file = open(self.path, "w" if new else "a", newline="", encoding="utf-8")  # noqa: SIM115
         if not resumed:
             self._start = self._file.tell()
-        columns = ["epoch", "batch", "phase", *learner.metrics.names, *(["seconds"] if self.seconds else [])]
-        self._writer = csv.DictWriter(self._file, columns)
+        self._columns = ["epoch", "batch", "phase", *learner.metrics.names, *(["seconds"] if self.seconds else [])]
         if self._file.tell() == 0:
-            self._writer.writeheader()
-            self._file.flush()
+            self._write([self._columns])
 
     def more(self, learner: Learner) -> dict[str, Any]:
         return {"seconds": round(learner.seconds, 3)} if self.seconds else {}
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
         if self._file is not None:
-            self._writer.writerows(rows)
-            self._file.flush()
+            self._write([[row[name] for name in self._columns] for row in rows])
+
+    def _write(self, lines: list[list[Any]]) -> None:
+        csv.writer(self._file).writerows(lines)
+        self._file.flush()
 
     def on_fit_end(self, learner: Learner) -> None:
         super().on_fit_end(learner)
