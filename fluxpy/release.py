@@ -206,6 +206,7 @@ def _backward(loss: Tensor, groups: Groups, binding: Binding, context: Context) 
             raise RuntimeError("release=True steps leaf by leaf, so that the whole update cannot be skipped") from error
         raise
     finally:
+        context.flag.lower()
         for group in groups.all:
             group.begin()
 

@@ -286,7 +286,7 @@ class EagerUnit:
         news = apart_from_written(chunk, chunk.momenta, news)
         if isinstance(change, Assign):
             chunk.x.write(mask(x, change.value.view(-1)))
-        elif change is not None and self.context.flag.bad is None:
+        elif change is not None and self.context.flag.up is None:
             chunk.x.write(x.sub_(change if change.ndim == 1 else change.reshape(-1)))
         elif change is not None:
             chunk.x.write(mask(x, x - change.reshape(-1)))

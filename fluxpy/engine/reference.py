@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..context import Context, require_finite
+from ..context import Context, remembered, require_finite
 from ..leaf import Numbers, Record
 from ..pytree import apart, partition, shares
 from ..rule import Assign, Reduce, Rule, at
@@ -112,7 +112,9 @@ class ReferenceUnit:
 
     def settle(self, record: Record) -> None:
         """Give a record the new state. In place, each tensor keeps its memory where its shape allows."""
-        if self.context.flag.bad is not None:  # since another leaf was worked out, perhaps
+        if self.context.late is not None:
+            self.context.late.undo += remembered(record, "tensors", "numbers", "pending", "spread")
+        if self.context.flag.up is not None:  # since another leaf was worked out, perhaps
             mask = self.context.flag.mask
             self.value = mask(self.x, self.value)
             self.news = [mask(old, t) for old, t in zip(self.olds, self.news, strict=True)] if self.olds else self.news
