@@ -302,11 +302,11 @@ def widened(state: Any, model: Any) -> None:
 
 
 def grown(state: Any, model: Any) -> None:
-    surgery.grow(state["a"], model["a"], torch.ones(2, 3, dtype=torch.float64))
+    surgery.grow(state, model, {name: torch.ones(2, x.shape[1], dtype=x.dtype) for name, x in model.items()})
 
 
 def taken(state: Any, model: Any) -> None:
-    surgery.take(state["a"], model["a"], [2, 0])
+    surgery.take(state, model, [2, 0, 1])
 
 
 def functional(state: Any, model: Any) -> Any:
@@ -378,7 +378,7 @@ def test_whoever_looks_after_a_skipped_update_sees_what_the_cpu_shows(
         seen = observer(run.state, run.model)
         first = run.image()
         for turn in (11, 12):
-            update(run.state, run.model, {name: dx.to(run.model[name]) for name, dx in grads_of(run.model, turn).items()})
+            update(run.state, run.model, grads_of(run.model, turn))
         return seen, first, run.image()
 
     at_once = outcome()
@@ -388,3 +388,241 @@ def test_whoever_looks_after_a_skipped_update_sees_what_the_cpu_shows(
     ours, theirs = (optree.tree_leaves(x, none_is_leaf=True, namespace="fluxpy") for x in (late, at_once))
     assert len(ours) == len(theirs)
     assert_alike(dict(enumerate(ours)), dict(enumerate(theirs)), room)
+
+
+def test_of_a_first_update_too(monkeypatch: Any) -> None:
+    """What no update stepped gives its momenta back where it is frozen."""
+
+    def outcome() -> list[Any]:
+        run = told(Run(OptimiserChain(ALL, Adam(0.1))), [Step(0, ("b",))])
+        return [leaf.state for _, leaf in leaves(freeze(run.state))]
+
+    at_once = outcome()
+    like_a_device(monkeypatch)
+    assert outcome() == at_once == [None] * 5
+
+
+class Shown(Rule):
+    """Has weights to evaluate with that hang on the count."""
+
+    lr: Any = 0.1
+
+    def init(self, x: Tensor) -> Any:
+        return x.clone()
+
+    def apply(self, state: Any, x: Tensor, dx: Tensor) -> Any:
+        return x.clone(), self.lr * dx
+
+    def evaluation(self, state: Any, x: Tensor) -> Tensor:
+        return state * self.lr
+
+
+def test_weights_to_evaluate_with_are_those_of_the_last_update_that_counted(monkeypatch: Any) -> None:
+    def outcome() -> dict[str, Any]:
+        run = told(Run(OptimiserChain(ALL, Shown(falling))), [Step(0), Step(1), Step(2, ("b",))])
+        with averaged(run.state, run.model):
+            return values_of(run.model)
+
+    at_once = outcome()
+    like_a_device(monkeypatch)
+    assert_alike(outcome(), at_once, 1e-12)
+
+
+def test_leaves_of_two_trees_in_one(monkeypatch: Any) -> None:
+    like_a_device(monkeypatch)
+    one, two = Run(CHAINS["Adam"]).step(), Run(CHAINS["Adam"]).step(2)
+    for run in (one, two):
+        update(run.state, run.model, spoilt(run.grads()))
+    pick = lambda a, b: b if b.shape == (7,) else a  # noqa: E731
+    is_leaf = lambda x: isinstance(x, fluxpy.Leaf)  # noqa: E731
+    mixed = optree.tree_map(pick, one.state, two.state, is_leaf=is_leaf, namespace="fluxpy")
+    assert [leaf.count for _, leaf in leaves(mixed)] == [1, 2, 1, 1, 1]
+
+
+# --- Pure updates, flush, and other ways that take no plan --------------------------------------------------------
+
+
+@few_chains
+@pytest.mark.parametrize("history", [False, True])
+def test_pure_updates(rule: Any, history: bool, monkeypatch: Any) -> None:
+    """Each of a tree of its own; in place again at the end. With a history each reads at once."""
+
+    def outcome(quiet: bool) -> dict[str, Any]:
+        run = run_of(rule)
+        freeze(run.state["e"])
+        state, model, found = run.state, run.model, {}
+        for turn, bad in enumerate([None, ("b",), None, ("d",), ("a", math.inf), None]):
+            grads = Step(turn, bad).grads(model)
+            grads = {name: dx.requires_grad_(history) for name, dx in grads.items()}
+            with nothing_read() if quiet and not history else contextlib.nullcontext():
+                state, model = update(state, model, grads, inplace=False)
+            if turn in (0, 1, 4):
+                found |= {f"{turn} {key}": value for key, value in image(state, model).items()}
+        if not history:
+            told(run, [Step(7, ("c",)), Step(8)])  # the first, of which all others were made
+            Step(8)(state, model)
+        return found | run.image() | {f"last {key}": value for key, value in image(state, model).items()}
+
+    at_once = outcome(False)
+    like_a_device(monkeypatch)
+    assert_alike(outcome(True), at_once, 1e-9)
+
+
+class Picky(Rule):
+    armed = False
+
+    def apply(self, state: Any, x: Tensor, dx: Tensor) -> Any:
+        if Picky.armed:
+            raise ArithmeticError("not now")
+        return state, 0.1 * dx
+
+
+def test_flush(monkeypatch: Any) -> None:
+    """A window that holds something bad is not stepped by; and an error leaves nothing behind."""
+
+    def outcome() -> Run:
+        run = told(Run(OptimiserChain(AccumGrad(3), ALL, Picky())), [Step(0), Step(1, ("b",))])
+        flush(run.state, run.model)
+        assert run.state.a.count == 0
+        return run
+
+    at_once = outcome()
+    like_a_device(monkeypatch)
+    late = outcome().equals(at_once, 1e-10)
+    monkeypatch.setattr(Picky, "armed", True)
+    with pytest.raises(ArithmeticError, match="not now"):
+        flush(late.state, late.model)
+    monkeypatch.setattr(Picky, "armed", False)
+    for run in (late, at_once):
+        reset(run.state)
+    late.step(3).equals(at_once.step(3), 1e-10)
+    assert late.state.a.count == 1
+
+
+def test_parameters_made_in_inference_mode(monkeypatch: Any) -> None:
+    def outcome() -> dict[str, Any]:
+        with torch.inference_mode():
+            model = {name: x.detach().clone() for name, x in model_of().items()}
+            state = setup(OptimiserChain(ALL, Adam(0.1)), model)
+            for event in (Step(0), Step(1, ("b",)), Step(2)):
+                event(state, model)
+        return image(state, model)
+
+    at_once = outcome()
+    assert at_once["leaf a"][2] == 2
+    like_a_device(monkeypatch)
+    assert_alike(outcome(), at_once, 1e-10)
+
+
+def test_an_error_after_a_skip_leaves_nothing_behind(monkeypatch: Any) -> None:
+    like_a_device(monkeypatch)
+    run = Run({"a": OptimiserChain(ALL, Adam(0.1)), "*": Picky()}).step()
+    before = run.image()
+    monkeypatch.setattr(Picky, "armed", True)
+    with pytest.raises(ArithmeticError, match="not now"):
+        update(run.state, run.model, spoilt(run.grads(), "a"))
+    monkeypatch.setattr(Picky, "armed", False)
+    assert_alike(run.image(), before)
+    run.step()
+    assert run.state.a.count == 2 and not torch.equal(run.model["a"], before["parameter a"])
+
+
+# --- Beside what raises -------------------------------------------------------------------------------------------
+
+
+def test_what_is_skipped_raises_nothing(monkeypatch: Any) -> None:
+    like_a_device(monkeypatch)
+    run = Run(OptimiserChain(ALL, ClipNorm(0.3), Adam(0.1))).step()
+    update(run.state, run.model, spoilt(run.grads()))
+    fluxpy.check_finite(run.state)
+    assert run.step().state.a.count == 2
+
+
+def test_what_raised_before_holds_all_back(monkeypatch: Any) -> None:
+    like_a_device(monkeypatch)
+    run = Run(OptimiserChain(ClipNorm(0.3), ALL, Adam(0.1))).step()
+    before = values_of(run.model)
+    update(run.state, run.model, spoilt(run.grads()))
+    run.step(2)
+    assert_alike(values_of(run.model), before)
+    with pytest.raises(FloatingPointError, match="'d' is not finite, in update 1"):
+        fluxpy.check_finite(run.state)
+    run.step()
+    assert not torch.equal(run.model["a"], before["a"])
+
+
+def test_nothing_is_known_on_meta(monkeypatch: Any) -> None:
+    model = nn.Linear(3, 2, device="meta")
+    state = setup(CHAINS["Adam"], model)
+    update(state, model, {name: torch.ones_like(x) for name, x in model.named_parameters()})
+    assert state.weight.count == 1
+
+
+class Nervous(fluxpy.rules.ReducingRule):
+    over, elementwise = "array", True
+
+    def steps(self, state: Any, x: Tensor, dx: Any) -> fluxpy.rules.Steps:
+        total = yield fluxpy.rules.Reduce(self, dx, "skip")
+        return state, dx / (1 + total.abs())
+
+
+def test_release_cannot_skip(monkeypatch: Any) -> None:
+    like_a_device(monkeypatch)
+    model = nn.Linear(3, 2)
+    state = setup(Nervous(), model)
+    loss = lambda m, x: (m(x).sum() * 0).abs().sqrt()  # noqa: E731  # a loss of 0, whose gradient is not finite
+    with pytest.raises(RuntimeError, match="the whole update cannot be skipped"):
+        fluxpy.trainstep(loss, model, torch.ones(1, 3), state, release=True)
+    assert state.weight.count == state.bias.count == 0
+
+
+# --- In loops -----------------------------------------------------------------------------------------------------
+
+
+def batches() -> list[Any]:
+    """Of the third and the sixth the loss is finite, and the gradient is not."""
+    g = torch.Generator().manual_seed(0)
+    inside = [torch.tensor(float(i not in (2, 5)), dtype=torch.float64) for i in range(8)]
+    return [(torch.randn(4, 3, generator=g, dtype=torch.float64), fine) for fine in inside]
+
+
+def rough(y: Tensor, fine: Tensor) -> Tensor:
+    return y.square().mean() + (fine * y.sum()).abs().sqrt()
+
+
+def by_train(rule: Any, model: nn.Module) -> Any:
+    state = setup(rule, model)
+    fluxpy.train(lambda m, x, fine: rough(m(x), fine), model, batches(), state)
+    return state
+
+
+def by_learner(rule: Any, model: nn.Module) -> Any:
+    learner = Learner(model, rough, rule)
+    learner.fit(batches())
+    return learner.state
+
+
+def by_torch(rule: Any, model: nn.Module) -> Any:
+    optimizer = TorchOptimizer(rule, model)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9) if not callable(rule[1].lr) else None
+    for x, fine in batches():
+        optimizer.zero_grad()
+        rough(model(x), fine).backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return optimizer.tree
+
+
+@pytest.mark.parametrize("loop", [by_train, by_learner, by_torch])
+@pytest.mark.parametrize("inner", [Adam(0.05), AdamW(falling)])
+def test_loops(loop: Callable[[Any, Any], Any], inner: Rule, monkeypatch: Any) -> None:
+    def outcome() -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2).double()
+        return image(loop(OptimiserChain(ALL, inner), model), model)
+
+    at_once = outcome()
+    assert at_once["leaf weight"][2] == 6
+    like_a_device(monkeypatch)
+    assert_alike(outcome(), at_once, 1e-10)
