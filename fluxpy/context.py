@@ -91,8 +91,8 @@ def remembered(held: Any, *names: str) -> list[Callable[[], None]]:
 
 
 class Late:
-    """An update of which the host does not know yet whether the device skipped it. What the host counts went on as if
-    it had not, and `undo` takes that back. Of models and plans it holds nothing."""
+    """An update of which only the device knows whether it was skipped. The host counts on as if it was not; `undo`
+    takes that back. It keeps no model and no plan alive."""
 
     def __init__(self, skipped: Tensor, undo: list[Callable[[], None]]) -> None:
         self.skipped, self.undo, self.event = skipped, undo, None
@@ -111,8 +111,8 @@ class Context:
 
     `structure` counts the changes of anything but hyperparameters (frozen flags, states, what steps together), and
     `hyper` those of hyperparameters: a plan is valid while both are what they were. `updates` counts the updates asked
-    for, and `late` is the last one while it may turn out to have been skipped. `size` is the number of leaves. `aside`
-    are the training weights of the parameters that hold their weights to evaluate with, by the identity of their records.
+    for; `late` is the last one while it may turn out to have been skipped. `size` is the number of leaves. `aside` are
+    the training weights of the parameters that hold their weights to evaluate with, by the identity of their records.
     """
 
     def __init__(self, compile: bool = False, size: int = 1) -> None:
@@ -138,8 +138,7 @@ class Context:
         return other
 
     def settle(self) -> None:
-        """Wait until the device knows whether the last update was skipped, and take it back if so. Before that nobody
-        is to look at counts and states."""
+        """Take the last update back if the device skipped it. Before that, nobody is to look at counts and states."""
         if self.late is not None and self.late.is_skipped():
             self.structure += 1
             for back in reversed(self.late.undo):
@@ -164,13 +163,7 @@ class Context:
             )
 
     def __reduce__(self) -> Any:
-        return _restored, (self.compile, 1, self.updates, self.flag)
-
-
-def _restored(compile: bool, size: int, updates: int, flag: FiniteFlag) -> Context:
-    context = Context(compile, size)
-    context.updates, context.flag = updates, flag
-    return context
+        return Context, (self.compile,), {"updates": self.updates, "flag": self.flag}
 
 
 def require_finite(
@@ -180,7 +173,7 @@ def require_finite(
 
     `shares` gives the paths of the leaves and what each gave to the total.
     """
-    if reduce.nonfinite == "ignore" or (not torch.compiler.is_compiling() and is_wrapped(total)):
+    if reduce.nonfinite == "ignore" or total.is_meta or (not torch.compiler.is_compiling() and is_wrapped(total)):
         return
     what = f"{type(reduce.rule).__name__}: the norm of the gradient"
     if torch.compiler.is_compiling() and reduce.nonfinite == "skip":
@@ -188,8 +181,7 @@ def require_finite(
             'under torch.compile no number can be read: nonfinite is "raise" or "ignore" there, not "skip"'
         )
     if reduce.nonfinite == "skip" and not reads_at_once(total):
-        if not total.is_meta:
-            context.flag.skip(total.isfinite().all())
+        context.flag.skip(total.isfinite().all())
     elif not reads_at_once(total):
         paths, parts = shares()
         context.flag.require(total.isfinite().all(), context.updates, what, tuple(paths), _first_bad(parts))

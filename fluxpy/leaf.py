@@ -275,8 +275,7 @@ def record_of(leaf: Leaf) -> Record:
 
 
 def records_of(leaves: Sequence[Leaf]) -> list[Record]:
-    """The contents of leaves: at a third of what a call for each would cost. Where what the last update changed of
-    them is looked at, the context must be settled."""
+    """The contents of leaves, whose context need not be settled: at a third of what a call for each would cost."""
     return [leaf._record for leaf in leaves]
 
 

@@ -283,10 +283,8 @@ def _pure_by_copy(state: Any, binding: Binding, context: Context, model: Any, gr
     params = [as_parameter(x.clone(), x) for x in binding.params]
     fork = context.fork(len(params))
     plan, units = plan.fork(route, params, fork)
-    try:
+    with suppress(SkipUpdate):
         plan.commit(_run(plan, units, grads, fork))
-    except SkipUpdate:
-        pass
     fork.updates += 1
     fork.flag.lower()
     copies = Copies(model, binding.params, params)

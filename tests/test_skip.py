@@ -247,7 +247,15 @@ def test_the_first_update_may_be_the_bad_one(rule: Any, monkeypatch: Any) -> Non
         freeze(run.state)
         thaw(run.state)
         assert run.state.a.state is None
-        for event in (Step(0, ("b", math.inf)), Step(1, ("b", math.inf)), reset, Step(2), Step(3), reset, Step(4, ("a",))):
+        for event in (
+            Step(0, ("b", math.inf)),
+            Step(1, ("b", math.inf)),
+            reset,
+            Step(2),
+            Step(3),
+            reset,
+            Step(4, ("a",)),
+        ):
             event(run.state, run.model) if isinstance(event, Step) else event(run.state)
         return run
 
@@ -370,7 +378,14 @@ OBSERVED = {
 def test_whoever_looks_after_a_skipped_update_sees_what_the_cpu_shows(
     rule: Any, observer: Callable[[Any, Any], Any], monkeypatch: Any
 ) -> None:
-    story: Story = [Step(0), lambda state, model: freeze(state["e"]), Step(1), Step(2, ("d",)), Step(3), Step(4, ("b",))]
+    story: Story = [
+        Step(0),
+        lambda state, model: freeze(state["e"]),
+        Step(1),
+        Step(2, ("d",)),
+        Step(3),
+        Step(4, ("b",)),
+    ]
 
     def outcome() -> Any:
         shapes = MATRIX if observer in (grown, taken) else SHAPES

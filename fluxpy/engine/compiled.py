@@ -107,11 +107,12 @@ class CompiledUnit:
         return self.now.steps(self.cohort.skeleton.combine(momenta), chunk.x.read(), dx)
 
     def _bad(self) -> list[Tensor]:
-        """What keeps the kernels from writing. Where the host cannot know, they are made to look at it always: another
-        cohort may raise the flag later in the same update."""
+        """What keeps the kernels from writing. On a device there always is something: when they are made, another
+        cohort may still have to raise the flag."""
         up = self.context.flag.up
-        up = self.low if up is None and not reads_at_once(self.low) else up
-        return [] if up is None else [up.to(self.low.device)]
+        if up is None:
+            return [] if reads_at_once(self.low) else [self.low]
+        return [up.to(self.low.device)]
 
     def _kinds(self) -> dict[bool, Chunk]:
         """A chunk of each kind: of one leaf, whose own numbers and totals are 0-dim, and of several."""
