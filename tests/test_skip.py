@@ -64,9 +64,8 @@ from fluxpy import (
     update,
     value,
 )  # fmt: skip
-from fluxpy.context import Late, require_finite
+from fluxpy.context import Late
 from fluxpy.interop import TorchOptimizer
-from fluxpy.leaf import context_of, record_of
 
 ALL = ClipGlobalNorm(0.5, nonfinite="skip")
 EACH = ClipNorm(0.5, nonfinite="skip")
@@ -627,6 +626,42 @@ def by_torch(rule: Any, model: nn.Module) -> Any:
         if scheduler is not None:
             scheduler.step()
     return optimizer.tree
+
+
+class Unscale(Rule):
+    scale: float
+    elementwise = True
+
+    def apply(self, state: Any, x: Tensor, dx: Tensor) -> Any:
+        return state, dx / self.scale
+
+
+@pytest.mark.parametrize("layout", ["apart", "flat"])
+def test_a_scaled_loss_in_float16(layout: str, monkeypatch: Any) -> None:
+    """The loop of the docs: it looks at the count between gradient and update, and reads nothing else."""
+
+    def outcome(quiet: bool) -> tuple[float, list[int], dict[str, Any]]:
+        checked = ClipGlobalNorm(math.inf, nonfinite="skip")
+        rule = MixedPrecision(OptimiserChain(checked, Unscale(2.0**24), ClipGlobalNorm(1.0), Adam(0.05)))
+        run = Run(rule, layout, dtype=torch.float16)
+        scale, before, counts, first = 2.0**24, -1, [], run.state.a
+        for turn in range(30):
+            grads = {name: (dx.float() * scale).half() for name, dx in grads_of(run.model, turn).items()}
+            with nothing_read() if quiet else contextlib.nullcontext():
+                count = first.count
+                update(run.state, run.model, grads)
+                if count == before:
+                    scale = scale / 2
+                    adjust(run.state, scale=scale)
+                before = count
+            counts.append(count)
+        return scale, counts, run.image()
+
+    at_once = outcome(False)
+    like_a_device(monkeypatch)
+    late = outcome(True)
+    assert late[:2] == at_once[:2] and late[0] < 2.0**17 and 10 < late[1][-1] < 25
+    assert_alike(late[2], at_once[2], 1e-3)
 
 
 @pytest.mark.parametrize("loop", [by_train, by_learner, by_torch])
