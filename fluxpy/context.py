@@ -180,13 +180,14 @@ def require_finite(
         raise ValueError(
             'under torch.compile no number can be read: nonfinite is "raise" or "ignore" there, not "skip"'
         )
-    if reduce.nonfinite == "skip" and not reads_at_once(total):
+    if reads_at_once(total):
+        if total.ndim or not math.isfinite(total.item()):  # item() is faster than a tensor that answers
+            _refuse(total, reduce, what, shares)
+    elif reduce.nonfinite == "skip":
         context.flag.skip(total.isfinite().all())
-    elif not reads_at_once(total):
+    else:
         paths, parts = shares()
         context.flag.require(total.isfinite().all(), context.updates, what, tuple(paths), _first_bad(parts))
-    elif total.ndim or not math.isfinite(total.item()):  # item() is faster than a tensor that answers
-        _refuse(total, reduce, what, shares)
 
 
 def require_all_finite(parts: Tensor, reduce: Reduce, context: Context, paths: Sequence[str]) -> None:

@@ -5,10 +5,12 @@ The CPU, which knows at once, is the oracle; so is a run that never saw the bad 
 
 import contextlib
 import copy
+import gc
 import math
 import pickle
 import random
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +30,7 @@ from helpers import (
     like_a_device,
     model_of,
     needs_compiler,
+    tensors_of,
     values_of,
 )
 from torch import Tensor, nn
@@ -66,6 +69,7 @@ from fluxpy import (
 )  # fmt: skip
 from fluxpy.context import Late
 from fluxpy.interop import TorchOptimizer
+from fluxpy.leaf import context_of
 
 ALL = ClipGlobalNorm(0.5, nonfinite="skip")
 EACH = ClipNorm(0.5, nonfinite="skip")
@@ -539,6 +543,26 @@ def test_an_error_after_a_skip_leaves_nothing_behind(monkeypatch: Any) -> None:
     assert_alike(run.image(), before)
     run.step()
     assert run.state.a.count == 2 and not torch.equal(run.model["a"], before["parameter a"])
+
+
+@few_chains
+def test_what_is_not_known_yet_keeps_nothing_alive(rule: Any, monkeypatch: Any) -> None:
+    like_a_device(monkeypatch)
+    gc.disable()
+    try:
+        run = Run(rule).step()
+        update(run.state, run.model, spoilt(run.grads()))
+        of_model, of_state = [weakref.ref(x) for x in run.model.values()], tensors_of(run.state)
+        of_state = [weakref.ref(context_of(run.state["a"])), *map(weakref.ref, of_state)]
+        update(run.state, run.model, run.grads())
+        state = run.state
+        assert context_of(state["a"]).late is not None
+        del run
+        assert not any(ref() is not None for ref in of_model)
+        del state
+        assert not any(ref() is not None for ref in of_state)
+    finally:
+        gc.enable()
 
 
 # --- Beside what raises -------------------------------------------------------------------------------------------

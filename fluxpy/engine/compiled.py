@@ -107,8 +107,7 @@ class CompiledUnit:
         return self.now.steps(self.cohort.skeleton.combine(momenta), chunk.x.read(), dx)
 
     def _bad(self) -> list[Tensor]:
-        """What keeps the kernels from writing. On a device there always is something: when they are made, another
-        cohort may still have to raise the flag."""
+        """What keeps kernels from writing; on a device always something, for another cohort may yet raise the flag."""
         up = self.context.flag.up
         if up is None:
             return [] if reads_at_once(self.low) else [self.low]
