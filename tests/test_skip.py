@@ -614,6 +614,35 @@ def test_release_cannot_skip(monkeypatch: Any) -> None:
     assert state.weight.count == state.bias.count == 0
 
 
+def test_release_after_a_skip(monkeypatch: Any) -> None:
+    """A step within the backward pass does not begin before it is known what came before."""
+
+    def outcome() -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2).double()
+        state = setup(OptimiserChain(EACH, Adam(0.1)), model)
+        for x, fine in batches()[:3]:
+            fluxpy.trainstep(lambda m, x, fine: rough(m(x), fine), model, (x, fine), state)
+        adjust(state, nonfinite="raise")
+        fluxpy.trainstep(lambda m, x: m(x).square().mean(), model, batches()[3][:1], state, release=True)
+        return image(state, model)
+
+    at_once = outcome()
+    like_a_device(monkeypatch)
+    assert_alike(outcome(), at_once, 1e-10)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_within_a_compiled_region(full: bool, monkeypatch: Any) -> None:
+    """What is not known yet there is of an update before it."""
+    like_a_device(monkeypatch)
+    run = Run({"a": OptimiserChain(ALL, Adam(0.1)), "*": Adam(0.1)}).step()
+    update(run.state, run.model, spoilt(run.grads(), "a"))
+    step = lambda dx: update(run.state["b"], run.model["b"], dx) and None  # noqa: E731
+    torch.compile(step, backend="eager", fullgraph=full)(run.grads()["b"])
+    assert (run.state.a.count, run.state.b.count) == (1, 2)
+
+
 # --- In loops -----------------------------------------------------------------------------------------------------
 
 
