@@ -681,6 +681,16 @@ def by_torch(rule: Any, model: nn.Module) -> Any:
     return optimizer.tree
 
 
+def test_a_whole_step_reads_nothing(monkeypatch: Any) -> None:
+    like_a_device(monkeypatch)
+    model = nn.Linear(3, 2).double()
+    state = setup(CHAINS["Adam"], model)
+    with nothing_read():
+        for batch in batches():
+            fluxpy.trainstep(lambda m, x, fine: rough(m(x), fine), model, batch, state)
+    assert state.weight.count == 6
+
+
 class Unscale(Rule):
     scale: float
     elementwise = True
