@@ -108,7 +108,7 @@ class _Fused(ABC):
 
     def masked(self, options: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """The options with which a kernel does nothing where the finite flag is up."""
-        bad = self.context.flag.bad
+        bad = self.context.flag.up
         if bad is None:
             return options
         found = {"found_inf": bad.to(self.clock)}

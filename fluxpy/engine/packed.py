@@ -288,7 +288,7 @@ class EagerUnit:
             chunk.x.write(flag.mask(x, change.value.view(-1)))
         elif change is not None:
             change = change if change.ndim == 1 else change.reshape(-1)
-            chunk.x.write(x.sub_(change) if flag.bad is None else flag.mask(x, x - change))
+            chunk.x.write(x.sub_(change) if flag.up is None else flag.mask(x, x - change))
         write_state(chunk.momenta, news, flag)
         return skeleton, change is not None
 
@@ -340,7 +340,7 @@ def write_state(rows: Sequence[Row], news: Sequence[Tensor], flag: FiniteFlag) -
     """Write the new states of a chunk."""
     for row, new in zip(rows, news, strict=True):
         if new.data_ptr() != row.buffer.data_ptr():
-            row.write(new if flag.bad is None else flag.mask(row.buffer, new.reshape(-1)))
+            row.write(new if flag.up is None else flag.mask(row.buffer, new.reshape(-1)))
 
 
 def _kept(outcome: Outcome) -> Outcome:

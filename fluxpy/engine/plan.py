@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..context import Context
+from ..context import Context, Late, remembered
 from ..distributed.gathered import GatheredUnit
 from ..distributed.totals import Totals
 from ..leaf import Record, miss_update
@@ -111,7 +111,7 @@ class Plan:
         self.routes: dict[Any, Route] = {}
         self.route: Route | None = None
         self.waiting: list[tuple[Record, tuple[Tensor, str]]] = []  # frozen leaves of rules that accumulate
-        self.begun: list[Any] = []  # leaves whose state was made for this update, and what they were before
+        self.begun: list[Callable[[], None]] = []  # what takes back the states that were made for this update
         self.structure = self.hyper = -1
         self.addresses: list[int] = []  # where the parameters were when the cohorts were laid out
         self.totals = Totals(records) if context.spread else None
@@ -193,22 +193,29 @@ class Plan:
     def unit_of(self, cohort: Cohort) -> CohortUnit:
         return self.units[id(cohort)]
 
-    def sit_out(self) -> None:
-        """Tell accumulating rules of an update in which their leaves were frozen. Leaves that share their numbers keep
-        sharing them."""
+    def commit(self, units: Sequence[Unit]) -> None:
+        """Write what units came to, and tell accumulating rules of an update in which their leaves were frozen. Leaves
+        that share their numbers keep sharing them."""
         known: dict[Any, Skeleton | None] = {}
+        skipped, begun, self.begun = self.context.flag.skipped, self.begun, []
+        if skipped is not None:  # which only the device knows by now
+            self.context.late = Late(skipped, begun)
         for record, (x, path) in self.waiting:
             key = id(record.rule), id(record.numbers), id(record.pending)
+            if self.context.late is not None:
+                self.context.late.undo += remembered(record, "pending")
             if record.tensors is None or key not in known:
                 miss_update(record, x, path)
                 known[key] = record.pending
             else:
                 record.pending = known[key]
+        for unit in units:
+            unit.commit()
 
     def forget_begun(self) -> None:
         """The update failed: leaves that had no momenta have none again."""
-        for record, numbers, pending in self.begun:
-            record.tensors, record.numbers, record.pending = None, numbers, pending
+        for back in self.begun:
+            back()
         if self.begun:
             self.begun = []
             self._dissolve()
@@ -291,7 +298,7 @@ class Plan:
     def _begin(self, record: Record, x: Tensor, path: str) -> None:
         if record.tensors is not None:
             return
-        self.begun.append((record, record.numbers, record.pending))
+        self.begun += remembered(record, "tensors", "numbers", "pending")
         try:
             record.begin(x, path)
         except BaseException:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..context import Context, require_finite
+from ..context import Context, remembered, require_finite
 from ..leaf import Numbers, Record
 from ..pytree import apart, is_unseen, is_wrapped, partition, shares
 from ..rule import Assign, Reduce, Rule, at
@@ -122,7 +122,9 @@ class ReferenceUnit:
 
     def settle(self, record: Record) -> None:
         """Give a record the new state. In place, each tensor keeps its memory where its shape allows."""
-        if self.context.flag.bad is not None:  # since another leaf was worked out, perhaps
+        if self.context.late is not None:
+            self.context.late.undo += remembered(record, "tensors", "numbers", "pending", "spread")
+        if self.context.flag.up is not None:  # since another leaf was worked out, perhaps
             mask = self.context.flag.mask
             value = self.value if self.change is None else self.x - self.change
             self.value, self.change = mask(self.x, value), None
@@ -141,7 +143,7 @@ class ReferenceUnit:
         self.news, self.olds = [], []
 
     def commit(self) -> None:
-        if self.change is not None and self.context.flag.bad is None:
+        if self.change is not None and self.context.flag.up is None:
             self.x.sub_(self.change)  # first: the change may be a tensor of the state
         self.settle(self.record)
         if self.moved and self.value is not None:
