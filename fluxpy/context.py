@@ -1,8 +1,10 @@
 """Context: what all leaves of one state tree share. A copy of a tree, or the result of a pure update, has its own."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,36 +27,53 @@ class FiniteFlag:
     """Remembers on the device that a number was not finite: which one, where, and in which update.
 
     On the CPU a bad number raises at once. Elsewhere nothing is read during a step: the flag goes up, masks that update
-    and all after it, and `check` reads it when the user asks.
+    and all after it, and `check` reads it when the user asks. What is to be skipped is masked in that update alone.
     """
 
     def __init__(self) -> None:
         self.bad: Tensor | None = None  # 0-dim, on the device
+        self.skipped: Tensor | None = None  # whether the update that is under way is to change nothing
+        self.up: Tensor | None = None  # either of them: what masks
         self.first: Tensor | None = None  # of the first bad number: its place among its paths, its kind, the update
         self.kinds: dict[tuple[str, tuple[str, ...]], int] = {}  # what can go wrong, and at which paths, numbered
 
     def copy(self) -> "FiniteFlag":
-        other = FiniteFlag()
-        other.bad, other.first, other.kinds = self.bad, self.first, dict(self.kinds)
+        other = copy.copy(self)
+        other.kinds = dict(self.kinds)
         return other
 
     def require(self, ok: Tensor, update: int, what: str, paths: tuple[str, ...] = (), place: Tensor | int = 0) -> None:
-        """Raise the flag unless `ok`, which the host does not read."""
+        """Raise the flag unless `ok`, which the host does not read, or the update is skipped anyway."""
+        ok = ok if self.skipped is None else ok | self.skipped.to(ok.device)
         record = torch.full((3,), update, device=ok.device)
         record[0], record[1] = place, self.kinds.setdefault((what, paths), len(self.kinds))
-        if self.bad is None or self.first is None:
-            self.bad, self.first = ~ok, record
-        else:
-            self.first = torch.where(self.bad, self.first, record)
-            self.bad = self.bad | ~ok
+        self.first = record if self.bad is None or self.first is None else torch.where(self.bad, self.first, record)
+        self.bad = _either(~ok, self.bad)
+        self.up = _either(self.bad, self.skipped)
+
+    def skip(self, ok: Tensor) -> None:
+        """Mask the update that is under way unless `ok`, which the host does not read."""
+        self.skipped = _either(~ok, self.skipped)
+        self.up = _either(self.skipped, self.bad)
+
+    def lower(self) -> None:
+        """The update is over: what it skipped is no matter of the next."""
+        self.skipped, self.up = None, self.bad
+
+    def read_skip(self) -> None:
+        """Wait for the device: SkipUpdate where the update that is under way is to change nothing."""
+        skipped = self.skipped
+        self.lower()
+        if skipped is not None and skipped:
+            raise SkipUpdate
 
     def mask(self, old: Tensor, new: Tensor) -> Tensor:
         """`new`, or `old` where the flag is up."""
-        return new if self.bad is None else torch.where(self.bad.to(old.device), old, new.to(old.dtype))
+        return new if self.up is None else torch.where(self.up.to(old.device), old, new.to(old.dtype))
 
     def check(self) -> None:
         """Read the flag; where it is up, lower it and raise FloatingPointError."""
-        bad, self.bad = self.bad, None
+        bad, self.bad, self.up = self.bad, None, None
         if bad is not None and self.first is not None and bad:
             place, kind, update = self.first.tolist()
             what, paths = list(self.kinds)[kind]
@@ -62,13 +81,38 @@ class FiniteFlag:
             raise FloatingPointError(f"{what}{where} is not finite, in update {update}; nothing was updated since")
 
 
+def _either(one: Tensor, other: Tensor | None) -> Tensor:
+    return one if other is None else one | other.to(one.device)
+
+
+def remembered(held: Any, *names: str) -> list[Callable[[], None]]:
+    """What makes these attributes again what they are now."""
+    return [partial(setattr, held, name, getattr(held, name)) for name in names]
+
+
+class Late:
+    """An update of which only the device knows whether it was skipped. The host counts on as if it was not; `undo`
+    takes that back. It keeps no model and no plan alive."""
+
+    def __init__(self, skipped: Tensor, undo: list[Callable[[], None]]) -> None:
+        self.skipped, self.undo, self.event = skipped, undo, None
+        if skipped.is_cuda:  # read where it is, it would come after all that is queued by then
+            self.skipped = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(skipped, non_blocking=True)
+            self.event = torch.cuda.current_stream(skipped.device).record_event()
+
+    def is_skipped(self) -> bool:
+        if self.event is not None:
+            self.event.synchronize()
+        return bool(self.skipped)
+
+
 class Context:
     """What all leaves of one tree share.
 
     `structure` counts the changes of anything but hyperparameters (frozen flags, states, what steps together), and
     `hyper` those of hyperparameters: a plan is valid while both are what they were. `updates` counts the updates asked
-    for. `size` is the number of leaves. `aside` are the training weights of the parameters that hold their weights to
-    evaluate with, by the identity of their records.
+    for; `late` is the last one while it may turn out to have been skipped. `size` is the number of leaves. `aside` are
+    the training weights of the parameters that hold their weights to evaluate with, by the identity of their records.
     """
 
     def __init__(self, compile: bool = False, size: int = 1) -> None:
@@ -77,6 +121,7 @@ class Context:
         self.structure = self.hyper = self.updates = 0
         self.recorded = 0  # pure updates in a row whose history is kept
         self.flag = FiniteFlag()
+        self.late: Late | None = None
         self.aside: dict[int, Tensor] = {}
         self.partial = False  # whether an update comes leaf by leaf, so that no total over the tree is to be had
         self.reference_only: set[Any] = set()  # rules that only the reference path can run
@@ -91,6 +136,14 @@ class Context:
         other.reference_only, other.uncompiled = set(self.reference_only), set(self.uncompiled)
         other.not_shared, other.spread = set(self.not_shared), self.spread
         return other
+
+    def settle(self) -> None:
+        """Take the last update back if the device skipped it. Before that, nobody is to look at counts and states."""
+        if self.late is not None and self.late.is_skipped():
+            self.structure += 1
+            for back in reversed(self.late.undo):
+                back()
+        self.late = None
 
     @contextmanager
     def in_parts(self) -> Iterator[None]:
@@ -110,13 +163,7 @@ class Context:
             )
 
     def __reduce__(self) -> Any:
-        return _restored, (self.compile, 1, self.updates, self.flag)
-
-
-def _restored(compile: bool, size: int, updates: int, flag: FiniteFlag) -> Context:
-    context = Context(compile, size)
-    context.updates, context.flag = updates, flag
-    return context
+        return Context, (self.compile,), {"updates": self.updates, "flag": self.flag}
 
 
 def require_finite(
@@ -126,35 +173,32 @@ def require_finite(
 
     `shares` gives the paths of the leaves and what each gave to the total.
     """
-    if reduce.nonfinite == "ignore" or (not torch.compiler.is_compiling() and is_wrapped(total)):
+    if reduce.nonfinite == "ignore" or total.is_meta or (not torch.compiler.is_compiling() and is_wrapped(total)):
         return
     what = f"{type(reduce.rule).__name__}: the norm of the gradient"
     if torch.compiler.is_compiling() and reduce.nonfinite == "skip":
         raise ValueError(
             'under torch.compile no number can be read: nonfinite is "raise" or "ignore" there, not "skip"'
         )
-    if reduce.nonfinite == "raise" and not reads_at_once(total):
+    if reads_at_once(total):
+        if total.ndim or not math.isfinite(total.item()):  # item() is faster than a tensor that answers
+            _refuse(total, reduce, what, shares)
+    elif reduce.nonfinite == "skip":
+        context.flag.skip(total.isfinite().all())
+    else:
         paths, parts = shares()
         context.flag.require(total.isfinite().all(), context.updates, what, tuple(paths), _first_bad(parts))
-    elif total.ndim or not math.isfinite(total.item()):  # item() is faster than a tensor that answers
-        _refuse(total, reduce, what, shares)
 
 
 def require_all_finite(parts: Tensor, reduce: Reduce, context: Context, paths: Sequence[str]) -> None:
     """`require_finite` of totals that each concern one leaf."""
     if reduce.nonfinite == "ignore" or (not torch.compiler.is_compiling() and is_wrapped(parts)):
         return
-    if reads_at_once(parts):
-        bad = (~parts.isfinite()).nonzero()
-        if len(bad) == 0:
-            return
+    if not reads_at_once(parts):
+        require_finite(parts, reduce, context, lambda: (list(paths), parts))
+    elif len(bad := (~parts.isfinite()).nonzero()):
         place = int(bad[0, 0])
-    else:
-        place = 0
-        if reduce.nonfinite == "raise":
-            require_finite(parts, reduce, context, lambda: (list(paths), parts))
-            return
-    require_finite(parts[place], reduce, context, lambda: ([paths[place]], parts[place : place + 1]))
+        require_finite(parts[place], reduce, context, lambda: ([paths[place]], parts[place : place + 1]))
 
 
 def _first_bad(parts: Tensor) -> Tensor:

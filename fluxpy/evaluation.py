@@ -67,6 +67,7 @@ class Exchange:
     def begin(self) -> None:
         """Put the weights to evaluate with in, but where they are in already. `end` also undoes one that failed."""
         binding, aside = self.binding, self.context.aside
+        self.context.settle()
         for record, x, path in zip(binding.records, binding.local, binding.paths, strict=True):
             if id(record) not in aside and (value := _evaluation(record, x, path)) is not None:
                 own = x.detach().clone()

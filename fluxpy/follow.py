@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .leaf import Record, context_of, init_state
+from .leaf import Record, init_state
 from .pytree import partition
-from .state import AnyState, bind, leaf_list
+from .state import AnyState, bind, tree_context
 from .text import form
 
 
@@ -25,6 +25,7 @@ def follow(state: AnyState, model: Any) -> AnyState:
     torch.float64
     """
     binding = bind(state, model)
+    tree_context(state).settle()
     pairs = list(zip(binding.records, binding.local, binding.paths, strict=True))
     for record, x, path in pairs:
         if record.local_shape != x.shape:
@@ -35,8 +36,7 @@ def follow(state: AnyState, model: Any) -> AnyState:
     moved = [_moved(*pair) for pair in pairs]
     for (record, x, _), tensors in zip(pairs, moved, strict=True):
         record.move(x.dtype, tensors)
-    for leaf in leaf_list(state)[:1]:
-        context_of(leaf).structure += 1
+    tree_context(state).structure += 1
     return state
 
 

@@ -60,12 +60,7 @@ class Record(Spread):
     )
 
     def __init__(
-        self,
-        rule: Rule | None,
-        frozen: bool,
-        shape: torch.Size,
-        dtype: torch.dtype,
-        numbers: Numbers | None = None,
+        self, rule: Rule | None, frozen: bool, shape: torch.Size, dtype: torch.dtype, numbers: Numbers | None = None
     ) -> None:
         self.rule, self.frozen, self.shape, self.dtype = rule, frozen, shape, dtype
         self.made = rule
@@ -161,7 +156,7 @@ class Leaf:
     @property
     def state(self) -> Any:
         """The rule's momenta."""
-        return self._record.shown_state
+        return record_of(self).shown_state
 
     @property
     def frozen(self) -> bool:
@@ -171,7 +166,7 @@ class Leaf:
     @property
     def count(self) -> int:
         """How often its rule stepped it."""
-        return self._record.numbers.count
+        return record_of(self).numbers.count
 
     @property
     def shape(self) -> torch.Size:
@@ -184,7 +179,7 @@ class Leaf:
         return self._record.dtype
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Leaf":
-        record, context = self._record, self._context
+        record, context = record_of(self), self._context
         numbers = memo.get(id(record.numbers))
         if numbers is None:
             numbers = memo[id(record.numbers)] = record.numbers.copy()
@@ -198,7 +193,7 @@ class Leaf:
         return other
 
     def __getstate__(self) -> Any:
-        record = self._record
+        record = record_of(self)
         if record.layout is not None:
             raise TypeError(
                 "a state whose tensors are spread over processes cannot be pickled: save fluxpy.state_dict(state) by "
@@ -269,11 +264,13 @@ Leaf.__getattr__ = _no_such_name  # pyright: ignore[reportAttributeAccessIssue] 
 
 def record_of(leaf: Leaf) -> Record:
     """The contents of a leaf, for the verbs and the engine."""
+    if leaf._context.late is not None:
+        leaf._context.settle()
     return leaf._record
 
 
 def records_of(leaves: Sequence[Leaf]) -> list[Record]:
-    """The contents of leaves: at a third of what a call for each would cost."""
+    """The contents of leaves, whose context need not be settled: at a third of what a call for each would cost."""
     return [leaf._record for leaf in leaves]
 
 
@@ -297,6 +294,7 @@ def bindings_of(leaf: Leaf) -> Bindings:
 
 def adopt(leaf: Leaf, context: Context, bindings: Bindings) -> None:
     """Make a leaf one of another tree."""
+    record_of(leaf)
     leaf._context, leaf._bindings = context, bindings
 
 
@@ -304,17 +302,11 @@ KEEP: Any = object()  # not given
 
 
 def replace_leaf(
-    leaf: Leaf,
-    *,
-    rule: Any = KEEP,
-    state: Any = KEEP,
-    frozen: Any = KEEP,
-    count: Any = KEEP,
-    pending: Any = KEEP,
+    leaf: Leaf, *, rule: Any = KEEP, state: Any = KEEP, frozen: Any = KEEP, count: Any = KEEP, pending: Any = KEEP
 ) -> None:
     """Change what is given of a leaf. With `state=None` it gets new momenta at its next update, which go on with the
     `pending` numbers, by default with those that an accumulating rule has."""
-    record, context = leaf._record, leaf._context
+    record, context = record_of(leaf), leaf._context
     context.structure += 1
     if rule is not KEEP:
         record.rule = rule
@@ -342,7 +334,7 @@ def replace_leaf(
 
 def pending_numbers(leaf: Leaf) -> Skeleton | None:
     """The numbers that a leaf goes on with when it is stepped again, where these are not those in its state."""
-    return leaf._record.pending
+    return record_of(leaf).pending
 
 
 def init_state(rule: Rule, x: Tensor, count: int, path: str) -> Any:
@@ -394,7 +386,7 @@ class _LeafShape:
     """A leaf without its tensors, as pytree metadata: equal where the tensors lie alike, whatever the numbers are."""
 
     def __init__(self, leaf: Leaf) -> None:
-        record = leaf._record
+        record = record_of(leaf)
         self.record, self.context = record.copy(record.numbers.copy(), None), leaf._context
         self.size = None if record.tensors is None else len(record.tensors)
         self.rules = [] if record.rule is None else [type(rule) for rule in walk(record.rule)]
@@ -411,7 +403,7 @@ class _LeafShape:
 def _flatten(leaf: Leaf) -> tuple[tuple[Any, ...], _LeafShape]:
     if leaf._pending is not None:
         return leaf._pending
-    record = leaf._record
+    record = record_of(leaf)
     hyper = [] if record.rule is None else tensors_of(record.rule)
     return (*record.shown_tensors(), *hyper), _LeafShape(leaf)
 

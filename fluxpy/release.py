@@ -124,6 +124,7 @@ def release_step(f: Callable[..., Any], model: Any, args: Sequence[Any], binding
         if not groups.walked:
             groups.walked = True
             require_no_checkpoint(loss)
+        context.settle()
         _backward(loss, groups, binding, context)
     context.updates += 1
     torch.clear_autocast_cache()  # of an autocast around the loop: it has cast the weights of before
@@ -206,6 +207,7 @@ def _backward(loss: Tensor, groups: Groups, binding: Binding, context: Context) 
             raise RuntimeError("release=True steps leaf by leaf, so that the whole update cannot be skipped") from error
         raise
     finally:
+        context.flag.lower()
         for group in groups.all:
             group.begin()
 

@@ -127,6 +127,7 @@ def bind(state: State | Leaf, model: Any) -> Binding:
         return binding
     binding, context = _new_binding(state, spec, model, key), tree_context(state)
     if binding.spread or context.spread:
+        context.settle()
         bindings.lay_out(binding, context, records_of(leaf_list(state)))
     return binding
 

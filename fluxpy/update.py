@@ -82,6 +82,8 @@ def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
     tracked = torch.is_grad_enabled()
     torch.set_grad_enabled(False)  # as a context it would cost a tenth of a small model's update
     try:
+        if context.late is not None:
+            context.settle()
         if binding.spread:
             found = _local(binding, found)
         if is_transforming():  # nothing may be kept from one step to the next
@@ -96,6 +98,8 @@ def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
         pass
     finally:
         torch.set_grad_enabled(tracked)
+        if context.flag.skipped is not None:
+            context.flag.lower()
     context.updates += 1
 
 
@@ -132,6 +136,7 @@ def flush(state: AnyState, model: Model) -> tuple[AnyState, Model]:
         raise TypeError(f"flush takes (state, model), but the first is {type(state).__name__}")
     binding, context = bind(state, model), tree_context(state)
     context.require_training_weights(binding.records, "flush")
+    context.settle()
     rules = {id(r.rule): r.rule for r in binding.records if r.rule is not None and r.rule.accumulates}
     if not rules:
         return state, model
@@ -146,6 +151,7 @@ def flush(state: AnyState, model: Model) -> tuple[AnyState, Model]:
         with torch.inference_mode(False), torch.no_grad(), suppress(SkipUpdate):
             _reference_step(binding, context, grads)
     finally:
+        context.flag.lower()
         own = {id(end): rules[key] for key, end in ends.items()}
         for record in records:
             record.rule = own.get(id(record.rule), record.rule)
@@ -163,10 +169,7 @@ def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
         if plan.totals is not None and not isinstance(error, FloatingPointError | SkipUpdate):
             error.add_note("raised on this process; others may have made this update, and then differ from it now")
         raise
-    plan.begun = []
-    plan.sit_out()
-    for unit in units:
-        unit.commit()
+    plan.commit(units)
 
 
 def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bool) -> tuple[Plan, Route, list[Any]]:
@@ -196,6 +199,8 @@ def _run(plan: Plan, units: Sequence[Unit], grads: list[Any], context: Context) 
     while True:
         try:
             run_to_results(units, grads, context, plan.totals)
+            if context.partial:
+                context.flag.read_skip()
             return units
         except FallBack as fallback:
             if plan.totals is not None:
@@ -233,6 +238,7 @@ def _reference_step(binding: Binding, context: Context, grads: Sequence[Any]) ->
     """Update in place on the reference path."""
     units = _reference_units(binding, context, grads, inplace=True)
     run_to_results(units, grads, context, Totals(binding.records) if context.spread else None)
+    context.flag.read_skip()
     _sit_out(binding, binding.records)
     context.structure += 1
     for unit in units:
@@ -261,6 +267,7 @@ def _sit_out(binding: Binding, records: Sequence[Record]) -> None:
 def _pure(state: Any, binding: Binding, context: Context, model: Any, grads: Any) -> tuple[Any, Any]:
     """The outcome as a new state and a new model, which share no tensor with the old."""
     found = in_order(binding, grads)
+    context.settle()
     begun = all(r.frozen or r.rule is None or r.tensors is not None for r in binding.records)  # needs no new state
     if not begun or is_transforming() or torch.is_inference_mode_enabled() or _has_history(binding, found):
         return _pure_by_reference(state, binding, context, model, found)
@@ -274,14 +281,10 @@ def _pure_by_copy(state: Any, binding: Binding, context: Context, model: Any, gr
     params = [as_parameter(x.clone(), x) for x in binding.params]
     fork = context.fork(len(params))
     plan, units = plan.fork(route, params, fork)
-    try:
-        units = _run(plan, units, grads, fork)
-        plan.sit_out()
-        for unit in units:
-            unit.commit()
-    except SkipUpdate:
-        pass
+    with suppress(SkipUpdate):
+        plan.commit(_run(plan, units, grads, fork))
     fork.updates += 1
+    fork.flag.lower()
     copies = Copies(model, binding.params, params)
     state, bindings = _tree(state, binding, plan.records, fork)
     bindings.renew(binding, shape_of(state), copies.model, copies.containers, plan)
@@ -297,6 +300,7 @@ def _pure_by_reference(state: Any, binding: Binding, context: Context, model: An
         units = _reference_units(binding, fork, found, inplace=False)
         try:
             run_to_results(units, found, fork)
+            fork.flag.read_skip()
             skipped = False
         except SkipUpdate:
             units, skipped = [], True

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from helpers import CHAINS
+from helpers import CHAINS, like_a_device
 from rule_table import ROWS
 from torch import Tensor, nn
 from torch.distributed._composable import replicate as hidden_replicas
@@ -425,7 +425,7 @@ def the_state_shows_dtensors() -> None:
 def not_finite_on_one() -> None:
     """All raise with the same path, and nothing is changed anywhere."""
     for rule in (OptimiserChain(ClipGlobalNorm(0.3), Adam(0.05)), OptimiserChain(ClipNorm(0.3), Momentum(0.05))):
-        for skip in (False, True):
+        for skip in (False, True, "late"):
             run = Both(rule, shard).step(1)
             if skip:
                 run.both(lambda s: fluxpy.adjust(s, nonfinite="skip"))
@@ -435,7 +435,9 @@ def not_finite_on_one() -> None:
                 grads.again.bias._local_tensor[:1] = torch.inf
             before = named(run.state), [x.detach()._local_tensor.clone() for x in fluxpy.trainables(run.model)]
             if skip:
-                fluxpy.update(run.state, run.model, grads)
+                with pytest.MonkeyPatch.context() as patch:
+                    like_a_device(patch) if skip == "late" else None
+                    fluxpy.update(run.state, run.model, grads)
             else:
                 with pytest.raises(FloatingPointError) as caught:
                     fluxpy.update(run.state, run.model, grads)

@@ -180,7 +180,8 @@ def assert_alike(one: dict[str, Any], other: dict[str, Any], room: float = 0.0) 
         if not isinstance(a, Tensor):
             assert a == b, (key, a, b)
         elif room:
-            torch.testing.assert_close(a, b, rtol=room, atol=room, msg=lambda text, key=key: f"{key}: {text}")
+            message = lambda text, key=key: f"{key}: {text}"  # noqa: E731
+            torch.testing.assert_close(a, b, rtol=room, atol=room, equal_nan=True, msg=message)
         else:
             assert a.dtype == b.dtype and torch.equal(a, b), (key, a, b)
 

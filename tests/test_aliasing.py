@@ -7,7 +7,7 @@ from helpers import CHAINS, FEW, Run, assert_alike, grads_of, model_of, tensors_
 from torch import nn
 
 import fluxpy
-from fluxpy import AdaGrad, Adam, AdamW, Descent, Momentum, RMSProp, setup, update
+from fluxpy import AdaGrad, Adam, AdamW, Descent, Momentum, RMSProp, Rule, setup, update
 
 SHAPES = {"a": (4, 3), "b": (4, 3), "c": (5,)}
 
@@ -118,3 +118,45 @@ def test_parameters_beside_each_other_on_one_memory_are_no_such_case():
             update(state, each, grads_of(model, i))
     for name, x in expected.items():
         torch.testing.assert_close(model[name], x, rtol=1e-12, atol=1e-12)
+
+
+# --- A rule whose change is something else too --------------------------------------------------------------------
+
+
+class Turned(Rule):
+    """Of whole arrays: the change is the state as it was, and the state becomes the gradient."""
+
+    def init(self, x):
+        return torch.ones_like(x)
+
+    def apply(self, state, x, dx):
+        return 0.5 * dx, state
+
+
+class Mirrored(Rule):
+    """Of whole arrays: the change is a view of the parameter."""
+
+    def apply(self, state, x, dx):
+        return state, x.flip(0) if x.ndim < 2 else x.mT
+
+
+class Passing(Rule):
+    """Of whole arrays: the change is the gradient."""
+
+    def apply(self, state, x, dx):
+        return state, dx
+
+
+@pytest.mark.parametrize("rule", [Turned(), Mirrored(), Passing()], ids=lambda rule: type(rule).__name__)
+def test_a_change_that_is_a_tensor_of_the_step(rule):
+    shapes = {"a": (4, 4), "b": (4, 4), "c": (5,)}
+    model, expected = model_of(shapes), {name: x.detach().clone() for name, x in model_of(shapes).items()}
+    state, own = setup(rule, model), {name: rule.init(x) for name, x in expected.items()}
+    for i in range(4):
+        grads = grads_of(model, i) | {"b": model["a"].detach()}
+        given = {name: dx.clone() for name, dx in grads.items()}
+        update(state, model, grads)
+        for name, x in expected.items():
+            own[name], change = rule.apply(own[name], x, given[name])
+            expected[name] = x - change
+            torch.testing.assert_close(model[name].detach(), expected[name], rtol=0, atol=0)

@@ -54,6 +54,29 @@ def test_a_bad_number_holds_updates_back_until_it_is_read(clip):
     assert not torch.equal(kept[0], model.weight)
 
 
+@pytest.mark.parametrize("rule", [fluxpy.Adam(0.1), fluxpy.Lion(0.1), fluxpy.MixedPrecision(fluxpy.Adam(0.1))])
+def test_a_skip_is_known_late(rule):
+    """The host waits for no stream, but for the norm of the update before."""
+    chain = OptimiserChain(ClipGlobalNorm(1.0, nonfinite="skip"), rule)
+    if isinstance(rule, fluxpy.MixedPrecision):
+        chain = fluxpy.MixedPrecision(OptimiserChain(ClipGlobalNorm(1.0, nonfinite="skip"), rule.rule))
+    here = [torch.ones(4, 3), torch.ones(7)]
+    there = [x.cuda() for x in here]
+    states = setup(chain, here), setup(chain, there)
+    for turn in range(8):
+        grads = [torch.full_like(x, float("nan") if turn in (0, 3, 4) else turn + 1.0) for x in here]
+        update(states[0], here, grads)
+        on_device = [x.cuda() for x in grads]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            update(states[1], there, on_device)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert states[1][0].count == states[0][0].count == 5
+    for x, y in zip(here, there, strict=True):
+        torch.testing.assert_close(x, y.cpu())
+
+
 def test_train_moves_batches():
     model = nn.Linear(3, 2).cuda()
     data = fluxpy.DataLoader((torch.randn(8, 3), torch.randn(8, 2)), batch_size=4)

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import warnings
 import weakref
+from typing import Any, NamedTuple
 
 import optree
 import pytest
@@ -845,6 +846,48 @@ def test_a_master_copy_is_compiled_in_its_own_precision():
 
 
 # --- Memory -------------------------------------------------------------------------------------------------------
+
+
+class Nested(NamedTuple):
+    """A state whose second field may hold more than one thing."""
+
+    m: torch.Tensor
+    more: Any
+
+
+class Nests(Rule):
+    """Keeps a number of vectors, and a tuple with a tensor and a number of matrices, in the same kind of state."""
+
+    elementwise = True
+
+    def init(self, x):
+        return Nested(torch.zeros_like(x), (torch.zeros_like(x), 0) if x.ndim > 1 else 0)
+
+    def apply(self, state, x, dx):
+        m = 0.5 * state.m + dx
+        if isinstance(state.more, tuple):
+            peak, t = state.more
+            return Nested(m, (torch.maximum(peak, m), t + 1)), 0.1 * (m + peak) / (t + 1)
+        return Nested(m, state.more + 1), 0.1 * m / (state.more + 1)
+
+
+def test_a_named_tuple_that_holds_tuples_for_some_leaves_alone():
+    model = {"a": torch.ones(3), "b": torch.ones(2, 2), "c": torch.ones(4), "d": torch.ones(3, 2)}
+    expected, rule = {name: x.clone() for name, x in model.items()}, Nests()
+    states, state = {name: rule.init(x) for name, x in model.items()}, setup(rule, model)
+    for i in range(4):
+        grads = {name: torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for name, x in model.items()}
+        update(state, model, grads)
+        for name, x in expected.items():
+            states[name], change = rule.apply(states[name], x, grads[name])
+            expected[name] = x - change
+    for name, x in expected.items():
+        torch.testing.assert_close(model[name], x)
+        found, wanted = (optree.tree_leaves(s, namespace="fluxpy") for s in (state[name].state, states[name]))
+        assert type(state[name].state) is Nested and len(found) == len(wanted)
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
 
 SCRIPT = """
     import resource, optree, torch, fluxpy

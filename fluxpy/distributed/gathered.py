@@ -62,7 +62,7 @@ class GatheredUnit(ReferenceUnit):
         layout = self.record.layout
         assert layout is not None
         self.moved, self.skeleton = inner.moved, inner.skeleton
-        self.value = layout.part(inner.value)
+        self.value = layout.part(inner.value if inner.change is None else inner.x - inner.change)
         self.spread = [layout.is_whole(t) for t in inner.news]
         self.news = [layout.part(t) if cut else t for t, cut in zip(inner.news, self.spread, strict=True)]
         self.olds = self.record.tensors or [] if inner.olds else []

@@ -16,16 +16,9 @@ class Chunk:
     """Neighbours in a cohort as one tensor; or, of one large leaf, a part."""
 
     def __init__(
-        self,
-        cohort: Cohort,
-        scratch: Scratch,
-        numeric: Sequence[bool],
-        low: int,
-        high: int,
-        start: int,
-        size: int,
-        stack: bool,
+        self, cohort: Cohort, scratch: Scratch, numeric: Sequence[bool], place: tuple[int, int, int, int], stack: bool
     ) -> None:
+        low, high, start, size = place
         self.low, self.high, self.start = low, high, start
         reals = cohort.reals[low:high]
         where = runs(reals)
@@ -66,7 +59,7 @@ class Chunk:
         """The gradients of this chunk as one tensor, from those of the cohort, which have the strides of the reals."""
         if not self.gathers:
             flat = flat_view(grads[self.low])
-            return flat if self.size == len(flat) else flat[self.start : self.start + self.size]
+            return flat if self.size == flat.numel() else flat[self.start : self.start + self.size]
         mine = grads[self.low : self.high]
         flat = adjacent(mine)
         if flat is not None:

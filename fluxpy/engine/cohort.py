@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..context import Context
+from ..context import Context, remembered
 from ..leaf import Numbers, Record, rules_of
 from ..pytree import Skeleton
 from ..rule import Rule, reducing
@@ -130,6 +130,8 @@ class Cohort:
 
     def advance(self, skeleton: Skeleton, moved: bool) -> None:
         """Count a step, after which the states have the numbers of this skeleton."""
+        if self.context.late is not None:
+            self.context.late.undo += remembered(self.numbers, "skeleton", "fresh", "count")
         self.numbers.skeleton, self.numbers.fresh = skeleton, False
         self.numbers.count += moved
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ..context import Context
+from ..context import Context, reads_at_once
 from ..pytree import HOLE, Skeleton, entries_of, skeleton_of
 from ..rule import Assign, Rule, Steps, reducing, replace, rule_key, title, title_key, walk
 from .chunk import Chunk
@@ -58,6 +58,7 @@ class CompiledUnit:
         self.programs: dict[bool, Program] = {}
         self.differing: dict[int, Tensor] = {}
         self.key: Any = None
+        self.low = torch.zeros((), dtype=torch.bool, device=cohort.params[0].device)
         self.adopt_rules()
 
     @property
@@ -105,6 +106,13 @@ class CompiledUnit:
         momenta = [row.read() for row in chunk.momenta]
         return self.now.steps(self.cohort.skeleton.combine(momenta), chunk.x.read(), dx)
 
+    def _bad(self) -> list[Tensor]:
+        """What keeps kernels from writing; on a device always something, for another cohort may yet raise the flag."""
+        up = self.context.flag.up
+        if up is None:
+            return [] if reads_at_once(self.low) else [self.low]
+        return [up.to(self.low.device)]
+
     def _kinds(self) -> dict[bool, Chunk]:
         """A chunk of each kind: of one leaf, whose own numbers and totals are 0-dim, and of several."""
         return {not chunk.gathers: chunk for chunk in self.chunks.all}
@@ -136,8 +144,8 @@ class CompiledUnit:
         row, momenta, rule, before = self._target(chunk)
         held = [m.shown for m in momenta]
         own = [column[:2] if chunk.gathers else column[0] for column in self.differing.values()]
-        bad = self.context.flag.bad
-        tensors = [row.buffer, row.buffer, *held, *chunk.answers, *own, *([] if bad is None else [bad])]
+        bad = self._bad()
+        tensors = [row.buffer, row.buffer, *held, *chunk.answers, *own, *bad]
         tape = Tape(tensors)
         x, dx, *rest = tape.inputs
         others, rest = rest[: len(held)], rest[len(held) :]
@@ -152,7 +160,7 @@ class CompiledUnit:
         except Exception as error:
             self._refuse(error)
         numbers = to_device([*tape.numbers, 1.0], tensors)
-        recipe = Recipe(tape, writes, numbers, tensors, bad is not None, chunk.size)
+        recipe = Recipe(tape, writes, numbers, tensors, bool(bad), chunk.size)
         try:
             if recipe.key not in self.kernels and len(self.kernels) == _MOST:
                 raise RuntimeError("its numbers change what it does")
@@ -180,18 +188,16 @@ class CompiledUnit:
         self.chunks.clear()
 
     def commit(self) -> None:
-        program = None
+        program, bad = None, self._bad()
         for chunk in self.chunks.all:
             row, momenta, _, _ = self._target(chunk)
             program = self.programs[not chunk.gathers]
             if self.master is not None:
                 row.write(self.master.master_for(row.read(), chunk.x.read()))
             x = row.read()
-            bad = self.context.flag.bad
-            held = [] if bad is None else [bad]
             dx = chunk.gradient(self.chunks.grads).to(x.dtype)
             own = self._numbers_for(chunk)
-            program.kernel(program.numbers, x, dx, *(m.read() for m in momenta), *chunk.answers, *own, *held)
+            program.kernel(program.numbers, x, dx, *(m.read() for m in momenta), *chunk.answers, *own, *bad)
             row.write(x)
             for m in momenta:
                 m.write(m.buffer)

@@ -14,15 +14,7 @@ from .chunk import Chunk
 from .cohort import Cohort
 from .fused_kernels import KERNELS, Lists, Parts, Run, bucket_key, last_state, takes
 from .layout import Row, adjacent, views_like
-from .packed import (
-    Chunks,
-    apart_from_written,
-    fits,
-    like_parameters,
-    outcome_of,
-    rule_now,
-    write_state,
-)
+from .packed import Chunks, apart_from_written, fits, like_parameters, outcome_of, rule_now, write_state
 from .step import FallBack, Prepare
 from .tape import inputs_used
 
@@ -116,7 +108,7 @@ class _Fused(ABC):
 
     def masked(self, options: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """The options with which a kernel does nothing where the finite flag is up."""
-        bad = self.context.flag.bad
+        bad = self.context.flag.up
         if bad is None:
             return options
         found = {"found_inf": bad.to(self.clock)}
@@ -302,7 +294,7 @@ class FusedUnit(_Fused):
         tensors, skeleton = partition(state)
         rows = chunk.momenta[self.front_rows]
         if rows:
-            write_state(rows, apart_from_written(chunk, rows, tensors), self.context.flag.mask)
+            write_state(rows, apart_from_written(chunk, rows, tensors), self.context.flag)
         return skeleton, None if dx is None else dx.reshape(-1)
 
     def _run_kernel(

@@ -191,7 +191,7 @@ class Row:
     def write(self, value: Tensor) -> None:
         """Set the values."""
         if value is not self.buffer:
-            self.buffer.copy_(value.view(-1))
+            self.buffer.copy_(value if value.ndim == 1 else value.reshape(-1))
         if self.flat is None:
             copy_all(self.tensors, self.views)
 
@@ -229,7 +229,7 @@ class NumberRow(Row):
     def write(self, value: Tensor) -> None:
         if self.firsts is not None and self.last:
             if value is not self.buffer:
-                self.buffer.copy_(value.view(-1))
+                self.buffer.copy_(value.reshape(-1))
             copy_all(self.tensors, self.firsts)
         elif self.last:
             super().write(value)

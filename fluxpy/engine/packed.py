@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..context import reads_at_once, require_all_finite
-from ..pytree import Skeleton, memory, partition
+from ..context import FiniteFlag, reads_at_once, require_all_finite
+from ..pytree import Skeleton, partition
 from ..rule import (
     Assign,
     Reduce,
@@ -51,7 +51,7 @@ class Chunks:
         where = list(chunks_of(cohort.sizes, split, breaks))
         self.stack = stack or bool(breaks)
         numeric = [False for _ in cohort.momenta] if stack else cohort.numeric
-        self.all = [Chunk(cohort, scratch, numeric, *place, self.stack and place[3] < 0) for place in where]
+        self.all = [Chunk(cohort, scratch, numeric, place, self.stack and place[3] < 0) for place in where]
         self.one = len(self.all) == 1
         self.grads: Sequence[Tensor] = ()  # of real tensors with the strides of the parameters
         self.given: Sequence[Tensor] = ()
@@ -61,14 +61,14 @@ class Chunks:
 
     def load(self, grads: Sequence[Tensor]) -> None:
         """Take a step's gradients, in the order of the cohort."""
+        if self.given:  # of a step that fell back
+            self.clear()
         self.missing = grads[0] is None  # then all are: the rule accumulates, and counts this update too
         self.given = self.grads = grads
         if self.cohort.odd and not self.missing:
             self.given = self.grads = like_parameters(grads, self.cohort)
         if self.cohort.params[0].is_complex() and not self.missing:
             self.grads = [torch.view_as_real(g.resolve_conj()) for g in self.given]
-        for chunk in self.all:
-            chunk.clear()
 
     def clear(self) -> None:
         """Let go of a step's gradients and results."""
@@ -281,16 +281,15 @@ class EagerUnit:
         self.cohort.advance(skeleton, moved)
 
     def _write(self, chunk: Chunk) -> tuple[Any, bool]:
-        mask = self.context.flag.mask
+        flag = self.context.flag
         (news, skeleton, change), x = chunk.result, chunk.x.buffer
         news = apart_from_written(chunk, chunk.momenta, news)
         if isinstance(change, Assign):
-            chunk.x.write(mask(x, change.value.view(-1)))
-        elif change is not None and self.context.flag.bad is None:
-            chunk.x.write(x.sub_(change if change.ndim == 1 else change.reshape(-1)))
+            chunk.x.write(flag.mask(x, change.value.view(-1)))
         elif change is not None:
-            chunk.x.write(mask(x, x - change.reshape(-1)))
-        write_state(chunk.momenta, news, mask)
+            change = change if change.ndim == 1 else change.reshape(-1)
+            chunk.x.write(x.sub_(change) if flag.up is None else flag.mask(x, x - change))
+        write_state(chunk.momenta, news, flag)
         return skeleton, change is not None
 
 
@@ -313,9 +312,8 @@ def fits(outcome: Outcome | None, chunk: Chunk, rows: Sequence[Row], before: Ske
     if outcome is None or not outcome.skeleton.fits(before):
         return False
     change = outcome.change.value if isinstance(outcome.change, Assign) else outcome.change
-    if change is not None and not (
-        isinstance(change, Tensor) and change.is_floating_point() and _is_like(change, chunk.x.shown)
-    ):
+    is_like = isinstance(change, Tensor) and change.is_floating_point() and _is_like(change, chunk.x.shown)
+    if change is not None and not is_like:
         return False
     for t, row in zip(outcome.tensors, rows, strict=True):
         # What a number becomes may be one for all leaves, as a total over the tree is.
@@ -332,17 +330,17 @@ def _is_like(t: Tensor, old: Tensor) -> bool:
 def apart_from_written(chunk: Chunk, rows: Sequence[Row], news: list[Tensor]) -> list[Tensor]:
     """The new states, copied where they are in memory that will be written to, as where a rule lets buffers change
     places. One that is its own old state stays as it is."""
-    return [
-        new.clone() if memory(new) in chunk.written and new.data_ptr() != row.buffer.data_ptr() else new
-        for new, row in zip(news, rows, strict=True)
-    ]
+    for i, (new, row) in enumerate(zip(news, rows, strict=True)):
+        if new.untyped_storage().data_ptr() in chunk.written and new.data_ptr() != row.buffer.data_ptr():
+            news[i] = new.clone()
+    return news
 
 
-def write_state(rows: Sequence[Row], news: Sequence[Tensor], mask: Callable[[Tensor, Tensor], Tensor]) -> None:
+def write_state(rows: Sequence[Row], news: Sequence[Tensor], flag: FiniteFlag) -> None:
     """Write the new states of a chunk."""
     for row, new in zip(rows, news, strict=True):
         if new.data_ptr() != row.buffer.data_ptr():
-            row.write(mask(row.buffer, new.reshape(-1)))
+            row.write(new if flag.up is None else flag.mask(row.buffer, new.reshape(-1)))
 
 
 def _kept(outcome: Outcome) -> Outcome:

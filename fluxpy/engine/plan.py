@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..begin import begin
-from ..context import Context
+from ..context import Context, Late, remembered
 from ..distributed.gathered import GatheredUnit
 from ..distributed.totals import Totals
 from ..leaf import Record, miss_update
@@ -187,22 +187,28 @@ class Plan:
         other.route.enter()
         return other, other.route.units
 
-    def sit_out(self) -> None:
-        """Tell accumulating rules of an update in which their leaves were frozen. Leaves that share their numbers keep
-        sharing them."""
+    def commit(self, units: Sequence[Unit]) -> None:
+        """Write what units came to, and tell accumulating rules of an update in which their leaves were frozen. Leaves
+        that share their numbers keep sharing them."""
         known: dict[Any, Skeleton | None] = {}
+        skipped, begun, self.begun = self.context.flag.skipped, self.begun, []
+        if skipped is not None:  # which only the device knows by now
+            self.context.late = Late(skipped, [partial(_take_back, begun)])
         for record, (x, path) in self.waiting:
             key = id(record.rule), id(record.numbers), id(record.pending)
+            if self.context.late is not None:
+                self.context.late.undo += remembered(record, "pending")
             if record.tensors is None or key not in known:
                 miss_update(record, x, path)
                 known[key] = record.pending
             else:
                 record.pending = known[key]
+        for unit in units:
+            unit.commit()
 
     def forget_begun(self) -> None:
-        """The update failed: leaves that had no momenta have none again."""
-        for record, numbers, pending in self.begun:
-            record.tensors, record.numbers, record.pending = None, numbers, pending
+        """The update failed."""
+        _take_back(self.begun)
         if self.begun:
             self.begun = []
             self.cohorts, self.units, self.routes, self.route = [], {}, {}, None
@@ -378,6 +384,12 @@ _MAKERS: dict[str, Callable[[Cohort], CohortUnit]] = {
     "eager": EagerUnit,
     "stack": partial(EagerUnit, stack=True),
 }
+
+
+def _take_back(begun: list[Any]) -> None:
+    """Leaves that had no momenta have none again."""
+    for record, numbers, pending in begun:
+        record.tensors, record.numbers, record.pending = None, numbers, pending
 
 
 def _whole(rule: Rule) -> Iterable[Rule]:

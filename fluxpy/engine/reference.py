@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..context import Context, require_finite
+from ..context import Context, remembered, require_finite
 from ..leaf import Numbers, Record
-from ..pytree import apart, partition, shares
+from ..pytree import apart, is_unseen, is_wrapped, partition, shares
 from ..rule import Assign, Reduce, Rule, at
 from ..text import note
 from .step import Prepare, Request
@@ -31,6 +31,7 @@ class ReferenceUnit:
         self.record, self.x, self.place, self.path, self.context = record, x, place, path, context
         self.dx: Tensor | None = None
         self.value: Any = None  # what the parameter becomes, once that is worked out
+        self.change: Any = None  # or what will be subtracted from it where it is
         self.own: Numbers | None = None  # what it gave the record last
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
@@ -82,7 +83,8 @@ class ReferenceUnit:
             raise TypeError(f"{self._who()} must return (state, change), but gave {result!r}")
         state, change = result
         self.moved = change is not None
-        self.value = self._new_value(change)
+        self.change = change if self.inplace and self._can_subtract(change) else None
+        self.value = self._new_value(change) if self.change is None else None
         (olds, before), (news, self.skeleton) = partition(self.state), partition(state)
         held = self.record.numbers.skeleton
         if held == self.skeleton and all(map(is_, held.parts, self.skeleton.parts)):
@@ -96,8 +98,16 @@ class ReferenceUnit:
         if self.olds:
             if self.inplace:  # a rule may let its buffers change places
                 news = [t.clone() if t is not old and shares(t, olds) else t for old, t in zip(olds, news, strict=True)]
-            news = [t.to(old.dtype) for old, t in zip(olds, news, strict=True)]
+            news = [t if t.dtype == old.dtype else t.to(old.dtype) for old, t in zip(olds, news, strict=True)]
         self.news = news
+
+    def _can_subtract(self, change: Any) -> bool:
+        """Whether it can be subtracted in place: of the same form, and not in memory that another leaf may write to."""
+        x = self.x
+        if type(change) is not Tensor or x.is_meta or is_unseen(x) or is_wrapped(change):
+            return False
+        same = (change.dtype, change.shape, change.device, change.layout) == (x.dtype, x.shape, x.device, torch.strided)
+        return same and not shares(change, [t for t in (x, self.dx) if t is not None])
 
     def _new_value(self, change: Any) -> Tensor:
         """What the parameter becomes."""
@@ -115,9 +125,12 @@ class ReferenceUnit:
 
     def settle(self, record: Record) -> None:
         """Give a record the new state. In place, each tensor keeps its memory where its shape allows."""
-        if self.context.flag.bad is not None:  # since another leaf was worked out, perhaps
+        if self.context.late is not None:
+            self.context.late.undo += remembered(record, "tensors", "numbers", "pending", "spread")
+        if self.context.flag.up is not None:  # since another leaf was worked out, perhaps
             mask = self.context.flag.mask
-            self.value = mask(self.x, self.value)
+            value = self.value if self.change is None else self.x - self.change
+            self.value, self.change = mask(self.x, value), None
             self.news = [mask(old, t) for old, t in zip(self.olds, self.news, strict=True)] if self.olds else self.news
         if self.inplace and self.olds:
             self.news = [old if old is t else old.copy_(t) for old, t in zip(self.olds, self.news, strict=True)]
@@ -129,12 +142,14 @@ class ReferenceUnit:
 
     def drop(self) -> None:
         """Let go of a step's gradient and results."""
-        self.dx = self.state = self.value = None
+        self.dx = self.state = self.value = self.change = None
         self.news, self.olds = [], []
 
     def commit(self) -> None:
+        if self.change is not None and self.context.flag.up is None:
+            self.x.sub_(self.change)  # first: the change may be a tensor of the state
         self.settle(self.record)
-        if self.moved:
+        if self.moved and self.value is not None:
             self.x.copy_(self.value)
         self.drop()
 

@@ -22,8 +22,7 @@ from .events import (
 )
 from .learner import Learner
 from .metrics import Accuracy, Loss, MatthewsCorrelationCoefficient, Metric, Perplexity, Top5Accuracy
-from .progress import Progress
-from .step import Step
+from .progress import Progress, Step
 
 __all__ = [
     "Accuracy",

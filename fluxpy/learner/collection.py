@@ -24,10 +24,11 @@ class Metrics:
         self.all: list[Metric] = [Loss()]
         for name, metric in pairs:
             made = _metric(metric, name)
-            if made.name != "loss" and made.name in self.names:
+            if made.name == "loss":
+                continue
+            if made.name in self.names:
                 raise ValueError(f"two metrics are called {made.name!r}; name them: metrics={{'name': metric, ...}}")
-            if made.name != "loss":
-                self.all.append(made)
+            self.all.append(made)
         self.batches = 0  # how many were counted
 
     @property
@@ -69,8 +70,8 @@ class Metrics:
 
     def require_several(self, processes: int) -> None:
         """ValueError for a metric that cannot be put together over several processes."""
-        for metric in self.all:
-            if processes > 1 and not metric.adds_up:
+        for metric in self.all if processes > 1 else ():
+            if not metric.adds_up:
                 raise ValueError(
                     f"nobody knows how the metric {metric.name!r} is put together over {processes} processes: write "
                     "it as a Metric, whose sums are added, or as one of torchmetrics, which does it by itself"

@@ -2,20 +2,22 @@
 
 # ruff: noqa: F401
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..adjust import adjust, scale
 from ..containers import open_data
 from ..context import reads_at_once
 from ..data import require_batches
 from ..distributed.layout import all_gather, copy_whole, whole_tensor
+from ..distributed.parallel import modules_in
 from ..gradient import Gradients
 from ..grads import in_order
 from ..leaf import Leaf
 from ..members import members_of
-from ..pytree import level
 from ..rule import hyperparameters
 from ..rule import walk as members
 from ..saving.checkpoint import write_checkpoint
@@ -24,25 +26,15 @@ from ..saving.file import remove_leftovers
 from ..saving.model import match_tensors, model_tensors
 from ..saving.state_dict import changed_rules, changes_of_rules, plain_rules
 from ..show import tree_as_html
-from ..state import Rules, State, bind, tree_context
+from ..state import Rules, State, bind, select, tree_context
 from ..text import html_table, near
 from ..tracebacks import leave_to_the_user
 from ..train import place, training_mode, why_it_failed
 from ..update import check_finite
 
 
-def parameters(state: State | Leaf, model: Any) -> list[Tensor]:
-    """The model's parameters in the order of `leaves(state)`, tied ones once."""
-    return bind(state, model).params
-
-
-def gradients_in_order(state: State | Leaf, model: Any, grads: Any) -> list[Tensor | None]:
-    """The gradient of each of `parameters`."""
-    return in_order(bind(state, model), grads)
-
-
 def as_gradients(state: State | Leaf, model: Any, values: list[Tensor | None]) -> Any:
-    """What `gradient` returns, of the gradients of `parameters`."""
+    """What `gradient` returns, of the gradients in the order of the parameters."""
     spec = bind(state, model).walked
     return values[0] if spec.kind == "leaf" else Gradients(spec, values)
 
@@ -53,23 +45,12 @@ def note_loss(state: State | Leaf, finite: Tensor, what: str) -> None:
     context.flag.require(finite, context.updates, what)
 
 
-def runs_together(state: State | Leaf, model: Any) -> tuple[set[int], bool]:
-    """The ranks of the processes that run a model together, and whether its parameters are spread over them."""
-    binding = bind(state, model)
-    return set() if binding.parallel is None else binding.parallel.ranks, binding.spread
-
-
 def over_ranks(state: State | Leaf, model: Any, number: Tensor) -> Tensor:
     """The mean of a number over all processes that run a model, not read from its device."""
     parallel = bind(state, model).parallel
     if parallel is None:
         return number
     return parallel.mean(number if number.is_floating_point() else number.float())
-
-
-def local_parameters(state: State | Leaf, model: Any) -> list[Tensor]:
-    """What this process holds of each of `parameters`."""
-    return bind(state, model).local
 
 
 def rates(leaf: Leaf, member: Any = None) -> list[Any]:
@@ -84,9 +65,20 @@ def rates(leaf: Leaf, member: Any = None) -> list[Any]:
     return [own["lr"] for own in found if "lr" in own]
 
 
-def updates_of(leaf: Leaf) -> int:
-    """How often a leaf was updated."""
-    return leaf.count
+class Changed(scale):
+    """In `adjust`: what a function gives of each present value."""
+
+    def __init__(self, f: Callable[[Any], Any]) -> None:
+        super().__init__(1.0)
+        self.f = f
+
+    def of(self, value: Any) -> Any:
+        return self.f(value)
+
+
+def adjust_rates(state: State | Leaf, f: Callable[[Any], Any], member: Any = None) -> None:
+    """Put what `f` gives of each learning rate in its place, on all leaves that have one."""
+    adjust(select(state, lambda _, leaf: len(rates(leaf, member)) > 0), lr=Changed(f), member=member)
 
 
 def model_dict(model: Any, state: State | Leaf | None = None) -> dict[str, Tensor]:

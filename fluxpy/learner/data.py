@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import trainables
-from .core import level, open_data, require_batches
+from .core import modules_in, open_data, require_batches
 
 TARGETS = ("target", "targets", "label", "labels", "y")
 
@@ -38,7 +38,10 @@ class Source:
 
     def length(self, epoch: int | None = None) -> int | None:
         """How many batches an epoch has, by default the present one, if that is known."""
-        return _length(self.data[epoch] if self.each and epoch is not None else self.loader)
+        try:
+            return len(self.data[epoch] if self.each and epoch is not None else self.loader)
+        except TypeError:  # also of a torch DataLoader over what has no length
+            return None
 
     def total(self, epochs: int) -> int | None:
         """How many batches all epochs have together, if known. Where a callable makes them: all like the present."""
@@ -80,14 +83,13 @@ class Source:
         """The batches of this epoch after the first `skip`, of which there may be fewer if `may_end`. The first is
         fetched at once, so that the order of the data is drawn here and not after events that may draw too."""
         batches = iter(self.loader)
-        skipped = 0
-        while skipped < skip:
+        for skipped in range(skip):
             batch = next(batches, _END)
+            if batch is _END and skipped and may_end:
+                break
             if batch is _END:
-                if skipped and may_end:
-                    break
                 raise ValueError(f"{self.name} has {skipped} batches, but the saved run had done {skip} of this epoch")
-            skipped, self.last = skipped + 1, batch
+            self.last = batch
         if skip:
             return batches
         first = next(batches, _END)
@@ -113,10 +115,6 @@ class Source:
             elif hasattr(x, "__dict__") and not isinstance(x, Tensor | nn.Module | type | ModuleType):
                 todo += [(part, depth + 1) for part in vars(x).values()]
         return list(found.values())
-
-    def keeps_workers(self) -> bool:
-        """Whether processes that outlive an epoch make the batches: nobody knows their random numbers."""
-        return bool(getattr(self.loader, "persistent_workers", False))
 
 
 _END = object()
@@ -173,19 +171,10 @@ def kind(batch: Any) -> str:
     return f"a tensor of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
 
 
-def modules(model: Any) -> Iterator[nn.Module]:
-    """All modules of a model, which may be a pytree that holds some."""
-    if isinstance(model, nn.Module):
-        yield from model.modules()
-    elif (here := level(model)) is not None:
-        for child in here.children:
-            yield from modules(child)
-
-
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
     """Modules in evaluation mode for a while, then each as it was."""
-    before = [(module, module.training) for module in modules(model)]
+    before = [(module, module.training) for module in modules_in(model)]
     for module, _ in before:
         module.eval()
     try:
@@ -205,13 +194,6 @@ def move(model: Any, device: torch.device, held: bool) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"device={str(device)!r} moves modules; put the tensors of this model there yourself")
     model.to(device)
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:  # also of a torch DataLoader over what has no length
-        return None
 
 
 def _takes_one(make: Callable[..., Any]) -> bool:

@@ -31,35 +31,23 @@ class Dispatcher:
                     if not self._ranks.alone and vars(type(callback)).get("cancels", True):
                         self._agreed.add(event)
 
-    def run(self, level: str, body: Callable[[], None], close: Callable[[bool], None] | None = None) -> None:
+    def run(self, level: str, body: Callable[[], None], close: Callable[[bool], None] = lambda done: None) -> None:
         """The start event, the body, and, whatever happens, once the end event.
 
         `close(done)` comes before the end event. The level is not done where an error or the cancel of an outer level
         cut it short.
         """
         progress = self._learner.progress
-        self.levels.append(level)
-        try:
-            cancel = self._run(level, body, close)
-        finally:
-            self.levels.pop()
-            if progress.cancelled == level:
-                progress.cancelled = None
-        if cancel is not None and cancel.level != level:
-            raise cancel
-
-    def _run(self, level: str, body: Callable[[], None], close: Callable[[bool], None] | None) -> Cancel | None:
-        """The cancel that ends the level, if one does."""
         outcome: Cancel | None = None
         closed = False
+        self.levels.append(level)
         try:
             try:
                 self.fire(level + "_start")
                 body()
             except Cancel as cancel:
                 outcome = self._accepted(cancel, "raised in a step")
-            if close is not None:
-                close(outcome is None or outcome.level == level)
+            close(outcome is None or outcome.level == level)
             closed = True
             try:
                 self.fire(level + "_end")
@@ -69,12 +57,16 @@ class Dispatcher:
             self.error = error
             self._ranks.leave(level, error)
             if not closed:
-                if close is not None:
-                    with contextlib.suppress(Exception):
-                        close(False)
+                with contextlib.suppress(Exception):
+                    close(False)
                 self._tell(level + "_end", error)
             raise
-        return outcome
+        finally:
+            self.levels.pop()
+            if progress.cancelled == level:
+                progress.cancelled = None
+        if outcome is not None and outcome.level != level:
+            raise outcome
 
     def fire(self, event: str) -> None:
         """Tell the listeners, in their order; then act on what they raised.
@@ -132,19 +124,16 @@ class Dispatcher:
         """The cancel, if its level runs; otherwise a warning."""
         if cancel.level not in self.levels:
             name = type(cancel).__name__
-            self._ranks.warn(f"{name} {where}: no {cancel.level} is running, so it does nothing", stacklevel=2)
+            self._ranks.warn(f"{name} {where}: no {cancel.level} is running, so it does nothing")
             return None
         learner = self._learner
         if cancel.level == "fit":
             cancel.reason = cancel.reason or f"CancelFit {where}"
             learner.history.stop_reason = learner.history.stop_reason or cancel.reason
-        before = learner.progress.cancelled
-        if before is None or self.levels.index(cancel.level) < self.levels.index(before):
-            learner.progress.cancelled = cancel.level
+        outermost = learner.progress.cancelled or cancel.level
+        learner.progress.cancelled = min(outermost, cancel.level, key=self.levels.index)
         return cancel
 
     def _outer(self, first: Cancel | None, second: Cancel) -> Cancel:
         """The one of the outer level; of one level the first."""
-        if first is None or self.levels.index(second.level) < self.levels.index(first.level):
-            return second
-        return first
+        return min(first or second, second, key=lambda cancel: self.levels.index(cancel.level))

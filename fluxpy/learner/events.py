@@ -14,10 +14,10 @@ one of them cancels is cancelled after that.
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any, ClassVar, SupportsIndex, overload
 
-from .core import near
-from .html import history_as_html
+from .core import html_table, near
 
 EVENTS = (
     "fit_start",
@@ -173,6 +173,18 @@ def checked(callbacks: Any) -> list[Any]:
     return found
 
 
+def require_whole(name: str, value: Any, least: int = 1) -> None:
+    """ValueError for what is no whole number, or too small."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value!r} is not allowed; it must be a whole number, {least} or more")
+
+
+def require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """ValueError for another value."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not allowed; it must be {' or '.join(map(repr, allowed))}")
+
+
 class History(list[dict[str, Any]]):
     """A dict for each epoch: `{"epoch": 0, "train": {"loss": ...}, "validation": {...}}`. By column too:
     `history["validation"]["loss"]` is a list with a number for each epoch, NaN where that has none.
@@ -206,4 +218,16 @@ class History(list[dict[str, Any]]):
         return {name: [row[key].get(name, math.nan) for row in self] for name in names}
 
     def _repr_html_(self) -> str:
-        return history_as_html(self, self.stop_reason)
+        return history_as_html(self)
+
+
+def history_as_html(history: History) -> str:
+    """A table with a row for each epoch, and a column for each metric of each phase."""
+    columns = [(phase, name) for phase in ("train", "validation") for name in history[phase]]
+    header = ["epoch", *(f"{phase} {name}" for phase, name in columns)]
+    rows = [[row["epoch"], *(_cell(row[phase].get(name)) for phase, name in columns)] for row in history]
+    return html_table(header, rows, "" if history.stop_reason is None else f"ended early: {history.stop_reason}")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)

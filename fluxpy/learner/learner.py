@@ -1,6 +1,7 @@
 """The Learner: epochs of training and validation, whose every turn callbacks can see and change."""
 
 import copy
+import html
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import averaged, setup
+from .. import averaged, setup, summary
 from . import events, resume
 from .callbacks.progress_bar import ProgressBar
 from .collection import Metrics, on_host
@@ -17,22 +18,21 @@ from .core import (
     Leaf,
     Rules,
     State,
+    bind,
     check_finite,
+    html_table,
     leave_to_the_user,
     open_data,
-    parameters,
     place,
     reads_at_once,
+    tree_as_html,
     why_it_failed,
 )
 from .data import Source, call, evaluation_mode, kind, move, split
 from .events import EVENTS, History
-from .html import learner_as_html
 from .loop import LOSS, Loop
-from .progress import Progress
+from .progress import Progress, Step
 from .ranks import ranks_of
-from .resume import Run
-from .step import Step
 
 
 class Learner:
@@ -81,7 +81,7 @@ class Learner:
         self.model, self.loss = model, loss
         self.autocast, self.accumulate = autocast, accumulate
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
-        self.device = _device_of(parameters(self.state, model))  # where batches go
+        self.device = _device_of(bind(self.state, model).params)  # where batches go
         self.metrics = Metrics(metrics)
         self.callbacks = [*([ProgressBar()] if default_callbacks else []), *events.checked(callbacks)]
         self.ranks = ranks_of(self.state, model)  # the processes that run it; looked up anew in each call
@@ -102,7 +102,7 @@ class Learner:
         self.nonfinite: str | None = None  # what was not finite
         # Of the batch:
         self.step = Step()
-        self._run = Run()
+        self._run = Loop()  # of the last fit, or of one that was loaded
         self._loop: Loop | None = None  # while one runs
 
     @property
@@ -127,14 +127,12 @@ class Learner:
         """
         if self._loop is not None:
             raise RuntimeError("fit is running; a callback cannot start another one")
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-            raise ValueError(f"epochs={epochs!r} is not allowed; it must be a whole number above 0")
+        events.require_whole("epochs", epochs)
         extra = events.checked(callbacks)
         self.ranks = ranks_of(self.state, self.model, trains=True)
         try:
             with self.ranks:
                 self._fit(train, valid, epochs, extra)
-                self.ranks.numbers("the end of fit")
         except Exception as error:
             leave_to_the_user(error)
             raise
@@ -145,71 +143,58 @@ class Learner:
         validation = None if valid is None else Source(valid, "the validation data")
         saved = self._find_saved(extra)
         progress = Progress() if saved is None else Progress(**saved["position"], resumed=True)
-        for source in (training, validation):
-            if source is not None:
-                source.need(epochs, epochs - progress.epoch)
+        for source in filter(None, (training, validation)):
+            source.need(epochs, epochs - progress.epoch)
         if saved is None:
             self.history = History()
         else:
             resume.load_callbacks(extra, saved["callbacks"][len(self.callbacks) :])
         self.history.stop_reason = None
-        lengths = {} if saved is None else dict(saved["lengths"])
-        rules = resume.rules_of(self, saved)
-        self._run = Run(training, validation, extra, rules=rules, lengths=lengths, saved=saved)
-        self._start_fit(progress, epochs)
-        self._loop = Loop(self, self._run)
+        self.progress, self.has_validation = progress, validation is not None
+        self.epoch_count, self.epoch_index = epochs, min(progress.epoch, epochs - 1)
+        self._run = Loop(training, validation, extra, saved)
+        self._require_same_fit(extra)
+        self.batch_index, self.stats = 0, {}
+        self.batch_count = self.ranks.length("the length of the data", training.length(self.epoch_index))
+        self.step_index, self.step_count = progress.step, self.ranks.length("the length of fit", training.total(epochs))
+        self._loop = self._run.of(self)
         try:
             self._loop.fit()
         finally:
-            self._loop, self._run.saved, self._run.callbacks = None, None, []
+            self._loop = None
 
     def _find_saved(self, callbacks: list[Any]) -> dict[str, Any] | None:
         """The run to go on with: that loaded before, or one that a callback has."""
         for callback in (*self.callbacks, *callbacks):
-            if self._run.saved is None and isinstance(callback, events.Callback):
-                saved = callback.saved_run()
-                if saved is not None:
-                    self._load_from(callback, saved)
+            if self._run.saved is not None or not isinstance(callback, events.Callback):
+                continue
+            if (saved := callback.saved_run()) is not None:
+                try:
+                    self.load_state_dict(saved)
+                except ValueError as error:
+                    directory = getattr(callback, "directory", None)
+                    where = "" if directory is None else f" in {str(directory)!r}"
+                    error.add_note(
+                        f"the run that {events.name_of(callback)} saved{where} is of another model, rule or script: "
+                        "give this one its own directory, or begin anew with resume=False"
+                    )
+                    raise
         return self._run.saved
 
-    def _load_from(self, callback: events.Callback, saved: dict[str, Any]) -> None:
-        try:
-            self.load_state_dict(saved)
-        except ValueError as error:
-            where = getattr(callback, "directory", None)
-            error.add_note(
-                f"the run that {events.name_of(callback)} saved{'' if where is None else f' in {str(where)!r}'} is of "
-                "another model, rule or script: give this one its own directory, or begin anew with resume=False"
-            )
-            raise
-
-    def _start_fit(self, progress: Progress, epochs: int) -> None:
-        source = self._run.train
-        assert source is not None
-        self.progress, self.has_validation = progress, self._run.valid is not None
-        self.epoch_count, self.epoch_index = epochs, min(progress.epoch, epochs - 1)
-        self._require_same_fit()
-        self.batch_index, self.stats = 0, {}
-        self.batch_count = self.ranks.length("the length of the data", source.length(self.epoch_index))
-        self.step_index, self.step_count = progress.step, self.ranks.length("the length of fit", source.total(epochs))
-
-    def _require_same_fit(self) -> None:
+    def _require_same_fit(self, callbacks: list[Any]) -> None:
         """ValueError where the processes of a fit would do other things."""
-        if not self.ranks.alone:
-            names = [events.name_of(callback) for callback in (*self.callbacks, *self._run.callbacks)]
-            position = self.progress.position() if self.progress.resumed else "a new run"
-            self.ranks.require_same(
-                "fit",
-                {
-                    "the list of callbacks": names,
-                    "the list of metrics": self.metrics.names,
-                    "whether there is validation data": self.has_validation,
-                    "epochs": self.epoch_count,
-                    "accumulate": self.accumulate,
-                    "where it begins": position,
-                },
-            )
-            self.metrics.require_several(self.ranks.size)
+        self.metrics.require_several(self.ranks.size)
+        self.ranks.require_same(
+            "fit",
+            {
+                "the list of callbacks": [events.name_of(callback) for callback in (*self.callbacks, *callbacks)],
+                "the list of metrics": self.metrics.names,
+                "whether there is validation data": self.has_validation,
+                "epochs": self.epoch_count,
+                "accumulate": self.accumulate,
+                "where it begins": self.progress.position() if self.progress.resumed else "a new run",
+            },
+        )
 
     def validate(self, data: Any) -> dict[str, float]:
         """The metrics on some data, by name. Fires the events of a validation phase. On several processes all have to
@@ -217,7 +202,7 @@ class Learner:
         if self._loop is None:
             self.ranks = ranks_of(self.state, self.model)
             self.metrics.require_several(self.ranks.size)
-        loop = self._loop or Loop(self, Run())
+        loop = self._loop or Loop().of(self)
         inside = [level for level in loop.dispatcher.levels if level not in ("fit", "epoch")]
         if inside:
             raise RuntimeError(f"validate cannot run within the {inside[-1]} of a fit; call it at epoch_end")
@@ -227,7 +212,6 @@ class Learner:
             with self.ranks:
                 source.make(0)
                 loop.validation(source, source.batches(), None)
-                self.ranks.numbers("the end of validate")
         finally:
             self._loop = outer
         return self.stats
@@ -243,8 +227,7 @@ class Learner:
         source = Source(data, "the data")
         outputs: list[list[Tensor]] = []
         others: list[Any] = []
-        evaluating = evaluation_mode(self.model), averaged(self.state, self.model)
-        with ranks, evaluating[0], evaluating[1], torch.no_grad(), self.casting():
+        with ranks, evaluation_mode(self.model), averaged(self.state, self.model), torch.no_grad(), self.casting():
             source.make(0)
             for batch, counts in ranks.together(source, source.batches(), trains=False):
                 input, _ = split(place(batch, self.device))
@@ -277,7 +260,7 @@ class Learner:
             output = self.predicted(call(model, input))
             return self.loss(output, self.step.target), output
         except (TypeError, RuntimeError) as error:
-            args, params = (self.step.output, target, input), parameters(self.state, self.model)
+            args, params = (self.step.output, target, input), bind(self.state, self.model).params
             for note in why_it_failed(error, None, args, "loss(output, target)", params):
                 error.add_note(note)
             raise
@@ -298,7 +281,7 @@ class Learner:
         """The autocast that was asked for, if one was."""
         if self.autocast is None:
             return nullcontext()
-        kind = self.device or next(iter(parameters(self.state, self.model))).device
+        kind = self.device or bind(self.state, self.model).params[0].device
         return torch.autocast(kind.type, self.autocast)
 
     def running(self) -> dict[str, float]:
@@ -323,7 +306,17 @@ class Learner:
         return self.nonfinite
 
     def _repr_html_(self) -> str:
-        return learner_as_html(self)
+        about = [
+            ("model", type(self.model).__name__),
+            ("loss", events.name_of(self.loss)),
+            ("metrics", ", ".join(self.metrics.names)),
+            ("callbacks", ", ".join(map(events.name_of, self.callbacks)) or "none"),
+            ("epochs done", self.progress.epoch),
+        ]
+        alone = isinstance(self.state, Leaf)
+        state = f"<pre>{html.escape(summary(self.state))}</pre>" if alone else tree_as_html(self.state)
+        past = events.history_as_html(self.history) if self.history else ""
+        return html_table(["Learner", ""], about) + state + past
 
     def explain(self, callbacks: Iterable[Any] = ()) -> str:
         """Which callbacks act at which event, in their order, as text."""
@@ -363,10 +356,8 @@ class Learner:
         """
         if self._loop is not None:
             raise RuntimeError("load_state_dict cannot be called while a fit is running")
-        if hyperparameters is not None:
-            d = d | {"hyperparameters": hyperparameters}
         self.ranks = ranks_of(self.state, self.model)
-        self._run = Run(saved=resume.load(self, d))
+        self._run = Loop(saved=resume.load(self, d, hyperparameters))
 
     def trial(self) -> "Learner":
         """A Learner to try things with: the same loss and steps, its own copy of model and state, neither callbacks nor
@@ -380,7 +371,7 @@ class Learner:
         other.model, other.state = copy.deepcopy((self.model, self.state))
         other.callbacks, other.metrics = [], Metrics()
         other.history, other.progress, other.step, other.stats = History(), Progress(), Step(), {}
-        other._run, other._loop = Run(), None
+        other._run, other._loop = Loop(), None
         return other
 
 
@@ -413,8 +404,7 @@ def _check(learner: Learner, loss: Any, autocast: Any, accumulate: Any) -> None:
     if autocast not in (None, torch.bfloat16):
         hint = "" if autocast != torch.float16 else ": float16 needs its loss scaled, or small gradients are lost"
         raise ValueError(f"autocast={autocast!r} is not allowed{hint}; it is torch.bfloat16 or None")
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"accumulate={accumulate!r} is not allowed; it is a number of batches, at least 1")
+    events.require_whole("accumulate", accumulate)
     if isinstance(loss, type):
         raise TypeError(f"the loss is an object, not a class: write {loss.__name__}()")
     if not callable(loss):

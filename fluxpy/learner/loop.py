@@ -8,24 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import averaged, update, withgradient
-from .core import (
-    as_gradients,
-    gradients_in_order,
-    note_loss,
-    over_ranks,
-    parameters,
-    place,
-    reads_at_once,
-    training_mode,
-)
+from .core import as_gradients, bind, in_order, note_loss, over_ranks, place, reads_at_once, training_mode
 from .data import Source, evaluation_mode, samples_of, split
 from .dispatcher import Dispatcher
-from .events import Cancel, CancelTraining
-from .resume import Run, restore
+from .events import CancelTraining
+from .metrics import number
+from .progress import Step
+from .ranks import Ranks
+from .resume import present_rules, restore
 from .rng import data_state, random_state, set_data_state, set_random_state
-from .scores import number
-from .step import Step
-from .window import weight_of
+from .window import Window, weight_of
 
 if TYPE_CHECKING:
     from .learner import Learner
@@ -34,112 +26,145 @@ LOSS = "the loss"  # how messages about it begin
 
 
 class Loop:
-    """Epochs, phases and batches of one call of `fit` or `validate`. The Learner has what callbacks see of it."""
+    """Epochs, phases and batches of one call of `fit` or `validate`. The Learner has what callbacks see of it.
 
-    def __init__(self, learner: "Learner", run: Run) -> None:
-        self.learner = learner
-        self.run = run
-        self.ranks = learner.ranks
-        self.dispatcher = Dispatcher(learner, [*learner.callbacks, *run.callbacks])
-        self.predicted = False  # whether the present batch of validation has told its output
-        self.losses: list[float] = []  # of the present batch on each process, where there are several
+    It keeps that of its last fit, which can be saved then too. Not the other way, or nothing would be freed at once.
+    """
+
+    learner: "Learner"
+    ranks: Ranks
+    dispatcher: Dispatcher
+
+    def __init__(
+        self,
+        train: Source | None = None,
+        valid: Source | None = None,
+        callbacks: list[Any] | None = None,
+        saved: dict[str, Any] | None = None,
+    ) -> None:
+        self.train, self.valid = self.sources = train, valid
+        self.callbacks = callbacks or []  # those of this fit only
+        self.saved = saved  # the saved run to go on with, until that is done
+        self.rules: Any = None  # with which the fit began, by path; or as a saved run had them
+        self.lengths: dict[str, int | None] = {}  # how many batches each phase had
         self.compared: set[str] = set()  # the phases whose data was compared with that of the saved run
+        # Of the epoch and the phase:
+        self.row: dict[str, Any] = {}  # what the history will have of the epoch
+        self.epoch_began = self.phase_began = 0.0  # by `time.monotonic`; earlier by what a saved run had spent on it
+        self.rng_at_start: dict[str, Any] | None = None  # with which the data of the phase was begun
+        self.window = Window()  # gradients that wait for an update
+        # Of the batch:
+        self.predicted = False  # whether it has told its output, in validation
+        self.losses: list[float] = []  # on each process, where there are several
+
+    def of(self, learner: "Learner") -> "Loop":
+        """This, as that Learner's."""
+        self.learner, self.ranks = learner, learner.ranks
+        self.dispatcher = Dispatcher(learner, [*learner.callbacks, *self.callbacks])
+        return self
 
     # --- Epochs -------------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        self.dispatcher.run("fit", self._epochs)
+        saved = self.saved
+        loads = saved is not None and saved["hyperparameters"] == "load"
+        self.rules = saved["rules"] if saved is not None and loads else present_rules(self.learner.state)
+        self.lengths = {} if saved is None else dict(saved["lengths"])
+        try:
+            self.dispatcher.run("fit", self._epochs)
+        finally:
+            self.saved, self.callbacks = None, []
+            del self.learner, self.dispatcher
 
     def _epochs(self) -> None:
         learner = self.learner
         self._restore("fit")
-        self.dispatcher.again = self.run.saved is not None
+        self.dispatcher.again = self.saved is not None
         for epoch in range(learner.progress.epoch, learner.epoch_count):
             learner.epoch_index, learner.progress.within = epoch, "epoch"
-            self.run.epoch_began = time.monotonic() - self._spent("epoch")
+            self.epoch_began = time.monotonic() - self._spent("epoch")
             self.dispatcher.run("epoch", self._epoch, self._end_epoch)
 
     def _epoch(self) -> None:
-        run, progress = self.run, self.learner.progress
+        progress = self.learner.progress
         self.ranks.require_same_state(self.learner.state)
-        run.row = {} if run.saved is None else dict(run.saved["row"])
+        self.row = {} if self.saved is None else dict(self.saved["row"])
         self._restore("epoch")
         if progress.phase in ("start", "train"):
             self._training()
-        if run.valid is not None and progress.phase == "validation":
-            self.validation(run.valid, self._open(run.valid, "validation"), "validation")
+        if self.valid is not None and progress.phase == "validation":
+            self.validation(self.valid, self._open(self.valid, "validation"), "validation")
 
     def _end_epoch(self, done: bool) -> None:
         learner = self.learner
-        learner.history.append({"epoch": learner.epoch_index, "train": {}, "validation": {}} | self.run.row)
-        learner.history.seconds.append(time.monotonic() - self.run.epoch_began)
+        learner.history.append({"epoch": learner.epoch_index, "train": {}, "validation": {}} | self.row)
+        learner.history.seconds.append(time.monotonic() - self.epoch_began)
         if done:
             learner.progress.end_epoch()
 
     def _spent(self, on: str) -> float:
         """The seconds that the saved run, with which this one goes on, had spent."""
-        return 0.0 if self.run.saved is None else self.run.saved["seconds"][on]
+        return 0.0 if self.saved is None else self.saved["seconds"][on]
 
     def _restore(self, level: str) -> None:
         """Within this level the saved run goes on. Start events that it had fired were fired again, for callbacks to
         open what they need; what they changed of the run is put back, so that nothing acts twice."""
-        saved = self.run.saved
+        saved = self.saved
         if saved is None or saved["within"] != level:
             return
-        restore(self.learner, self.run, saved)
+        restore(self.learner, self.callbacks, saved)
         if (random := saved["random"]) is not None:
             set_random_state(random)
             if level in ("fit", "epoch"):  # otherwise the data was begun before, and is at its place
-                set_data_state(self.run.sources, random["data"])
-        self.run.saved, self.dispatcher.again = None, False
+                set_data_state(self.sources, random["data"])
+        self.saved, self.dispatcher.again = None, False
 
     # --- Phases -------------------------------------------------------------------------------------------------------
 
     def _open(self, source: Source, level: str) -> Iterator[Any]:
         """Begin an epoch of the data, in a resumed run with the random numbers with which it was begun before."""
-        run, progress = self.run, self.learner.progress
-        saved = run.saved
+        learner, progress, saved = self.learner, self.learner.progress, self.saved
         rng = None if saved is None else saved["rng_at_start"]
         if rng is not None:
             set_random_state(rng)
-        run.rng_at_start = random_state(())
-        source.make(self.learner.epoch_index)
+        self.rng_at_start = random_state(())
+        source.make(learner.epoch_index)
         if rng is not None:
-            set_data_state(run.sources, rng["data"])
-        source.tell_epoch(self.learner.epoch_index)
-        run.rng_at_start["data"] = data_state(run.sources)
+            set_data_state(self.sources, rng["data"])
+        source.tell_epoch(learner.epoch_index)
+        self.rng_at_start["data"] = data_state(self.sources)
         self._start_phase("train" if level == "training" else level, source)
-        progress.phase, progress.within = self.learner.phase or "", level
+        progress.phase, progress.within = learner.phase or "", level
         self._compare(level, source)
-        self.run.window.clear()
+        self.window = Window()
         if saved is not None:
-            self.run.window.load_state_dict(saved["window"], parameters(self.learner.state, self.learner.model))
-            self.learner.metrics.load_state_dict(saved["metrics"], self.learner.device)
-            self.learner.batch_index, self.learner.step_index = max(progress.batch - 1, 0), max(progress.step - 1, 0)
+            pairs = zip(saved["window"]["sums"], bind(learner.state, learner.model).params, strict=False)
+            sums = [None if g is None else g.to(x.device, copy=True) for g, x in pairs]
+            self.window = Window(**saved["window"] | {"sums": sums})
+            learner.metrics.load_state_dict(saved["metrics"], learner.device)
+            learner.batch_index, learner.step_index = max(progress.batch - 1, 0), max(progress.step - 1, 0)
         return source.batches(progress.batch, may_end=level == "validation" and not self.ranks.alone)
 
     def _compare(self, level: str, source: Source) -> None:
         """Keep how many batches the phase has. When a resumed run first comes to its data, warn of what is inexact."""
-        before, now = self.run.lengths.get(level), self.learner.batch_count
-        self.run.lengths[level] = now
+        before, now = self.lengths.get(level), self.learner.batch_count
+        self.lengths[level] = now
         if level in self.compared or not self.learner.progress.resumed:
             return
         self.compared.add(level)
         if None not in (before, now) and before != now and not source.each:
             self.ranks.warn(
                 f"{source.name} has {now} batches, but in the saved run it had {before}: the resumed run goes on with "
-                "other data, and a schedule over the fit has another length",
-                stacklevel=2,
+                "other data, and a schedule over the fit has another length"
             )
-        if source.keeps_workers():
+        if getattr(source.loader, "persistent_workers", False):
             self.ranks.warn(
                 f"{source.name} has persistent_workers=True, whose random numbers nobody can save: the resumed run is "
-                "not exactly the one that was saved; with persistent_workers=False it is",
-                stacklevel=2,
+                "not exactly the one that was saved; with persistent_workers=False it is"
             )
 
     def _training(self) -> None:
-        learner, source, progress = self.learner, self.run.train, self.learner.progress
+        learner, source, progress = self.learner, self.train, self.learner.progress
         assert source is not None
         batches = self._open(source, "training")
         learner.step_count = self.ranks.length("training_start", source.total(learner.epoch_count))
@@ -147,18 +172,14 @@ class Loop:
         def body() -> None:
             self._restore("training")
             training_mode(learner.model, learner.state)
-            cancel: CancelTraining | None = None
             try:
                 for index, (batch, _) in enumerate(self.ranks.together(source, batches, True), progress.batch):
                     learner.batch_index, learner.step_index = index, progress.step
                     self._batch(batch, self._training_batch)
-            except CancelTraining as raised:
-                cancel = raised
-            if self.run.window.batches:  # of data whose length was not known, or the training was cancelled
+            except CancelTraining:
                 self._update_by_window()
-                learner.step = Step()
-            if cancel is not None:
-                raise cancel
+                raise
+            self._update_by_window()  # of data whose length was not known
 
         self._run_phase("training", body)
 
@@ -184,7 +205,7 @@ class Loop:
         learner.phase, learner.training, learner.nonfinite, learner.stats = phase, phase == "train", None, {}
         learner.batch_count = self.ranks.length("the length of the data", source.length(), longest=phase != "train")
         learner.batch_index, learner.seconds = 0, 0.0
-        self.run.phase_began = time.monotonic() - self._spent("phase")
+        self.phase_began = time.monotonic() - self._spent("phase")
         learner.metrics.reset()
 
     def _run_phase(self, level: str, body: Callable[[], None]) -> None:
@@ -195,21 +216,20 @@ class Loop:
 
     def _end_phase(self, done: bool) -> None:
         """The numbers of the phase are final."""
-        learner, run = self.learner, self.run
-        learner.stats, learner.seconds = learner.running(), time.monotonic() - run.phase_began
+        learner = self.learner
+        learner.step = Step()  # of an update by what was left of a window
+        learner.stats, learner.seconds = learner.running(), time.monotonic() - self.phase_began
         if learner.phase is None:
             return
         if learner.nonfinite is not None and not learner.stats:  # no batch had a loss
             learner.stats = dict.fromkeys(learner.metrics.names, math.nan)
-        run.row[learner.phase] = learner.stats
+        self.row[learner.phase] = learner.stats
         if done:
             learner.progress.end_phase()
         if learner.training:
-            stops = [getattr(c, "stops_on_nonfinite", False) for c in (*learner.callbacks, *run.callbacks)]
+            stops = [getattr(c, "stops_on_nonfinite", False) for c in (*learner.callbacks, *self.callbacks)]
             if learner.check_finite() is not None and not any(stops):
-                self.ranks.warn(
-                    f"{learner.nonfinite}; the fit goes on, the callback StopOnNaN would end it", stacklevel=2
-                )
+                self.ranks.warn(f"{learner.nonfinite}; the fit goes on, the callback StopOnNaN would end it")
 
     # --- Batches ------------------------------------------------------------------------------------------------------
 
@@ -223,9 +243,14 @@ class Loop:
         finally:
             learner.step = Step()
 
+    def _end_batch(self, done: bool) -> None:
+        self.ranks.busy = False
+        if self.learner.phase is not None and self.dispatcher.error is None:
+            self.learner.progress.end_batch(self.learner.training)
+
     def _training_batch(self) -> None:
         learner, step = self.learner, self.learner.step
-        f = self._agreed(learner.training_step if learner.autocast is None else self._cast(learner.training_step))
+        f = self._forward(learner.training_step)
         value, step.grads = withgradient(f, learner.model, step.input, step.target, state=learner.state)
         self.ranks.busy = False
         step.loss, step.output = value if isinstance(value, tuple) else (value, None)
@@ -238,62 +263,38 @@ class Loop:
             self._gather(step)
         learner.metrics.update(step)
 
-    def _agreed(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """A step after whose forward pass all processes know each other's losses, and whether to go on."""
-        if self.ranks.alone:
+    def _validation_batch(self) -> None:
+        learner, step = self.learner, self.learner.step
+        self.predicted = False
+        value = self._forward(learner.validation_step)(learner.model, step.input, step.target)
+        step.loss, step.output = value if isinstance(value, tuple) else (value, step.output)
+        step.number = number(step.loss)
+        if not self.predicted:
+            learner.predicted(step.output)
+        learner.metrics.update(step)
+
+    def _forward(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """A step under the autocast that was asked for, and agreed on."""
+        if self.ranks.alone and self.learner.autocast is None:
             return step
 
-        def agreed(*args: Any) -> Any:
-            value: Any = None
-            error: Exception | None = None
-            self.ranks.busy = self.ranks.spread
-            try:
-                value = step(*args)
-            except Exception as raised:
-                if self.ranks.busy and not isinstance(raised, Cancel):
-                    raise
-                error = raised
-            loss = value[0] if isinstance(value, tuple) else value
-            read = isinstance(loss, torch.Tensor) and reads_at_once(loss)
-            self.losses = self.ranks.numbers("a step", loss.item() if read else 0.0, error)
-            self.ranks.busy = self.learner.training
-            return value
-
-        return agreed
-
-    def _update(self) -> None:
-        learner = self.learner
-        self.dispatcher.fire("update_start")
-        self.ranks.busy = self.ranks.spread
-        update(learner.state, learner.model, learner.step.grads)
-        self.ranks.busy = False
-
-    def _gather(self, step: Step) -> None:
-        """Keep the gradients for the update at the end of the window, or of the data."""
-        learner, window = self.learner, self.run.window
-        weight = weight_of(step, learner.loss)
-        if isinstance(weight, torch.Tensor):
-            weight = over_ranks(learner.state, learner.model, weight)
-        else:
-            weight = self.ranks.mean("accumulate", weight)
-        window.add(gradients_in_order(learner.state, learner.model, step.grads), weight)
-        if window.batches == learner.accumulate or learner.batch_index + 1 == learner.batch_count:
-            self._update_by_window()
-
-    def _update_by_window(self) -> None:
-        learner = self.learner
-        grads = self.run.window.take(parameters(learner.state, learner.model))
-        learner.step.grads = as_gradients(learner.state, learner.model, grads)
-        self._update()
-
-    def _cast(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """A step under autocast."""
-
-        def under_autocast(*args: Any) -> Any:
+        def forward(*args: Any) -> Any:
             with self.learner.casting():
-                return step(*args)
+                return step(*args) if self.ranks.alone else self._agreed(step, args)
 
-        return under_autocast
+        return forward
+
+    def _agreed(self, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """What a step gives. After it all processes know each other's losses, and whether to go on."""
+
+        def loss_of(value: Any) -> float:
+            loss = value[0] if isinstance(value, tuple) else value
+            return loss.item() if isinstance(loss, torch.Tensor) and reads_at_once(loss) else 0.0
+
+        self.ranks.busy = self.ranks.spread
+        value, self.losses = self.ranks.attempt("a step", lambda: step(*args), loss_of)
+        self.ranks.busy = self.learner.training
+        return value
 
     def _is_finite(self, step: Step) -> bool:
         """Whether the loss is. On a device nothing is read: there what is not finite holds back update and metrics."""
@@ -304,26 +305,35 @@ class Loop:
             return True
         losses = [step.number] if self.ranks.alone else self.losses
         bad = next((rank for rank, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        if bad is None:
-            return True
-        if learner.nonfinite is None:
+        if bad is not None and learner.nonfinite is None:
             where = f"batch {learner.batch_index} of epoch {learner.epoch_index}"
             where += "" if self.ranks.alone else f" on rank {bad}"
             learner.nonfinite = f"{LOSS} of {where} is {losses[bad]}; that batch updated nothing"
-        return False
+        return bad is None
 
-    def _end_batch(self, done: bool) -> None:
+    def _gather(self, step: Step) -> None:
+        """Keep the gradients for the update at the end of the window, or of the data."""
+        learner = self.learner
+        weight = weight_of(step, learner.loss)
+        if isinstance(weight, torch.Tensor):
+            weight = over_ranks(learner.state, learner.model, weight)
+        else:
+            weight = self.ranks.mean("accumulate", weight)
+        self.window.add(in_order(bind(learner.state, learner.model), step.grads), weight)
+        if self.window.batches == learner.accumulate or learner.batch_index + 1 == learner.batch_count:
+            self._update_by_window()
+
+    def _update_by_window(self) -> None:
+        """Update by what was gathered, if anything was."""
+        learner, window, self.window = self.learner, self.window, Window()
+        if window.batches:
+            mean = window.mean(bind(learner.state, learner.model).params)
+            learner.step.grads = as_gradients(learner.state, learner.model, mean)
+            self._update()
+
+    def _update(self) -> None:
+        learner = self.learner
+        self.dispatcher.fire("update_start")
+        self.ranks.busy = self.ranks.spread
+        update(learner.state, learner.model, learner.step.grads)
         self.ranks.busy = False
-        if self.learner.phase is not None and self.dispatcher.error is None:
-            self.learner.progress.end_batch(self.learner.training)
-
-    def _validation_batch(self) -> None:
-        learner, step = self.learner, self.learner.step
-        self.predicted = False
-        with learner.casting():
-            value = self._agreed(learner.validation_step)(learner.model, step.input, step.target)
-        step.loss, step.output = value if isinstance(value, tuple) else (value, step.output)
-        step.number = number(step.loss)
-        if not self.predicted:
-            learner.predicted(step.output)
-        learner.metrics.update(step)

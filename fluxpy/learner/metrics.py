@@ -1,19 +1,16 @@
-"""Metrics over a phase: sums on the device, read only when asked for.
-
-A metric is a name (`"accuracy"`), a `Metric`, a function `(output, target) -> number`, or an object with `update`,
-`compute` and `reset` as those of torchmetrics. All are right for batches of different sizes.
-"""
+"""Metrics over a phase: sums on the device, read only when asked for. All are right for batches of different sizes."""
 
 import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .scores import class_dim, counted, number, predictions, require_classes
+from .core import reads_at_once
+from .progress import Step
 
 
 class Metric:
@@ -69,11 +66,11 @@ class Metric:
 
     def state_dict(self) -> list[Any]:
         """The sums as plain data."""
-        return [s.clone() if isinstance(s, Tensor) else s for s in self.sums]
+        return list(self.peek())
 
     def load_state_dict(self, saved: list[Any], device: torch.device | None) -> None:
         """Take over what `state_dict` gave."""
-        self.sums = tuple(s.to(device, copy=True) if isinstance(s, Tensor) else s for s in saved)
+        self.sums = tuple(s.to(device) if isinstance(s, Tensor) else s for s in saved)
 
 
 def _loss(step: Any) -> Any:
@@ -105,14 +102,6 @@ class Perplexity(Metric):
     def value(self, sums: tuple[Any, ...]) -> float:
         mean = super().value(sums)
         return math.exp(mean) if mean < 709 else mean if math.isnan(mean) else math.inf
-
-
-class _Joined(NamedTuple):
-    """Several batches as one."""
-
-    output: Tensor
-    target: Tensor
-    scored: bool = True
 
 
 _SMALL = 1 << 16  # bytes of the output of a batch that may wait
@@ -150,7 +139,7 @@ class Accuracy(Metric):
         if self.waiting:
             outputs, targets = zip(*self.waiting, strict=True)
             self.waiting = []
-            super().update(_Joined(torch.cat(outputs), torch.cat(targets)))
+            super().update(Step(output=torch.cat(outputs), target=torch.cat(targets)))
 
     def reset(self) -> None:
         self.waiting = []
@@ -159,10 +148,6 @@ class Accuracy(Metric):
     def peek(self) -> Any:
         self.settle()
         return super().peek()
-
-    def state_dict(self) -> list[Any]:
-        self.settle()
-        return super().state_dict()
 
     def measure(self, step: Any) -> tuple[Any, ...]:
         predicted, target, _ = predictions(step.output, step.target, self.dim)
@@ -277,3 +262,71 @@ class Outside(Metric):
             self.metric._update_count, self.metric._computed = saved[0]["updates"], None
         elif saved:
             self.metric.load_state_dict(saved[0])
+
+
+# --- What outputs and targets say -------------------------------------------------------------------------------------
+
+
+def number(x: Tensor) -> Any:
+    """A plain number where that costs nothing, else the tensor: adding numbers is faster and more exact."""
+    x = x.detach()
+    if reads_at_once(x):
+        return x.item()
+    return x.double() if x.is_floating_point() and x.device.type != "mps" else x
+
+
+def class_dim(output: Any, target: Tensor, dim: int | None = None) -> int | None:
+    """The dimension of the output that has the classes; None where the output has the target's shape."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the output is of type {type(output).__name__}, and this metric takes a tensor of scores: let "
+            "training_step return (loss, output.logits), or give a metric as a function (output, target) -> number"
+        )
+    if output.shape == target.shape:
+        return None
+    if output.ndim == target.ndim + 1:
+        if dim is None:
+            first = output.shape[:1] + output.shape[2:] == target.shape
+            if first and output.ndim > 2 and output.shape[:-1] == target.shape:
+                raise ValueError(
+                    f"an output of shape {tuple(output.shape)} may have its classes in dimension 1 or in the last, for "
+                    f"a target of shape {tuple(target.shape)}; say which: fluxpy.learner.Accuracy(dim=-1)"
+                )
+            dim = 1 if first else -1
+        dim %= output.ndim
+        if output.shape[:dim] + output.shape[dim + 1 :] == target.shape:
+            return dim
+    raise ValueError(
+        f"an output of shape {tuple(output.shape)} does not fit a target of shape {tuple(target.shape)}: it must have "
+        "scores for each class in one dimension more, or the target's own shape; or give a metric as a function"
+    )
+
+
+def predictions(output: Any, target: Tensor, dim: int | None = None) -> tuple[Tensor, Tensor, int | None]:
+    """Predicted classes, targets of the same shape, and the number of classes (None where it cannot be told)."""
+    if isinstance(output, Tensor) and output.ndim == target.ndim + 1 and output.shape[-1] == 1:
+        output = output.squeeze(-1)  # one score for yes, as a last layer with one output gives it
+    found = class_dim(output, target, dim)
+    if found is not None:
+        return output.argmax(found), target, output.shape[found]
+    return (output > 0, target, 2) if output.is_floating_point() else (output, target, None)
+
+
+def counted(target: Tensor, ignore_index: int) -> Tensor:
+    """Which targets count: those that are not `ignore_index`. All, if their dtype cannot hold it; it would wrap."""
+    if target.dtype == torch.bool:
+        return torch.ones_like(target)
+    if not target.is_floating_point():
+        info = torch.iinfo(target.dtype)
+        if not info.min <= ignore_index <= info.max:
+            return torch.ones_like(target, dtype=torch.bool)
+    return target != ignore_index
+
+
+def require_classes(target: Tensor) -> None:
+    """ValueError for targets that are no classes, as those of a regression. Reads them."""
+    if target.is_floating_point() and not bool(((target == 0) | (target == 1)).all()):
+        raise ValueError(
+            f"the targets are {target.dtype} and not all 0 or 1, so they are no classes; give classes as whole numbers "
+            "(target.long()), or a metric as a function (output, target) -> number"
+        )

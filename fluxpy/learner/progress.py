@@ -1,7 +1,8 @@
-"""Progress: where a run is."""
+"""Progress: where a run is. Step: the present batch."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 _ORDER = {"start": 0, "train": 0, "validation": 1, "end": 2}
 
@@ -22,23 +23,40 @@ class Progress:
     cancelled: str | None = None  # the level that a cancel is ending: "batch", "training", "epoch", ...
 
     def end_batch(self, training: bool) -> None:
-        """A batch is done."""
         self.batch += 1
         self.step += training
 
     def end_phase(self) -> None:
-        """A phase is done."""
         self.phase, self.batch, self.within = "validation" if self.phase == "train" else "end", 0, "epoch"
 
     def end_epoch(self) -> None:
-        """An epoch is done."""
         self.epoch, self.phase, self.batch, self.within = self.epoch + 1, "start", 0, "fit"
 
     def position(self) -> dict[str, int | str]:
         """What is saved of it."""
-        names = ("epoch", "phase", "batch", "step")
-        return {name: getattr(self, name) for name in names}
+        return {"epoch": self.epoch, "phase": self.phase, "batch": self.batch, "step": self.step}
 
     def is_past(self, epoch: int, phase: str, batch: float = math.inf) -> bool:
         """Whether a run that goes on from here will not come to that batch again; without `batch`, to that phase."""
         return (epoch, _ORDER[phase], batch) < (self.epoch, _ORDER[self.phase], self.batch)
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """What the present batch has so far; all None between batches.
+
+    `input` and `target` are set before `batch_start`, where callbacks may change them; `output`, `loss` and `grads`
+    before `update_start`, where they may change `grads`. In validation there are no `grads`, and `output` may be
+    changed in `inference_prediction_end`. `samples` weights what the batch counts in metrics, and `weight`, which a
+    step may set, in the mean of `accumulate`: by default how many targets count, or else the samples.
+    """
+
+    input: Any = None
+    target: Any = None
+    samples: int = 0
+    weight: Any = None
+    scored: Any = True  # whether metrics count it; on a device a flag that is not read; not where others go on alone
+    output: Any = None
+    loss: Any = None
+    number: Any = None  # the loss, read: a plain number on the CPU
+    grads: Any = None

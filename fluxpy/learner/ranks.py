@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from .. import assert_same_on_all_ranks
-from .core import Leaf, State, all_gather, runs_together, whole_tensor
+from .core import Leaf, State, all_gather, bind, whole_tensor
 from .data import Source
 from .events import CANCELS, Cancel
 from .resume import mapped
@@ -70,8 +70,6 @@ class Ranks:
 
     def length(self, place: str, number: int | None, longest: bool = False) -> int | None:
         """How many batches all have, or with `longest` any; None if one of them does not know."""
-        if self.alone:
-            return number
         found = [int(n) for n in self.numbers(place, -1 if number is None else number)]
         return None if -1 in found else max(found) if longest else min(found)
 
@@ -82,15 +80,24 @@ class Ranks:
         self.numbers(place)
         return self._exchange(value)
 
-    def by_first(self, place: str, action: Callable[[], None]) -> None:
-        """Have the first do something; none goes on before it is done. An error is one of all."""
+    def attempt(
+        self, place: str, action: Callable[[], Any], number: Callable[[Any], float] = lambda value: 0.0
+    ) -> tuple[Any, list[float]]:
+        """What each does, and the number that all have of it. An error or a cancel of one is one of all, but an error
+        where they may be waiting for this one."""
+        value: Any = None
         error: Exception | None = None
-        if self.first:
-            try:
-                action()
-            except Exception as raised:
-                error = raised
-        self.numbers(place, outcome=error)
+        try:
+            value = action()
+        except Exception as raised:
+            if self.busy and not isinstance(raised, Cancel):
+                raise
+            error = raised
+        return value, self.numbers(place, number(value) if error is None else 0.0, error)
+
+    def by_first(self, place: str, action: Callable[[], None]) -> None:
+        """Have the first do something; none goes on before it is done."""
+        self.attempt(place, action if self.first else lambda: None)
 
     def leave(self, place: str, error: BaseException) -> None:
         """An error passes. The others are told, if they will surely listen; where they may wait for this process in an
@@ -109,8 +116,10 @@ class Ranks:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
-        """An error that ends a call is told."""
-        if error is not None:
+        """All end a call together. An error that ends it is told."""
+        if error is None:
+            self.numbers("the end of a call")
+        else:
             self.leave("the end of a call", error)
 
     # --- What all must have alike -------------------------------------------------------------------------------------
@@ -122,13 +131,8 @@ class Ranks:
             yield from ((batch, True) for batch in batches)
             return
         while True:
-            batch: Any = _END
-            error: Exception | None = None
-            try:
-                batch = next(batches, _END)
-            except Exception as raised:
-                error = raised
-            has = self.numbers(f"the next batch of {source.name}", batch is not _END, error)
+            place = f"the next batch of {source.name}"
+            batch, has = self.attempt(place, lambda: next(batches, _END), lambda batch: batch is not _END)
             if not any(has) or (trains and not all(has)):
                 break
             if batch is _END:
@@ -167,10 +171,10 @@ class Ranks:
             return data
         return mapped(data, lambda t: whole_tensor(t, self.first))
 
-    def warn(self, message: str, stacklevel: int = 1) -> None:
+    def warn(self, message: str) -> None:
         """A warning that all have, and the first gives."""
         if self.first:
-            warnings.warn(message, stacklevel=stacklevel + 1)
+            warnings.warn(message, stacklevel=4)  # where `load_state_dict` was called; from within a fit, anywhere
 
     # --- What they raise ----------------------------------------------------------------------------------------------
 
@@ -211,15 +215,15 @@ def ranks_of(state: State | Leaf, model: Any, *, trains: bool = False) -> Ranks:
     train, while there are several, or that runs on some of them only."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Ranks()
-    found, spread = runs_together(state, model)
-    size = dist.get_world_size()
+    binding, size = bind(state, model), dist.get_world_size()
+    found = set() if binding.parallel is None else binding.parallel.ranks
     if found and len(found) != size:
         raise ValueError(
             f"the model runs on {len(found)} of {size} processes, and the Learner takes one that runs on all of them, "
             "or on one: write the loop with fluxpy.train"
         )
     if found:
-        return Ranks(dist.get_rank(), size, spread)
+        return Ranks(dist.get_rank(), size, binding.spread)
     if trains:
         raise ValueError(
             f"this is one of {size} processes, but nothing averages the model's gradients over them: each would train "

@@ -2,65 +2,40 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import leaves, load_state_dict, state_dict
 from . import events
 from .core import changed_rules, changes_of_rules, load_model, match_model, model_dict, plain_rules
-from .data import Source
 from .rng import random_state
-from .window import Window
 
 if TYPE_CHECKING:
     from .learner import Learner
+    from .loop import Loop
 
 _VERSION = 3
 _OPTION = 'hyperparameters="keep" (of Checkpoint or load_state_dict)'
 
 
-@dataclass
-class Run:
-    """What a fit has beside what callbacks see. It stays after the fit, which can be saved then too."""
-
-    train: Source | None = None
-    valid: Source | None = None
-    callbacks: list[Any] = field(default_factory=list)  # those of this fit only
-    window: Window = field(default_factory=Window)  # gradients that wait for an update
-    row: dict[str, Any] = field(default_factory=dict)  # what the history will have of the present epoch
-    rules: Any = None  # with which the fit began, by path; or as a saved run had them
-    lengths: dict[str, int | None] = field(default_factory=dict)  # how many batches each phase had
-    epoch_began: float = 0.0  # by `time.monotonic`; earlier by what a saved run had spent on it
-    phase_began: float = 0.0
-    rng_at_start: dict[str, Any] | None = None  # with which the data of the present phase was begun
-    saved: dict[str, Any] | None = None  # the saved run to go on with, until that is done
-
-    @property
-    def sources(self) -> tuple[Source | None, Source | None]:
-        return self.train, self.valid
-
-    def seconds(self, learner: "Learner") -> dict[str, Any]:
-        """What was spent on the present epoch and phase."""
-        now, within = time.monotonic(), learner.progress.within
-        in_epoch, in_phase = within != "fit", within in ("training", "validation")
-        return {"epoch": in_epoch * (now - self.epoch_began), "phase": in_phase * (now - self.phase_began)}
-
-
-def save(learner: "Learner", run: Run) -> dict[str, Any]:
+def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
     """The run as plain data."""
-    callbacks = [_saved_callback(callback) for callback in (*learner.callbacks, *run.callbacks)]
+    callbacks = [
+        [events.name_of(callback), clones(callback.state_dict()) if isinstance(callback, events.Callback) else {}]
+        for callback in (*learner.callbacks, *run.callbacks)
+    ]
     if run.saved is not None:  # nothing was done since it was loaded
         return clones(run.saved) | {"callbacks": callbacks or clones(run.saved["callbacks"])}
-    progress = learner.progress
-    in_phase = progress.within in ("training", "validation")
+    progress, now = learner.progress, time.monotonic()
+    in_epoch, in_phase = progress.within != "fit", progress.within in ("training", "validation")
     own = {
         "random": random_state(run.sources),
         "rng_at_start": run.rng_at_start if in_phase else None,
         "metrics": clones(learner.metrics.state_dict()) if in_phase else None,
     }
     every = learner.ranks.gather("state_dict", own)
+    history = [dict(row) for row in learner.history if row["epoch"] < progress.epoch]
     saved = {
         "version": _VERSION,
         "model": model_dict(learner.model, learner.state),
@@ -68,18 +43,42 @@ def save(learner: "Learner", run: Run) -> dict[str, Any]:
         "position": progress.position(),
         "within": progress.within,
         **every[0],
-        "window": clones(run.window.state_dict()),
+        "window": clones(vars(run.window)),
         "row": dict(run.row),
         "lengths": dict(run.lengths),
-        "rules": run.rules if isinstance(run.rules, list) else plain_rules(run.rules or present_rules(learner)),
-        "history": (history := [dict(row) for row in learner.history if row["epoch"] < progress.epoch]),
-        "seconds": run.seconds(learner) | {"epochs": learner.history.seconds[: len(history)]},
+        "rules": run.rules if isinstance(run.rules, list) else plain_rules(run.rules or present_rules(learner.state)),
+        "history": history,
+        "seconds": {
+            "epoch": in_epoch * (now - run.epoch_began),
+            "phase": in_phase * (now - run.phase_began),
+            "epochs": learner.history.seconds[: len(history)],
+        },
         "callbacks": callbacks,
     }
     return learner.ranks.whole(saved if len(every) == 1 else saved | {"ranks": every})
 
 
-def of_rank(saved: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
+def load(learner: "Learner", saved: Any, hyperparameters: str | None) -> dict[str, Any]:
+    """Model, state, history and callbacks as they were saved; ValueError where they do not fit, and nothing is done.
+    What is left to go on with comes back."""
+    if not isinstance(saved, dict) or saved.get("version") != _VERSION or "position" not in saved:
+        raise ValueError("load_state_dict takes what Learner.state_dict gave")
+    saved = _of_rank(saved, learner.ranks.rank, learner.ranks.size)
+    saved["hyperparameters"] = hyperparameters or saved.get("hyperparameters", "load")
+    names = learner.metrics.names
+    sums = names if saved["metrics"] is None else saved["metrics"]["sums"]
+    if set(sums) != set(names):
+        raise ValueError(f"the saved run had the metrics {sorted(sums)}, this one has {sorted(names)}")
+    changes = changes_of_rules(plain_rules(present_rules(learner.state)), saved["rules"])
+    _load_weights(learner, saved)
+    if saved["hyperparameters"] == "load" and (changed := changed_rules(changes, _OPTION)):
+        learner.ranks.warn(changed)
+    learner.history = events.History((dict(row) for row in saved["history"]), saved["seconds"]["epochs"])
+    load_callbacks(learner.callbacks, saved["callbacks"], learner.ranks.warn)
+    return saved
+
+
+def _of_rank(saved: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
     """A saved run as one of so many processes goes on with it. On another number than saved it there are random numbers
     for as many as there were; ValueError in the middle of a phase, where each has its place in data of its own."""
     every = saved.get("ranks", [{name: saved[name] for name in ("random", "rng_at_start", "metrics")}])
@@ -93,49 +92,21 @@ def of_rank(saved: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
     return saved | (every[rank] if rank < len(every) else {"random": None})
 
 
-def load(learner: "Learner", saved: Any) -> dict[str, Any]:
-    """Model, state, history and callbacks as they were saved; ValueError where they do not fit, and nothing is done.
-    What is left to go on with comes back."""
-    if not isinstance(saved, dict) or saved.get("version") != _VERSION or "position" not in saved:
-        raise ValueError("load_state_dict takes what Learner.state_dict gave")
-    saved = of_rank(saved, learner.ranks.rank, learner.ranks.size)
-    names = learner.metrics.names
-    sums = names if saved["metrics"] is None else saved["metrics"]["sums"]
-    if set(sums) != set(names):
-        raise ValueError(f"the saved run had the metrics {sorted(sums)}, this one has {sorted(names)}")
-    changes = changes_of_rules(plain_rules(present_rules(learner)), saved["rules"])
+def restore(learner: "Learner", callbacks: list[Any], saved: dict[str, Any]) -> None:
+    """Model, state and callbacks, with those of a fit, again as they were saved."""
     _load_weights(learner, saved)
-    if _hyperparameters(saved) == "load" and (changed := changed_rules(changes, _OPTION)):
-        learner.ranks.warn(changed, stacklevel=3)
-    learner.history = events.History((dict(row) for row in saved["history"]), saved["seconds"]["epochs"])
-    load_callbacks(learner.callbacks, saved["callbacks"], learner.ranks.warn)
-    return saved
-
-
-def restore(learner: "Learner", run: Run, saved: dict[str, Any]) -> None:
-    """Model, state and callbacks again as they were saved."""
-    _load_weights(learner, saved)
-    load_callbacks([*learner.callbacks, *run.callbacks], saved["callbacks"])
-
-
-def _hyperparameters(saved: dict[str, Any]) -> Literal["load", "keep"]:
-    return saved.get("hyperparameters", "load")
+    load_callbacks([*learner.callbacks, *callbacks], saved["callbacks"])
 
 
 def _load_weights(learner: "Learner", saved: dict[str, Any]) -> None:
     pairs = match_model(learner.model, saved["model"])
-    load_state_dict(learner.state, saved["state"], hyperparameters=_hyperparameters(saved))
+    load_state_dict(learner.state, saved["state"], hyperparameters=saved["hyperparameters"])
     load_model(pairs)
 
 
-def present_rules(learner: "Learner") -> dict[str, Any]:
+def present_rules(state: Any) -> dict[str, Any]:
     """The rule of each leaf."""
-    return {path: leaf.rule for path, leaf in leaves(learner.state)}
-
-
-def rules_of(learner: "Learner", saved: dict[str, Any] | None) -> Any:
-    """The rules with which the fit begins, or began."""
-    return saved["rules"] if saved and _hyperparameters(saved) == "load" else present_rules(learner)
+    return {path: leaf.rule for path, leaf in leaves(state)}
 
 
 def load_callbacks(callbacks: list[Any], saved: list[Any], warn: Callable[..., None] | None = None) -> None:
@@ -149,12 +120,7 @@ def load_callbacks(callbacks: list[Any], saved: list[Any], warn: Callable[..., N
         elif warn is not None and type(callback).load_state_dict is not events.Callback.load_state_dict:
             was = repr(saved[i][0]) if i < len(saved) else "nothing"
             where = f"the callback {name} was not saved at its place (there was {was})"
-            warn(f"{where}; it starts afresh", stacklevel=2)
-
-
-def _saved_callback(callback: Any) -> list[Any]:
-    state = clones(callback.state_dict()) if isinstance(callback, events.Callback) else {}
-    return [events.name_of(callback), state]
+            warn(f"{where}; it starts afresh")
 
 
 def clones(tree: Any) -> Any:

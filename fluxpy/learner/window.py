@@ -1,49 +1,41 @@
 """Window: gradients of several batches, gathered for one update."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .scores import counted, number
+from .metrics import counted, number
 
 _LOW = (torch.float16, torch.bfloat16)
 
 
+@dataclass
 class Window:
-    """The weighted mean of gradients, by place, in float32 or better. A place without a gradient adds zero."""
+    """The weighted mean of gradients, by place, in float32 or better. A place without a gradient adds zero.
 
-    def __init__(self) -> None:
-        self.batches = 0
-        self._sums: list[Tensor | None] = []
-        self._weight: Any = 0  # a number, or a tensor where that would have to be read from a device
+    Its fields are what is saved of it.
+    """
+
+    batches: int = 0
+    sums: list[Tensor | None] = field(default_factory=list)
+    weight: Any = 0  # a number, or a tensor where that would have to be read from a device
 
     def add(self, grads: list[Tensor | None], weight: Any) -> None:
         """Gather the gradients of a batch, none of which is kept or changed."""
-        if not self.batches:
-            self._sums, self._weight = [None] * len(grads), 0
+        self.sums = self.sums or [None] * len(grads)
         for i, g in enumerate(grads):
             if g is not None:
                 g = (g.float() if g.dtype in _LOW else g) * weight
-                before = self._sums[i]
-                self._sums[i] = g if before is None else before.add_(g)
-        self._weight = self._weight + weight
+                before = self.sums[i]
+                self.sums[i] = g if before is None else before.add_(g)
+        self.weight = self.weight + weight
         self.batches += 1
 
-    def take(self, like: list[Tensor]) -> list[Tensor | None]:
-        """The mean, in the dtypes of these parameters. Nothing is gathered afterwards."""
-        sums, self._sums, self.batches = self._sums, [], 0
-        return [None if g is None else (g / self._weight).to(x.dtype) for g, x in zip(sums, like, strict=True)]
-
-    def clear(self) -> None:
-        self._sums, self._weight, self.batches = [], 0, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.batches, "sums": self._sums, "weight": self._weight}
-
-    def load_state_dict(self, d: dict[str, Any], like: list[Tensor]) -> None:
-        sums = [None if g is None else g.to(x.device, copy=True) for g, x in zip(d["sums"], like, strict=False)]
-        self.batches, self._sums, self._weight = d["batches"], sums, d["weight"]
+    def mean(self, like: list[Tensor]) -> list[Tensor | None]:
+        """In the dtypes of these parameters."""
+        return [None if g is None else (g / self.weight).to(x.dtype) for g, x in zip(self.sums, like, strict=True)]
 
 
 def weight_of(step: Any, loss: Any) -> Any:
@@ -59,5 +51,4 @@ def weight_of(step: Any, loss: Any) -> Any:
         or target.dtype == torch.bool
     ):
         return step.samples
-    ignored = getattr(loss, "ignore_index", -100)
-    return number(counted(target, ignored).count_nonzero())
+    return number(counted(target, getattr(loss, "ignore_index", -100)).count_nonzero())

@@ -71,8 +71,9 @@ class Adafactor(Rule):
             v = average(beta2, state.v, square)
             state = Variance(v, t)
         u = dx * larger(v, larger(eps1 * eps1, torch.finfo(v.dtype).tiny)).rsqrt()
-        rate = smaller(self.lr, t**-0.5) * larger(_rms(x), eps2) / larger(_rms(u) / self.d, 1.0)
-        return state, decayed(rate * u, self.lr * self.weight_decay, x).to(dtype)
+        one = max(x.numel(), 1) ** 0.5  # the norm of an array whose rms is 1
+        size = larger(torch.linalg.vector_norm(x), eps2 * one) / larger(torch.linalg.vector_norm(u), self.d * one)
+        return state, decayed(smaller(self.lr, t**-0.5) * self.d * size * u, self.lr * self.weight_decay, x).to(dtype)
 
     def take(self, state: Any, x: Tensor, index: Tensor, dim: int) -> Any:
         """Averages of what stays; those over a dimension that is changed stay as they were."""
@@ -95,7 +96,3 @@ class Adafactor(Rule):
         row = state.row if dim == x.ndim - 1 else torch.cat([state.row, new.row], dim)
         column = state.column if dim == x.ndim - 2 else torch.cat([state.column, new.column], dim)
         return Factors(row, column, state.t)
-
-
-def _rms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x) / max(x.numel(), 1) ** 0.5

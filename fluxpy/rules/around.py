@@ -128,6 +128,9 @@ class Cautious(Wrapper, ReducingRule):
         return wide(real(values)).reshape(len(values), -1).sum(1)
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
+        # A total too: of an array that is spread over processes, each has a part. First, as a large array starts over
+        # after each total.
+        size = yield Reduce(self, lambda: torch.ones_like(real(dx)))
         run = Run(self.rule.steps(state, x, dx))
         while run.asks is not None:
             run.tell((yield run.asks))
@@ -137,7 +140,5 @@ class Cautious(Wrapper, ReducingRule):
         change = real(x - change.value if isinstance(change, Assign) else change)
         agrees = (change * real(dx) > 0).to(change.dtype)
         moving = yield Reduce(self, agrees)
-        # A total too: of an array that is spread over processes, each has a part.
-        size = yield Reduce(self, torch.ones_like(agrees))
         share = (moving / size.clamp(min=1)).clamp(min=1e-3)
         return state, like(change * agrees / share.to(change.dtype), x)

@@ -17,6 +17,9 @@ def plus_square(a: Tensor, factor: Hyper, b: Tensor) -> Tensor:
 
 
 def average(beta: Hyper, old: Tensor, new: Tensor) -> Tensor:
+    """`beta · old + (1 - beta) · new`, in one pass over memory where `beta` is a number and both are of one dtype."""
+    if _is_number(beta, old) and old.dtype == new.dtype:
+        return old.lerp(new, 1 - beta)
     return plus(beta * old, 1 - beta, new)
 
 

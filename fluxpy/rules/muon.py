@@ -1,6 +1,7 @@
 """Muon: momentum for matrices, made orthogonal."""
 
 import math
+from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Rule
-from .average import average
+from .average import average, plus
 
 
 class Muon(Rule):
@@ -59,7 +60,7 @@ class Muon(Rule):
         step = orthogonal(matrix, self.ns_steps).to(x.dtype).reshape(x.shape)
         match = self.adjust_lr_fn == "match_rms_adamw"
         scale = 0.2 * math.sqrt(max(rows, columns)) if match else math.sqrt(max(1, rows / max(columns, 1)))
-        return m, self.lr * scale * step + self.lr * self.weight_decay * x
+        return m, plus(self.lr * scale * step, self.lr * self.weight_decay, x)
 
 
 def orthogonal(x: Tensor, steps: int) -> Tensor:
@@ -68,7 +69,13 @@ def orthogonal(x: Tensor, steps: int) -> Tensor:
     A batch of matrices gives what each gives alone, under `torch.func.vmap` too: bit for bit, but where PyTorch has
     another product for very small ones.
     """
-    return _Orthogonal.apply(x, steps)
+    if torch.compiler.is_compiling() or x.requires_grad or _is_wrapped(x):
+        return _Orthogonal.apply(x, steps)
+    return _newton_schulz(x, steps)  # alone it need not be one operation, which would cost as much as a small matrix
+
+
+# Whether a `torch.func` transform is running over a tensor.
+_is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _newton_schulz(x: Tensor, steps: int) -> Tensor:

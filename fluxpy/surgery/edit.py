@@ -67,6 +67,7 @@ class Edit:
         self.verb = verb
         self.binding: Binding = bind(state, model)
         self.context: Context = tree_context(state)
+        self.context.settle()
         require_one_process(verb, self.context, self.binding)
         self.context.require_training_weights(self.binding.records, f"surgery.{verb}")
         self.drafts: dict[int, Draft] = {}

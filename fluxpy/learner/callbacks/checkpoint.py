@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 from ... import averaged
 from ..core import model_dict, read_file, remove_leftovers, write_checkpoint
-from ..events import Callback, CancelFit
+from ..events import Callback, CancelFit, require_one_of, require_whole
 from ..learner import Learner
 from ..lock import Lock
 from .monitor import Monitor
-from .statistics import one_of
 
 
 class Checkpoint(Callback):
@@ -55,11 +54,10 @@ class Checkpoint(Callback):
         resume: bool = True,
         hyperparameters: Literal["load", "keep"] = "load",
     ) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"every={every!r} is not allowed; it is a number of batches, at least 1, or None")
-        if keep < 0:
-            raise ValueError(f"keep={keep!r} is not allowed; it is how many of the best epochs stay, 0 or more")
-        one_of("hyperparameters", hyperparameters, ("load", "keep"))
+        if every is not None:
+            require_whole("every", every)
+        require_whole("keep", keep, 0)
+        require_one_of("hyperparameters", hyperparameters, ("load", "keep"))
         self.directory, self.every, self.keep, self.resume = Path(directory), every, keep, resume
         self.hyperparameters = hyperparameters
         self.monitor = Monitor(monitor, mode)
@@ -109,7 +107,7 @@ class Checkpoint(Callback):
             self._best = []
         elif progress.epoch >= learner.epoch_count:
             done = f"the run in {str(self.directory)!r} has done {progress.epoch} epochs of {learner.epoch_count}"
-            learner.ranks.warn(f"{done}: nothing is left to do; Checkpoint(resume=False) begins anew", stacklevel=2)
+            learner.ranks.warn(f"{done}: nothing is left to do; Checkpoint(resume=False) begins anew")
         self._batches, self._place, self._signal = 0, None, None
         self._catch_signals()
 
@@ -133,7 +131,7 @@ class Checkpoint(Callback):
 
     def on_fit_end(self, learner: Learner) -> None:
         try:
-            if learner.error is None and self._place != self._where(learner):
+            if learner.error is None and self._place != learner.progress.position():
                 self._save(learner, self.last)
         finally:
             for number, previous in self._previous.items():
@@ -158,23 +156,18 @@ class Checkpoint(Callback):
     # --- Files --------------------------------------------------------------------------------------------------------
 
     def _save(self, learner: Learner, path: Path) -> None:
-        where = f"Checkpoint of {path.name}"
+        model, state, extra = None, None, dict[str, Any](weights="evaluation")
         if path != self.last:
             with averaged(learner.state, learner.model) as exchanged:
-                if exchanged:
-                    model = learner.ranks.whole(model_dict(learner.model))
-                    extra: dict[str, Any] = {"weights": "evaluation"}
-                    return learner.ranks.by_first(where, lambda: write_checkpoint(path, model, None, extra))
-        run = learner.state_dict()
-        model, state = run.pop("model"), run.pop("state")
-        run.pop("hyperparameters", None)
-        extra = {"run": run, "fits": self._fits, "weights": "training"}
-        learner.ranks.by_first(where, lambda: write_checkpoint(path, model, state, extra))
+                model = learner.ranks.whole(model_dict(learner.model)) if exchanged else None
+        if model is None:
+            run = learner.state_dict()
+            model, state = run.pop("model"), run.pop("state")
+            run.pop("hyperparameters", None)
+            extra = {"run": run, "fits": self._fits, "weights": "training"}
+        learner.ranks.by_first(f"Checkpoint of {path.name}", lambda: write_checkpoint(path, model, state, extra))
         if path == self.last:
-            self._batches, self._place = 0, self._where(learner)
-
-    def _where(self, learner: Learner) -> tuple[Any, ...]:
-        return learner.progress.epoch, learner.progress.phase, learner.progress.batch
+            self._batches, self._place = 0, learner.progress.position()
 
     def _rank(self, learner: Learner, value: float) -> None:
         """Keep this epoch if it is among the best. `last.flux` comes after that: should the run be killed in between,

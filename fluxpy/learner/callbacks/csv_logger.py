@@ -1,6 +1,7 @@
 """CSVLogger: the metrics as a table in a file."""
 
 import csv
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,8 @@ class CSVLogger(Rows):
     """Writes a CSV file (RFC 4180): epoch, batch, phase, then the metrics, with their running values.
 
     One row a batch, or with `per="phase"` one at the end of each; with `seconds=True` how long that took is the last
-    column. Epochs and batches count from 0. A batch that was
-    cancelled before it was scored has no row. Rows come into the file every few batches (`every`), at the end of a
-    phase and when the run is saved.
+    column. Epochs and batches count from 0. A batch that was cancelled before it was scored has no row. Rows come into
+    the file every few batches (`every`), at the end of a phase and when the run is saved.
 
     A new logger starts the file anew; later fits with it append, and so does a resumed run, after it has cut off the
     rows that it will write again: each batch is there once.
@@ -37,14 +37,13 @@ class CSVLogger(Rows):
         self.seconds = seconds
         self.path = Path(path)
         self._file: Any = None
+        self._columns: list[str] = []
         self._start: int | None = None  # where the rows of this fit begin
 
     def on_fit_start(self, learner: Learner) -> None:
         super().on_fit_start(learner)
-        if learner.ranks.first:
-            self._open(learner)
-
-    def _open(self, learner: Learner) -> None:
+        if not learner.ranks.first:  # which writes
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         resumed = learner.progress.resumed
         if resumed and self.path.exists():
@@ -53,20 +52,19 @@ class CSVLogger(Rows):
         self._file = open(self.path, "w" if new else "a", newline="", encoding="utf-8")  # noqa: SIM115
         if not resumed:
             self._start = self._file.tell()
+        self._columns = ["epoch", "batch", "phase", *learner.metrics.names, *(["seconds"] if self.seconds else [])]
         if self._file.tell() == 0:
-            more = ["seconds"] if self.seconds else []
-            csv.writer(self._file).writerow(["epoch", "batch", "phase", *learner.metrics.names, *more])
-            self._file.flush()
+            self._write([self._columns])
 
     def more(self, learner: Learner) -> dict[str, Any]:
         return {"seconds": round(learner.seconds, 3)} if self.seconds else {}
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
-        if self._file is None:  # another process writes
-            return
-        for row in rows:
-            last = [row.pop("seconds")] if self.seconds else []
-            csv.writer(self._file).writerow([*row.values(), *last])
+        if self._file is not None:
+            self._write([[row[name] for name in self._columns] for row in rows])
+
+    def _write(self, lines: list[list[Any]]) -> None:
+        csv.writer(self._file).writerows(lines)
         self._file.flush()
 
     def on_fit_end(self, learner: Learner) -> None:
@@ -90,7 +88,7 @@ class CSVLogger(Rows):
                     break  # the old run was killed while it wrote
                 if not line.startswith(b"epoch,"):
                     epoch, batch, phase = line.decode().split(",")[:3]
-                    if not self.is_past(learner, int(epoch), int(batch), phase):
+                    if not learner.progress.is_past(int(epoch), phase, int(batch) if self.per_batch else math.inf):
                         break
                 end += len(line)
             file.truncate(end)

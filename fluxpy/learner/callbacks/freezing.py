@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 from ... import adjust, freeze, leaves, scale, select, thaw
 from ..core import Leaf, State
-from ..events import Callback
+from ..events import Callback, require_whole
 from ..learner import Learner
 
 
@@ -21,8 +21,7 @@ class FreezeUntil(Callback):
     """
 
     def __init__(self, pattern: str | Callable[[str, Leaf], bool], epoch: int) -> None:
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 1:
-            raise ValueError(f"FreezeUntil: epoch={epoch!r} is not allowed; it must be a whole number above 0")
+        require_whole("epoch", epoch)
         self.pattern, self.epoch = pattern, epoch
 
     def on_epoch_start(self, learner: Learner) -> None:
@@ -44,9 +43,8 @@ class ThawFromTop(Callback):
     """
 
     def __init__(self, *patterns: str, first: int = 1, epochs: int = 1) -> None:
-        for name, number in (("first", first), ("epochs", epochs)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"ThawFromTop: {name}={number!r} is not allowed; it must be a whole number above 0")
+        require_whole("first", first)
+        require_whole("epochs", epochs)
         self.patterns, self.first, self.epochs = patterns, first, epochs
 
     def on_epoch_start(self, learner: Learner) -> None:

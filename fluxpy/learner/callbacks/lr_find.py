@@ -105,9 +105,10 @@ class _Watch(Callback):
             raise CancelFit("the loss is not finite")
         self.rates.append(self.growth(learner.step_index))
         self.losses.append(loss)
-        means = [sum(last) / len(last) for last in (self.losses[-self.width :], self.losses[: self.width])]
-        self.lowest = min(means) if len(self.losses) <= self.width else min(self.lowest, means[0])
-        if means[0] > self.lowest + (self.stop_at - 1) * abs(self.lowest) and len(self.losses) > 2 * self.width:
+        last = self.losses[-self.width :]
+        mean = sum(last) / len(last)
+        self.lowest = mean if len(self.losses) <= self.width else min(self.lowest, mean)
+        if mean > self.lowest + (self.stop_at - 1) * abs(self.lowest) and len(self.losses) > 2 * self.width:
             raise CancelFit("the loss grows")
         if len(self.rates) >= self.steps:
             raise CancelFit("all rates were tried")

@@ -14,7 +14,7 @@ _MODES = {
 }
 
 # As others call the metrics of a phase.
-_PREFIXES = {"val_": "validation", "valid_": "validation", "validation_": "validation", "train_": "train"}
+_PREFIXES = {"val": "validation", "valid": "validation", "validation": "validation", "train": "train"}
 
 
 class Monitor:
@@ -22,11 +22,10 @@ class Monitor:
     `"validation.loss"` say which. `mode` is whether `"min"` or `"max"` is best; known metrics need none."""
 
     def __init__(self, name: str, mode: str | None) -> None:
-        for prefix, phase in _PREFIXES.items():
-            if name.startswith(prefix) and name.removeprefix(prefix) in _MODES:
-                metric = name.removeprefix(prefix)
-                usual = f"{metric!r} (of validation, where there is one) or " if phase == "validation" else ""
-                raise ValueError(f"monitor={name!r}: write {usual}'{phase}.{metric}'")
+        prefix, _, metric = name.partition("_")
+        if prefix in _PREFIXES and metric in _MODES:
+            usual = "" if prefix == "train" else f"{metric!r} (of validation, where there is one) or "
+            raise ValueError(f"monitor={name!r}: write {usual}'{_PREFIXES[prefix]}.{metric}'")
         self.phase, _, self.metric = name.rpartition(".")
         self.name, self.mode = name, mode or _MODES.get(self.metric)
         if self.phase not in ("", "train", "validation"):

@@ -39,11 +39,12 @@ class ProgressBar(Callback):
         self._first = 0  # batches that were done when it started
         self._done = 0
         self._width = 0  # of what is drawn
+        self._in_line = False  # whether what others wrote since has not ended its line
 
     def on_training_start(self, learner: "Learner") -> None:
         self._out = (self.file or sys.stderr) if learner.ranks.first else None
         self._terminal = self._out is not None and self._out.isatty()
-        self._started, self._width, self._draw_at = time.monotonic(), 0, math.inf
+        self._started, self._width, self._in_line, self._draw_at = time.monotonic(), 0, False, math.inf
         self._first = self._done = learner.progress.batch if learner.phase else 0
         if self._out is not None and self.file is None and "ipykernel" in sys.modules and self._bar is None:
             total, done = (learner.step_count, learner.progress.step) if learner.fitting else (learner.batch_count, 0)
@@ -94,12 +95,10 @@ class ProgressBar(Callback):
             columns = _columns(self._out) - 1  # a full line would wrap
             lines = list(self._tries(learner, numbers, last))
             line = next((line for line in lines if len(line) <= columns), lines[-1][:columns])
-            start = "\n" if any(guard.in_line for guard in self._guards.values()) else "\r"
+            start = "\n" if self._in_line else "\r"
             self._out.write(start + line.ljust(min(self._width, columns)))
             self._out.flush()
-            self._width = len(line)
-            for guard in self._guards.values():
-                guard.in_line = False
+            self._width, self._in_line = len(line), False
         self._draw_at = time.monotonic() + self.seconds
 
     def _tries(self, learner: "Learner", numbers: dict[str, float], last: bool) -> Iterator[str]:
@@ -117,7 +116,8 @@ class ProgressBar(Callback):
         total, done = learner.batch_count, self._done
         parts = [f"{_title(learner)} {done}" + (f"/{total}" if total else "")]
         if total and cells:
-            parts.append(_bar(cells, min(cells, cells * done // total)))
+            full = min(cells, cells * done // total)
+            parts.append(f"[{('=' * full + '>' * (full < cells)).ljust(cells, '.')}]")
         parts += [_text(numbers, width), end]
         line = " ".join(part for part in parts if part)
         code = self._out.encoding or "utf-8"
@@ -130,9 +130,9 @@ class ProgressBar(Callback):
             return "", ""
         rate = batches / max(seconds, 1e-9)
         left = f" · {tqdm.format_interval(max(0, total - self._done) / rate)} left" if total else ""
-        if rate < 10:
-            return f"· {1 / rate:.2g} s/batch{left}", f"· {1 / rate:.2g} s/batch{left}"
-        return f"· {rate:.0f} batches/s{left}", f"· {rate:.0f}/s{left}"
+        slow = f"{1 / rate:.2g} s/batch"
+        long, short = (slow, slow) if rate < 10 else (f"{rate:.0f} batches/s", f"{rate:.0f}/s")
+        return f"· {long}{left}", f"· {short}{left}"
 
     # --- What others print --------------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ class ProgressBar(Callback):
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if stream is not None and stream.isatty():
-                self._guards[name] = _Guard(stream, self._end_line)
+                self._guards[name] = _Guard(stream, self._make_way)
                 setattr(sys, name, self._guards[name])
 
     def _unguard(self) -> None:
@@ -149,24 +149,24 @@ class ProgressBar(Callback):
                 setattr(sys, name, guard.stream)
         self._guards = {}
 
-    def _end_line(self) -> None:
+    def _make_way(self, text: str) -> None:
+        """End the line that is drawn, before somebody else writes."""
         if self._width:
             self._out.write("\n")
             self._out.flush()
             self._width = 0
+        self._in_line = not text.endswith("\n")
 
 
 class _Guard:
-    """A stream that ends the line of the bar before it writes."""
+    """A stream that says what it will write."""
 
-    def __init__(self, stream: Any, end_line: Callable[[], None]) -> None:
-        self.stream, self._end_line = stream, end_line
-        self.in_line = False  # whether what was written has not ended its line
+    def __init__(self, stream: Any, say: Callable[[str], None]) -> None:
+        self.stream, self._say = stream, say
 
     def write(self, text: str) -> int:
         if text:
-            self._end_line()
-            self.in_line = not text.endswith("\n")
+            self._say(text)
         return self.stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -181,11 +181,6 @@ def _title(learner: "Learner") -> str:
 def _numbers(learner: "Learner") -> dict[str, float]:
     """The numbers so far. Of several processes those of this one, which can tell them without the others."""
     return learner.running() if learner.ranks.alone else learner.metrics.here()
-
-
-def _bar(cells: int, full: int) -> str:
-    bar = "=" * cells if full == cells else "=" * full + ">"
-    return f"[{bar.ljust(cells, '.')}]"
 
 
 def _text(numbers: dict[str, float], width: int = 99) -> str:

@@ -4,9 +4,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from ... import adjust, leaves, scale, select
+from ... import leaves
 from ...schedules import Schedule, scaled
-from ..core import Leaf, rates
+from ..core import Leaf, adjust_rates, rates
 from ..events import Callback
 from ..learner import Learner
 
@@ -72,11 +72,9 @@ class LearningRateScheduler(Callback):
         if not any(rates(leaf, self.member) for _, leaf in leaves(learner.state)):
             what = "" if self.member is None else f" in its member {self.member!r}"
             raise ValueError(f"LearningRateScheduler: no leaf has a rule with the hyperparameter 'lr'{what}")
-        for path, leaf in leaves(learner.state):
-            _check(path, leaf, self.member)
-        self._learner = learner
         self._fill(learner)
         self._follow(learner)
+        self._learner = learner
 
     def on_training_start(self, learner: Learner) -> None:
         if self._filled is self.schedule:  # a length that is known only now
@@ -89,7 +87,7 @@ class LearningRateScheduler(Callback):
 
     def on_fit_end(self, learner: Learner) -> None:
         if self._learner is not None:
-            _adjust(learner.state, _Rebase(float), self.member)
+            adjust_rates(learner.state, lambda rate: rate if _base(rate) is None else _base(rate), self.member)
         self._learner, self._rules = None, []
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,7 +115,8 @@ class LearningRateScheduler(Callback):
         """Have the rates of all leaves follow, those adjusted meanwhile from their new base."""
         for path, leaf in leaves(learner.state):
             _check(path, leaf, self.member)
-        _adjust(learner.state, _Rebase(lambda base: ScheduledRate(base, self)), self.member)
+        of = functools.cache(lambda base: ScheduledRate(base, self))  # equal ones are the same object
+        adjust_rates(learner.state, lambda rate: of(_base(rate)), self.member)
         self._rules = [(leaf, leaf.rule) for _, leaf in leaves(learner.state)]
 
 
@@ -153,23 +152,6 @@ class ScheduledRate(float):
 
     def __reduce__(self) -> Any:
         return float, (float(self),)
-
-
-class _Rebase(scale):
-    """In `adjust`: what `make` gives for each base rate, for equal ones the same object."""
-
-    def __init__(self, make: Callable[[float], float]) -> None:
-        super().__init__(1.0)
-        self.make = functools.cache(make)
-
-    def of(self, value: Any) -> Any:
-        base = _base(value)
-        return value if base is None else self.make(base)
-
-
-def _adjust(state: Any, change: scale, member: Any) -> None:
-    view: Any = state if isinstance(state, Leaf) else select(state, lambda _, leaf: len(rates(leaf, member)) > 0)
-    adjust(view, lr=change, member=member)
 
 
 def _check(path: str, leaf: Leaf, member: Any) -> None:

@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 from ..collection import on_host
-from ..events import Callback
+from ..events import Callback, require_one_of, require_whole
 from ..learner import Learner
 
 
@@ -19,10 +19,9 @@ class Rows(Callback):
     phases: ClassVar[tuple[str, ...]] = ("train", "validation")  # those that have rows
 
     def __init__(self, per: str, every: int) -> None:
-        if every < 1:
-            raise ValueError(f"every={every!r} is not allowed; it is a number of batches, at least 1")
-        self.every = every
-        self.per_batch = one_of("per", per, ("batch", "phase", "epoch")) == "batch"
+        require_whole("every", every)
+        require_one_of("per", per, ("batch", "phase", "epoch"))
+        self.every, self.per_batch = every, per == "batch"
         self._learner: Learner | None = None  # while it fits
         self._gathered: list[tuple[dict[str, Any], list[Any]]] = []  # rows, and the sums of the metrics
         self._counted = 0  # how many batches the metrics had counted at the last row
@@ -95,12 +94,6 @@ class Rows(Callback):
         """Of a row as each of several processes has it, by rank, one of all of them."""
         return rows[0]
 
-    def is_past(self, learner: Learner, epoch: int, batch: int, phase: str) -> bool:
-        """Whether a resumed run will not come to this row again."""
-        if self.per_batch:
-            return learner.progress.is_past(epoch, phase, batch)
-        return learner.progress.is_past(epoch, phase)
-
 
 class StatisticsRecorder(Rows):
     """Keeps the metrics of each batch (running values) or, with `per="epoch"`, of each phase, in `records`.
@@ -125,7 +118,7 @@ class StatisticsRecorder(Rows):
 
     def values(self, name: str, phase: str = "train") -> list[Any]:
         """One column: the numbers of a metric in training or in validation."""
-        one_of("phase", phase, ("train", "validation"))
+        require_one_of("phase", phase, ("train", "validation"))
         return [row[name] for row in self.records if row["phase"] == phase]
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
@@ -142,10 +135,3 @@ class StatisticsRecorder(Rows):
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
         self.records = d["records"]
-
-
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """The value, if it is allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not allowed; it must be {' or '.join(map(repr, allowed))}")
-    return value

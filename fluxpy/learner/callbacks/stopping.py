@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
-from ... import adjust, averaged, leaves, scale, select
-from ..core import load_model, local_parameters, match_model, model_dict, rates
-from ..events import Callback, CancelFit
+from ... import averaged, leaves, scale
+from ..core import adjust_rates, bind, load_model, match_model, model_dict, rates
+from ..events import Callback, CancelFit, require_whole
 from ..learner import Learner
 from .monitor import Monitor
 
@@ -15,8 +15,7 @@ class Plateau(Callback):
     `stuck`, and `better` for an epoch that was."""
 
     def __init__(self, monitor: str, patience: int, min_delta: float, mode: str | None) -> None:
-        if patience < 1:
-            raise ValueError(f"patience={patience!r} is not allowed; it is a number of epochs, at least 1")
+        require_whole("patience", patience)
         if not min_delta >= 0:
             raise ValueError(f"min_delta={min_delta!r} is not allowed; it is what counts as better, at least 0")
         self.monitor, self.patience, self.min_delta = Monitor(monitor, mode), patience, min_delta
@@ -144,19 +143,11 @@ class ReduceOnPlateau(Plateau):
 
     def stuck(self, learner: Learner) -> None:
         self.waited = 0
-        adjust(select(learner.state, lambda _, leaf: len(rates(leaf)) > 0), lr=_Lowered(self.factor, self.min_lr))
+        adjust_rates(learner.state, self._lowered)
 
-
-class _Lowered(scale):
-    """In `adjust`: a rate times a factor, but not below a lowest one."""
-
-    def __init__(self, factor: float, lowest: float) -> None:
-        super().__init__(factor)
-        self.lowest = lowest
-
-    def of(self, value: Any) -> Any:
-        new = super().of(value)
-        return max(new, min(value, self.lowest)) if isinstance(new, int | float) else new
+    def _lowered(self, rate: Any) -> Any:
+        new = scale(self.factor).of(rate)
+        return max(new, min(rate, self.min_lr)) if isinstance(new, int | float) else new
 
 
 class StopOnNaN(Callback):
@@ -170,8 +161,7 @@ class StopOnNaN(Callback):
     stops_on_nonfinite = True
 
     def __init__(self, every: int = 50) -> None:
-        if every < 1:
-            raise ValueError(f"every={every!r} is not allowed; it is a number of batches, at least 1")
+        require_whole("every", every)
         self.every = every
 
     def on_batch_end(self, learner: Learner) -> None:
@@ -190,7 +180,7 @@ class StopOnNaN(Callback):
 
     def _stop(self, learner: Learner) -> None:
         if learner.nonfinite is not None:
-            here = all(bool(x.isfinite().all()) for x in local_parameters(learner.state, learner.model))
+            here = all(bool(x.isfinite().all()) for x in bind(learner.state, learner.model).local)
             sound = not learner.ranks.any("StopOnNaN", not here)
             raise CancelFit(f"{learner.nonfinite}{'' if sound else _CURE}")
 

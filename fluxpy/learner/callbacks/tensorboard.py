@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import leaves
-from ..core import Leaf, gradients_in_order, hyperparameters, members, parameters, rates, updates_of, whole_tensor
+from ..core import Leaf, bind, hyperparameters, in_order, members, rates, whole_tensor
 from ..learner import Learner
 from .statistics import Rows
 
@@ -52,8 +52,6 @@ class TensorBoardLogger(Rows):
         self.path, self.config, self.hyperparameters = Path(path), config, dict(hyperparameters or {})
         self.norms, self.histograms, self.depth = norms, histograms, depth
         self.directory: Path | None = None  # that of the present run
-        self._writes = True  # whether this process does
-        self._resumed = False
         self._writers: dict[str, Any] = {}
         self._purge: dict[str, int] = {}  # from where on what is in the files already is not shown
         self._session_end: Any = None  # the record that the run ended
@@ -64,8 +62,8 @@ class TensorBoardLogger(Rows):
 
     def on_fit_start(self, learner: Learner) -> None:
         super().on_fit_start(learner)
-        self._writes = learner.ranks.first
-        if self._writes and not (self._resumed and self.directory):
+        goes_on = learner.progress.resumed and self.directory is not None
+        if learner.ranks.first and not goes_on:
             stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
             names = (stamp, *(f"{stamp}-{n}" for n in range(2, 1000)))  # fits may begin in the same second
             self.directory = next(self.path / name for name in names if not (self.path / name).exists())
@@ -73,21 +71,21 @@ class TensorBoardLogger(Rows):
         self._subtrees = defaultdict(list)
         for place, (path, _) in enumerate(leaves(learner.state)):
             self._subtrees[_subtree(path, self.depth)].append(place)
-        if self._resumed:  # what the old run wrote after it was saved is not shown
+        if goes_on:  # what the old run wrote after it was saved is not shown
             self._purge = {"train": learner.progress.step, "validation": learner.progress.epoch}
-        elif self._writes:
+        elif learner.ranks.first:
             self._describe(learner, self._writer("train"))
 
     def on_update_start(self, learner: Learner) -> None:
         self._before, self._norms = [], {}
         if self.norms and learner.step_index % self.norms < learner.accumulate:
-            grads = gradients_in_order(learner.state, learner.model, learner.step.grads)
-            self._before = [x.detach().clone() for x in parameters(learner.state, learner.model)]
+            grads = in_order(bind(learner.state, learner.model), learner.step.grads)
+            self._before = [x.detach().clone() for x in bind(learner.state, learner.model).params]
             for name, places in self._subtrees.items():
                 self._norms[f"gradient_norm/{name}"] = _norm([grads[i] for i in places])
 
     def more(self, learner: Learner) -> dict[str, Any]:
-        now, old = parameters(learner.state, learner.model), self._before
+        now, old = bind(learner.state, learner.model).params, self._before
         for name, places in self._subtrees.items() if old else ():
             moved = _norm([now[i].detach() - old[i] for i in places])
             self._norms[f"update_ratio/{name}"] = moved / _norm([old[i] for i in places])
@@ -104,13 +102,11 @@ class TensorBoardLogger(Rows):
         return rows[0] | {"tensorboard": (step, moment, tags | {"batch/loss": mean}, samples)}
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
-        assert self._learner is not None
-        if not self._writes:
-            return
-        names = self._learner.metrics.names
-        for row in rows:
+        learner = self._learner
+        assert learner is not None
+        for row in rows if learner.ranks.first else ():
             step, moment, tags, _ = row["tensorboard"]
-            for tag, number in ({f"batch/{name}": row[name] for name in names} | tags).items():
+            for tag, number in ({f"batch/{name}": row[name] for name in learner.metrics.names} | tags).items():
                 self._writer("train").add_scalar(tag, float(number), step, moment)
 
     def on_training_end(self, learner: Learner) -> None:
@@ -118,7 +114,7 @@ class TensorBoardLogger(Rows):
         if learner.progress.phase == "validation" and learner.error is None:  # not one that was cut and will go on
             self._epoch("train", learner)
             if self.histograms and learner.epoch_index % self.histograms == 0:
-                self._histograms(learner)
+                self._write_histograms(learner)
 
     def on_validation_end(self, learner: Learner) -> None:
         if learner.phase is not None and learner.error is None:
@@ -126,11 +122,11 @@ class TensorBoardLogger(Rows):
 
     def on_fit_end(self, learner: Learner) -> None:
         super().on_fit_end(learner)
-        if self._writers and learner.error is None and self._session_end is not None and not self._resumed:
+        if self._session_end is not None and learner.error is None:
             self._writer("train").file_writer.add_summary(self._session_end)
         for writer in self._writers.values():
             writer.close()
-        self._writers, self._resumed = {}, False
+        self._writers, self._session_end = {}, None
 
     def state_dict(self) -> dict[str, Any]:
         super().state_dict()
@@ -138,17 +134,16 @@ class TensorBoardLogger(Rows):
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
         self.directory = None if d["directory"] is None else Path(d["directory"])
-        self._resumed = self.directory is not None
 
-    def _histograms(self, learner: Learner) -> None:
-        for (path, _), x in zip(leaves(learner.state), parameters(learner.state, learner.model), strict=True):
+    def _write_histograms(self, learner: Learner) -> None:
+        for (path, _), x in zip(leaves(learner.state), bind(learner.state, learner.model).params, strict=True):
             weights = learner.ranks.whole(x.detach())
             finite = weights[weights.isfinite()]
-            if self._writes and finite.numel() and not x.is_complex():
+            if learner.ranks.first and finite.numel() and not x.is_complex():
                 self._writer("train").add_histogram(f"weights/{path}", finite, learner.epoch_index)
 
     def _epoch(self, phase: str, learner: Learner) -> None:
-        for name, number in learner.stats.items() if self._writes else ():
+        for name, number in learner.stats.items() if learner.ranks.first else ():
             self._writer(phase).add_scalar(f"epoch/{name}", number, learner.epoch_index)
 
     def _writer(self, phase: str) -> Any:
@@ -206,7 +201,7 @@ class Rates:
         changed: dict[str, float] = {}
         for name, rate, leaf in self.named:
             # After the update: the rate it used is that of the count before.
-            value: Any = rate(max(updates_of(leaf) - 1, 0)) if callable(rate) else rate
+            value: Any = rate(max(leaf.count - 1, 0)) if callable(rate) else rate
             number = float(value)
             if self.written.get(f"lr/{name}") != number:
                 changed[f"lr/{name}"] = number
