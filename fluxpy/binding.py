@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from .cached import cached
 from .distributed.layout import any_dtensor, layout_of, local_tensors
 from .distributed.parallel import Parallel, parallel_of, reshard
 from .pytree import level, unwrap
@@ -27,7 +28,7 @@ class Binding:
     dies, `forget` is called. `records` are what the whole tree holds for each number; here, for each parameter.
     """
 
-    def __init__(self, spec: TreeSpec, model: Any, records: Sequence[Any] = ()) -> None:
+    def __init__(self, spec: TreeSpec, model: Any, records: Sequence[Any] = (), walked: Any = None) -> None:
         if spec.kind in ("slice", "selection"):
             raise ValueError(
                 "a slice or a selection of the state has no matching branch of a model; "
@@ -37,7 +38,7 @@ class Binding:
         if is_compiling():  # which would check by the identity of each object whether a graph can be used again
             self.params = parameters_at(spec, model)
         else:
-            self.walked, values, self.containers = explore(model)
+            self.walked, values, self.containers = walked or explore(model)
             if self.walked != spec:
                 raise ValueError(difference(spec, self.walked, ""))
             self.params: list[Tensor] = [values[j] for j in self.walked.leaves]
@@ -49,7 +50,6 @@ class Binding:
         self.records = [records[index] for index in self.indices] if records else []
         self.unasked = self._unasked()
         self.warned = False
-        self.parallel: Parallel | None = None if is_compiling() else parallel_of(model, self.params, self.paths)
         self.plan: Any = None  # how the engine steps these parameters
         self.groups: Any = None  # how they are stepped within a backward pass
         self.form: Any = None  # how gradients were given last: a structure, and which of its leaves is each parameter's
@@ -68,6 +68,11 @@ class Binding:
         self.views = [x.values() for x in self.filled]
         self.keys, self.held = [*chain.from_iterable(self.filled)], [*self._held()]
         return self
+
+    @cached
+    def parallel(self) -> Parallel | None:
+        """How the model runs on several processes, as was to be seen when that was first asked."""
+        return None if is_compiling() else parallel_of(self.model(), self.params, self.paths)
 
     def _unasked(self) -> list[Tensor]:
         """What its flag froze when the state was made: whoever sets one of these later wants it to train."""
@@ -117,7 +122,7 @@ class Binding:
             other.views = [x.values() for x in other.filled]
             other.held = [*other._held()]
         other.params, other.records, other.plan, other.groups = plan.params, plan.records, plan, None
-        other.local, other.parallel = other.params, None  # a copy is without its wrappers
+        other.local, other.__dict__["parallel"] = other.params, None  # a copy is without its wrappers
         other.unasked = other._unasked()
         return other
 
@@ -158,11 +163,11 @@ class Bindings(dict[int, Binding]):
 
     MOST = 16
 
-    def add(self, key: int, spec: TreeSpec, model: Any, records: Sequence[Any]) -> Binding:
+    def add(self, key: int, spec: TreeSpec, model: Any, records: Sequence[Any], walked: Any = None) -> Binding:
         """Bind a model. When a module dies all are forgotten: parts of it, and tensors, may be among the others."""
         if len(self) >= self.MOST:
             self.clear()
-        binding = self[key] = Binding(spec, model, records).watch(model, self._forgetting())
+        binding = self[key] = Binding(spec, model, records, walked).watch(model, self._forgetting())
         return binding
 
     def renew(self, binding: Binding, spec: TreeSpec, model: Any, containers: dict[int, Any], plan: Any) -> None:

@@ -11,6 +11,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor, nn
 
 NAMESPACE = "fluxpy"
+PLAIN = Tensor, nn.Parameter  # classes of tensors that keep nothing back
 
 
 def is_parameter(x: Any) -> bool:
@@ -22,7 +23,7 @@ def unwrap(module: Any) -> Any:
     """The module inside `torch.compile`, DataParallel, DistributedDataParallel and a wrapper that checkpoints
     activations: they are no part of a path."""
     while isinstance(module, nn.Module):
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if isinstance(module, _WRAPPERS):
             module = module.module
         elif "_orig_mod" in module._modules:  # torch.compile; its class lives in a module that is slow to import
             module = module._orig_mod
@@ -31,6 +32,10 @@ def unwrap(module: Any) -> Any:
         else:
             break
     return module
+
+
+_WRAPPERS = nn.DataParallel, nn.parallel.DistributedDataParallel
+_SEQUENCES = nn.Sequential, nn.ModuleList, nn.ParameterList
 
 
 def fsdp_module() -> Any:
@@ -58,7 +63,7 @@ def level(x: Any) -> Level | None:
     """The children of a container; None of anything else."""
     if isinstance(x, nn.Module):
         put_back(x)
-        sequence = isinstance(x, nn.Sequential | nn.ModuleList | nn.ParameterList)
+        sequence = isinstance(x, _SEQUENCES)
         # A sequence with parameters of its own keeps the positions of its layers.
         inside = {**x._modules, **x._parameters} if sequence else {**x._parameters, **x._modules}
         return Level("sequence" if sequence else "record", tuple(inside), list(inside.values()))
@@ -304,10 +309,8 @@ def unwritable(x: Tensor) -> bool:
 
 def memory(x: Tensor) -> int:
     """What tensors that share memory have in common; of an empty tensor, itself."""
-    if is_wrapped(x) or not x.numel() or x.is_meta:
-        return id(x)
-    try:
-        return x.untyped_storage().data_ptr()
+    try:  # a meta tensor has none
+        return (not is_wrapped(x) and x.numel() and x.untyped_storage().data_ptr()) or id(x)
     except RuntimeError:  # a DTensor, which stands for others
         return id(x)
 

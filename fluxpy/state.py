@@ -8,7 +8,7 @@ import copy
 import fnmatch
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar, overload
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from .begin import begin
 from .binding import Binding, Bindings
 from .context import Context
 from .distributed.layout import any_dtensor, layout_of, local_tensors
@@ -27,7 +28,7 @@ from .rule import Rule, at, hyperparameters, rule_key, title_key
 from .rule import walk as walk_rule
 from .show import describe_tree, table, tree_as_html
 from .text import OF_STATES, WORDS, form, near
-from .tree import Mirror, TreeSpec, check_model, relaid, respec, rooted, spec_of, values_of, walk
+from .tree import Mirror, TreeSpec, check_model, explore, relaid, respec, rooted, spec_of, values_of, walk
 
 AnyState = TypeVar("AnyState", bound="State | Leaf")
 Rules: TypeAlias = Rule | Mapping[str, Rule | None]  # one rule, or rules by glob patterns over paths
@@ -98,9 +99,7 @@ def leaf_list(state: State | Leaf) -> list[Leaf]:
 
 def tree_context(state: State | Leaf) -> Context:
     """What all leaves of the tree share."""
-    if isinstance(state, Leaf):
-        return context_of(state)
-    leaves = values_of(state)
+    leaves = leaf_list(state)
     return context_of(leaves[0]) if leaves else Context()
 
 
@@ -111,9 +110,7 @@ def require_training_weights(state: State | Leaf, what: str) -> None:
 
 def tree_bindings(state: State | Leaf) -> Bindings:
     """The models that views of the tree were used with, by the identity of the view's spec."""
-    if isinstance(state, Leaf):
-        return bindings_of(state)
-    leaves = values_of(state)
+    leaves = leaf_list(state)
     return bindings_of(leaves[0]) if leaves else Bindings()
 
 
@@ -183,7 +180,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
         raise TypeError("the rule comes first: setup(rule, model)")
     if isinstance(model, State | Leaf):
         raise TypeError("setup takes the model, not a state; to take a state over: setup(rule, model, keep=state)")
-    spec, params = walk(model)
+    walked = spec, params, _ = explore(model)
     if not params:
         check_model(model, "setup(rule, model)")
         warnings.warn("setup found no parameters in this model", stacklevel=2)
@@ -194,21 +191,14 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
         require_training_weights(keep, "setup(..., keep=)")
     context, bindings = Context(compile, len(params)), Bindings()
     context.spread = any_dtensor(params)
-    numbers: dict[int, Numbers] = {}
-    leaves: list[Leaf] = []
-    taken: dict[int, Record] = {}
-    for index, x in enumerate(params):
-        before = _kept(kept, names[index], x) if rules[index] is not None else None
-        if before is not None:
-            taken[index] = before
-        record = _new(rules[index], x) if before is None else _copy(before, x, numbers)
-        if context.spread or record.layout is not None:
-            record.lay_out(layout_of(x))
-        leaves.append(Leaf(record, context, bindings))
-    new = [index for index in range(len(params)) if index not in taken]
+    records, taken = _records(rules, params, names, kept)
+    for record, x in zip(records, params, strict=True) if context.spread or taken else ():
+        record.lay_out(layout_of(x))
+    leaves = [Leaf(record, context, bindings) for record in records]
+    new = [index for index in range(len(params)) if rules[index] is not None and index not in taken]
     with torch.inference_mode(False), torch.no_grad():
-        _begin(leaves, new, local_tensors(params), names)
-    if kept and (changed := _changed(kept, [i for i in new if rules[i] is not None], params, names)):
+        _begin(records, new, taken, local_tensors(params), names)
+    if kept and (changed := _changed(kept, new, params, names)):
         warnings.warn(
             f"setup(keep=) starts anew where shape or dtype changed: {'; '.join(changed[:8])}"
             f"{f' ({len(changed)} in all)' if len(changed) > 8 else ''}. Rows that are still meant can "
@@ -217,6 +207,8 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
         )
     if taken and keep is not None:
         _warn_of_new_tensors(keep, kept, taken, params)
+    if isinstance(model, nn.Module) and not (context.spread or is_compiling()):
+        bindings.add(id(spec), spec, model, records, walked)  # so that the first update need not walk again
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
 
 
@@ -228,17 +220,25 @@ def names_by_number(spec: TreeSpec) -> dict[int, list[str]]:
     return names
 
 
-def _new(rule: Rule | None, x: Tensor) -> Record:
-    record = Record(rule, rule is None, x.shape, x.dtype)
-    _note_flag(record, x)
-    return record
-
-
-def _note_flag(record: Record, x: Tensor) -> None:
-    """A parameter that does not require grad is frozen."""
-    if isinstance(x, nn.Parameter):
-        record.asked = x.requires_grad
-        record.frozen = record.frozen or not x.requires_grad
+def _records(
+    rules: dict[int, Rule | None], params: list[Tensor], names: dict[int, list[str]], kept: dict[str, Leaf]
+) -> tuple[list[Record], dict[int, Record]]:
+    """What leaves hold, new or copied; and of which record, by the number of the parameter."""
+    numbers, start, taken = dict[int, Numbers](), Numbers(), dict[int, Record]()
+    records: list[Record] = []
+    for index, x in enumerate(params):
+        rule = rules[index]
+        before = _kept(kept, names[index], x) if kept and rule is not None else None
+        if before is None:
+            record = Record(rule, rule is None, x.shape, x.dtype, start)
+        else:
+            taken[index] = before
+            record = before.clone(numbers.setdefault(id(before.numbers), before.numbers.copy()))
+        if isinstance(x, nn.Parameter):  # one that does not require grad is frozen
+            record.asked = x.requires_grad
+            record.frozen = record.frozen or not x.requires_grad
+        records.append(record)
+    return records, taken
 
 
 def _kept(kept: dict[str, Leaf], names: list[str], x: Tensor) -> Record | None:
@@ -260,13 +260,6 @@ def _changed(kept: dict[str, Leaf], new: list[int], params: list[Tensor], names:
     ]
 
 
-def _copy(before: Record, x: Tensor, numbers: dict[int, Numbers]) -> Record:
-    own = numbers.setdefault(id(before.numbers), before.numbers.copy())
-    record = before.clone(own)
-    _note_flag(record, x)
-    return record
-
-
 def _warn_of_new_tensors(
     keep: State | Leaf, kept: dict[str, Leaf], taken: dict[int, Record], params: list[Tensor]
 ) -> None:
@@ -285,12 +278,12 @@ def _warn_of_new_tensors(
         )
 
 
-def _begin(leaves: list[Leaf], new: list[int], params: list[Tensor], names: dict[int, list[str]]) -> None:
+def _begin(records: list[Record], new: list[int], old: Iterable[int], params: list[Tensor], names: Any) -> None:
     """Make the states of new leaves that train, in the same place of an accumulation window as those that are kept."""
-    records = records_of(leaves)
+    todo: list[tuple[Record, Tensor, str]] = []
     windows: dict[Any, Skeleton] = {}  # of leaves with a rule of the same kind
     inner: dict[Any, Any] = {}  # of each accumulating rule, by what equal ones have in common
-    for r in records:
+    for r in map(records.__getitem__, old):
         numbers = r.pending or r.numbers.skeleton
         if r.rule is not None and r.rule.accumulates and numbers is not None:
             if title_key(r.rule) not in windows:
@@ -298,14 +291,13 @@ def _begin(leaves: list[Leaf], new: list[int], params: list[Tensor], names: dict
             windows[title_key(r.rule)] = numbers
     for index in new:
         record, path = records[index], names[index][0]
-        if record.rule is None:
-            continue
-        if record.rule.accumulates:
+        if record.rule is not None and record.rule.accumulates:
             record.pending = windows.get(title_key(record.rule))
             if record.pending is None and inner:
                 record.pending = _in_step(record.rule, first_numbers(record.rule, params[index], path), inner)
         if not record.frozen:
-            record.begin(params[index], path)
+            todo.append((record, params[index], path))
+    begin(todo)
 
 
 def _in_step(rule: Rule, numbers: Skeleton, windows: dict[Any, Any]) -> Skeleton:

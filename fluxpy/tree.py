@@ -7,9 +7,10 @@
 Parameters are numbered in depth-first order; a tied one has one number and stands at several places.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any, ClassVar, NamedTuple, Self, overload
+from typing import Any, ClassVar, Self, overload
 from weakref import WeakValueDictionary
 
 import torch
@@ -104,12 +105,7 @@ class TreeSpec:
     @cached
     def duplicate(self) -> str | None:
         """A path that two parameters have, if there is one."""
-        seen: set[str] = set()
-        for path, _ in self.paths:
-            if path in seen:
-                return path
-            seen.add(path)
-        return None
+        return next((path for path, times in Counter(path for path, _ in self.paths).items() if times > 1), None)
 
     @cached
     def by_name(self) -> dict[Any, "TreeSpec"]:
@@ -156,43 +152,41 @@ def walk(model: Any) -> tuple[TreeSpec, list[Tensor]]:
 
 def explore(model: Any) -> tuple[TreeSpec, list[Tensor], list[Any]]:
     """`walk`, and all containers on the way: those of a module are its dicts of parameters and modules."""
-    values: list[Tensor] = []
-    numbers: dict[int, int] = {}
-    above: set[int] = set()
+    values, numbers, holders = list[Tensor](), dict[int, int](), list[Any]()
     places: list[tuple[str, tuple[Any, ...], int]] = []
-    holders: list[Any] = []
-    todo = [model]
+    todo, above = [iter([model])], list[int]()  # the containers that we are within: what is left, and their identity
     while todo:
-        top = todo.pop()
-        x = unwrap(top)
-        while top is not x:  # a wrapper may be given another module
-            holders.append(top._modules)
-            top = next(iter(top._modules.values()))
-        if isinstance(x, _Done):
-            above.remove(x.place)
-        elif is_parameter(x):
-            if id(x) not in numbers:
-                numbers[id(x)] = len(values)
-                values.append(x)
-            places.append(("leaf", (), numbers[id(x)]))
-        elif (here := level(x)) is None or id(x) in above:
-            # Nothing, or a module within itself, which is listed already.
-            places.append(("empty", (), -1))
-        else:
+        for top in todo[-1]:
+            if is_parameter(top):
+                number = numbers.setdefault(id(top), len(values))
+                if number == len(values):
+                    values.append(top)
+                places.append(("leaf", (), number))
+                continue
+            x = unwrap(top)
+            while top is not x:  # a wrapper may be given another module
+                holders.append(top._modules)
+                top = next(iter(top._modules.values()))
+            if (here := level(x)) is None or id(x) in above:
+                # Nothing, or a module within itself, which is listed already.
+                places.append(("empty", (), -1))
+                continue
             places.append((here.kind, here.keys, -1))
             holders += [x._parameters, x._modules] if isinstance(x, nn.Module) else [x]
-            above.add(id(x))
-            todo += [_Done(id(x)), *reversed(here.children)]
+            above.append(id(x))
+            todo.append(iter(here.children))
             if len(above) > 900:
                 raise ValueError("the model is nested deeper than 900 levels")
+            break
+        else:  # all below this place was visited
+            todo.pop()
+            del above[-1:]
     spec = _known(places)
     if spec.duplicate is not None:
         raise ValueError(f"two parameters of the model have one path, {spec.duplicate!r}; rename one of them")
-    if torch.compiler.is_compiling():
-        return spec, values, holders
-    for path, index in spec.paths:
-        if nn.parameter.is_lazy(values[index]):
-            raise ValueError(f"the parameter {path!r} is lazy and has no shape yet; run the model once first")
+    if not torch.compiler.is_compiling() and any(map(nn.parameter.is_lazy, {type(x): x for x in values}.values())):
+        path = next(path for index, path in spec.leaves.items() if nn.parameter.is_lazy(values[index]))
+        raise ValueError(f"the parameter {path!r} is lazy and has no shape yet; run the model once first")
     return spec, values, holders
 
 
@@ -229,12 +223,6 @@ def _known(places: list[tuple[str, tuple[Any, ...], int]]) -> TreeSpec:
     if found is None:
         found = _SPECS[key] = TreeSpec.build(places)
     return found
-
-
-class _Done(NamedTuple):
-    """In the list of what is to be visited: all below this place was."""
-
-    place: int
 
 
 class Mirror:

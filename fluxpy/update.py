@@ -7,6 +7,7 @@ plan. Where one may differentiate through it, it runs the reference path: each r
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from .engine.reference import ReferenceUnit
 from .engine.step import FallBack, Unit, run_to_results
 from .grads import in_order
 from .leaf import Leaf, Record, miss_update
-from .pytree import is_transforming, is_unseen, is_wrapped, memory, unwritable
+from .pytree import is_transforming, is_wrapped, memory, unwritable
 from .rebuild import Copies, as_parameter, like_parameter, rebuild
 from .rule import Rule, tensors_of
 from .state import AnyState, State, bind, shape_of, tree_context
@@ -72,8 +73,9 @@ def update(state: AnyState, model: Model, grads: Any = None, *, inplace: bool = 
 
 def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
     """`update` in place of a model whose parameters are known."""
-    if grads is None and binding.parallel is not None and binding.parallel.replicas:  # what a backward pass left
-        binding.parallel.require_averages([not record.frozen for record in binding.records])
+    parallel = binding.parallel
+    if grads is None and parallel is not None and parallel.replicas:  # what a backward pass left
+        parallel.require_averages([not record.frozen for record in binding.records])
     found = in_order(binding, grads)
     if binding.unasked:
         binding.look_at_flags()
@@ -179,7 +181,8 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
     if route is None:
         binding.warn_of_flags()
         _check(binding, grads, inplace)
-        grads = _apart_from_parameters(binding, grads)
+        written = {memory(x) for x in binding.local}  # a gradient in there would change while it is read
+        grads = [g.clone() if g is not None and memory(g) in written else g for g in grads]
         try:
             route = plan.find(grads) or plan.make(grads)
         except BaseException:
@@ -265,16 +268,11 @@ def _pure(state: Any, binding: Binding, context: Context, model: Any, grads: Any
     """The outcome as a new state and a new model, which share no tensor with the old."""
     found = in_order(binding, grads)
     context.settle()
-    kept_as_it_is = all(_has_begun(record) for record in binding.records)
-    if not kept_as_it_is or is_transforming() or torch.is_inference_mode_enabled() or _has_history(binding, found):
+    begun = all(r.frozen or r.rule is None or r.tensors is not None for r in binding.records)  # needs no new state
+    if not begun or is_transforming() or torch.is_inference_mode_enabled() or _has_history(binding, found):
         return _pure_by_reference(state, binding, context, model, found)
     with torch.no_grad():
         return _pure_by_copy(state, binding, context, model, found)
-
-
-def _has_begun(record: Record) -> bool:
-    """Whether a plan can step a leaf without making a state for it."""
-    return record.frozen or record.rule is None or record.tensors is not None
 
 
 def _pure_by_copy(state: Any, binding: Binding, context: Context, model: Any, grads: list[Any]) -> tuple[Any, Any]:
@@ -369,18 +367,20 @@ def _watch_history(binding: Binding, fork: Context) -> None:
 
 def _check(binding: Binding, grads: Sequence[Any], inplace: bool) -> None:
     """ValueError, with the path, for a parameter or gradient that does not fit the state."""
+    unseen = torch.compiler.is_compiling() or any(map(is_wrapped, binding.local))
     for record, x, path, dx in zip(binding.records, binding.local, binding.paths, grads, strict=True):
         _check_one(path, record, x, dx)
-        if inplace and unwritable(x):
+        if inplace and (unseen or x.is_inference() or not x.is_contiguous()) and unwritable(x):
             raise ValueError(
                 f"{path!r} cannot be written in place (expanded, or made in inference mode); clone it first"
             )
-    if not any(map(is_unseen, binding.local)):
+    if not unseen:
         _check_overlap(binding)
 
 
 def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
-    if (x.shape, x.dtype) != (record.local_shape, record.dtype):
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if shape != record.local_shape or dtype != record.dtype:
         raise ValueError(
             f"the model does not fit the state: {path!r} was {form(record.shape, record.dtype)} at setup and is now "
             f"{form(x.shape, x.dtype)}; after model.to(...) write fluxpy.follow(state, model), else call setup again"
@@ -391,13 +391,13 @@ def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
         raise ValueError(f"the gradient of {path!r} must be a tensor or None, but got {type(dx).__name__}")
     if dx.layout != torch.strided:
         raise ValueError(f"the gradient of {path!r} is sparse ({dx.layout}); pass grad.to_dense()")
-    if (dx.shape, dx.dtype, dx.device) != (x.shape, x.dtype, x.device):
+    if dx.shape != shape or dx.dtype != dtype or dx.device != device:
         raise ValueError(
             f"the gradient of {path!r} does not fit: the parameter is {form(x.shape, x.dtype)} on {x.device}, "
             f"the gradient {form(dx.shape, dx.dtype)} on {dx.device}"
         )
     for t in record.tensors or ():
-        if t.device != x.device and t.ndim:
+        if t.device != device and t.ndim:
             raise ValueError(
                 f"the momenta of {path!r} are on {t.device}, the parameter on {x.device}: after model.to(...) write "
                 "fluxpy.follow(state, model)"
@@ -409,7 +409,7 @@ def _check_overlap(binding: Binding) -> None:
     ends: dict[torch.device, tuple[int, str]] = {}
     pairs = zip(binding.local, binding.paths, strict=True)
     found = [(x.data_ptr(), x, path) for x, path in pairs if x.numel() and not x.is_meta]
-    for start, x, path in sorted(found, key=lambda entry: entry[0]):
+    for start, x, path in sorted(found, key=itemgetter(0)):
         end, other = ends.get(x.device, (0, ""))
         if start < end:
             raise ValueError(
@@ -420,12 +420,6 @@ def _check_overlap(binding: Binding) -> None:
         size = x.nbytes if is_dense(x) else x.element_size()
         if start + size > end:
             ends[x.device] = start + size, path
-
-
-def _apart_from_parameters(binding: Binding, grads: list[Any]) -> list[Any]:
-    """The gradients, copied where they are in the memory of a parameter, which is written while they are read."""
-    written = {memory(x) for x in binding.local}
-    return [g.clone() if g is not None and memory(g) in written else g for g in grads]
 
 
 def check_finite(state: State | Leaf) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..pytree import memory
 from ..rule import Steps
-from .cohort import LEAST_RUN, Cohort
-from .layout import NumberRow, Row, Scratch, adjacent, copy_all, flat_view, views_like
+from .cohort import Cohort
+from .layout import LEAST_RUN, NumberRow, Row, Scratch, adjacent, copy_all, flat_view, runs, stacks, views_like
 
 
 class Chunk:
@@ -21,6 +21,7 @@ class Chunk:
         low, high, start, size = place
         self.low, self.high, self.start = low, high, start
         reals = cohort.reals[low:high]
+        where = runs(reals)
         self.size = size if size >= 0 else sum(cohort.sizes[low:high])
         self.stacked, self.shape = stack, (high - low, *reals[0].shape) if stack else (self.size,)
         self.gathers = high - low > 1
@@ -32,12 +33,13 @@ class Chunk:
         if self.gathers:
             first = reals[0]
             self.dx = scratch.take("dx", first.dtype, first.device, self.size)
-            self.dx_views = views_like(self.dx, reals)
+            self.dx_views = views_like(self.dx, reals, where)
         self.written = {memory(row.buffer) for row in (self.x, *self.momenta)}
         self.scratch = scratch
         self.asked: tuple[Tensor, list[Tensor]] | None = None  # a value that a total is asked for, and its leaves
         self.sizes: Tensor | None = None
-        self.runs = runs_of(cohort, low, high)
+        # The neighbours of one shape and strides, where these are many.
+        self.runs = where if LEAST_RUN * len(where) <= len(reals) and not cohort.params[low].is_complex() else None
         self.answers: list[Any] = []
         self.running: Steps | None = None
         self.result: Any = None
@@ -68,12 +70,7 @@ class Chunk:
     def leaves(self, value: Tensor, cohort: Cohort) -> list[Any]:
         """A flat value in the shapes of its leaves: those of one shape, where they are few, as a stack."""
         if self.runs is not None:
-            parts = value.split([(high - low) * cohort.sizes[low] for low, high in self.runs])
-            stacks = []
-            for part, (low, high) in zip(parts, self.runs, strict=True):
-                x = cohort.reals[low]
-                stacks.append(part.as_strided((high - low, *x.shape), (x.numel(), *x.stride()), part.storage_offset()))
-            return stacks
+            return [stack for stack, _ in stacks(value, cohort.reals[self.low : self.high], self.runs)]
         if self.asked is None or self.asked[0].dtype != value.dtype:
             buffer = self.scratch.take("asked", value.dtype, value.device, self.size)
             pairs = zip(buffer.split(cohort.sizes[self.low : self.high]), cohort.params[self.low :], strict=False)
@@ -84,22 +81,6 @@ class Chunk:
     def clear(self) -> None:
         """Forget one step's work."""
         self.answers, self.running, self.result = [], None, None
-
-
-def runs_of(cohort: Cohort, low: int, high: int) -> list[tuple[int, int]] | None:
-    """The neighbours of one shape and layout, where such runs are long; else None."""
-    if cohort.params[low].is_complex():
-        return None
-    runs: list[tuple[int, int]] = []
-    last: Any = None
-    for i in range(low, high):
-        form = cohort.reals[i].shape, cohort.reals[i].stride()
-        if form == last:
-            runs[-1] = runs[-1][0], i + 1
-        else:
-            runs.append((i, i + 1))
-            last = form
-    return runs if LEAST_RUN * len(runs) <= high - low else None
 
 
 def shaped_like(flat: Tensor, x: Tensor) -> Tensor:

@@ -12,9 +12,7 @@ from ..context import Context, remembered
 from ..leaf import Numbers, Record, rules_of
 from ..pytree import Skeleton
 from ..rule import Rule, reducing
-from .layout import adjacent, chunks_of, is_dense, pack, views_like
-
-LEAST_RUN = 4  # leaves of one shape, on average: shorter runs are not worth a stack
+from .layout import LEAST_RUN, adjacent, chunks_of, is_dense, pack, runs, views_like
 
 
 class Member(NamedTuple):
@@ -46,7 +44,8 @@ class Cohort:
         self.params = [member.x for member in members]
         self.places = [member.place for member in members]
         self.paths = [member.path for member in members]
-        self.sizes = [x.numel() * (2 if x.is_complex() else 1) for x in self.params]
+        parts = 2 if self.params[0].is_complex() else 1
+        self.sizes = [x.numel() * parts for x in self.params]
         self.numbers: Numbers = self.records[0].numbers.copy()
         self.numbers.fresh = all(record.numbers.fresh for record in self.records)
         columns = [record.tensors or [] for record in self.records]
@@ -66,7 +65,8 @@ class Cohort:
     @cached_property
     def reals(self) -> list[Tensor]:
         """The parameters without history, complex ones as real."""
-        return [real_view(x) for x in self.params]
+        detached = [x.detach() for x in self.params]
+        return [*map(torch.view_as_real, detached)] if detached[0].is_complex() else detached
 
     @property
     def rule(self) -> Rule:
@@ -95,8 +95,9 @@ class Cohort:
         if not self.momenta:
             return
         for low, high, _, _ in chunks_of(self.sizes, False, breaks):
+            where = runs(self.reals[low:high])  # of momenta too: each is like its parameter, or all are numbers
             for row in self.momenta:
-                row[low:high] = pack(row[low:high])
+                row[low:high] = pack(row[low:high], where)
         self.hold(self.momenta)
 
     def hold(self, momenta: list[list[Tensor]]) -> None:
@@ -141,9 +142,11 @@ def arranged(members: Sequence[Member]) -> list[Member]:
     ordered = sorted(members, key=attrgetter("place"))
     rule, first = ordered[0].record.rule, [real_view(member.x) for member in ordered[:2]]
     if rule is not None and reducing(rule) and len(first) > 1 and adjacent(first) is None:
-        forms = {member.place: (member.x.numel(), member.x.shape, member.x.stride()) for member in ordered}
-        if LEAST_RUN * len({*forms.values()}) <= len(ordered):
-            ordered.sort(key=lambda member: forms[member.place])
+        forms: dict[Any, list[Member]] = {}
+        for member in ordered:
+            forms.setdefault((member.x.shape, member.x.stride()), []).append(member)
+        if LEAST_RUN * len(forms) <= len(ordered):
+            return [member for form in sorted(forms, key=lambda f: (f[0].numel(), f)) for member in forms[form]]
     return ordered
 
 

@@ -321,15 +321,10 @@ class FusedUnit(_Fused):
         return chunk.dx_views
 
 
-def is_adjacent(params: Sequence[Tensor]) -> bool:
-    """Whether parameters look as if they were laid out flat."""
-    return len(params) > 1 and adjacent([x.detach() for x in params[:2]]) is not None
-
-
 def fused_unit(cohort: Cohort) -> FusedUnit | FusedListUnit:
     """The unit for a cohort that a kernel of PyTorch's can step."""
     parts = Parts.of(cohort.rule)
-    plain = parts.front is None and parts.master is None
-    if plain and not cohort.params[0].is_complex() and not is_adjacent(cohort.params):
-        return FusedListUnit(cohort)
-    return FusedUnit(cohort)
+    first = [x.detach() for x in cohort.params[:2]]
+    laid_out = len(first) > 1 and adjacent(first) is not None  # as parameters that were made flat
+    plain = parts.front is None and parts.master is None and not first[0].is_complex()
+    return FusedListUnit(cohort) if plain and not laid_out else FusedUnit(cohort)

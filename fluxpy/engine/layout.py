@@ -7,6 +7,7 @@ of their momenta); a *chunk* is what is worked on at once: neighbours in a row, 
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 # Elements of a chunk: 2**17 floats are half a megabyte, so what a chain touches stays in the cache.
 SIZE = 1 << 17
 
+LEAST_RUN = 4  # leaves of one shape, on average: shorter runs are not worth a stack
+Runs = list[tuple[int, int]]  # of neighbours, each from the first to behind the last
 copy_all: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -72,17 +75,14 @@ class Extents:
         """Whether any of these points into the memory."""
         if not self.starts or pointers == self.apart:
             return False
-        if not self._meets(pointers):
-            self.apart = pointers
-            return False
-        return True
-
-    def _meets(self, pointers: list[int]) -> bool:
         if len(pointers) > 32:
             starts, ends = self.as_arrays
             found = np.fromiter(pointers, np.int64, len(pointers))
-            return bool((found < ends[starts.searchsorted(found, side="right")]).any())
-        return any(pointer < self.ends[bisect_right(self.starts, pointer)] for pointer in pointers)
+            meets = bool((found < ends[starts.searchsorted(found, side="right")]).any())
+        else:
+            meets = any(pointer < self.ends[bisect_right(self.starts, pointer)] for pointer in pointers)
+        self.apart = self.apart if meets else pointers
+        return meets
 
 
 def extent(t: Tensor) -> int:
@@ -93,17 +93,36 @@ def extent(t: Tensor) -> int:
     return (last + 1) * t.element_size()
 
 
-def views_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+def runs(tensors: Sequence[Tensor]) -> Runs:
+    """The neighbours of one shape and strides."""
+    forms = [(t.shape, t.stride()) for t in tensors]
+    starts = [i for i, form in enumerate(forms) if not i or form != forms[i - 1]]
+    return [*zip(starts, [*starts[1:], len(forms)], strict=True)]
+
+
+def stacks(flat: Tensor, tensors: Sequence[Tensor], where: Runs | None = None) -> Iterator[tuple[Tensor, Any]]:
+    """The parts of a long tensor for neighbours of one shape and strides, as stacks, each with those neighbours."""
+    start = flat.storage_offset()
+    for low, high in where or runs(tensors):
+        first, many = tensors[low], high - low
+        size = first.numel()
+        yield flat.as_strided((many, *first.shape), (size, *first.stride()), start), tensors[low:high]
+        start += many * size
+
+
+def views_like(flat: Tensor, tensors: Sequence[Tensor], where: Runs | None = None) -> list[Tensor]:
     """Parts of a long tensor, in the shapes and strides of others."""
-    starts = accumulate([t.numel() for t in tensors[:-1]], initial=flat.storage_offset())
-    return [flat.as_strided(t.shape, t.stride(), start) for t, start in zip(tensors, starts, strict=True)]
+    return [view for stack, _ in stacks(flat, tensors, where) for view in stack.unbind()]
 
 
-def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
+def pack(tensors: Sequence[Tensor], where: Runs | None = None) -> list[Tensor]:
     """Copies that are adjacent; the tensors themselves where they are already."""
     if adjacent(tensors) is not None:
         return list(tensors)
-    return views_like(torch.cat([flat_view(t) for t in tensors]), tensors)
+    found: list[Tensor] = []
+    for stack, same in stacks(tensors[0].new_empty(sum([t.numel() for t in tensors])), tensors, where):
+        found += torch.stack(same, out=stack).unbind()
+    return found
 
 
 def chunks_of(sizes: Sequence[int], split: bool, breaks: Collection[int] = ()) -> Iterator[tuple[int, int, int, int]]:
@@ -143,19 +162,21 @@ class Row:
     into scratch memory and written back. `shown` is what a rule sees: flat, unless somebody says otherwise.
     """
 
-    __slots__ = ("buffer", "flat", "shown", "tensors", "views")
-
     def __init__(self, tensors: list[Tensor], scratch: Scratch, role: Any, start: int = 0, size: int = -1) -> None:
         self.tensors = tensors
         self.flat = adjacent(tensors)
         if self.flat is not None:
             self.flat = self.flat if size < 0 else self.flat[start : start + size]
-            self.buffer, self.views = self.flat, tensors
+            self.buffer = self.flat
         else:
-            first, total = tensors[0], sum(t.numel() for t in tensors)
+            first, total = tensors[0], sum([t.numel() for t in tensors])
             self.buffer = scratch.take(role, first.dtype, first.device, total)
-            self.views = views_like(self.buffer, tensors)
         self.shown = self.buffer
+
+    @cached_property
+    def views(self) -> list[Tensor]:
+        """The parts of the scratch memory: of parameters that a kernel steps where they are, nobody asks for them."""
+        return views_like(self.buffer, self.tensors)
 
     def show_as(self, shape: tuple[int, ...]) -> None:
         """Let rules see it in this shape."""
@@ -180,8 +201,6 @@ class NumberRow(Row):
     `sizes` says how many these are, once for each element. Of a leaf in parts the number is that of the whole: it is
     written when the `last` of them is.
     """
-
-    __slots__ = ("firsts", "last", "own")
 
     def __init__(
         self,

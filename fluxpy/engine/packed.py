@@ -26,9 +26,9 @@ from ..rule import (
     run_alone,
     title_key,
 )
-from .chunk import Chunk, runs_of, shaped_like
+from .chunk import Chunk, shaped_like
 from .cohort import Cohort
-from .layout import NumberRow, Row, Scratch, chunks_of
+from .layout import LEAST_RUN, NumberRow, Row, Runs, Scratch, chunks_of, runs
 from .step import FallBack, Prepare, Request
 from .tape import is_arithmetic
 
@@ -40,12 +40,12 @@ class Chunks:
     long tensor, and each total a tensor."""
 
     def __init__(self, cohort: Cohort, *, split: bool, stack: bool = False, long: bool = False) -> None:
-        self.cohort, self.long = cohort, long
+        self.cohort, self.long, x = cohort, long, cohort.params[0]
         # Where each array has a number of its own, leaves of one shape go as a stack: there the number is broadcast.
-        runs = None
-        if not (stack or long) and (any(cohort.numeric) or reducing(cohort.rule, "array")):
-            runs = runs_of(cohort, 0, len(cohort.sizes)) if all(x.is_contiguous() for x in cohort.reals) else None
-        breaks = {low for low, _ in runs} if runs is not None else ()
+        found: Runs = []
+        if not (stack or long or x.is_complex()) and (any(cohort.numeric) or reducing(cohort.rule, "array")):
+            found = runs(cohort.reals) if all(x.is_contiguous() for x in cohort.reals) else []
+        breaks = {low for low, _ in found} if LEAST_RUN * len(found) <= len(cohort.sizes) else ()
         cohort.pack_momenta(breaks)
         scratch = Scratch()
         where = list(chunks_of(cohort.sizes, split, breaks))
@@ -155,7 +155,11 @@ class Chunks:
         """What a rule asks for a total of, where that can be had leaf by leaf at once: gradients, or numbers."""
         first = self.all[0]
         for i, row in enumerate(first.momenta):
-            if isinstance(row, NumberRow) and _is_buffer(value, row):
+            if (
+                isinstance(row, NumberRow)
+                and value.data_ptr() == row.buffer.data_ptr()
+                and len(row.buffer) == value.numel()
+            ):
                 rows: Any = [chunk.momenta[i] for chunk in self.all if chunk.start == 0]
                 return torch.cat([row.numbers() for row in rows])
         stacked = all(chunk.runs is not None for chunk in self.all)
@@ -177,9 +181,9 @@ class Chunks:
         if chunk.stacked:
             return mine.view(chunk.number_shape)
         if chunk.runs is not None:
-            sizes = self.cohort.sizes
+            sizes = self.cohort.sizes[chunk.low : chunk.high]
             return torch.cat(
-                [parts[low:high].view(-1, 1).expand(-1, sizes[low]).reshape(-1) for low, high in chunk.runs]
+                [mine[low:high].view(-1, 1).expand(-1, sizes[low]).reshape(-1) for low, high in chunk.runs]
             )
         if chunk.sizes is None:
             chunk.sizes = torch.tensor(self.cohort.sizes[chunk.low : chunk.high], device=mine.device)
@@ -197,10 +201,6 @@ def like_parameters(grads: Sequence[Tensor], cohort: Cohort) -> list[Tensor]:
     for i in cohort.odd:
         found[i] = torch.empty_like(cohort.params[i], requires_grad=False).copy_(found[i])
     return found
-
-
-def _is_buffer(value: Tensor, row: Row) -> bool:
-    return value.data_ptr() == row.buffer.data_ptr() and value.numel() == row.buffer.numel()
 
 
 def _of_pieces(rule: ReducingRule, pieces: list[Tensor], x: Tensor | None) -> Tensor:

@@ -7,20 +7,21 @@ split only where a route needs a part of it. So models whose parts take turns so
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..begin import begin
 from ..context import Context, Late, remembered
 from ..distributed.gathered import GatheredUnit
 from ..distributed.totals import Totals
 from ..leaf import Record, miss_update
-from ..pytree import HOLE, Skeleton, is_wrapped
+from ..pytree import HOLE, PLAIN, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
 from . import following, fused, fused_kernels
-from .cohort import Cohort, Member, arranged, fits_stacked, is_number, packed_form, real_view
+from .cohort import Cohort, Member, arranged, fits_stacked, packed_form, real_view
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
 from .layout import Extents, addresses, extent
@@ -32,7 +33,6 @@ from .tape import is_arithmetic, keeps_numbers
 
 _MOST_ROUTES = 32  # kept of one plan
 _LEAST_STACK = 8  # leaves: fewer are as fast one by one as by vmap
-_PLAIN = torch.Tensor, nn.Parameter
 _place = attrgetter("place")
 
 
@@ -41,7 +41,7 @@ class Route:
 
     def __init__(self, plan: "Plan", cohorts: list[Cohort], alone: list[ReferenceUnit], grads: Sequence[Any]) -> None:
         params = plan.params
-        self.cohorts, self.units = cohorts, [*map(plan.unit_of, cohorts), *alone]
+        self.cohorts, self.units = cohorts, [*[plan.units[id(cohort)] for cohort in cohorts], *alone]
         self.present = [i for i, g in enumerate(grads) if g is not None]
         self.absent = [i for i, g in enumerate(grads) if g is None]
         self.everyone = not self.absent
@@ -49,7 +49,7 @@ class Route:
         self.params = params
         self.odd = [_odd(cohort, grads) for cohort in cohorts]
         self.alike = _alike_but_for_numbers(cohorts)
-        self.addresses = addresses(params)
+        self.addresses = plan.addresses
         self.extents = [*map(extent, params)]
         self.memory = Extents(self.addresses, self.extents)
         self.laid_out = any(unit.laid_out for unit in self.units)
@@ -57,7 +57,7 @@ class Route:
     def fork(self, plan: "Plan", cohorts: list[Cohort], alone: list[ReferenceUnit]) -> "Route":
         """The same route over the copies in another plan."""
         other = copy.copy(self)
-        other.cohorts, other.units = cohorts, [*map(plan.unit_of, cohorts), *alone]
+        other.cohorts, other.units = cohorts, [*[plan.units[id(cohort)] for cohort in cohorts], *alone]
         other.params, other.addresses = plan.params, plan.addresses
         other.memory = Extents(plan.addresses, self.extents)
         other.alike = _alike_but_for_numbers(cohorts)
@@ -97,8 +97,8 @@ def _has_twins(alike: list[list[Cohort]]) -> bool:
 
 def _odd(cohort: Cohort, grads: Sequence[Any]) -> list[int]:
     """The leaves of a cohort whose gradients have other strides than the parameters."""
-    pairs = [(x, grads[place]) for x, place in zip(cohort.params, cohort.places, strict=True)]
-    return [i for i, (x, dx) in enumerate(pairs) if dx is not None and dx.stride() != x.stride()]
+    pairs = enumerate(zip(cohort.params, cohort.places, strict=True))
+    return [i for i, (x, place) in pairs if (dx := grads[place]) is not None and dx.stride() != x.stride()]
 
 
 class Plan:
@@ -111,7 +111,7 @@ class Plan:
         self.routes: dict[Any, Route] = {}
         self.route: Route | None = None
         self.waiting: list[tuple[Record, tuple[Tensor, str]]] = []  # frozen leaves of rules that accumulate
-        self.begun: list[Callable[[], None]] = []  # what takes back the states that were made for this update
+        self.begun: list[Any] = []  # leaves whose state was made for this update, and what they were before
         self.structure = self.hyper = -1
         self.addresses: list[int] = []  # where the parameters were when the cohorts were laid out
         self.totals = Totals(records) if context.spread else None
@@ -132,7 +132,7 @@ class Plan:
                 return route
         if self.context.structure != self.structure:
             self._verify()
-        self.route = route = self.routes.get(self._pattern(grads))
+        self.route = route = self.routes.get(self._pattern(grads)) if self.routes else None
         if route is None or _has_twins(route.alike) or not route.takes(grads):
             return None
         return route
@@ -144,7 +144,7 @@ class Plan:
         if here != self.addresses:
             self._renew()
             self.addresses = here
-        members, kinds, alone = self._members(grads)
+        members, statics, alone = self._members(grads)
         live = {member.place for member in members}
         self._leave_out({unit.place for unit in alone})
         for present in (True, False):
@@ -152,7 +152,7 @@ class Plan:
         assigned = {place for cohort in self.cohorts for place in cohort.places}
         cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
         if live - assigned or _has_twins(_alike_but_for_numbers(cohorts)):
-            self._regroup(members, kinds, grads)
+            self._regroup(members, statics)
             cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
         if len(self.routes) >= _MOST_ROUTES:
             self.routes.clear()
@@ -178,11 +178,8 @@ class Plan:
         other.waiting = other.find_waiting()
         where = {cohort.places[0]: cohort for cohort in other.cohorts}
         cohorts = [where[cohort.places[0]] for cohort in route.cohorts]
-        alone = [
-            ReferenceUnit(other.records[unit.place], params[unit.place], unit.place, unit.path, context)
-            for unit in route.units
-            if isinstance(unit, ReferenceUnit)
-        ]
+        own = [unit for unit in route.units if isinstance(unit, ReferenceUnit)]
+        alone = [ReferenceUnit(other.records[u.place], params[u.place], u.place, u.path, context) for u in own]
         other.route = route.fork(other, cohorts, alone)
         pattern = next((key for key, known in self.routes.items() if known is route), None)
         if pattern is not None:
@@ -190,16 +187,13 @@ class Plan:
         other.route.enter()
         return other, other.route.units
 
-    def unit_of(self, cohort: Cohort) -> CohortUnit:
-        return self.units[id(cohort)]
-
     def commit(self, units: Sequence[Unit]) -> None:
         """Write what units came to, and tell accumulating rules of an update in which their leaves were frozen. Leaves
         that share their numbers keep sharing them."""
         known: dict[Any, Skeleton | None] = {}
         skipped, begun, self.begun = self.context.flag.skipped, self.begun, []
         if skipped is not None:  # which only the device knows by now
-            self.context.late = Late(skipped, begun)
+            self.context.late = Late(skipped, [partial(_take_back, begun)])
         for record, (x, path) in self.waiting:
             key = id(record.rule), id(record.numbers), id(record.pending)
             if self.context.late is not None:
@@ -213,22 +207,18 @@ class Plan:
             unit.commit()
 
     def forget_begun(self) -> None:
-        """The update failed: leaves that had no momenta have none again."""
-        for back in self.begun:
-            back()
+        """The update failed."""
+        _take_back(self.begun)
         if self.begun:
             self.begun = []
-            self._dissolve()
-
-    def _dissolve(self) -> None:
-        self.cohorts, self.units, self.routes, self.route = [], {}, {}, None
-        self.context.structure += 1
+            self.cohorts, self.units, self.routes, self.route = [], {}, {}, None
+            self.context.structure += 1
 
     # --- What changed -------------------------------------------------------------------------------------------------
 
-    def _pattern(self, grads: Sequence[Any]) -> tuple[tuple[bool, bool], ...]:
+    def _pattern(self, grads: Sequence[Any]) -> bytes:
         """Which leaves have a gradient, and which are frozen."""
-        return tuple([(g is None, record.frozen) for record, g in zip(self.records, grads, strict=True)])
+        return bytes([2 * (g is None) + record.frozen for record, g in zip(self.records, grads, strict=True)])
 
     def _adopt_rules(self) -> None:
         """Take over what `adjust` did. Where the leaves of a cohort do not go together any more, it is dissolved."""
@@ -264,71 +254,65 @@ class Plan:
 
     # --- Grouping -----------------------------------------------------------------------------------------------------
 
-    def _members(self, grads: Sequence[Any]) -> tuple[list[Member], dict[int, str], list[ReferenceUnit]]:
-        """The leaves that step in cohorts, how each can be stepped by its place, and the units of those that step
-        alone."""
+    def _members(self, grads: Sequence[Any]) -> tuple[list[Member], dict[int, Any], list[ReferenceUnit]]:
+        """The leaves that step in cohorts, what they must have in common but numbers by their places, and the units of
+        those that step alone."""
         members: list[Member] = []
-        kinds: dict[int, str] = {}
+        statics: dict[int, Any] = {}
         alone: list[Member] = []
         stacks: dict[Any, list[Member]] = {}
-        ways: dict[Any, str | None] = {}
-        for place, (record, x, path, dx) in enumerate(zip(self.records, self.params, self.paths, grads, strict=True)):
+        known: dict[Any, Any] = {}
+        every = [*zip(self.records, self.params, self.paths, grads, strict=True)]
+        new = [(r, x, path) for r, x, path, dx in every if r.tensors is None and r.takes_part(dx)]
+        self.begun += [(record, record.numbers, record.pending) for record, _, _ in new]
+        begin(new)
+        for place, (record, x, path, dx) in enumerate(every):
             if not record.takes_part(dx):
                 continue
-            self._begin(record, x, path)
             member = Member(record, x, place, path)
-            kind = None if record.needs_whole else self._kind(record, x, dx, ways)
-            if kind is None or (dx is None and kind == "compiled"):
+            static = None if record.needs_whole else self._static(record, x, dx, known)
+            if static is None or (dx is None and static[0] == "compiled"):
                 alone.append(member)
                 continue
-            kinds[place] = kind
-            if kind == "stack":
+            statics[place] = static
+            if static[0] == "stack":
                 stacks.setdefault((x.shape, x.dtype, id(record.rule), dx is None), []).append(member)
             else:
                 members.append(member)
         for stack in stacks.values():
             (members if len(stack) >= _LEAST_STACK else alone).extend(stack)
         members.sort(key=_place)
-        return members, kinds, [self._alone(member) for member in sorted(alone, key=_place)]
+        kinds = [(GatheredUnit if m.record.needs_whole else ReferenceUnit, m) for m in sorted(alone, key=_place)]
+        return members, statics, [kind(*member, self.context) for kind, member in kinds]
 
-    def _alone(self, member: Member) -> ReferenceUnit:
-        kind = GatheredUnit if member.record.needs_whole else ReferenceUnit
-        return kind(*member, self.context)
-
-    def _begin(self, record: Record, x: Tensor, path: str) -> None:
-        if record.tensors is not None:
-            return
-        self.begun += remembered(record, "tensors", "numbers", "pending")
-        try:
-            record.begin(x, path)
-        except BaseException:
-            self.forget_begun()
-            raise
-
-    def _kind(self, record: Record, x: Tensor, dx: Tensor | None, ways: dict[Any, str | None]) -> str | None:
-        """How a leaf can be stepped: "compiled", "fused", "following", "eager", "stack", or None: by itself. `ways`
-        remembers what hangs on the rule and the dtypes alone."""
-        rule, tensors = record.rule, record.tensors
-        assert rule is not None and tensors is not None
-        if type(x) not in _PLAIN or (dx is not None and type(dx) not in _PLAIN):
+    def _static(self, record: Record, x: Tensor, dx: Tensor | None, known: dict[Any, Any]) -> Any:
+        """What leaves must have in common with this one to go together, but for numbers. First how they are stepped:
+        "compiled", "fused", "following", "eager" or "stack". None of one that steps by itself. `known` remembers what
+        hangs on the rule and the dtypes alone."""
+        rule, tensors, skeleton = record.rule, record.tensors, record.numbers.skeleton
+        assert rule is not None and tensors is not None and skeleton is not None
+        if type(x) not in PLAIN or (dx is not None and type(dx) not in PLAIN):
             return None
-        if not x.numel() or x.is_meta or is_wrapped(x):
+        if x.is_conj() or is_wrapped(x):
             return None
         form = packed_form(x, tensors)
-        key = id(rule), x.dtype, x.device, x.numel() > 1, tuple([t.dtype for t in tensors]), form
-        if key not in ways:
-            ways[key] = self._way(record, rule, x, form)
-        way = ways[key]
-        if way == "stack":
-            # In a stack, a number of each leaf does not broadcast as an elementwise rule in a chain wants it.
-            numbers = rule.delegates and not all(t.ndim for t in tensors)
-            return "stack" if fits_stacked(x, tensors) and not numbers else None
-        return None if x.is_complex() and x.is_conj() else way
+        dtypes = tuple([t.dtype for t in tensors])
+        key = id(rule), x.dtype, x.device, min(x.numel(), 2), dtypes, form, id(skeleton.spec), dx is None
+        static = known.get(key, key)
+        if static is key:
+            way = self._way(record, rule, x, form)
+            shared = way and _rule_key(way, rule, self.context), dx is not None, x.dtype, x.device, skeleton.spec
+            static = known[key] = None if way is None else (way, *shared, dtypes, form)
+        if static is None or static[0] != "stack":
+            return static
+        # In a stack, a number of each leaf does not broadcast as an elementwise rule in a chain wants it.
+        numbers = rule.delegates and not all(t.ndim for t in tensors)
+        return (*static, x.shape, *[t.shape for t in tensors]) if fits_stacked(x, tensors) and not numbers else None
 
     def _way(self, record: Record, rule: Rule, x: Tensor, form: tuple[bool, ...] | None) -> str | None:
         """How leaves of this rule, like `x`, can be stepped; `form` says which tensors of the state are numbers, where
         the others are like `x`."""
-        if rule.traced or title_key(rule) in self.context.reference_only:
+        if not x.numel() or x.is_meta or rule.traced or title_key(rule) in self.context.reference_only:
             return None
         if not is_packable(rule):
             return None if x.is_complex() or any(map(reducing, _whole(rule))) else "stack"
@@ -345,20 +329,17 @@ class Plan:
         front = kernel != "eager" and fused_kernels.has_front(rule if kernel == "fused" else following.stepper(rule))
         return "eager" if front and not is_arithmetic(record, real_view(x), self.context) else kernel
 
-    def _regroup(self, members: list[Member], kinds: dict[int, str], grads: Sequence[Any]) -> None:
+    def _regroup(self, members: list[Member], statics: dict[int, Any]) -> None:
         """Make cohorts of all leaves that step, so that those which became alike go together again."""
         live = {member.place for member in members}
         for cohort in [cohort for cohort in self.cohorts if cohort.places[0] in live]:
             self._drop(cohort)
-        buckets: dict[Any, list[Member]] = {}
-        keys: dict[Any, Any] = {}
+        same: dict[tuple[int, int], list[Member]] = {}  # which is cheaper to tell than what is equal
         for member in members:
-            record, kind = member.record, kinds[member.place]
-            rule = keys.get((kind, id(record.rule)))
-            if rule is None:
-                rule = keys[kind, id(record.rule)] = _rule_key(kind, record.rule, self.context)
-            static = kind, rule, grads[member.place] is not None, *_tensor_key(kind, record, member.x)
-            buckets.setdefault((static, *_numbers_key(record)), []).append(member)
+            same.setdefault((id(statics[member.place]), id(member.record.numbers)), []).append(member)
+        buckets: dict[Any, list[Member]] = {}
+        for found in same.values():
+            buckets.setdefault((statics[found[0].place], *_numbers_key(found[0].record)), []).extend(found)
         for (static, *_), found in buckets.items():
             self.add(arranged(found), static)
 
@@ -396,17 +377,19 @@ class Plan:
             self.add(arranged(moved), cohort.static_key)
 
 
-def _stack(cohort: Cohort) -> EagerUnit:
-    return EagerUnit(cohort, stack=True)
-
-
 _MAKERS: dict[str, Callable[[Cohort], CohortUnit]] = {
     "compiled": CompiledUnit,
     "fused": fused.fused_unit,
     "following": following.FollowingUnit,
     "eager": EagerUnit,
-    "stack": _stack,
+    "stack": partial(EagerUnit, stack=True),
 }
+
+
+def _take_back(begun: list[Any]) -> None:
+    """Leaves that had no momenta have none again."""
+    for record, numbers, pending in begun:
+        record.tensors, record.numbers, record.pending = None, numbers, pending
 
 
 def _whole(rule: Rule) -> Iterable[Rule]:
@@ -423,15 +406,6 @@ def _rule_key(kind: str | None, rule: Any, context: Context) -> Any:
     if kind == "following":
         return following.bucket_key(rule)
     return compiled_key(rule, context) if kind == "compiled" else rule_key(rule)
-
-
-def _tensor_key(kind: str | None, record: Record, x: Tensor) -> Any:
-    """What leaves must have in common besides their rules and numbers."""
-    skeleton, tensors = record.numbers.skeleton, record.tensors or ()
-    assert skeleton is not None
-    shapes = (x.shape, *[t.shape for t in tensors]) if kind == "stack" else None
-    forms = tuple([(t.dtype, is_number(t, x)) for t in tensors])
-    return x.dtype, x.device, skeleton.spec, forms, shapes
 
 
 def _numbers_key(record: Record) -> Any:

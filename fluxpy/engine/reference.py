@@ -4,7 +4,7 @@ Everything that can fail is worked out first, into new tensors; then it is writt
 """
 
 from collections.abc import Sequence
-from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class ReferenceUnit:
                 answer = (yield Request(self.rule, reduce, parts, (self.place,), (self.path,)))[0]
             else:
                 answer = parts[0]
-                require_finite(answer, reduce, self.context, partial(_share, self.path, parts))
+                require_finite(answer, reduce, self.context, lambda parts=parts: ([self.path], parts))
 
     def _parts(self, reduce: Reduce) -> Tensor:
         """What the leaf gives to a total."""
@@ -86,6 +86,9 @@ class ReferenceUnit:
         self.change = change if self.inplace and self._can_subtract(change) else None
         self.value = self._new_value(change) if self.change is None else None
         (olds, before), (news, self.skeleton) = partition(self.state), partition(state)
+        held = self.record.numbers.skeleton
+        if held == self.skeleton and all(map(is_, held.parts, self.skeleton.parts)):
+            self.skeleton = held  # which others may hold
         self.olds = olds if before == self.skeleton and all(map(_alike, olds, news)) else []
         if any(t.device != self.x.device and t.ndim for t in news):
             raise ValueError(f"{self._who()} gave a state on another device than the parameter's {self.x.device}")
@@ -149,10 +152,6 @@ class ReferenceUnit:
         if self.moved and self.value is not None:
             self.x.copy_(self.value)
         self.drop()
-
-
-def _share(path: str, parts: Tensor) -> tuple[list[str], Tensor]:
-    return [path], parts
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
