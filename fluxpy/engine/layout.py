@@ -112,6 +112,9 @@ def stacks(flat: Tensor, tensors: Sequence[Tensor], where: Runs | None = None) -
 
 def views_like(flat: Tensor, tensors: Sequence[Tensor], where: Runs | None = None) -> list[Tensor]:
     """Parts of a long tensor, in the shapes and strides of others."""
+    if _differ(tensors, where):
+        starts = accumulate([t.numel() for t in tensors[:-1]], initial=flat.storage_offset())
+        return [flat.as_strided(t.shape, t.stride(), start) for t, start in zip(tensors, starts, strict=True)]
     return [view for stack, _ in stacks(flat, tensors, where) for view in stack.unbind()]
 
 
@@ -119,10 +122,18 @@ def pack(tensors: Sequence[Tensor], where: Runs | None = None) -> list[Tensor]:
     """Copies that are adjacent; the tensors themselves where they are already."""
     if adjacent(tensors) is not None:
         return list(tensors)
+    if _differ(tensors, where):
+        return views_like(torch.cat([flat_view(t) for t in tensors]), tensors, where)
     found: list[Tensor] = []
     for stack, same in stacks(tensors[0].new_empty(sum([t.numel() for t in tensors])), tensors, where):
         found += torch.stack(same, out=stack).unbind()
     return found
+
+
+def _differ(tensors: Sequence[Tensor], where: Runs | None) -> bool:
+    """Whether neighbours are of other shapes as a rule, so that they are faster one by one: a guess by the first two,
+    where the runs are not known."""
+    return len(tensors) < 2 * len(where) if where else tensors[0].shape != tensors[min(1, len(tensors) - 1)].shape
 
 
 def chunks_of(sizes: Sequence[int], split: bool, breaks: Collection[int] = ()) -> Iterator[tuple[int, int, int, int]]:
