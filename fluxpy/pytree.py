@@ -143,7 +143,7 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
     if type(tree) is Tensor:
         return [tree], _LONE
     flat = Structure.flats.get(type(tree))
-    if flat is not None and _PLAIN.issuperset(map(type, tree)):
+    if flat is not None and _LEAVES.issuperset(map(type, tree)):
         return list(tree), flat
     parts, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
     return parts, Structure.of(spec)
@@ -177,7 +177,7 @@ def build(plan: Any, parts: Sequence[Any]) -> Any:
 
 _LONE = Structure.of(optree.treespec_leaf(none_is_leaf=True, namespace=NAMESPACE))  # a leaf alone
 _LONE.flat = itemgetter(0)
-_PLAIN = {Tensor, int, float}  # which nobody makes a container
+_LEAVES = {Tensor, int, float}  # which nobody makes a container
 
 
 class Skeleton:

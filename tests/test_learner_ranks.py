@@ -1,11 +1,16 @@
 """The Learner on several processes: one run, with the numbers, files and decisions of one. See learner_cases.py."""
 
+import weakref
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import learner_cases as cases
 import pytest
+import torch.distributed as dist
 from worlds import run_world
+
+from fluxpy.learner.ranks import Ranks
 
 
 def test_two_processes(tmp_path: Path) -> None:
@@ -35,3 +40,24 @@ def test_everything(wrap: str, tmp_path: Path) -> None:
     run_world(2, [partial(cases.uneven_data_ends_together, wrap), *found])
     run_world(4, [partial(cases.go_on_here, folder, wrap, wrap)])
     run_world(4, [partial(cases.like_one_process, folder, wrap)])
+
+
+def test_no_process_group_outlives_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is still there when Python ends aborts the process, now and then."""
+    made, new_group = [], dist.new_group
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        group = new_group(*args, **kwargs)
+        made.append(weakref.ref(group))
+        return group
+
+    monkeypatch.setattr(dist, "new_group", watched)
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            talk = Ranks(rank=0, size=2)
+            assert talk.numbers("here", 3.0) == talk.numbers("there", 3.0) == [3.0]
+        finally:
+            dist.destroy_process_group()
+    assert len(made) == 2  # one for each default group
+    assert all(group() is None for group in made)
