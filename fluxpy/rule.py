@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .cached import cached
 from .fields import Hyper, check, hyper, plain, validate
-from .pytree import partition
+from .pytree import is_wrapped, partition
 from .text import form, unknown
 
 
@@ -432,8 +432,7 @@ def value_key(v: Any, loose: bool = False) -> Any:
     if loose and type(v) is float:
         return float
     if isinstance(v, Tensor):
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(v)  # pyright: ignore[reportAttributeAccessIssue]
-        return v.item() if v.numel() == 1 and v.is_cpu and not wrapped else id(v)
+        return v.item() if v.numel() == 1 and v.is_cpu and not is_wrapped(v) else id(v)
     if callable(v):
         if dataclasses.is_dataclass(v) and not isinstance(v, type):
             return type(v), tuple(value_key(getattr(v, f.name)) for f in dataclasses.fields(v))

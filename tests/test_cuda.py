@@ -1,5 +1,7 @@
 """On a CUDA device: the CPU's numbers, and nothing read by the host during a step."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from rule_table import ROWS
@@ -10,6 +12,16 @@ from fluxpy import ClipGlobalNorm, ClipNorm, OptimiserChain, check_finite, setup
 
 pytestmark = pytest.mark.cuda
 SHAPES = [(4, 3), (7,), (), (0,)]
+
+
+@contextmanager
+def no_synchronisation():
+    """PyTorch's detector of synchronisation: an error where the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # bfloat16 matrices multiplied on a device round otherwise.
@@ -24,11 +36,8 @@ def test_every_rule_gives_the_cpus_numbers_without_reading_the_device(name):
         grads = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in SHAPES]
         update(states[0], here, grads)
         on_device = [x.cuda() for x in grads]
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronisation():
             update(states[1], there, on_device)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     check_finite(states[1])
     for x, y in zip(here, there, strict=True):
         torch.testing.assert_close(x, y.cpu(), rtol=1e-9, atol=1e-12)
@@ -39,14 +48,11 @@ def test_a_bad_number_holds_updates_back_until_it_is_read(clip):
     model = nn.Linear(3, 2).cuda()
     state = setup(OptimiserChain(clip, fluxpy.Adam()), model)
     x = torch.ones(4, 3, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         trainstep(lambda m, x: m(x).square().mean(), model, x, state)
         kept = [p.detach().clone() for p in trainables(model)]
         trainstep(lambda m, x: (m(x) * float("nan")).mean(), model, x, state)
         trainstep(lambda m, x: m(x).square().mean(), model, x, state)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for a, b in zip(kept, trainables(model), strict=True))
     with pytest.raises(FloatingPointError, match="the loss is not finite, in update 1"):
         check_finite(state)
@@ -67,11 +73,8 @@ def test_a_skip_is_known_late(rule):
         grads = [torch.full_like(x, float("nan") if turn in (0, 3, 4) else turn + 1.0) for x in here]
         update(states[0], here, grads)
         on_device = [x.cuda() for x in grads]
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronisation():
             update(states[1], there, on_device)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert states[1][0].count == states[0][0].count == 5
     for x, y in zip(here, there, strict=True):
         torch.testing.assert_close(x, y.cpu())

@@ -22,7 +22,7 @@ from .kernels import Recipe, to_device, wide_dtype
 from .layout import Row
 from .packed import Chunks, rule_now
 from .step import FallBack, Prepare
-from .tape import Tape, Traced
+from .tape import Tape, Traced, drive
 
 _MOST = 32  # kernels of one chain; with more, its numbers are a part of the program and each step would make another
 
@@ -129,13 +129,8 @@ class CompiledUnit:
         row, momenta, rule, skeleton = self._target(chunk)
         tape = Tape([row.buffer, row.buffer, *(m.shown for m in momenta)])
         x, dx, *others = tape.inputs
-        steps, answer, count = rule.steps(skeleton.combine(others), x, dx), None, 0
         try:
-            while True:
-                answer = steps.send(answer).tensor()
-                count += 1
-        except StopIteration:
-            return count
+            return len(drive(rule.steps(skeleton.combine(others), x, dx))[1])
         except Exception as error:
             self._refuse(error)
 

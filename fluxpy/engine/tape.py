@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..context import Context
 from ..pytree import HOLE, Skeleton, entries_of, partition
-from ..rule import ReducingRule, Rule, at, reducing, rule_key
+from ..rule import ReducingRule, Rule, Run, Steps, at, reducing, rule_key
 
 # Operators that take a 0-dim tensor where they take a number; elsewhere a number is a part of the program. A power is
 # not among them: where its exponent is known it is far faster.
@@ -99,6 +99,17 @@ class Tape:
         return found
 
 
+def drive(steps: Steps, answer: Callable[[ReducingRule, Any], Any] | None = None) -> tuple[Any, list[Any]]:
+    """What a rule's steps return, and the values that they ask for totals of. A value stands for its own total, but
+    where `answer(rule, value)` says what does."""
+    run, asked = Run(steps), list[Any]()
+    while run.asks is not None:
+        rule, value = run.asks.rule, run.asks.tensor()
+        asked.append(value)
+        run.tell(value if answer is None else answer(rule, value))
+    return run.result, asked
+
+
 def is_arithmetic(record: Any, x: Any, context: Context) -> bool:
     """Whether the rule of a leaf is pure arithmetic, so that if one chunk of a cohort succeeds, the others cannot fail.
     `x` is its parameter as a real tensor."""
@@ -134,15 +145,9 @@ def inputs_used(rule: Rule, skeleton: Skeleton, tensors: Sequence[Tensor]) -> se
     arithmetic alone."""
     tape = Tape([t.reshape(-1) for t in tensors])
     x, dx, *momenta = tape.inputs
-    used: set[int] = set()
-    answer: Any = None
     try:
-        steps = rule.steps(skeleton.combine(momenta), x, dx)
-        while True:
-            answer = steps.send(answer).tensor()
-            used.add(answer.index)
-    except StopIteration as done:
-        used.update(v.index for _, v in entries_of(done.value) if isinstance(v, Traced))
+        result, asked = drive(rule.steps(skeleton.combine(momenta), x, dx))
+        used = {v.index for v in asked} | {v.index for _, v in entries_of(result) if isinstance(v, Traced)}
     except Exception:
         return None
     for line in tape.lines:
@@ -162,19 +167,17 @@ def _keeps_numbers(rule: Rule, state: Any, x: Tensor) -> bool:
     tape = Tape([t.reshape(-1) if t.ndim else t for t in (x, x, *tensors)])
     stand_in, dx, *momenta = tape.inputs
     totals: set[int] = set()
-    answer: Any = None
+
+    def total(rule: ReducingRule, value: Any) -> Traced:
+        is_number = not tape.example(value.index).ndim
+        if is_number and (value.index not in _apart(tape, totals) or not _counts_once(rule)):
+            raise TypeError("a total that hangs on how many elements a number stands for")
+        found = tape.record(partial(_total, rule), (value,), {})
+        totals.add(found.index)
+        return found
+
     try:
-        steps = rule.steps(skeleton.combine(momenta), stand_in, dx)
-        while True:
-            reduce = steps.send(answer)
-            value: Any = reduce.tensor()
-            is_number = not tape.example(value.index).ndim
-            if is_number and (value.index not in _apart(tape, totals) or not _counts_once(reduce.rule)):
-                return False
-            answer = tape.record(partial(_total, reduce.rule), (value,), {})
-            totals.add(answer.index)
-    except StopIteration as done:
-        after, change = done.value
+        (after, change), _ = drive(rule.steps(skeleton.combine(momenta), stand_in, dx), total)
     except Exception:
         return False
     news = [] if change is None else [v for _, v in entries_of(after)]  # a step not taken says nothing

@@ -1,7 +1,6 @@
 """Muon: momentum for matrices, made orthogonal."""
 
 import math
-from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..fields import Hyper, hyper
-from ..rule import Rule
+from ..rule import Rule, is_wrapped
 from .average import average, plus
 
 
@@ -69,13 +68,9 @@ def orthogonal(x: Tensor, steps: int) -> Tensor:
     A batch of matrices gives what each gives alone, under `torch.func.vmap` too: bit for bit, but where PyTorch has
     another product for very small ones.
     """
-    if torch.compiler.is_compiling() or x.requires_grad or _is_wrapped(x):
+    if torch.compiler.is_compiling() or x.requires_grad or is_wrapped(x):
         return _Orthogonal.apply(x, steps)
     return _newton_schulz(x, steps)  # alone it need not be one operation, which would cost as much as a small matrix
-
-
-# Whether a `torch.func` transform is running over a tensor.
-_is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _newton_schulz(x: Tensor, steps: int) -> Tensor:
