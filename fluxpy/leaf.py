@@ -18,7 +18,7 @@ from .context import Context
 from .distributed.layout import Layout
 from .distributed.spread import Spread
 from .pytree import Skeleton, apart, partition, register
-from .rule import Rule, at, hyperparameters, replace, tensors_of, walk
+from .rule import Rule, at, hyperparameters, replace, rules_in, tensors_of
 from .text import OF_STATES, WORDS, note
 
 
@@ -248,7 +248,8 @@ _read_only("dtype", "fluxpy.setup(rule, model) for another model")
 def _no_such_name(leaf: Leaf, name: str) -> NoReturn:
     hint = ""
     if not name.startswith("_"):
-        names = {own for inner in walk(leaf.rule) for own in hyperparameters(inner)} if leaf.rule is not None else set()
+        inside = () if leaf.rule is None else rules_in(leaf.rule)
+        names = {own for rule in inside for own in hyperparameters(rule)}
         if name in names or set(WORDS.get(name, ())) & names:
             word = name if name in names else next(word for word in WORDS[name] if word in names)
             hint = f". Write leaf.rule.{word}, or fluxpy.value(leaf, {word!r}) for what the next update uses"
@@ -389,7 +390,7 @@ class _LeafShape:
         record = record_of(leaf)
         self.record, self.context = record.copy(record.numbers.copy(), None), leaf._context
         self.size = None if record.tensors is None else len(record.tensors)
-        self.rules = [] if record.rule is None else [type(rule) for rule in walk(record.rule)]
+        self.rules = [] if record.rule is None else [type(rule) for rule in rules_in(record.rule)]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _LeafShape) or (self.rules, self.size) != (other.rules, other.size):

@@ -102,7 +102,7 @@ class Groups:
         self.of = {id(x): (group, place) for group in self.all for place, x in enumerate(group.part.params)}
         self.forms = [(x.shape, x.dtype, x.device) for x in binding.params]
         self.structure = -1  # of the context, when its rules were looked at
-        self.walked = False  # whether a graph was looked at for what hides parameters
+        self.searched = False  # whether a graph was looked at for what hides parameters
 
     def _add(self, binding: Binding, places: list[int], key: Any, size: int) -> None:
         if places:
@@ -121,8 +121,8 @@ def release_step(f: Callable[..., Any], model: Any, args: Sequence[Any], binding
             context.flag.require(loss.detach().isfinite(), context.updates, "the loss")
         elif not math.isfinite(loss.item()):
             return value
-        if not groups.walked:
-            groups.walked = True
+        if not groups.searched:
+            groups.searched = True
             require_no_checkpoint(loss)
         context.settle()
         _backward(loss, groups, binding, context)

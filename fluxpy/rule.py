@@ -294,7 +294,7 @@ def total_of(reduce: Reduce, parts: Tensor) -> Tensor:
 
 def reducing(rule: Rule, over: Literal["array", "tree"] | None = None) -> list["ReducingRule"]:
     """The rules inside one that ask for a total, in the order of its steps; with `over`, for one over that."""
-    return [inner for inner in walk(rule) if isinstance(inner, ReducingRule) and over in (None, inner.over)]
+    return [inner for inner in rules_in(rule) if isinstance(inner, ReducingRule) and over in (None, inner.over)]
 
 
 def run_alone(
@@ -328,11 +328,11 @@ class Run:
             self.result: Any = done.args[0] if done.args else None
 
 
-def walk(rule: Rule) -> Iterator[Rule]:
+def rules_in(rule: Rule) -> Iterator[Rule]:
     """The rule and all rules inside it, outermost first."""
     yield rule
     for inner in rule.inner:
-        yield from walk(inner)
+        yield from rules_in(inner)
 
 
 def title(rule: Rule) -> str:
@@ -347,7 +347,7 @@ def hyperparameters(rule: Rule) -> dict[str, Any]:
 
 def no_hyperparameter(rule: Rule, name: str) -> str:
     """The message for a hyperparameter that neither the rule nor any inside it has."""
-    return unknown(title(rule), (own for inner in walk(rule) for own in hyperparameters(inner)), name)
+    return unknown(title(rule), (own for inner in rules_in(rule) for own in hyperparameters(inner)), name)
 
 
 def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool = True) -> Rule:
@@ -387,7 +387,7 @@ def map_inner(rule: Rule, f: Callable[[Rule], Rule]) -> Rule:
 
 def title_key(rule: Rule) -> tuple[type, ...]:
     """The classes of a rule and of all inside it."""
-    return tuple(map(type, walk(rule)))
+    return tuple(map(type, rules_in(rule)))
 
 
 def at(rule: Rule, count: int) -> Rule:
@@ -444,7 +444,7 @@ def tensors_of(rule: Rule) -> list[Tensor]:
     """The tensors that stand for hyperparameters, of inner rules too."""
     if not rule.traced:
         return []
-    return [v for inner in walk(rule) for v in inner._elements if isinstance(v, Tensor)]
+    return [v for inner in rules_in(rule) for v in inner._elements if isinstance(v, Tensor)]
 
 
 def _has_rows(rule: Rule, t: Tensor, x: Tensor) -> bool:

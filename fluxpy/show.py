@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .leaf import Leaf, record_of
-from .rule import Rule, at, field_of, hyperparameters, title, value_key, walk
+from .rule import Rule, at, field_of, hyperparameters, rules_in, title, value_key
 from .text import Table, form
 from .tree import Mirror, TreeSpec, spec_of, values_of
 
@@ -60,7 +60,7 @@ def _hyperparameters(rule: Rule, count: int) -> dict[str, _Held]:
     except Exception:  # a schedule that is wrong must not keep the tree from being read
         now = rule
     found: dict[str, _Held] = {}
-    for member, own in zip(walk(now), walk(rule), strict=True):
+    for member, own in zip(rules_in(now), rules_in(rule), strict=True):
         for name, value in hyperparameters(member).items():
             usual = field_of(member, name).default
             before = found.get(name, _Held([], True, False))

@@ -24,8 +24,7 @@ from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_n
 from .members import holders_of
 from .patterns import assign_rules
 from .pytree import Skeleton
-from .rule import Rule, at, hyperparameters, rule_key, title_key
-from .rule import walk as walk_rule
+from .rule import Rule, at, hyperparameters, rule_key, rules_in, title_key
 from .show import describe_tree, table, tree_as_html
 from .text import OF_STATES, WORDS, form, near
 from .tree import Mirror, TreeSpec, check_model, explore, relaid, respec, rooted, spec_of, values_of, walk
@@ -72,7 +71,7 @@ class State(Mirror):
         """For a hyperparameter or verb that somebody looked for on a branch."""
         leaf_names = ("rule", "state", "frozen", "count", "shape", "dtype")
         rules = {id(leaf.rule): leaf.rule for _, leaf in each_leaf(here, "leaves") if leaf.rule is not None}
-        names = {own for rule in rules.values() for inner in walk_rule(rule) for own in hyperparameters(inner)}
+        names = {own for rule in rules.values() for inner in rules_in(rule) for own in hyperparameters(inner)}
         word = next((word for word in (name, *WORDS.get(name, ())) if word in names), None)
         if word is not None:
             return (

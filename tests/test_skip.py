@@ -124,7 +124,7 @@ MATRICES = {"a": (4, 3), "b": (7, 2), "c": (2, 2), "d": (4, 3), "e": (6, 3)}
 
 def run_of(rule: Any, layout: str = "apart", **options: Any) -> Run:
     inner = [rule] if isinstance(rule, Rule) else [*rule.values()]
-    of_matrices = any(isinstance(r, Muon) for outer in inner for r in fluxpy.rule.walk(outer))
+    of_matrices = any(isinstance(r, Muon) for outer in inner for r in fluxpy.rule.rules_in(outer))
     return Run(rule, layout, MATRICES if of_matrices else SHAPES, **options)
 
 

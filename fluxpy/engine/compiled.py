@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..context import Context, reads_at_once
 from ..pytree import HOLE, Skeleton, entries_of, skeleton_of
-from ..rule import Assign, Rule, Steps, reducing, replace, rule_key, title, title_key, walk
+from ..rule import Assign, Rule, Steps, reducing, replace, rule_key, rules_in, title, title_key
 from .chunk import Chunk
 from .cohort import Cohort
 from .kernels import Recipe, to_device, wide_dtype
@@ -30,7 +30,7 @@ _MOST = 32  # kernels of one chain; with more, its numbers are a part of the pro
 def bucket_key(rule: Rule, context: Context) -> Any:
     """What rules must have in common to go together: everything but real numbers, where a kernel can take those for
     each leaf. It cannot where a total is asked for of what rules with such numbers made of the gradient."""
-    members = [inner for inner in walk(rule) if not inner.inner]
+    members = [inner for inner in rules_in(rule) if not inner.inner]
     asks_later = any(map(reducing, members[1:])) or any(inner.inner for inner in reducing(rule))
     return rule_key(rule, loose=not asks_later and title_key(rule) not in context.not_shared)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..fields import Hyper, hyper
-from ..rule import Assign, Rule, Run, Steps, hyperparameters, run_alone, walk
+from ..rule import Assign, Rule, Run, Steps, hyperparameters, rules_in, run_alone
 from ..text import named
 from .average import average, like, real
 
@@ -66,7 +66,7 @@ inner_elementwise: Any = property(lambda wrapper: all(rule.elementwise for rule 
 
 def _names(wrapper: Wrapper) -> dict[str, list[Any]]:
     names: dict[str, list[Any]] = {}
-    for rule in walk(wrapper):
+    for rule in rules_in(wrapper):
         for name, value in hyperparameters(rule).items():
             names.setdefault(name, []).append(value)
     return names
@@ -87,7 +87,7 @@ def refuse_outermost(wrapper: Wrapper, rule: Any, form: str = "{}") -> None:
     name = type(wrapper).__name__
     if not isinstance(rule, Rule):
         raise TypeError(f"{name} takes a rule, but got {rule!r}")
-    for inner in walk(rule):
+    for inner in rules_in(rule):
         if isinstance(inner, Wrapper) and inner.outermost:
             own = type(inner).__name__
             way = f"write {own}({name}(...)), not {name}({form.format(own + '(...)')})"
@@ -124,7 +124,7 @@ class OptimiserChain(Wrapper):
             if not isinstance(rule, Rule):
                 raise TypeError(f"OptimiserChain takes rules, but number {i} is {named(rule)}")
             refuse_outermost(self, rule, "..., {}")
-            last = [type(r).__name__ for r in walk(rule) if isinstance(r, Wrapper) and r.assigns]
+            last = [type(r).__name__ for r in rules_in(rule) if isinstance(r, Wrapper) and r.assigns]
             if last and i + 1 < len(self.rules):
                 raise ValueError(
                     f"{last[0]} must be last in its chain, since it says what the parameter becomes: write "

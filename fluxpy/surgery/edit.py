@@ -12,7 +12,7 @@ from ..context import Context
 from ..leaf import Numbers, Record
 from ..parameters import trainables
 from ..pytree import apart, is_transforming, partition
-from ..rule import Rule, at, field_of, hyperparameters, walk
+from ..rule import Rule, at, field_of, hyperparameters, rules_in
 from ..state import bind, leaves_of, tree_context
 from ..text import form
 from .modules import Cut, Resize, concerned, is_known, modules_in, own_tensors, set_size
@@ -171,7 +171,7 @@ def _require_changeable(x: Tensor, path: str, record: Record | None, verb: str) 
 def _require_no_rows(draft: Draft, dim: int) -> None:
     """ValueError where a tensor that stands for a hyperparameter has a value for each row: it would not follow."""
     rule, axis = None if draft.record is None else draft.record.rule, dim - draft.value.ndim
-    for inner in [] if rule is None or not rule.traced else walk(rule):
+    for inner in [] if rule is None or not rule.traced else rules_in(rule):
         for name, value in hyperparameters(inner).items():
             pair = isinstance(value, Tensor) and value.ndim and isinstance(field_of(inner, name).default, tuple)
             for t in tuple(value) if pair or isinstance(value, tuple) else (value,):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import leaves
-from ..core import Leaf, bind, hyperparameters, in_order, members, rates, whole_tensor
+from ..core import Leaf, bind, hyperparameters, in_order, rates, rules_in, whole_tensor
 from ..learner import Learner
 from .statistics import Rows
 
@@ -159,7 +159,7 @@ class TensorBoardLogger(Rows):
 
         found: dict[str, dict[str, Any]] = defaultdict(dict)  # the value at each path
         for path, leaf in leaves(learner.state):
-            for place, rule in enumerate(members(leaf.rule) if leaf.rule is not None else ()):
+            for place, rule in enumerate(rules_in(leaf.rule) if leaf.rule is not None else ()):
                 for name, value in hyperparameters(rule).items():
                     key = f"{type(rule).__name__}.{name}"
                     key = key if path not in found[key] else f"[{place}]{key}"
