@@ -74,11 +74,10 @@ class Rule:
     # True for a rule around one other (`rule`) that steps a copy in `dtype` instead of the parameter. The copy is the
     # first tensor of the state; `master_for(copy, x)` brings it up to date, and the parameter becomes the rounded copy.
     keeps_master: ClassVar[bool] = False
-
-    # True for a rule around one other (`rule`) that steps as that does, and then looks to a tensor of its own, as an
-    # average of the parameter. Its state is (tensor, t, the state of `rule`). `follow(t)` gives t after a step, and the
-    # function that then makes (tensor, parameter) anew of both, or None where they stay.
-    follows: ClassVar[bool] = False
+    # True for a rule around one other (`rule`) that steps as that does, and keeps a shadow of the parameter: an average
+    # of it, or slow weights. Its state is (shadow, t, the state of `rule`). `shadow_step(t)` gives t after a step, and
+    # a function of the old shadow and the stepped parameter that gives both anew, or None where they stay.
+    keeps_shadow: ClassVar[bool] = False
 
     _names: ClassVar[tuple[str, ...]] = ()  # of the hyperparameters and the rules inside
 
@@ -195,12 +194,12 @@ class Rule:
         return [v for _, value in _items(self) for v in (value if isinstance(value, tuple) else (value,))]
 
     @property
-    def follower(self) -> "Rule | None":
-        """The rule that follows what steps, where there is one: it, or the last of a chain."""
-        return self if self.follows else None
+    def shadow_rule(self) -> "Rule | None":
+        """The rule that keeps a shadow, where there is one: this one, or the last of a chain."""
+        return self if self.keeps_shadow else None
 
-    def without_follower(self, state: Any) -> tuple["Rule", Any]:
-        """What steps, and its part of the state, if one is given. Called only where there is a follower."""
+    def without_shadow(self, state: Any) -> tuple["Rule", Any]:
+        """The rule that steps, and its part of the state, if one is given. Called only where there is a shadow."""
         (rule,) = self.inner
         return rule, None if state is None else state[2]
 

@@ -34,7 +34,7 @@ def flat_view(x: Tensor) -> Tensor:
 
 
 def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The one flat view of dense tensors that follow each other in memory; None where they do not."""
+    """The one flat view of dense tensors that are adjacent in memory; None where they do not."""
     first = tensors[0]
     if len(tensors) == 1:
         return flat_view(first)

@@ -20,7 +20,7 @@ from ..distributed.totals import Totals
 from ..leaf import Record, miss_update
 from ..pytree import HOLE, PLAIN, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
-from . import following, fused, fused_kernels
+from . import fused, fused_kernels, shadow
 from .cohort import Cohort, Member, arranged, fits_stacked, packed_form, real_view
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
@@ -287,7 +287,7 @@ class Plan:
 
     def _static(self, record: Record, x: Tensor, dx: Tensor | None, known: dict[Any, Any]) -> Any:
         """What leaves must have in common with this one to go together, but for numbers. First how they are stepped:
-        "compiled", "fused", "following", "eager" or "stack". None of one that steps by itself. `known` remembers what
+        "compiled", "fused", "shadow", "eager" or "stack". None of one that steps by itself. `known` remembers what
         hangs on the rule and the dtypes alone."""
         rule, tensors, skeleton = record.rule, record.tensors, record.numbers.skeleton
         assert rule is not None and tensors is not None and skeleton is not None
@@ -323,10 +323,10 @@ class Plan:
         kernel = "eager"
         if fused_kernels.takes(rule, x, record.tensors or []):
             kernel = "fused"
-        elif following.takes(record, x):
-            kernel = "following"
+        elif shadow.takes(record, x):
+            kernel = "shadow"
         # What goes before a kernel must be arithmetic alone: of a cohort's chunks none may fail once one is written.
-        front = kernel != "eager" and fused_kernels.has_front(rule if kernel == "fused" else following.stepper(rule))
+        front = kernel != "eager" and fused_kernels.has_front(rule if kernel == "fused" else shadow.stepper(rule))
         return "eager" if front and not is_arithmetic(record, real_view(x), self.context) else kernel
 
     def _regroup(self, members: list[Member], statics: dict[int, Any]) -> None:
@@ -380,7 +380,7 @@ class Plan:
 _MAKERS: dict[str, Callable[[Cohort], CohortUnit]] = {
     "compiled": CompiledUnit,
     "fused": fused.fused_unit,
-    "following": following.FollowingUnit,
+    "shadow": shadow.ShadowUnit,
     "eager": EagerUnit,
     "stack": partial(EagerUnit, stack=True),
 }
@@ -403,8 +403,8 @@ def _rule_key(kind: str | None, rule: Any, context: Context) -> Any:
     """What rules must have in common for their leaves to go together."""
     if kind == "fused":
         return fused_kernels.bucket_key(rule)
-    if kind == "following":
-        return following.bucket_key(rule)
+    if kind == "shadow":
+        return shadow.bucket_key(rule)
     return compiled_key(rule, context) if kind == "compiled" else rule_key(rule)
 
 

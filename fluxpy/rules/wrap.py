@@ -166,11 +166,11 @@ class OptimiserChain(Wrapper):
     evaluation_any = evaluation
 
     @property
-    def follower(self) -> Rule | None:
-        return self.rules[-1].follower if self.rules else None
+    def shadow_rule(self) -> Rule | None:
+        return self.rules[-1].shadow_rule if self.rules else None
 
-    def without_follower(self, state: tuple[Any, ...] | None) -> tuple[Rule, Any]:
-        last, own = self.rules[-1].without_follower(state and state[-1])
+    def without_shadow(self, state: tuple[Any, ...] | None) -> tuple[Rule, Any]:
+        last, own = self.rules[-1].without_shadow(state and state[-1])
         return OptimiserChain(*self.rules[:-1], last), state and (*state[:-1], own)
 
     def map_inner_states(self, f: Callable[..., Any], *states: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -324,7 +324,7 @@ class Averaged(Wrapper):
 
     rule: Rule
     decay: Hyper = hyper(default=0.999, allowed="[0, 1]")
-    delegates = follows = assigns = True
+    delegates = keeps_shadow = assigns = True
     accumulates, elementwise = inner_accumulates, inner_elementwise
 
     def __post_init__(self) -> None:
@@ -345,11 +345,11 @@ class Averaged(Wrapper):
         inner, change = run.result
         if change is None:
             return state._replace(state=inner), None
-        t, then = self.follow(state.t)
+        t, then = self.shadow_step(state.t)
         new, _ = then(state.x, real(change.value if isinstance(change, Assign) else x - change))
         return Average(new, t, inner), change
 
-    def follow(self, t: int) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    def shadow_step(self, t: int) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
         decay = self.decay if t else 0.0
         return t + 1, lambda old, x: (average(decay, old, x if x.dtype == old.dtype else x.to(old.dtype)), x)
 
