@@ -16,7 +16,7 @@ from torch import Tensor
 from .binding import Bindings
 from .context import Context
 from .distributed.layout import Layout
-from .distributed.spread import Spread
+from .distributed.spread import SpreadRecord
 from .pytree import Skeleton, apart, partition, register
 from .rule import Rule, at, hyperparameters, replace, rules_in, tensors_of
 from .text import OF_STATES, WORDS, note
@@ -43,20 +43,20 @@ class Numbers:
         return Numbers(self.count, skeleton, self.fresh)
 
 
-class Record(Spread):
+class Record(SpreadRecord):
     """The contents of a leaf. `tensors` are those of the rule's state, None where there is no state yet.
 
     `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
     accumulating rule, which missed updates meanwhile. `made` is the rule that `setup` was given, and `asked` whether
     the parameter required grad then, None where that is not known.
 
-    Where the parameter is spread over processes, `layout` says how, and `tensors` are local ones; `spread` says which
-    of them are spread like the parameter. The others are the same on all processes.
+    Where the parameter is spread over processes, `layout` says how, and `tensors` are local ones; `spread_flags` say
+    which of them are spread like the parameter. The others are the same on all processes.
     """
 
     __slots__ = (
         *("asked", "dtype", "frozen", "made", "numbers", "pending", "rule", "shape", "tensors"),
-        *("layout", "spread"),
+        *("layout", "spread_flags"),
     )
 
     def __init__(
@@ -69,7 +69,7 @@ class Record(Spread):
         self.numbers = Numbers() if numbers is None else numbers
         self.pending: Skeleton | None = None
         self.layout: Layout | None = None
-        self.spread: list[bool] | None = None
+        self.spread_flags: list[bool] | None = None
 
     @property
     def untrained(self) -> bool:
@@ -92,7 +92,7 @@ class Record(Spread):
         if self.pending is not None:
             state = skeleton.combine(self.tensors)
             self.tensors, skeleton = partition(self.rule.restart(self.pending.bare(), state))
-        self.spread = None
+        self.spread_flags = None
         if layout is not None:
             self.take_shown(self.tensors)
         self.numbers, self.pending = Numbers(self.numbers.count, skeleton, fresh=True), None
@@ -129,7 +129,7 @@ class Record(Spread):
         other = Record(self.rule, self.frozen, self.shape, self.dtype, numbers)
         other.tensors, other.pending = tensors, self.pending
         other.made, other.asked = self.made, self.asked
-        other.layout, other.spread = self.layout, self.spread
+        other.layout, other.spread_flags = self.layout, self.spread_flags
         return other
 
 

@@ -134,9 +134,9 @@ def release_step(f: Callable[..., Any], model: Any, args: Sequence[Any], binding
 def _groups(binding: Binding, context: Context) -> Groups:
     if is_transforming():
         raise ValueError("release=True steps within the backward pass, which torch.func and torch.compile do not run")
-    spread = binding.spread or binding.parallel is not None
+    several = binding.spread or binding.parallel is not None
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if spread or (distributed and torch.distributed.get_world_size() > 1):
+    if several or (distributed and torch.distributed.get_world_size() > 1):
         raise ValueError("release=True would step before the ranks have averaged their gradients; leave it out")
     groups: Groups | None = binding.groups
     if groups is None or groups.forms != [(x.shape, x.dtype, x.device) for x in binding.params]:

@@ -367,7 +367,7 @@ def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool 
 
 
 def is_packable(rule: Rule) -> bool:
-    """Whether the engine may run a rule on many real tensors packed into one, 0-dim ones of its state spread."""
+    """Whether the engine may run a rule on many real tensors packed into one, 0-dim ones of its state repeated."""
     return (rule.elementwise or rule.delegates) and all(map(is_packable, rule.inner))
 
 

@@ -377,8 +377,8 @@ def select(state: State | Leaf, *what: str | Callable[[str, Leaf], bool]) -> Sta
     found: set[str] = set()
     for one in what:
         if not isinstance(one, str) and not callable(one):
-            spread = "; write select(state, *patterns)" if isinstance(one, list | tuple | set) else ""
-            raise TypeError(f"select takes glob patterns and predicates (path, leaf) -> bool, but got {one!r}{spread}")
+            hint = "; write select(state, *patterns)" if isinstance(one, list | tuple | set) else ""
+            raise TypeError(f"select takes glob patterns and predicates (path, leaf) -> bool, but got {one!r}{hint}")
         some = {
             path
             for path, leaf in places

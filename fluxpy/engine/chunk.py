@@ -25,7 +25,7 @@ class Chunk:
         self.size = size if size >= 0 else sum(cohort.sizes[low:high])
         self.stacked, self.shape = stack, (high - low, *reals[0].shape) if stack else (self.size,)
         self.gathers = high - low > 1
-        # In which a number of each leaf broadcasts over the leaves; or, where these have other shapes, is spread over.
+        # The shape in which a number of each leaf broadcasts over the leaves, where these have one shape.
         self.number_shape = (high - low, *[1 for _ in reals[0].shape if stack]) if self.gathers else ()
         self.x = Row(reals, scratch, "x", start, size)
         self.x.show_as(self.shape)
@@ -48,8 +48,8 @@ class Chunk:
         """The row of the i-th tensor of the states."""
         tensors, sizes = cohort.momenta[i][self.low : self.high], cohort.sizes[self.low : self.high]
         if is_number:
-            last, spread = size < 0 or self.start + size == sizes[0], self.gathers and not self.stacked
-            return NumberRow(tensors, scratch, i, self.number_shape, sizes=sizes if spread else None, last=last)
+            last, repeat = size < 0 or self.start + size == sizes[0], self.gathers and not self.stacked
+            return NumberRow(tensors, scratch, i, self.number_shape, sizes=sizes if repeat else None, last=last)
         row = Row(tensors, scratch, i, self.start, size)
         if self.stacked:  # those of a rule that needs whole arrays may have their own shapes
             row.show_as((self.high - self.low, *tensors[0].shape))

@@ -229,7 +229,7 @@ class NumberRow(Row):
             self.show_as(shape)
         else:
             self.flat, first = None, tensors[0]
-            self.buffer = scratch.take((role, "spread"), first.dtype, first.device, sum(sizes))
+            self.buffer = scratch.take((role, "repeated"), first.dtype, first.device, sum(sizes))
             self.shown, self.views = self.buffer, list(self.buffer.split(sizes))
             self.firsts = [view[0] for view in self.views]
 

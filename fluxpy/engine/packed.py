@@ -97,7 +97,7 @@ class Chunks:
                 else:
                     require_all_finite(parts, reduce, self.cohort.context, self.cohort.paths)
                 for chunk in self.all:
-                    chunk.answers.append(self._spread(chunk, parts, reduce))
+                    chunk.answers.append(self._repeated(chunk, parts, reduce))
         if totals is None:
             first.result = reduce  # pyright: ignore[reportPossiblyUnboundVariable]
 
@@ -173,7 +173,7 @@ class Chunks:
             raise FallBack(title_key(self.cohort.rule))  # it reduced the array by itself, and is not elementwise
         return True
 
-    def _spread(self, chunk: Chunk, parts: Tensor, reduce: Reduce) -> Any:
+    def _repeated(self, chunk: Chunk, parts: Tensor, reduce: Reduce) -> Any:
         """The totals of a chunk's own arrays, for each of its elements."""
         mine = parts[chunk.low : chunk.high]
         if not chunk.gathers:

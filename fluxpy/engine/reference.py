@@ -126,7 +126,7 @@ class ReferenceUnit:
     def settle(self, record: Record) -> None:
         """Give a record the new state. In place, each tensor keeps its memory where its shape allows."""
         if self.context.late is not None:
-            self.context.late.undo += remembered(record, "tensors", "numbers", "pending", "spread")
+            self.context.late.undo += remembered(record, "tensors", "numbers", "pending", "spread_flags")
         if self.context.flag.up is not None:  # since another leaf was worked out, perhaps
             mask = self.context.flag.mask
             value = self.value if self.change is None else self.x - self.change

@@ -121,9 +121,9 @@ def is_arithmetic(record: Any, x: Any, context: Context) -> bool:
 
 
 def keeps_numbers(record: Any, x: Any, context: Context) -> bool:
-    """Whether the numbers (0-dim tensors) in the state of a leaf can be spread over the elements of `x`, its parameter
-    as a real tensor: what they become hangs on numbers and totals alone, and a total of numbers not on how many
-    elements they stand for."""
+    """Whether the numbers (0-dim tensors) in the state of a leaf can be repeated for each element of `x`, its
+    parameter as a real tensor: what they become depends on numbers and totals alone, and a total of numbers does not
+    depend on how many elements they stand for."""
     return _known("numbers", record, x, context, lambda rule: _keeps_numbers(rule, record.state, x))
 
 

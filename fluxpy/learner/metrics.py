@@ -194,8 +194,8 @@ class MatthewsCorrelationCoefficient(Accuracy):
         hits, predicted, true = sums
         n = sum(true)
         covariance = hits * n - sum(p * t for p, t in zip(predicted, true, strict=True))
-        spread = (n * n - sum(p * p for p in predicted)) * (n * n - sum(t * t for t in true))
-        return covariance / math.sqrt(spread) if spread else 0.0
+        variances = (n * n - sum(p * p for p in predicted)) * (n * n - sum(t * t for t in true))
+        return covariance / math.sqrt(variances) if variances else 0.0
 
 
 class Mean(Metric):
