@@ -83,7 +83,7 @@ class Record(SpreadRecord):
             return None
         return self.numbers.skeleton.combine(self.tensors)
 
-    def begin(self, x: Tensor, path: str) -> None:
+    def make_state(self, x: Tensor, path: str) -> None:
         """Make a state for the parameter `x`."""
         assert self.rule is not None
         layout = self.layout if self.needs_whole else None

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .begin import begin
 from .binding import Binding, Bindings
 from .context import Context
 from .distributed.layout import any_dtensor, layout_of, local_tensors
+from .initial import make_states
 from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of, records_of
 from .members import holders_of
 from .patterns import assign_rules
@@ -196,7 +196,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     leaves = [Leaf(record, context, bindings) for record in records]
     new = [index for index in range(len(params)) if rules[index] is not None and index not in taken]
     with torch.inference_mode(False), torch.no_grad():
-        _begin(records, new, taken, local_tensors(params), names)
+        _make_states(records, new, taken, local_tensors(params), names)
     if kept and (changed := _changed(kept, new, params, names)):
         warnings.warn(
             f"setup(keep=) starts anew where shape or dtype changed: {'; '.join(changed[:8])}"
@@ -277,7 +277,7 @@ def _warn_of_new_tensors(
         )
 
 
-def _begin(records: list[Record], new: list[int], old: Iterable[int], params: list[Tensor], names: Any) -> None:
+def _make_states(records: list[Record], new: list[int], old: Iterable[int], params: list[Tensor], names: Any) -> None:
     """Make the states of new leaves that train, in the same place of an accumulation window as those that are kept."""
     todo: list[tuple[Record, Tensor, str]] = []
     windows: dict[Any, Skeleton] = {}  # of leaves with a rule of the same kind
@@ -296,7 +296,7 @@ def _begin(records: list[Record], new: list[int], old: Iterable[int], params: li
                 record.pending = _in_step(record.rule, first_numbers(record.rule, params[index], path), inner)
         if not record.frozen:
             todo.append((record, params[index], path))
-    begin(todo)
+    make_states(todo)
 
 
 def _in_step(rule: Rule, numbers: Skeleton, windows: dict[Any, Any]) -> Skeleton:

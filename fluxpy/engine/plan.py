@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..begin import begin
 from ..context import Context, Late, remembered
 from ..distributed.gathered import GatheredUnit
 from ..distributed.totals import Totals
+from ..initial import make_states
 from ..leaf import Record, miss_update
 from ..pytree import HOLE, PLAIN, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
@@ -111,7 +111,7 @@ class Plan:
         self.routes: dict[Any, Route] = {}
         self.route: Route | None = None
         self.waiting: list[tuple[Record, tuple[Tensor, str]]] = []  # frozen leaves of rules that accumulate
-        self.begun: list[Any] = []  # leaves whose state was made for this update, and what they were before
+        self.new_states: list[Any] = []  # leaves whose state was made for this update, and what they were before
         self.structure = self.hyper = -1
         self.addresses: list[int] = []  # where the parameters were when the cohorts were laid out
         self.totals = Totals(records) if context.spread else None
@@ -191,9 +191,9 @@ class Plan:
         """Write what units came to, and tell accumulating rules of an update in which their leaves were frozen. Leaves
         that share their numbers keep sharing them."""
         known: dict[Any, Skeleton | None] = {}
-        skipped, begun, self.begun = self.context.flag.skipped, self.begun, []
+        skipped, new_states, self.new_states = self.context.flag.skipped, self.new_states, []
         if skipped is not None:  # which only the device knows by now
-            self.context.late = Late(skipped, [partial(_take_back, begun)])
+            self.context.late = Late(skipped, [partial(_take_back, new_states)])
         for record, (x, path) in self.waiting:
             key = id(record.rule), id(record.numbers), id(record.pending)
             if self.context.late is not None:
@@ -206,11 +206,11 @@ class Plan:
         for unit in units:
             unit.commit()
 
-    def forget_begun(self) -> None:
+    def drop_new_states(self) -> None:
         """The update failed."""
-        _take_back(self.begun)
-        if self.begun:
-            self.begun = []
+        _take_back(self.new_states)
+        if self.new_states:
+            self.new_states = []
             self.cohorts, self.units, self.routes, self.route = [], {}, {}, None
             self.context.structure += 1
 
@@ -264,8 +264,8 @@ class Plan:
         known: dict[Any, Any] = {}
         every = [*zip(self.records, self.params, self.paths, grads, strict=True)]
         new = [(r, x, path) for r, x, path, dx in every if r.tensors is None and r.takes_part(dx)]
-        self.begun += [(record, record.numbers, record.pending) for record, _, _ in new]
-        begin(new)
+        self.new_states += [(record, record.numbers, record.pending) for record, _, _ in new]
+        make_states(new)
         for place, (record, x, path, dx) in enumerate(every):
             if not record.takes_part(dx):
                 continue
@@ -386,9 +386,9 @@ _MAKERS: dict[str, Callable[[Cohort], CohortUnit]] = {
 }
 
 
-def _take_back(begun: list[Any]) -> None:
+def _take_back(new_states: list[Any]) -> None:
     """Leaves that had no momenta have none again."""
-    for record, numbers, pending in begun:
+    for record, numbers, pending in new_states:
         record.tensors, record.numbers, record.pending = None, numbers, pending
 
 

@@ -19,7 +19,7 @@ _LOOKS |= {getattr(Tensor, name) for name in (*_FORM.split(), "untyped_storage")
 _LOOKS |= {torch.ones, torch.ones_like, torch.zeros, torch.zeros_like}
 
 
-def begin(todo: Iterable[tuple[Record, Tensor, str]]) -> None:
+def make_states(todo: Iterable[tuple[Record, Tensor, str]]) -> None:
     """Make states for parameters, each with its path. Where a rule makes the same of two that are small and alike,
     without a look at their values, others like them get copies of that."""
     groups: dict[Any, list[tuple[Record, Tensor, str]]] = {}
@@ -31,7 +31,7 @@ def begin(todo: Iterable[tuple[Record, Tensor, str]]) -> None:
         alike = alike and all(record.layout is record.pending is None for record, _, _ in group)
         for i, (record, x, path) in enumerate(group):
             with _Glance() if alike and i == 1 else nullcontext() as glance:
-                record.begin(x, path)
+                record.make_state(x, path)
             if glance is not None and glance.enough and _same(record, group[0][0]):
                 for other, _, _ in group[2:]:
                     other.tensors, other.numbers = [t.clone() for t in record.tensors or ()], record.numbers
