@@ -311,7 +311,7 @@ def _pure_by_reference(state: Any, binding: Binding, context: Context, model: An
             unit = stepped.get(place)
             fresh = record.clone(record.numbers.copy()) if unit is None else record.copy(record.numbers, None)
             if unit is not None:
-                unit.settle(fresh)
+                unit.store(fresh)
             records.append(fresh)
             new.append(x.clone() if unit is None else unit.value)
         if not skipped:

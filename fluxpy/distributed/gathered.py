@@ -68,8 +68,8 @@ class GatheredUnit(ReferenceUnit):
         self.olds = self.record.tensors or [] if inner.olds else []
         self.done = True
 
-    def settle(self, record: Record) -> None:
-        super().settle(record)
+    def store(self, record: Record) -> None:
+        super().store(record)
         record.spread_flags = self.spread_flags
 
     def drop(self) -> None:

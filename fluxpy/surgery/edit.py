@@ -218,11 +218,11 @@ def _writes(draft: Draft) -> list[Callable[[], Undo]]:
         if record.tensors is not None:
             tensors, skeleton = partition(draft.state)
             new = [_like(t, value) for t in apart(tensors, [value])], record.numbers.having(skeleton)
-        writes.append(lambda: settle(record, value.shape, new))
+        writes.append(lambda: replace_state(record, value.shape, new))
     return writes
 
 
-def settle(record: Record, shape: torch.Size, state: tuple[list[Tensor], Numbers] | None) -> Undo:
+def replace_state(record: Record, shape: torch.Size, state: tuple[list[Tensor], Numbers] | None) -> Undo:
     """Give a record another shape and, where it has one, state. Returns what takes it back."""
     old = record.shape, record.tensors, record.numbers
 
