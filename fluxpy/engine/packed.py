@@ -122,7 +122,7 @@ class Chunks:
         return reduce  # pyright: ignore[reportPossiblyUnboundVariable]
 
     def _parts(self, reduce: Reduce, start: Start) -> Tensor:
-        """What each leaf gives to a total. Worked out leaf by leaf, so that it does not depend on the grouping."""
+        """What each leaf gives to a total. Worked out leaf by leaf, so that it does not depend on the cohorts."""
         first, rule, value = self.all[0], reduce.rule, reduce.tensor()
         known = self._known(value)
         if known is not None:

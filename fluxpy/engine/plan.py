@@ -152,7 +152,7 @@ class Plan:
         assigned = {place for cohort in self.cohorts for place in cohort.places}
         cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
         if live - assigned or _has_twins(_alike_but_for_numbers(cohorts)):
-            self._regroup(members, statics)
+            self._form_cohorts(members, statics)
             cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
         if len(self.routes) >= _MOST_ROUTES:
             self.routes.clear()
@@ -252,7 +252,7 @@ class Plan:
         self.routes.clear()
         self.route = None
 
-    # --- Grouping -----------------------------------------------------------------------------------------------------
+    # --- Forming cohorts ----------------------------------------------------------------------------------------------
 
     def _members(self, grads: Sequence[Any]) -> tuple[list[Member], dict[int, Any], list[ReferenceUnit]]:
         """The leaves that step in cohorts, what they must have in common but numbers by their places, and the units of
@@ -329,7 +329,7 @@ class Plan:
         front = kernel != "eager" and fused_kernels.has_front(rule if kernel == "fused" else shadow.stepper(rule))
         return "eager" if front and not is_arithmetic(record, real_view(x), self.context) else kernel
 
-    def _regroup(self, members: list[Member], statics: dict[int, Any]) -> None:
+    def _form_cohorts(self, members: list[Member], statics: dict[int, Any]) -> None:
         """Make cohorts of all leaves that step, so that those which became alike go together again."""
         live = {member.place for member in members}
         for cohort in [cohort for cohort in self.cohorts if cohort.places[0] in live]:

@@ -210,24 +210,24 @@ class Rates:
 
     def _named(self, found: dict[str, Leaf]) -> list[tuple[str, Any, Leaf]]:
         own = {path: rates(leaf)[-1] for path, leaf in found.items() if not leaf.frozen and rates(leaf)}
-        groups = {name: next(iter(group)) for name, group in alike(own, self.depth).items()}
-        return [(name, own[path], found[path]) for name, path in groups.items()]
+        subtrees = {name: next(iter(subtree)) for name, subtree in alike(own, self.depth).items()}
+        return [(name, own[path], found[path]) for name, path in subtrees.items()]
 
 
 def alike(values: Mapping[str, Any], depth: int) -> dict[str, dict[str, Any]]:
-    """Values by path, grouped by subtree of so many parts; by more where they differ within one."""
-    groups: dict[str, dict[str, Any]] = defaultdict(dict)
+    """Values by path, by subtree of so many parts; by more where they differ within one."""
+    subtrees: dict[str, dict[str, Any]] = defaultdict(dict)
     for path, value in values.items():
-        groups[_subtree(path, depth) if depth else ""][path] = value
+        subtrees[_subtree(path, depth) if depth else ""][path] = value
     found: dict[str, dict[str, Any]] = {}
-    for name, group in groups.items():
-        first = next(iter(group.values()))
-        if all(value == first for value in group.values()):
-            found[name] = group
-        elif len(group) == 1 or all(depth >= len(path.split(".")) for path in group):
-            found |= {path: {path: value} for path, value in group.items()}
+    for name, subtree in subtrees.items():
+        first = next(iter(subtree.values()))
+        if all(value == first for value in subtree.values()):
+            found[name] = subtree
+        elif len(subtree) == 1 or all(depth >= len(path.split(".")) for path in subtree):
+            found |= {path: {path: value} for path, value in subtree.items()}
         else:
-            found |= alike(group, depth + 1)
+            found |= alike(subtree, depth + 1)
     return found
 
 
