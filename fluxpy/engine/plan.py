@@ -2,7 +2,7 @@
 
 Leaves that step together form a cohort. A *route* is the set of cohorts that one kind of update takes: those of
 leaves that have a gradient and are not frozen. Another pattern is another route over the same cohorts, and a cohort is
-split only where a route needs a part of it. So models whose parts take turns soon find all their routes made.
+split only where a route needs a part of it. So a model whose parts take turns soon has all its routes.
 """
 
 import copy
@@ -91,7 +91,7 @@ def _alike_but_for_numbers(cohorts: list[Cohort]) -> list[list[Cohort]]:
 
 
 def _has_twins(alike: list[list[Cohort]]) -> bool:
-    """Whether two cohorts could be one by now. They must be, or what a step rounds would depend on the past."""
+    """Whether two cohorts could be one by now. They must be, or the rounding of a step would depend on the past."""
     return any(len({_numbers_key(cohort.records[0]) for cohort in found}) < len(found) for found in alike)
 
 
@@ -288,7 +288,7 @@ class Plan:
     def _static(self, record: Record, x: Tensor, dx: Tensor | None, known: dict[Any, Any]) -> Any:
         """What leaves must have in common with this one to go together, but for numbers. First how they are stepped:
         "compiled", "fused", "shadow", "eager" or "stack". None of one that steps by itself. `known` remembers what
-        hangs on the rule and the dtypes alone."""
+        depends on the rule and the dtypes alone."""
         rule, tensors, skeleton = record.rule, record.tensors, record.numbers.skeleton
         assert rule is not None and tensors is not None and skeleton is not None
         if type(x) not in PLAIN or (dx is not None and type(dx) not in PLAIN):
@@ -300,16 +300,16 @@ class Plan:
         key = id(rule), x.dtype, x.device, min(x.numel(), 2), dtypes, form, id(skeleton.spec), dx is None
         static = known.get(key, key)
         if static is key:
-            way = self._way(record, rule, x, form)
-            shared = way and _rule_key(way, rule, self.context), dx is not None, x.dtype, x.device, skeleton.spec
-            static = known[key] = None if way is None else (way, *shared, dtypes, form)
+            kind = self._kind(record, rule, x, form)
+            shared = kind and _rule_key(kind, rule, self.context), dx is not None, x.dtype, x.device, skeleton.spec
+            static = known[key] = None if kind is None else (kind, *shared, dtypes, form)
         if static is None or static[0] != "stack":
             return static
         # In a stack, a number of each leaf does not broadcast as an elementwise rule in a chain wants it.
         numbers = rule.delegates and not all(t.ndim for t in tensors)
         return (*static, x.shape, *[t.shape for t in tensors]) if fits_stacked(x, tensors) and not numbers else None
 
-    def _way(self, record: Record, rule: Rule, x: Tensor, form: tuple[bool, ...] | None) -> str | None:
+    def _kind(self, record: Record, rule: Rule, x: Tensor, form: tuple[bool, ...] | None) -> str | None:
         """How leaves of this rule, like `x`, can be stepped; `form` says which tensors of the state are numbers, where
         the others are like `x`."""
         if not x.numel() or x.is_meta or rule.traced or title_key(rule) in self.context.reference_only:
@@ -325,7 +325,7 @@ class Plan:
             kernel = "fused"
         elif shadow.takes(record, x):
             kernel = "shadow"
-        # What goes before a kernel must be arithmetic alone: of a cohort's chunks none may fail once one is written.
+        # The rules before a kernel must be arithmetic alone: no chunk of a cohort may fail once another is written.
         front = kernel != "eager" and fused_kernels.has_front(rule if kernel == "fused" else shadow.stepper(rule))
         return "eager" if front and not is_arithmetic(record, real_view(x), self.context) else kernel
 

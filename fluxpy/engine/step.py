@@ -21,7 +21,7 @@ from ..rule import Reduce, Rule, reducing, rule_key
 
 class FallBack(Exception):
     """Raised where a unit cannot take its inputs: its leaves take this step on the reference path, which names the leaf
-    where that fails too. `reason` is a key of rules that need not be tried again."""
+    if it fails there too. `reason` is the key of a rule that need not be tried again."""
 
     def __init__(self, reason: Hashable = None) -> None:
         self.reason = reason
@@ -46,7 +46,7 @@ Prepare: TypeAlias = Generator[Request, Any, None]
 
 
 class Unit(Protocol):
-    """See the head of this file. It is `laid_out` by where the parameters are in memory, or takes them anywhere."""
+    """See the head of this file. `laid_out` says whether it depends on where the parameters are in memory."""
 
     laid_out: bool
 
@@ -71,7 +71,7 @@ def place_of(reduce: Reduce, rule: Rule, last: int) -> int:
     for place, inner in enumerate(reducing(rule, "tree")):
         if inner is reduce.rule and place > last:
             return place
-    return last + 1  # a rule that asks more than once, or by one that it makes on the way
+    return last + 1  # a rule that asks more than once, or through a rule that it makes meanwhile
 
 
 def run_to_results(units: Sequence[Unit], grads: Sequence[Any], context: Context, totals: Totals | None = None) -> None:
