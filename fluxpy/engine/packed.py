@@ -77,8 +77,8 @@ class Chunks:
             chunk.clear()
 
     def run(self, start: Start, rule: Rule, totals: int | None = None) -> Prepare:
-        """Run `rule` on the first chunk to its result, getting on the way all totals that it needs; the other chunks can
-        then run too. With `totals`, stop once so many totals are known."""
+        """Run `rule` on the first chunk to its result, getting all totals that it needs on the way; the other chunks
+        can then run too. With `totals`, stop once so many totals are known."""
         first, count = self.all[0], 0
         while count != totals and isinstance(reduce := self.advance(first, start), Reduce):
             count += 1
@@ -328,7 +328,7 @@ def _is_like(t: Tensor, old: Tensor) -> bool:
 
 
 def apart_from_written(chunk: Chunk, rows: Sequence[Row], news: list[Tensor]) -> list[Tensor]:
-    """The new states, copied where they lie in memory that will be written to: a rule may let its buffers change places.
+    """The new states, copied where they lie in memory that will be written to: a rule may swap its buffers.
     One that is its own old state stays as it is."""
     for i, (new, row) in enumerate(zip(news, rows, strict=True)):
         if new.untyped_storage().data_ptr() in chunk.written and new.data_ptr() != row.buffer.data_ptr():
