@@ -51,7 +51,7 @@ class Binding:
         self.unasked = self._unasked()
         self.warned = False
         self.plan: Any = None  # how the engine steps these parameters
-        self.groups: Any = None  # how they are stepped within a backward pass
+        self.buckets: Any = None  # how they are stepped within a backward pass
         self.form: Any = None  # how gradients were given last: a structure, and which of its leaves is each parameter's
         self.flips = 0  # how many flags were other than the state says, when last looked at
 
@@ -121,7 +121,7 @@ class Binding:
             )
             other.views = [x.values() for x in other.filled]
             other.held = [*other._held()]
-        other.params, other.records, other.plan, other.groups = plan.params, plan.records, plan, None
+        other.params, other.records, other.plan, other.buckets = plan.params, plan.records, plan, None
         other.local, other.__dict__["parallel"] = other.params, None  # a copy is without its wrappers
         other.unasked = other._unasked()
         return other
@@ -137,7 +137,7 @@ class Binding:
         other.params, other.records = [self.params[i] for i in places], [self.records[i] for i in places]
         other.paths, other.indices = tuple(self.paths[i] for i in places), [self.indices[i] for i in places]
         other.local = [self.local[i] for i in places]
-        other.plan = other.groups = other.form = None
+        other.plan = other.buckets = other.form = None
         return other
 
     def matches(self, model: Any) -> bool:

@@ -16,9 +16,9 @@ from torch import Tensor
 from .binding import Bindings
 from .context import Context
 from .distributed.layout import Layout
-from .distributed.spread import Spread
+from .distributed.spread import SpreadRecord
 from .pytree import Skeleton, apart, partition, register
-from .rule import Rule, at, hyperparameters, replace, tensors_of, walk
+from .rule import Rule, at, hyperparameters, replace, rules_in, tensors_of
 from .text import OF_STATES, WORDS, note
 
 
@@ -43,20 +43,20 @@ class Numbers:
         return Numbers(self.count, skeleton, self.fresh)
 
 
-class Record(Spread):
+class Record(SpreadRecord):
     """The contents of a leaf. `tensors` are those of the rule's state, None where there is no state yet.
 
     `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
     accumulating rule, which missed updates meanwhile. `made` is the rule that `setup` was given, and `asked` whether
     the parameter required grad then, None where that is not known.
 
-    Where the parameter is spread over processes, `layout` says how, and `tensors` are local ones; `spread` says which
-    of them are spread like the parameter. The others are the same on all processes.
+    Where the parameter is spread over processes, `layout` says how, and `tensors` are local ones; `spread_flags` say
+    which of them are spread like the parameter. The others are the same on all processes.
     """
 
     __slots__ = (
         *("asked", "dtype", "frozen", "made", "numbers", "pending", "rule", "shape", "tensors"),
-        *("layout", "spread"),
+        *("layout", "spread_flags"),
     )
 
     def __init__(
@@ -69,7 +69,7 @@ class Record(Spread):
         self.numbers = Numbers() if numbers is None else numbers
         self.pending: Skeleton | None = None
         self.layout: Layout | None = None
-        self.spread: list[bool] | None = None
+        self.spread_flags: list[bool] | None = None
 
     @property
     def untrained(self) -> bool:
@@ -83,7 +83,7 @@ class Record(Spread):
             return None
         return self.numbers.skeleton.combine(self.tensors)
 
-    def begin(self, x: Tensor, path: str) -> None:
+    def make_state(self, x: Tensor, path: str) -> None:
         """Make a state for the parameter `x`."""
         assert self.rule is not None
         layout = self.layout if self.needs_whole else None
@@ -92,7 +92,7 @@ class Record(Spread):
         if self.pending is not None:
             state = skeleton.combine(self.tensors)
             self.tensors, skeleton = partition(self.rule.restart(self.pending.bare(), state))
-        self.spread = None
+        self.spread_flags = None
         if layout is not None:
             self.take_shown(self.tensors)
         self.numbers, self.pending = Numbers(self.numbers.count, skeleton, fresh=True), None
@@ -129,7 +129,7 @@ class Record(Spread):
         other = Record(self.rule, self.frozen, self.shape, self.dtype, numbers)
         other.tensors, other.pending = tensors, self.pending
         other.made, other.asked = self.made, self.asked
-        other.layout, other.spread = self.layout, self.spread
+        other.layout, other.spread_flags = self.layout, self.spread_flags
         return other
 
 
@@ -248,7 +248,8 @@ _read_only("dtype", "fluxpy.setup(rule, model) for another model")
 def _no_such_name(leaf: Leaf, name: str) -> NoReturn:
     hint = ""
     if not name.startswith("_"):
-        names = {own for inner in walk(leaf.rule) for own in hyperparameters(inner)} if leaf.rule is not None else set()
+        inside = () if leaf.rule is None else rules_in(leaf.rule)
+        names = {own for rule in inside for own in hyperparameters(rule)}
         if name in names or set(WORDS.get(name, ())) & names:
             word = name if name in names else next(word for word in WORDS[name] if word in names)
             hint = f". Write leaf.rule.{word}, or fluxpy.value(leaf, {word!r}) for what the next update uses"
@@ -389,7 +390,7 @@ class _LeafShape:
         record = record_of(leaf)
         self.record, self.context = record.copy(record.numbers.copy(), None), leaf._context
         self.size = None if record.tensors is None else len(record.tensors)
-        self.rules = [] if record.rule is None else [type(rule) for rule in walk(record.rule)]
+        self.rules = [] if record.rule is None else [type(rule) for rule in rules_in(record.rule)]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _LeafShape) or (self.rules, self.size) != (other.rules, other.size):

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from .rule import Rule, hyperparameters, no_hyperparameter, title, value_key, walk
+from .rule import Rule, hyperparameters, no_hyperparameter, rules_in, title, value_key
 
 
 def members_of(rule: Rule, member: Any) -> list[Rule]:
     """What `member` names in a rule: all rules of a class in it, or one by its index in the chain; wrappers around the
     chain do not count. ValueError where there is none."""
     if isinstance(member, type) and issubclass(member, Rule):
-        found = [inner for inner in walk(rule) if isinstance(inner, member)]
+        found = [inner for inner in rules_in(rule) if isinstance(inner, member)]
     elif isinstance(member, int) and not isinstance(member, bool):
         chain = rule
         while len(chain.inner) == 1:
@@ -28,7 +28,7 @@ def holders_of(rule: Rule, name: str, member: Any = None) -> list[Rule]:
     """The rules in a rule that have a hyperparameter; with `member`, those in that member. ValueError where none has
     it, and where several have different values, so that it must be said which is meant."""
     inside = [rule] if member is None else members_of(rule, member)
-    found = [inner for outer in inside for inner in walk(outer) if name in hyperparameters(inner)]
+    found = [inner for outer in inside for inner in rules_in(outer) if name in hyperparameters(inner)]
     if not found:
         raise ValueError(no_hyperparameter(rule, name))
     values = [getattr(inner, name) for inner in found]

@@ -27,7 +27,7 @@ from .update import require_steppable, step_alone
 _SHARE = 32
 
 
-class Group:
+class Bucket:
     """Leaves that are stepped when the gradients of all of them are there. `part` is the binding for these alone.
 
     One that waits is copied into a buffer, so that autograd's own memory is free at once. Where it stayed, the
@@ -38,9 +38,9 @@ class Group:
         self.part, self.free, self.size = part, free, size
         self.views: dict[int, list[Tensor]] = {}  # of each buffer that it had
         self.buffer: Tensor | None = None
-        self.begin()
+        self.clear()
 
-    def begin(self) -> None:
+    def clear(self) -> None:
         if self.buffer is not None:
             self.free.append(self.buffer)
         self.buffer = None
@@ -72,20 +72,20 @@ class Group:
     def step(self, context: Context) -> int:
         """How many leaves had a gradient."""
         grads = self.grads
-        self.begin()
+        self.clear()
         self.done = True
         step_alone(self.part, context, grads)
         return sum(dx is not None for dx in grads)
 
 
-class Groups:
-    """All leaves of a model in groups, kept from step to step."""
+class Buckets:
+    """All leaves of a model in buckets, kept from step to step."""
 
     def __init__(self, binding: Binding) -> None:
         require_steppable(binding)
         most = min(SIZE, sum(x.numel() for x in binding.params) // _SHARE)
-        self.all: list[Group] = []
-        self.free: dict[Any, list[Tensor]] = {}  # buffers that no group has, by dtype and device
+        self.all: list[Bucket] = []
+        self.free: dict[Any, list[Tensor]] = {}  # buffers that no bucket has, by dtype and device
         waiting: dict[Any, list[int]] = {}
         for place, x in enumerate(binding.params):
             key = x.dtype, x.device
@@ -99,14 +99,14 @@ class Groups:
             places.append(place)
         for key, places in waiting.items():
             self._add(binding, places, key, most)
-        self.of = {id(x): (group, place) for group in self.all for place, x in enumerate(group.part.params)}
+        self.of = {id(x): (bucket, place) for bucket in self.all for place, x in enumerate(bucket.part.params)}
         self.forms = [(x.shape, x.dtype, x.device) for x in binding.params]
         self.structure = -1  # of the context, when its rules were looked at
-        self.walked = False  # whether a graph was looked at for what hides parameters
+        self.searched = False  # whether a graph was looked at for what hides parameters
 
     def _add(self, binding: Binding, places: list[int], key: Any, size: int) -> None:
         if places:
-            self.all.append(Group(binding.part(places), self.free.setdefault(key, []), size))
+            self.all.append(Bucket(binding.part(places), self.free.setdefault(key, []), size))
 
 
 def trains(record: Record) -> bool:
@@ -115,36 +115,36 @@ def trains(record: Record) -> bool:
 
 def release_step(f: Callable[..., Any], model: Any, args: Sequence[Any], binding: Binding, context: Context) -> Any:
     """One step of `trainstep(..., release=True)`."""
-    groups = _groups(binding, context)
+    buckets = _buckets(binding, context)
     with recorded(f, model, args, binding) as (loss, value):
         if not reads_at_once(loss):
             context.flag.require(loss.detach().isfinite(), context.updates, "the loss")
         elif not math.isfinite(loss.item()):
             return value
-        if not groups.walked:
-            groups.walked = True
+        if not buckets.searched:
+            buckets.searched = True
             require_no_checkpoint(loss)
         context.settle()
-        _backward(loss, groups, binding, context)
+        _backward(loss, buckets, binding, context)
     context.updates += 1
     torch.clear_autocast_cache()  # of an autocast around the loop: it has cast the weights of before
     return value
 
 
-def _groups(binding: Binding, context: Context) -> Groups:
+def _buckets(binding: Binding, context: Context) -> Buckets:
     if is_transforming():
         raise ValueError("release=True steps within the backward pass, which torch.func and torch.compile do not run")
-    spread = binding.spread or binding.parallel is not None
+    several = binding.spread or binding.parallel is not None
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if spread or (distributed and torch.distributed.get_world_size() > 1):
+    if several or (distributed and torch.distributed.get_world_size() > 1):
         raise ValueError("release=True would step before the ranks have averaged their gradients; leave it out")
-    groups: Groups | None = binding.groups
-    if groups is None or groups.forms != [(x.shape, x.dtype, x.device) for x in binding.params]:
-        groups = binding.groups = Groups(binding)
-    if groups.structure != context.structure:
+    buckets: Buckets | None = binding.buckets
+    if buckets is None or buckets.forms != [(x.shape, x.dtype, x.device) for x in binding.params]:
+        buckets = binding.buckets = Buckets(binding)
+    if buckets.structure != context.structure:
         _refuse(binding)
-        groups.structure = context.structure
-    return groups
+        buckets.structure = context.structure
+    return buckets
 
 
 def _refuse(binding: Binding) -> None:
@@ -171,7 +171,7 @@ def _refuse(binding: Binding) -> None:
         raise ValueError(f"release=True takes leaf tensors, but {names_of(odd)} carries autograd history")
 
 
-def _backward(loss: Tensor, groups: Groups, binding: Binding, context: Context) -> None:
+def _backward(loss: Tensor, buckets: Buckets, binding: Binding, context: Context) -> None:
     """The backward pass, with the steps in it."""
     params = [x for x, record in zip(binding.params, binding.records, strict=True) if trains(record)]
     seen: set[int] = set()
@@ -180,26 +180,26 @@ def _backward(loss: Tensor, groups: Groups, binding: Binding, context: Context) 
     def take(x: Tensor) -> None:
         nonlocal stepped
         dx, x.grad = x.grad, None
-        group, place = groups.of[id(x)]
+        bucket, place = buckets.of[id(x)]
         if id(x) in seen:
-            path = group.part.paths[place]
+            path = bucket.part.paths[place]
             raise RuntimeError(f"the gradient of {path!r} came in two parts: pass use_reentrant=False to checkpoint")
         seen.add(id(x))
         assert dx is not None
-        group.take(place, dx)
-        if not group.waits_for:
-            stepped += group.step(context)
+        bucket.take(place, dx)
+        if not bucket.waits_for:
+            stepped += bucket.step(context)
 
-    for group in groups.all:
-        group.begin()
+    for bucket in buckets.all:
+        bucket.clear()
     try:
         with _grads_aside(params, take), context.in_parts():
             torch.autograd.backward(loss, inputs=params)
             if not seen:
                 raise independent_loss(binding)
-            for group in groups.all:
-                if not group.done and group.concerned:
-                    stepped += group.step(context)
+            for bucket in buckets.all:
+                if not bucket.done and bucket.concerned:
+                    stepped += bucket.step(context)
     except BaseException as error:
         if stepped:
             error.add_note(f"release=True: {stepped} of {len(params)} parameters were stepped before this")
@@ -208,8 +208,8 @@ def _backward(loss: Tensor, groups: Groups, binding: Binding, context: Context) 
         raise
     finally:
         context.flag.lower()
-        for group in groups.all:
-            group.begin()
+        for bucket in buckets.all:
+            bucket.clear()
 
 
 @contextmanager

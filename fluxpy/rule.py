@@ -74,11 +74,10 @@ class Rule:
     # True for a rule around one other (`rule`) that steps a copy in `dtype` instead of the parameter. The copy is the
     # first tensor of the state; `master_for(copy, x)` brings it up to date, and the parameter becomes the rounded copy.
     keeps_master: ClassVar[bool] = False
-
-    # True for a rule around one other (`rule`) that steps as that does, and then looks to a tensor of its own, as an
-    # average of the parameter. Its state is (tensor, t, the state of `rule`). `follow(t)` gives t after a step, and the
-    # function that then makes (tensor, parameter) anew of both, or None where they stay.
-    follows: ClassVar[bool] = False
+    # True for a rule around one other (`rule`) that steps as that does, and keeps a shadow of the parameter: an average
+    # of it, or slow weights. Its state is (shadow, t, the state of `rule`). `shadow_step(t)` gives t after a step, and
+    # a function of the old shadow and the stepped parameter that gives both anew, or None where they stay.
+    keeps_shadow: ClassVar[bool] = False
 
     _names: ClassVar[tuple[str, ...]] = ()  # of the hyperparameters and the rules inside
 
@@ -195,12 +194,12 @@ class Rule:
         return [v for _, value in _items(self) for v in (value if isinstance(value, tuple) else (value,))]
 
     @property
-    def follower(self) -> "Rule | None":
-        """The rule that follows what steps, where there is one: it, or the last of a chain."""
-        return self if self.follows else None
+    def shadow_rule(self) -> "Rule | None":
+        """The rule that keeps a shadow, where there is one: this one, or the last of a chain."""
+        return self if self.keeps_shadow else None
 
-    def without_follower(self, state: Any) -> tuple["Rule", Any]:
-        """What steps, and its part of the state, if one is given. Called only where there is a follower."""
+    def without_shadow(self, state: Any) -> tuple["Rule", Any]:
+        """The rule that steps, and its part of the state, if one is given. Called only where there is a shadow."""
         (rule,) = self.inner
         return rule, None if state is None else state[2]
 
@@ -294,7 +293,7 @@ def total_of(reduce: Reduce, parts: Tensor) -> Tensor:
 
 def reducing(rule: Rule, over: Literal["array", "tree"] | None = None) -> list["ReducingRule"]:
     """The rules inside one that ask for a total, in the order of its steps; with `over`, for one over that."""
-    return [inner for inner in walk(rule) if isinstance(inner, ReducingRule) and over in (None, inner.over)]
+    return [inner for inner in rules_in(rule) if isinstance(inner, ReducingRule) and over in (None, inner.over)]
 
 
 def run_alone(
@@ -328,11 +327,11 @@ class Run:
             self.result: Any = done.args[0] if done.args else None
 
 
-def walk(rule: Rule) -> Iterator[Rule]:
+def rules_in(rule: Rule) -> Iterator[Rule]:
     """The rule and all rules inside it, outermost first."""
     yield rule
     for inner in rule.inner:
-        yield from walk(inner)
+        yield from rules_in(inner)
 
 
 def title(rule: Rule) -> str:
@@ -347,7 +346,7 @@ def hyperparameters(rule: Rule) -> dict[str, Any]:
 
 def no_hyperparameter(rule: Rule, name: str) -> str:
     """The message for a hyperparameter that neither the rule nor any inside it has."""
-    return unknown(title(rule), (own for inner in walk(rule) for own in hyperparameters(inner)), name)
+    return unknown(title(rule), (own for inner in rules_in(rule) for own in hyperparameters(inner)), name)
 
 
 def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool = True) -> Rule:
@@ -368,7 +367,7 @@ def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool 
 
 
 def is_packable(rule: Rule) -> bool:
-    """Whether the engine may run a rule on many real tensors packed into one, 0-dim ones of its state spread."""
+    """Whether the engine may run a rule on many real tensors packed into one, 0-dim ones of its state repeated."""
     return (rule.elementwise or rule.delegates) and all(map(is_packable, rule.inner))
 
 
@@ -387,7 +386,7 @@ def map_inner(rule: Rule, f: Callable[[Rule], Rule]) -> Rule:
 
 def title_key(rule: Rule) -> tuple[type, ...]:
     """The classes of a rule and of all inside it."""
-    return tuple(map(type, walk(rule)))
+    return tuple(map(type, rules_in(rule)))
 
 
 def at(rule: Rule, count: int) -> Rule:
@@ -444,7 +443,7 @@ def tensors_of(rule: Rule) -> list[Tensor]:
     """The tensors that stand for hyperparameters, of inner rules too."""
     if not rule.traced:
         return []
-    return [v for inner in walk(rule) for v in inner._elements if isinstance(v, Tensor)]
+    return [v for inner in rules_in(rule) for v in inner._elements if isinstance(v, Tensor)]
 
 
 def _has_rows(rule: Rule, t: Tensor, x: Tensor) -> bool:

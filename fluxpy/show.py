@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .leaf import Leaf, record_of
-from .rule import Rule, at, field_of, hyperparameters, title, value_key, walk
+from .rule import Rule, at, field_of, hyperparameters, rules_in, title, value_key
 from .text import Table, form
 from .tree import Mirror, TreeSpec, spec_of, values_of
 
@@ -60,7 +60,7 @@ def _hyperparameters(rule: Rule, count: int) -> dict[str, _Held]:
     except Exception:  # a schedule that is wrong must not keep the tree from being read
         now = rule
     found: dict[str, _Held] = {}
-    for member, own in zip(walk(now), walk(rule), strict=True):
+    for member, own in zip(rules_in(now), rules_in(rule), strict=True):
         for name, value in hyperparameters(member).items():
             usual = field_of(member, name).default
             before = found.get(name, _Held([], True, False))
@@ -237,20 +237,20 @@ def table(found: list[tuple[str, Leaf]], depth: int | None = None) -> Table:
     named = dict.fromkeys(name for card in cards for name in card if name not in ("rule", "frozen"))
     names = [name for name in named if name == "lr"] or ["lr"]
     names += [name for name in named if name != "lr"]
-    groups: dict[str, list[tuple[Leaf, Card]]] = {}
+    branches: dict[str, list[tuple[Leaf, Card]]] = {}
     for (path, leaf), card in zip(found, cards, strict=True):
-        group = path if depth is None else ".".join(path.split(".")[:depth])
-        groups.setdefault(group, []).append((leaf, card))
+        branch = path if depth is None else ".".join(path.split(".")[:depth])
+        branches.setdefault(branch, []).append((leaf, card))
     header = ["path", "shape", "dtype", "rule", *names, "frozen", "state bytes"]
-    rows = [[path, *_row(members, names)] for path, members in groups.items()]
+    rows = [[path, *_row(pairs, names)] for path, pairs in branches.items()]
     leaves = [leaf for _, leaf in found]
     numbers, frozen = sum(leaf.shape.numel() for leaf in leaves), sum(leaf.frozen for leaf in leaves)
     foot = f"{len(found)} parameters, {numbers:,} numbers, {frozen} frozen"
     return Table(header, rows, (foot, f"{_bytes(leaves):,}".rjust(2)), right=[len(header) - 1])
 
 
-def _row(members: list[tuple[Leaf, Card]], names: list[str]) -> list[str]:
-    leaves, cards = [leaf for leaf, _ in members], [card for _, card in members]
+def _row(pairs: list[tuple[Leaf, Card]], names: list[str]) -> list[str]:
+    leaves, cards = [leaf for leaf, _ in pairs], [card for _, card in pairs]
     frozen = sum(leaf.frozen for leaf in leaves)
     partly = f"{frozen} of {len(leaves)}" if frozen else ""
     return [

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .begin import begin
 from .binding import Binding, Bindings
 from .context import Context
 from .distributed.layout import any_dtensor, layout_of, local_tensors
+from .initial import make_states
 from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of, records_of
 from .members import holders_of
 from .patterns import assign_rules
 from .pytree import Skeleton
-from .rule import Rule, at, hyperparameters, rule_key, title_key
-from .rule import walk as walk_rule
+from .rule import Rule, at, hyperparameters, rule_key, rules_in, title_key
 from .show import describe_tree, table, tree_as_html
 from .text import OF_STATES, WORDS, form, near
 from .tree import Mirror, TreeSpec, check_model, explore, relaid, respec, rooted, spec_of, values_of, walk
@@ -72,7 +71,7 @@ class State(Mirror):
         """For a hyperparameter or verb that somebody looked for on a branch."""
         leaf_names = ("rule", "state", "frozen", "count", "shape", "dtype")
         rules = {id(leaf.rule): leaf.rule for _, leaf in each_leaf(here, "leaves") if leaf.rule is not None}
-        names = {own for rule in rules.values() for inner in walk_rule(rule) for own in hyperparameters(inner)}
+        names = {own for rule in rules.values() for inner in rules_in(rule) for own in hyperparameters(inner)}
         word = next((word for word in (name, *WORDS.get(name, ())) if word in names), None)
         if word is not None:
             return (
@@ -197,7 +196,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     leaves = [Leaf(record, context, bindings) for record in records]
     new = [index for index in range(len(params)) if rules[index] is not None and index not in taken]
     with torch.inference_mode(False), torch.no_grad():
-        _begin(records, new, taken, local_tensors(params), names)
+        _make_states(records, new, taken, local_tensors(params), names)
     if kept and (changed := _changed(kept, new, params, names)):
         warnings.warn(
             f"setup(keep=) starts anew where shape or dtype changed: {'; '.join(changed[:8])}"
@@ -278,7 +277,7 @@ def _warn_of_new_tensors(
         )
 
 
-def _begin(records: list[Record], new: list[int], old: Iterable[int], params: list[Tensor], names: Any) -> None:
+def _make_states(records: list[Record], new: list[int], old: Iterable[int], params: list[Tensor], names: Any) -> None:
     """Make the states of new leaves that train, in the same place of an accumulation window as those that are kept."""
     todo: list[tuple[Record, Tensor, str]] = []
     windows: dict[Any, Skeleton] = {}  # of leaves with a rule of the same kind
@@ -297,7 +296,7 @@ def _begin(records: list[Record], new: list[int], old: Iterable[int], params: li
                 record.pending = _in_step(record.rule, first_numbers(record.rule, params[index], path), inner)
         if not record.frozen:
             todo.append((record, params[index], path))
-    begin(todo)
+    make_states(todo)
 
 
 def _in_step(rule: Rule, numbers: Skeleton, windows: dict[Any, Any]) -> Skeleton:
@@ -378,8 +377,8 @@ def select(state: State | Leaf, *what: str | Callable[[str, Leaf], bool]) -> Sta
     found: set[str] = set()
     for one in what:
         if not isinstance(one, str) and not callable(one):
-            spread = "; write select(state, *patterns)" if isinstance(one, list | tuple | set) else ""
-            raise TypeError(f"select takes glob patterns and predicates (path, leaf) -> bool, but got {one!r}{spread}")
+            hint = "; write select(state, *patterns)" if isinstance(one, list | tuple | set) else ""
+            raise TypeError(f"select takes glob patterns and predicates (path, leaf) -> bool, but got {one!r}{hint}")
         some = {
             path
             for path, leaf in places

@@ -163,7 +163,7 @@ def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
     try:
         units = _run(plan, route.units, grads, context)
     except BaseException as error:
-        plan.forget_begun()
+        plan.drop_new_states()
         for unit in route.units:
             unit.drop()
         if plan.totals is not None and not isinstance(error, FloatingPointError | SkipUpdate):
@@ -186,7 +186,7 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
         try:
             route = plan.find(grads) or plan.make(grads)
         except BaseException:
-            plan.forget_begun()
+            plan.drop_new_states()
             raise
     route.enter()
     return plan, route, grads
@@ -268,8 +268,8 @@ def _pure(state: Any, binding: Binding, context: Context, model: Any, grads: Any
     """The outcome as a new state and a new model, which share no tensor with the old."""
     found = in_order(binding, grads)
     context.settle()
-    begun = all(r.frozen or r.rule is None or r.tensors is not None for r in binding.records)  # needs no new state
-    if not begun or is_transforming() or torch.is_inference_mode_enabled() or _has_history(binding, found):
+    complete = all(r.frozen or r.rule is None or r.tensors is not None for r in binding.records)  # needs no new state
+    if not complete or is_transforming() or torch.is_inference_mode_enabled() or _has_history(binding, found):
         return _pure_by_reference(state, binding, context, model, found)
     with torch.no_grad():
         return _pure_by_copy(state, binding, context, model, found)
@@ -311,7 +311,7 @@ def _pure_by_reference(state: Any, binding: Binding, context: Context, model: An
             unit = stepped.get(place)
             fresh = record.clone(record.numbers.copy()) if unit is None else record.copy(record.numbers, None)
             if unit is not None:
-                unit.settle(fresh)
+                unit.store(fresh)
             records.append(fresh)
             new.append(x.clone() if unit is None else unit.value)
         if not skipped:

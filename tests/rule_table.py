@@ -11,7 +11,7 @@ import schedulefree
 import torch
 
 import fluxpy
-from fluxpy.rule import Rule, hyperparameters, replace, walk
+from fluxpy.rule import Rule, hyperparameters, replace, rules_in
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Row:
 
 def values(rule: Rule) -> dict[str, Any]:
     """All hyperparameters of a rule and the rules in it."""
-    return {name: v for inner in walk(rule) for name, v in hyperparameters(inner).items()}
+    return {name: v for inner in rules_in(rule) for name, v in hyperparameters(inner).items()}
 
 
 def torch_row(rule: Rule, twin: Any, adjusted: dict[str, Any], fixed: dict[str, Any] | None = None) -> Row:

@@ -25,10 +25,10 @@ from fluxpy import (
 from fluxpy.testing.tree_promises import leaf_by_leaf
 
 CASES: dict[str, tuple[Any, set[str]]] = {
-    "lookahead": (Lookahead(Adam(0.02), k=3), {"Following"}),
-    "lookahead, clipped inside": (Lookahead(OptimiserChain(ClipGlobalNorm(0.5), AdamW(0.02)), k=2), {"Following"}),
-    "lookahead, gathering inside": (Lookahead(OptimiserChain(AccumGrad(2), Momentum(0.1)), k=2), {"Following"}),
-    "lookahead in a chain": (OptimiserChain(ClipNorm(0.5), Lookahead(Momentum(0.1), k=2)), {"Following"}),
+    "lookahead": (Lookahead(Adam(0.02), k=3), {"Shadow"}),
+    "lookahead, clipped inside": (Lookahead(OptimiserChain(ClipGlobalNorm(0.5), AdamW(0.02)), k=2), {"Shadow"}),
+    "lookahead, gathering inside": (Lookahead(OptimiserChain(AccumGrad(2), Momentum(0.1)), k=2), {"Shadow"}),
+    "lookahead in a chain": (OptimiserChain(ClipNorm(0.5), Lookahead(Momentum(0.1), k=2)), {"Shadow"}),
     "lookahead of whole arrays": (Lookahead(Whole(), k=2), set()),
     "cautious": (Cautious(Momentum(0.1)), {"Eager"}),
     "cautious in a chain": (OptimiserChain(ClipGlobalNorm(0.5), Cautious(Lion(0.1)), Descent(0.1)), {"Fused"}),
@@ -53,7 +53,7 @@ def test_every_path_has_the_plain_paths_numbers(rule: Any, paths: set[str], colu
 
 
 @pytest.mark.parametrize("layout", ["apart", "flat"])
-def test_a_kernel_and_the_slow_weights_that_follow_it(layout: str) -> None:
+def test_a_kernel_and_the_slow_weights_beside_it(layout: str) -> None:
     """The numbers of the rule's own `apply`, through all that happens to leaves; of a large one in pieces."""
     rule = OptimiserChain(ClipGlobalNorm(0.5), Lookahead(AdamW(0.02), k=3, alpha=0.4))
     shapes: dict[str, Any] = SHAPES | {"f": (300, 500), "g": (2,), "h": (1000, 2)}
@@ -75,7 +75,7 @@ def test_a_kernel_and_the_slow_weights_that_follow_it(layout: str) -> None:
         change = without("e") if turn == 4 else transposed_all if turn == 6 else lambda grads: grads
         run.step(1, change), plain.step(1, change)
         run.equals(plain, room=1e-11)
-        assert paths_of(run.state) - {"Reference"} == {"Following"}
+        assert paths_of(run.state) - {"Reference"} == {"Shadow"}
     assert {run.state[name].state[1].steps for name in "bce"} != {0}
 
 

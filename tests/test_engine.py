@@ -169,8 +169,8 @@ WANTED: dict[str, set[str]] = {
     "whole in a chain": set(),
     "lazy": set(),
     "Adafactor": set(),
-    "Averaged": {"Following"},
-    "Lookahead": {"Following"},
+    "Averaged": {"Shadow"},
+    "Lookahead": {"Shadow"},
 }
 WANTED |= {name: {"Fused"} for name in ("AccumGrad", "clip all, gather, Adam", "gather, AdamW")}
 

@@ -51,7 +51,7 @@ from fluxpy import (
     trainstep,
     update,
 )
-from fluxpy.engine.following import FollowingUnit
+from fluxpy.engine.shadow import ShadowUnit
 from fluxpy.learner import Checkpoint
 from fluxpy.rules import Assign
 from fluxpy.testing.tree_promises import leaf_by_leaf
@@ -259,7 +259,7 @@ def test_the_average_through_saving_copying_adjusting_and_resetting(tmp_path):
     assert_same(evaluated(run.state, run.model), values_of(run.model))
 
 
-FOLLOWED = {
+SHADOWED = {
     "AdamW": Averaged(AdamW(0.02), 0.7),
     "chain": OptimiserChain(ClipGlobalNorm(0.5), Averaged(Adam(0.02), 0.7)),
     "inside": Averaged(OptimiserChain(ClipGlobalNorm(0.5), WeightDecay(0.1), Adam(0.02)), 0.7),
@@ -268,12 +268,12 @@ FOLLOWED = {
 
 
 @every_layout
-@pytest.mark.parametrize("rule", FOLLOWED.values(), ids=FOLLOWED.keys())
-def test_a_kernel_and_an_average_that_follows_it(rule, layout, monkeypatch):
+@pytest.mark.parametrize("rule", SHADOWED.values(), ids=SHADOWED.keys())
+def test_a_kernel_and_an_average_beside_it(rule, layout, monkeypatch):
     """The numbers of the rule's own `apply`, through all that happens to leaves."""
     used = []
-    commit = FollowingUnit.commit
-    monkeypatch.setattr(FollowingUnit, "commit", lambda unit: (used.append(len(unit.cohort.records)), commit(unit)))
+    commit = ShadowUnit.commit
+    monkeypatch.setattr(ShadowUnit, "commit", lambda unit: (used.append(len(unit.cohort.records)), commit(unit)))
     shapes = SHAPES | {"f": (300, 500), "g": (2,), "h": (1000, 2)}
     run, plain = Run(rule, layout, shapes), Run(rule, layout, shapes)
     for turn in range(14):

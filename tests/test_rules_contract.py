@@ -13,12 +13,12 @@ from rule_table import ROWS, Row, values
 from torch import Tensor
 
 import fluxpy
-from fluxpy.rule import Rule, walk
+from fluxpy.rule import Rule, rules_in
 from fluxpy.testing import check_rule
 
 UPDATES = 8  # more than any window
 SHAPES = {"matrix": (3, 4), "scalar": (), "nothing": (0, 3)}
-FIELDS = {key: [f for r in walk(row.rule) for f in dataclasses.fields(r)] for key, row in ROWS.items()}
+FIELDS = {key: [f for r in rules_in(row.rule) for f in dataclasses.fields(r)] for key, row in ROWS.items()}
 HYPERS = {key: [f for f in fields if f.metadata] for key, fields in FIELDS.items()}
 BAD = {
     float: (-1.0, float("nan"), float("-inf"), "0.1", True, None, (0.1,)),
@@ -59,7 +59,7 @@ def test_every_rule_has_a_row_that_names_all_its_hyperparameters() -> None:
     public = {n for n, v in vars(fluxpy).items() if isinstance(v, type) and issubclass(v, Rule)}
     assert public - {"Rule"} == ROWS.keys()
     for name, row in ROWS.items():
-        assert name in [type(rule).__name__ for rule in walk(row.rule)]
+        assert name in [type(rule).__name__ for rule in rules_in(row.rule)]
         fixed = {f.name for f in HYPERS[name] if f.metadata["fixed"]}
         assert (set(row.fixed), set(row.adjusted)) == (fixed, {f.name for f in HYPERS[name]} - fixed)
         assert all(v != values(row.rule)[n] for n, v in (row.adjusted | row.fixed).items())

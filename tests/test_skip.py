@@ -104,8 +104,8 @@ CHAINS: dict[str, Any] = {
     "gathers what is clipped": OptimiserChain(ALL, AccumGrad(3), Adam(0.05)),
     "clips what is gathered": OptimiserChain(AccumGrad(3), ALL, Momentum(0.1)),
     "master": MixedPrecision(OptimiserChain(ALL, Adam(0.05)), dtype=torch.float64),
-    "followed": Averaged(OptimiserChain(ALL, AdamW(falling)), decay=0.6),
-    "followed, eager": OptimiserChain(ALL, Averaged(RMSProp(0.02), decay=0.6)),
+    "shadowed": Averaged(OptimiserChain(ALL, AdamW(falling)), decay=0.6),
+    "shadowed, eager": OptimiserChain(ALL, Averaged(RMSProp(0.02), decay=0.6)),
     "own": OptimiserChain(ALL, Own()),
     "whole": OptimiserChain(ALL, Whole()),
     "a wrapper of one's own": OptimiserChain(EACH, Scaled(Own())),
@@ -117,14 +117,14 @@ CHAINS: dict[str, Any] = {
     "by name": {"[ab]": OptimiserChain(ALL, AdamW(falling)), "*": OptimiserChain(ALL, AccumGrad(2), Own())},
 }
 every_chain = pytest.mark.parametrize("rule", CHAINS.values(), ids=CHAINS.keys())
-FEW = ["Adam", "gathers what is clipped", "master", "followed", "own", "whole", "lazy", "by name"]
+FEW = ["Adam", "gathers what is clipped", "master", "shadowed", "own", "whole", "lazy", "by name"]
 few_chains = pytest.mark.parametrize("rule", [CHAINS[name] for name in FEW], ids=FEW)
 MATRICES = {"a": (4, 3), "b": (7, 2), "c": (2, 2), "d": (4, 3), "e": (6, 3)}
 
 
 def run_of(rule: Any, layout: str = "apart", **options: Any) -> Run:
     inner = [rule] if isinstance(rule, Rule) else [*rule.values()]
-    of_matrices = any(isinstance(r, Muon) for outer in inner for r in fluxpy.rule.walk(outer))
+    of_matrices = any(isinstance(r, Muon) for outer in inner for r in fluxpy.rule.rules_in(outer))
     return Run(rule, layout, MATRICES if of_matrices else SHAPES, **options)
 
 
@@ -372,7 +372,7 @@ OBSERVERS: dict[str, Callable[[Any, Any], Any]] = {
 }
 MATRIX = {"a": (4, 3), "b": (4, 3), "c": (4, 2), "d": (4, 3), "e": (4, 3)}
 OBSERVED = {
-    **{name: CHAINS[name] for name in ("AdamW, a schedule", "gathers what is clipped", "master", "followed", "whole")},
+    **{name: CHAINS[name] for name in ("AdamW, a schedule", "gathers what is clipped", "master", "shadowed", "whole")},
     "Prodigy": CHAINS["Prodigy"],
 }
 

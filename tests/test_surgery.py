@@ -860,7 +860,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-@pytest.mark.parametrize("fault", ["rule", "settle", "_assign", "setattr"])
+@pytest.mark.parametrize("fault", ["rule", "replace_state", "_assign", "setattr"])
 def test_a_fault_at_any_leaf_leaves_all_as_it_was(change: Any, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault comes at the first place, at the second, and so on, until there is none left."""
     for place in range(60):

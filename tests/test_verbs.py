@@ -326,7 +326,7 @@ def test_adjust_one_member(rule, member, rates):
     state = setup(rule, net())
     adjust(state, 0.5, member=member)
     for _, leaf in leaves(state):
-        found = [own["lr"] for own in map(fluxpy.rule.hyperparameters, fluxpy.rule.walk(leaf.rule)) if "lr" in own]
+        found = [own["lr"] for own in map(fluxpy.rule.hyperparameters, fluxpy.rule.rules_in(leaf.rule)) if "lr" in own]
         assert found == rates
     if member is not None:
         assert value(state[0].bias, "lr", member=member) == 0.5

@@ -23,7 +23,7 @@ def assert_same_on_all_ranks(state: State | Leaf) -> None:
 
     Compares rules with their hyperparameters, frozen flags, counts and the numbers in states, leaf by leaf; of tensors
     only whether they are there. It is one small collective operation where all is well, so call it on all processes:
-    once an epoch, say, or after verbs that hang on data. On one process it does nothing.
+    once an epoch, say, or after verbs that depend on data. On one process it does nothing.
     """
     found = each_leaf(state, "assert_same_on_all_ranks")
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -63,14 +63,14 @@ class GatheredUnit(ReferenceUnit):
         assert layout is not None
         self.moved, self.skeleton = inner.moved, inner.skeleton
         self.value = layout.part(inner.value if inner.change is None else inner.x - inner.change)
-        self.spread = [layout.is_whole(t) for t in inner.news]
-        self.news = [layout.part(t) if cut else t for t, cut in zip(inner.news, self.spread, strict=True)]
+        self.spread_flags = [layout.is_whole(t) for t in inner.news]
+        self.news = [layout.part(t) if cut else t for t, cut in zip(inner.news, self.spread_flags, strict=True)]
         self.olds = self.record.tensors or [] if inner.olds else []
         self.done = True
 
-    def settle(self, record: Record) -> None:
-        super().settle(record)
-        record.spread = self.spread
+    def store(self, record: Record) -> None:
+        super().store(record)
+        record.spread_flags = self.spread_flags
 
     def drop(self) -> None:
         super().drop()

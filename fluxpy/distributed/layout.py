@@ -54,7 +54,7 @@ class Layout:
         return f"Layout({tuple(self.shape)}, {self.placements} on {self.mesh})"
 
     @cached_property
-    def groups(self) -> tuple[Any, ...]:
+    def process_groups(self) -> tuple[Any, ...]:
         """The process groups whose members hold the other parts, one for each of `dims`."""
         return tuple(self.mesh.get_group(i) for i in self.dims)
 

@@ -35,7 +35,7 @@ class Parallel:
         meshes = dict.fromkeys(x.device_mesh for x in params if is_dtensor(x))  # pyright: ignore[reportAttributeAccessIssue]
         groups = [ddp.process_group for ddp in replicas]
         groups += [mesh.get_group(i) for mesh in meshes for i in range(mesh.ndim)]
-        self.groups: list[Any] = list({id(group): group for group in groups}.values())
+        self.process_groups: list[Any] = list({id(group): group for group in groups}.values())
         self.ranks = {rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}  # of all that run it
         for ddp in replicas:
             self.ranks |= set(torch.distributed.get_process_group_ranks(ddp.process_group))
@@ -81,7 +81,7 @@ class Parallel:
         """The mean over all processes that train the model. It is finite where it is so on all of them."""
         found: Any = number.detach()
         found = found.full_tensor() if is_dtensor(found) else found.clone()
-        for group in self.groups:
+        for group in self.process_groups:
             torch.distributed.all_reduce(found, group=group)
             found /= group.size()
         return found
@@ -93,7 +93,7 @@ class Parallel:
         except TypeError:
             length = -1
         lengths = torch.tensor([length, -length], device=self.params[0].device)
-        for group in self.groups:
+        for group in self.process_groups:
             torch.distributed.all_reduce(lengths, torch.distributed.ReduceOp.MAX, group=group)
         most, least = int(lengths[0]), -int(lengths[1])
         if most > least > -1:

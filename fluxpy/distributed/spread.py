@@ -1,4 +1,4 @@
-"""Spread: what the record of a leaf can do where its parameter is spread over processes."""
+"""What the record of a leaf can do where its parameter is spread over processes."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from ..rule import Rule, is_packable, reducing
 from .layout import Layout, is_dtensor
 
 
-class Spread:
-    """A record whose `tensors` are local ones, of which those marked in `spread` are spread as `layout` says."""
+class SpreadRecord:
+    """A record whose `tensors` are local ones, of which those marked in `spread_flags` are spread as `layout` says."""
 
     __slots__ = ()
 
     layout: Layout | None
-    spread: list[bool] | None
+    spread_flags: list[bool] | None
     tensors: list[Tensor] | None
     rule: Rule | None
     shape: torch.Size
@@ -39,8 +39,9 @@ class Spread:
         tensors, layout = self.tensors or [], self.layout
         if layout is None:
             return [(t, False) for t in tensors]
-        known = self.spread is not None and len(self.spread) == len(tensors)
-        flags = self.spread if known and self.spread is not None else map(layout.is_spread, tensors)
+        flags = self.spread_flags
+        if flags is None or len(flags) != len(tensors):
+            flags = map(layout.is_spread, tensors)
         return list(zip(tensors, flags, strict=True))
 
     def shown_tensors(self) -> list[Tensor]:
@@ -59,15 +60,15 @@ class Spread:
 
     def take_shown(self, tensors: list[Tensor]) -> None:
         """Take over tensors as a user gives them: DTensors, or whole ones."""
-        layout, self.spread, self.tensors = self.layout, None, tensors
+        layout, self.spread_flags, self.tensors = self.layout, None, tensors
         if layout is not None:
             self.tensors = self._parts(layout, tensors)
         elif any(map(is_dtensor, tensors)):
             self.tensors = [t.full_tensor() if is_dtensor(t) else t for t in tensors]  # pyright: ignore[reportAttributeAccessIssue]
 
     def _parts(self, layout: Layout, tensors: list[Tensor]) -> list[Tensor]:
-        self.spread = [is_dtensor(t) or layout.is_whole(t) for t in tensors]
-        pairs = zip(tensors, self.spread, strict=True)
+        self.spread_flags = [is_dtensor(t) or layout.is_whole(t) for t in tensors]
+        pairs = zip(tensors, self.spread_flags, strict=True)
         return [layout.localise(t, "a tensor of the state") if spread else t for t, spread in pairs]
 
     def put_together(self) -> Any:
@@ -75,7 +76,7 @@ class Spread:
         assert self.layout is not None
         tensors = [self.layout.whole(t) if spread else t for t, spread in self.spread_tensors()]
         other = self.copy(self.numbers.copy(), None if self.tensors is None else tensors)
-        other.layout = other.spread = None
+        other.layout = other.spread_flags = None
         return other
 
     def lay_out(self, layout: Layout | None) -> bool:

@@ -5,7 +5,7 @@ the order of the model and then of the mesh. So a number that is not finite is f
 rule only has to give of an array cut in pieces, by `part` and `combine`, what it gives of the array.
 
 One collective operation serves all leaves that are spread alike, for each dimension of their mesh. That all processes
-ask in the same order hangs on leaves alone (their rules and places), not on how they are grouped: an empty part takes
+ask in the same order depends on leaves alone (their rules and places), not on the cohorts: an empty part takes
 another way through the engine.
 """
 
@@ -72,7 +72,7 @@ class Totals:
         for i, place in enumerate(places):
             record = self.records[place]
             layout = None if record.needs_whole else record.layout
-            groups = () if layout is None else layout.groups
+            groups = () if layout is None else layout.process_groups
             kind = None if layout is None or not groups else layout.mesh.device_type
             classes.setdefault((kind, *map(id, groups)), (kind, [], groups))[1].append(i)
             found = [True] if layout is None else layout.present

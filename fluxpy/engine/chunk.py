@@ -1,4 +1,4 @@
-"""Chunk: neighbours in a cohort as one tensor, which is what a rule is run on; or a part of one large leaf."""
+"""Chunk: what a rule is run on at once: neighbours in a cohort as one tensor, or a part of one large leaf."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,13 +24,13 @@ class Chunk:
         where = runs(reals)
         self.size = size if size >= 0 else sum(cohort.sizes[low:high])
         self.stacked, self.shape = stack, (high - low, *reals[0].shape) if stack else (self.size,)
-        self.gathers = high - low > 1
-        # In which a number of each leaf broadcasts over the leaves; or, where these have other shapes, is spread over.
-        self.number_shape = (high - low, *[1 for _ in reals[0].shape if stack]) if self.gathers else ()
+        self.of_several = high - low > 1
+        # The shape in which a number of each leaf broadcasts over the leaves, where these have one shape.
+        self.number_shape = (high - low, *[1 for _ in reals[0].shape if stack]) if self.of_several else ()
         self.x = Row(reals, scratch, "x", start, size)
         self.x.show_as(self.shape)
         self.momenta = [self._row(cohort, scratch, i, is_number, size) for i, is_number in enumerate(numeric)]
-        if self.gathers:
+        if self.of_several:
             first = reals[0]
             self.dx = scratch.take("dx", first.dtype, first.device, self.size)
             self.dx_views = views_like(self.dx, reals, where)
@@ -38,7 +38,7 @@ class Chunk:
         self.scratch = scratch
         self.asked: tuple[Tensor, list[Tensor]] | None = None  # a value that a total is asked for, and its leaves
         self.sizes: Tensor | None = None
-        # The neighbours of one shape and strides, where these are many.
+        # The runs of neighbours of one shape and strides, where they are long.
         self.runs = where if LEAST_RUN * len(where) <= len(reals) and not cohort.params[low].is_complex() else None
         self.answers: list[Any] = []
         self.running: Steps | None = None
@@ -48,8 +48,8 @@ class Chunk:
         """The row of the i-th tensor of the states."""
         tensors, sizes = cohort.momenta[i][self.low : self.high], cohort.sizes[self.low : self.high]
         if is_number:
-            last, spread = size < 0 or self.start + size == sizes[0], self.gathers and not self.stacked
-            return NumberRow(tensors, scratch, i, self.number_shape, sizes=sizes if spread else None, last=last)
+            last, repeat = size < 0 or self.start + size == sizes[0], self.of_several and not self.stacked
+            return NumberRow(tensors, scratch, i, self.number_shape, sizes=sizes if repeat else None, last=last)
         row = Row(tensors, scratch, i, self.start, size)
         if self.stacked:  # those of a rule that needs whole arrays may have their own shapes
             row.show_as((self.high - self.low, *tensors[0].shape))
@@ -57,7 +57,7 @@ class Chunk:
 
     def gradient(self, grads: Sequence[Tensor]) -> Tensor:
         """The gradients of this chunk as one tensor, from those of the cohort, which have the strides of the reals."""
-        if not self.gathers:
+        if not self.of_several:
             flat = flat_view(grads[self.low])
             return flat if self.size == flat.numel() else flat[self.start : self.start + self.size]
         mine = grads[self.low : self.high]

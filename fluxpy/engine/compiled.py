@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..context import Context, reads_at_once
 from ..pytree import HOLE, Skeleton, entries_of, skeleton_of
-from ..rule import Assign, Rule, Steps, reducing, replace, rule_key, title, title_key, walk
+from ..rule import Assign, Rule, Steps, reducing, replace, rule_key, rules_in, title, title_key
 from .chunk import Chunk
 from .cohort import Cohort
 from .kernels import Recipe, to_device, wide_dtype
@@ -30,7 +30,7 @@ _MOST = 32  # kernels of one chain; with more, its numbers are a part of the pro
 def bucket_key(rule: Rule, context: Context) -> Any:
     """What rules must have in common to go together: everything but real numbers, where a kernel can take those for
     each leaf. It cannot where a total is asked for of what rules with such numbers made of the gradient."""
-    members = [inner for inner in walk(rule) if not inner.inner]
+    members = [inner for inner in rules_in(rule) if not inner.inner]
     asks_later = any(map(reducing, members[1:])) or any(inner.inner for inner in reducing(rule))
     return rule_key(rule, loose=not asks_later and title_key(rule) not in context.not_shared)
 
@@ -58,7 +58,7 @@ class CompiledUnit:
         self.programs: dict[bool, Program] = {}
         self.differing: dict[int, Tensor] = {}
         self.key: Any = None
-        self.low = torch.zeros((), dtype=torch.bool, device=cohort.params[0].device)
+        self.lowered = torch.zeros((), dtype=torch.bool, device=cohort.params[0].device)  # a flag that is not up
         self.adopt_rules()
 
     @property
@@ -96,7 +96,7 @@ class CompiledUnit:
         self.now = rule_now(self.cohort)
         self.chunks.load([grads[place] for place in self.cohort.places])
         first = self.chunks.all[0]
-        if not self.programs or self.now.accumulates:  # which asks for none until a window is full
+        if not self.programs or self.now.accumulates:  # such a rule asks for no total until its window is full
             self.totals = self._count_totals(first)
         yield from self.chunks.run(self._start, self.now, self.totals)
         self.programs = {single: self._program(chunk) for single, chunk in self._kinds().items()}
@@ -107,15 +107,15 @@ class CompiledUnit:
         return self.now.steps(self.cohort.skeleton.combine(momenta), chunk.x.read(), dx)
 
     def _bad(self) -> list[Tensor]:
-        """What keeps kernels from writing; on a device always something, for another cohort may yet raise the flag."""
+        """The flag that keeps kernels from writing; on a device always one: another cohort may yet raise it."""
         up = self.context.flag.up
         if up is None:
-            return [] if reads_at_once(self.low) else [self.low]
-        return [up.to(self.low.device)]
+            return [] if reads_at_once(self.lowered) else [self.lowered]
+        return [up.to(self.lowered.device)]
 
     def _kinds(self) -> dict[bool, Chunk]:
         """A chunk of each kind: of one leaf, whose own numbers and totals are 0-dim, and of several."""
-        return {not chunk.gathers: chunk for chunk in self.chunks.all}
+        return {not chunk.of_several: chunk for chunk in self.chunks.all}
 
     def _target(self, chunk: Chunk) -> tuple[Row, list[Row], Rule, Skeleton]:
         """What the kernel steps, with which momenta, by which rule, with which numbers in its state."""
@@ -138,7 +138,7 @@ class CompiledUnit:
         """Write down what the rule does with this step's numbers, and find or make the kernel for it."""
         row, momenta, rule, before = self._target(chunk)
         held = [m.shown for m in momenta]
-        own = [column[:2] if chunk.gathers else column[0] for column in self.differing.values()]
+        own = [column[:2] if chunk.of_several else column[0] for column in self.differing.values()]
         bad = self._bad()
         tensors = [row.buffer, row.buffer, *held, *chunk.answers, *own, *bad]
         tape = Tape(tensors)
@@ -186,7 +186,7 @@ class CompiledUnit:
         program, bad = None, self._bad()
         for chunk in self.chunks.all:
             row, momenta, _, _ = self._target(chunk)
-            program = self.programs[not chunk.gathers]
+            program = self.programs[not chunk.of_several]
             if self.master is not None:
                 row.write(self.master.master_for(row.read(), chunk.x.read()))
             x = row.read()
@@ -211,7 +211,7 @@ class CompiledUnit:
 
     def _numbers_for(self, chunk: Chunk) -> list[Tensor]:
         """The numbers that differ, for each element of a chunk."""
-        if not self.differing or not chunk.gathers:
+        if not self.differing or not chunk.of_several:
             return [column[chunk.low] for column in self.differing.values()]
         sizes = self.sizes[chunk.low : chunk.high]
         columns = (column[chunk.low : chunk.high] for column in self.differing.values())
@@ -239,7 +239,7 @@ def _outcome(state: Any, change: Any, x: Traced, before: Skeleton) -> tuple[Skel
 
 
 def write_down(steps: Any, answers: list[Traced]) -> Any:
-    """A rule to its end."""
+    """Run a rule on stand-ins to its end."""
     try:
         steps.send(None)
         for answer in answers:

@@ -40,7 +40,7 @@ class _Fused(ABC):
         self.momenta = cohort.momenta[len(cohort.momenta) - last_tensors :]
         self.x = cohort.params[0] if self.parts.master is None else cohort.momenta[0][0]
         self.clock = torch.zeros((), dtype=torch.float32, device=self.x.device)
-        self.keys = _groups(cohort, cohort.rules())
+        self.keys = _first_alike(cohort, cohort.rules())
         self.known: tuple[int, dict[int, dict[str, Any]]] | None = None
         numbers = [i for i, part in enumerate(cohort.skeleton.parts) if type(part) is int]
         counts = "t" in getattr(last_state(cohort.rule, cohort.records[0].state), "_fields", ())
@@ -74,7 +74,7 @@ class _Fused(ABC):
             return None
         if not all(takes(rule, first.x, first.record.tensors or ()) for rule in rules):
             return None
-        self.parts, keys = Parts.of(self.cohort.rule), _groups(self.cohort, rules)
+        self.parts, keys = Parts.of(self.cohort.rule), _first_alike(self.cohort, rules)
         if keys != self.keys:
             self.keys = keys
             self.bind()
@@ -115,14 +115,14 @@ class _Fused(ABC):
         return {leaf: own | found for leaf, own in options.items()}
 
 
-def _groups(cohort: Cohort, rules: list[Rule]) -> list[int]:
+def _first_alike(cohort: Cohort, rules: list[Rule]) -> list[int]:
     """For each leaf, the first leaf whose rule is equal to its own; `rules` are those of the cohort."""
     if len(rules) == 1:
         return [0] * len(cohort.records)
     ids = [*map(id, map(attrgetter("rule"), cohort.records))]
     first: dict[Any, int] = {}
-    group = {id(rule): first.setdefault(rule_key(rule), ids.index(id(rule))) for rule in rules}
-    return list(map(group.__getitem__, ids))
+    alike = {id(rule): first.setdefault(rule_key(rule), ids.index(id(rule))) for rule in rules}
+    return list(map(alike.__getitem__, ids))
 
 
 class FusedListUnit(_Fused):

@@ -34,7 +34,7 @@ def flat_view(x: Tensor) -> Tensor:
 
 
 def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The one flat view of dense tensors that follow each other in memory; None where they do not."""
+    """The one flat view of dense tensors that are adjacent in memory; None where they are not."""
     first = tensors[0]
     if len(tensors) == 1:
         return flat_view(first)
@@ -46,7 +46,7 @@ def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
     ends = [*accumulate(sizes, initial=0)]
     if pointers != [pointers[0] + end * width for end in ends[:-1]]:
         return None
-    # What lies in the memory of the first tensor's storage is of that storage.
+    # One view reaches no further than one storage, and tensors of different storages can be adjacent by chance.
     storage = first.untyped_storage()
     if storage.data_ptr() + storage.nbytes() < pointers[0] + ends[-1] * width:
         return None
@@ -170,7 +170,7 @@ class Row:
     """One tensor of each of several leaves, as one flat tensor; or, of one large tensor, a part.
 
     The tensors are dense and detached. `flat` is their common view where they are adjacent; elsewhere they are gathered
-    into scratch memory and written back. `shown` is what a rule sees: flat, unless somebody says otherwise.
+    into scratch memory and written back. `shown` is what a rule sees: flat, unless `show_as` gives a shape.
     """
 
     def __init__(self, tensors: list[Tensor], scratch: Scratch, role: Any, start: int = 0, size: int = -1) -> None:
@@ -186,11 +186,11 @@ class Row:
 
     @cached_property
     def views(self) -> list[Tensor]:
-        """The parts of the scratch memory: of parameters that a kernel steps where they are, nobody asks for them."""
+        """The parts of the scratch memory. Made late: where a kernel steps the tensors themselves, nobody asks."""
         return views_like(self.buffer, self.tensors)
 
     def show_as(self, shape: tuple[int, ...]) -> None:
-        """Let rules see it in this shape."""
+        """Let a rule see the row in this shape."""
         self.shown = self.buffer.view(shape)
 
     def read(self) -> Tensor:
@@ -229,7 +229,7 @@ class NumberRow(Row):
             self.show_as(shape)
         else:
             self.flat, first = None, tensors[0]
-            self.buffer = scratch.take((role, "spread"), first.dtype, first.device, sum(sizes))
+            self.buffer = scratch.take((role, "repeated"), first.dtype, first.device, sum(sizes))
             self.shown, self.views = self.buffer, list(self.buffer.split(sizes))
             self.firsts = [view[0] for view in self.views]
 

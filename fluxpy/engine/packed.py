@@ -36,8 +36,8 @@ Start = Callable[[Chunk, Any], Steps]
 
 
 class Chunks:
-    """The chunks of a cohort, and one step's way through them. With `long`, as kernels take them: each chunk is one
-    long tensor, and each total a tensor."""
+    """The chunks of a cohort, and one step on them. `long` is for compiled kernels: each chunk is one long tensor, and
+    each total a tensor."""
 
     def __init__(self, cohort: Cohort, *, split: bool, stack: bool = False, long: bool = False) -> None:
         self.cohort, self.long, x = cohort, long, cohort.params[0]
@@ -57,13 +57,13 @@ class Chunks:
         self.given: Sequence[Tensor] = ()
         self.missing = False
         # Autograd does not see writes through a view of several parameters.
-        self.hidden_writes = any(chunk.gathers and chunk.x.flat is not None for chunk in self.all)
+        self.hidden_writes = any(chunk.of_several and chunk.x.flat is not None for chunk in self.all)
 
     def load(self, grads: Sequence[Tensor]) -> None:
         """Take a step's gradients, in the order of the cohort."""
-        if self.given:  # of a step that fell back
+        if self.given:  # those of a step that fell back
             self.clear()
-        self.missing = grads[0] is None  # then all are: the rule accumulates, and counts this update too
+        self.missing = grads[0] is None  # then all are missing, and the rule accumulates
         self.given = self.grads = grads
         if self.cohort.odd and not self.missing:
             self.given = self.grads = like_parameters(grads, self.cohort)
@@ -77,8 +77,8 @@ class Chunks:
             chunk.clear()
 
     def run(self, start: Start, rule: Rule, totals: int | None = None) -> Prepare:
-        """Take the first chunk to its result, with all totals that the rule needs on the way; the others can follow.
-        With `totals`, only so far that so many totals are known. `rule` is the one that is run."""
+        """Run `rule` on the first chunk to its result, getting all totals that it needs on the way; the other chunks
+        can then run too. With `totals`, stop once so many totals are known."""
         first, count = self.all[0], 0
         while count != totals and isinstance(reduce := self.advance(first, start), Reduce):
             count += 1
@@ -97,14 +97,14 @@ class Chunks:
                 else:
                     require_all_finite(parts, reduce, self.cohort.context, self.cohort.paths)
                 for chunk in self.all:
-                    chunk.answers.append(self._spread(chunk, parts, reduce))
+                    chunk.answers.append(self._repeated(chunk, parts, reduce))
         if totals is None:
             first.result = reduce  # pyright: ignore[reportPossiblyUnboundVariable]
 
     def advance(self, chunk: Chunk, start: Start) -> Any:
         """The rule on a chunk: its (state, change), or the first total that has no answer yet.
 
-        Of several chunks each starts over for its next total, since they share their memory."""
+        Several chunks share scratch memory, so each starts over for its next total."""
         steps, answers = chunk.running, chunk.answers[-1:]
         if steps is None:
             dx = None if self.missing else chunk.gradient(self.grads)
@@ -122,7 +122,7 @@ class Chunks:
         return reduce  # pyright: ignore[reportPossiblyUnboundVariable]
 
     def _parts(self, reduce: Reduce, start: Start) -> Tensor:
-        """What each leaf gives to a total. Worked out leaf by leaf, so that it does not depend on the grouping."""
+        """What each leaf gives to a total, worked out leaf by leaf, so that it does not depend on the cohorts."""
         first, rule, value = self.all[0], reduce.rule, reduce.tensor()
         known = self._known(value)
         if known is not None:
@@ -152,7 +152,7 @@ class Chunks:
         return torch.cat(found) if len(found) > 1 else found[0]
 
     def _known(self, value: Tensor) -> Any:
-        """What a rule asks for a total of, where that can be had leaf by leaf at once: gradients, or numbers."""
+        """The value of each leaf that a total is asked for, where it is there already: a gradient, or a number."""
         first = self.all[0]
         for i, row in enumerate(first.momenta):
             if (
@@ -170,13 +170,13 @@ class Chunks:
         if value.ndim and (value.shape == chunk.shape or value.shape != chunk.number_shape):
             return False
         if not any(self.cohort.numeric):
-            raise FallBack(title_key(self.cohort.rule))  # it reduced the array by itself, and is not elementwise
+            raise FallBack(title_key(self.cohort.rule))  # the rule reduced the array itself: it is not elementwise
         return True
 
-    def _spread(self, chunk: Chunk, parts: Tensor, reduce: Reduce) -> Any:
+    def _repeated(self, chunk: Chunk, parts: Tensor, reduce: Reduce) -> Any:
         """The totals of a chunk's own arrays, for each of its elements."""
         mine = parts[chunk.low : chunk.high]
-        if not chunk.gathers:
+        if not chunk.of_several:
             return self._answer(mine[0], reduce)
         if chunk.stacked:
             return mine.view(chunk.number_shape)
@@ -190,7 +190,7 @@ class Chunks:
         return torch.repeat_interleave(mine, chunk.sizes, output_size=chunk.size)
 
     def _answer(self, total: Tensor, reduce: Reduce) -> Any:
-        """A total as a number, where the rule takes one and the host may read it: what follows is then cheaper."""
+        """A total as a number, where the rule takes one and the host may read it: the rest is then cheaper."""
         number = not self.long and reduce.rule.takes_numbers and not total.ndim and reads_at_once(total)
         return total.item() if number else total
 
@@ -212,8 +212,8 @@ def _of_pieces(rule: ReducingRule, pieces: list[Tensor], x: Tensor | None) -> Te
 
 def _is_gradient(value: Tensor, chunk: Chunk, grads: Sequence[Tensor]) -> bool:
     """Whether a rule asks for a total of the gradients themselves."""
-    source = chunk.dx if chunk.gathers else grads[chunk.low]
-    if chunk.gathers and value.data_ptr() != source.data_ptr():
+    source = chunk.dx if chunk.of_several else grads[chunk.low]
+    if chunk.of_several and value.data_ptr() != source.data_ptr():
         source = grads[chunk.low]
     return value.data_ptr() == source.data_ptr() and value.numel() == chunk.size and value.dtype == source.dtype
 
@@ -244,7 +244,7 @@ class EagerUnit:
         yield from self.chunks.run(self._start, self.rule)
         first = self.chunks.all[0]
         self._check(first)
-        if not self.trusted:  # one of the other chunks may fail where the first did not
+        if not self.trusted:  # another chunk may fail where the first did not
             first.result = _kept(first.result)
             for chunk in self.chunks.all[1:]:
                 chunk.result = self.chunks.advance(chunk, self._start)
@@ -328,8 +328,8 @@ def _is_like(t: Tensor, old: Tensor) -> bool:
 
 
 def apart_from_written(chunk: Chunk, rows: Sequence[Row], news: list[Tensor]) -> list[Tensor]:
-    """The new states, copied where they are in memory that will be written to, as where a rule lets buffers change
-    places. One that is its own old state stays as it is."""
+    """The new states, copied where they lie in memory that will be written to: a rule may swap its buffers.
+    One that is its own old state stays as it is."""
     for i, (new, row) in enumerate(zip(news, rows, strict=True)):
         if new.untyped_storage().data_ptr() in chunk.written and new.data_ptr() != row.buffer.data_ptr():
             news[i] = new.clone()

@@ -2,7 +2,7 @@
 
 Leaves that step together form a cohort. A *route* is the set of cohorts that one kind of update takes: those of
 leaves that have a gradient and are not frozen. Another pattern is another route over the same cohorts, and a cohort is
-split only where a route needs a part of it. So models whose parts take turns soon find all their routes made.
+split only where a route needs a part of it. So a model whose parts take turns soon has all its routes.
 """
 
 import copy
@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..begin import begin
 from ..context import Context, Late, remembered
 from ..distributed.gathered import GatheredUnit
 from ..distributed.totals import Totals
+from ..initial import make_states
 from ..leaf import Record, miss_update
 from ..pytree import HOLE, PLAIN, Skeleton, is_wrapped
 from ..rule import Rule, is_packable, reducing, rule_key, title_key, value_key
-from . import following, fused, fused_kernels
+from . import fused, fused_kernels, shadow
 from .cohort import Cohort, Member, arranged, fits_stacked, packed_form, real_view
 from .compiled import CompiledUnit
 from .compiled import bucket_key as compiled_key
@@ -91,7 +91,7 @@ def _alike_but_for_numbers(cohorts: list[Cohort]) -> list[list[Cohort]]:
 
 
 def _has_twins(alike: list[list[Cohort]]) -> bool:
-    """Whether two cohorts could be one by now. They must be, or what a step rounds would depend on the past."""
+    """Whether two cohorts could be one by now. They must be, or the rounding of a step would depend on the past."""
     return any(len({_numbers_key(cohort.records[0]) for cohort in found}) < len(found) for found in alike)
 
 
@@ -111,7 +111,7 @@ class Plan:
         self.routes: dict[Any, Route] = {}
         self.route: Route | None = None
         self.waiting: list[tuple[Record, tuple[Tensor, str]]] = []  # frozen leaves of rules that accumulate
-        self.begun: list[Any] = []  # leaves whose state was made for this update, and what they were before
+        self.new_states: list[Any] = []  # leaves whose state was made for this update, and what they were before
         self.structure = self.hyper = -1
         self.addresses: list[int] = []  # where the parameters were when the cohorts were laid out
         self.totals = Totals(records) if context.spread else None
@@ -152,7 +152,7 @@ class Plan:
         assigned = {place for cohort in self.cohorts for place in cohort.places}
         cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
         if live - assigned or _has_twins(_alike_but_for_numbers(cohorts)):
-            self._regroup(members, statics)
+            self._form_cohorts(members, statics)
             cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
         if len(self.routes) >= _MOST_ROUTES:
             self.routes.clear()
@@ -191,9 +191,9 @@ class Plan:
         """Write what units came to, and tell accumulating rules of an update in which their leaves were frozen. Leaves
         that share their numbers keep sharing them."""
         known: dict[Any, Skeleton | None] = {}
-        skipped, begun, self.begun = self.context.flag.skipped, self.begun, []
+        skipped, new_states, self.new_states = self.context.flag.skipped, self.new_states, []
         if skipped is not None:  # which only the device knows by now
-            self.context.late = Late(skipped, [partial(_take_back, begun)])
+            self.context.late = Late(skipped, [partial(_take_back, new_states)])
         for record, (x, path) in self.waiting:
             key = id(record.rule), id(record.numbers), id(record.pending)
             if self.context.late is not None:
@@ -206,11 +206,11 @@ class Plan:
         for unit in units:
             unit.commit()
 
-    def forget_begun(self) -> None:
+    def drop_new_states(self) -> None:
         """The update failed."""
-        _take_back(self.begun)
-        if self.begun:
-            self.begun = []
+        _take_back(self.new_states)
+        if self.new_states:
+            self.new_states = []
             self.cohorts, self.units, self.routes, self.route = [], {}, {}, None
             self.context.structure += 1
 
@@ -252,7 +252,7 @@ class Plan:
         self.routes.clear()
         self.route = None
 
-    # --- Grouping -----------------------------------------------------------------------------------------------------
+    # --- Forming cohorts ----------------------------------------------------------------------------------------------
 
     def _members(self, grads: Sequence[Any]) -> tuple[list[Member], dict[int, Any], list[ReferenceUnit]]:
         """The leaves that step in cohorts, what they must have in common but numbers by their places, and the units of
@@ -264,8 +264,8 @@ class Plan:
         known: dict[Any, Any] = {}
         every = [*zip(self.records, self.params, self.paths, grads, strict=True)]
         new = [(r, x, path) for r, x, path, dx in every if r.tensors is None and r.takes_part(dx)]
-        self.begun += [(record, record.numbers, record.pending) for record, _, _ in new]
-        begin(new)
+        self.new_states += [(record, record.numbers, record.pending) for record, _, _ in new]
+        make_states(new)
         for place, (record, x, path, dx) in enumerate(every):
             if not record.takes_part(dx):
                 continue
@@ -287,8 +287,8 @@ class Plan:
 
     def _static(self, record: Record, x: Tensor, dx: Tensor | None, known: dict[Any, Any]) -> Any:
         """What leaves must have in common with this one to go together, but for numbers. First how they are stepped:
-        "compiled", "fused", "following", "eager" or "stack". None of one that steps by itself. `known` remembers what
-        hangs on the rule and the dtypes alone."""
+        "compiled", "fused", "shadow", "eager" or "stack". None of one that steps by itself. `known` remembers what
+        depends on the rule and the dtypes alone."""
         rule, tensors, skeleton = record.rule, record.tensors, record.numbers.skeleton
         assert rule is not None and tensors is not None and skeleton is not None
         if type(x) not in PLAIN or (dx is not None and type(dx) not in PLAIN):
@@ -300,16 +300,16 @@ class Plan:
         key = id(rule), x.dtype, x.device, min(x.numel(), 2), dtypes, form, id(skeleton.spec), dx is None
         static = known.get(key, key)
         if static is key:
-            way = self._way(record, rule, x, form)
-            shared = way and _rule_key(way, rule, self.context), dx is not None, x.dtype, x.device, skeleton.spec
-            static = known[key] = None if way is None else (way, *shared, dtypes, form)
+            kind = self._kind(record, rule, x, form)
+            shared = kind and _rule_key(kind, rule, self.context), dx is not None, x.dtype, x.device, skeleton.spec
+            static = known[key] = None if kind is None else (kind, *shared, dtypes, form)
         if static is None or static[0] != "stack":
             return static
         # In a stack, a number of each leaf does not broadcast as an elementwise rule in a chain wants it.
         numbers = rule.delegates and not all(t.ndim for t in tensors)
         return (*static, x.shape, *[t.shape for t in tensors]) if fits_stacked(x, tensors) and not numbers else None
 
-    def _way(self, record: Record, rule: Rule, x: Tensor, form: tuple[bool, ...] | None) -> str | None:
+    def _kind(self, record: Record, rule: Rule, x: Tensor, form: tuple[bool, ...] | None) -> str | None:
         """How leaves of this rule, like `x`, can be stepped; `form` says which tensors of the state are numbers, where
         the others are like `x`."""
         if not x.numel() or x.is_meta or rule.traced or title_key(rule) in self.context.reference_only:
@@ -323,13 +323,13 @@ class Plan:
         kernel = "eager"
         if fused_kernels.takes(rule, x, record.tensors or []):
             kernel = "fused"
-        elif following.takes(record, x):
-            kernel = "following"
-        # What goes before a kernel must be arithmetic alone: of a cohort's chunks none may fail once one is written.
-        front = kernel != "eager" and fused_kernels.has_front(rule if kernel == "fused" else following.stepper(rule))
+        elif shadow.takes(record, x):
+            kernel = "shadow"
+        # The rules before a kernel must be arithmetic alone: no chunk of a cohort may fail once another is written.
+        front = kernel != "eager" and fused_kernels.has_front(rule if kernel == "fused" else shadow.stepper(rule))
         return "eager" if front and not is_arithmetic(record, real_view(x), self.context) else kernel
 
-    def _regroup(self, members: list[Member], statics: dict[int, Any]) -> None:
+    def _form_cohorts(self, members: list[Member], statics: dict[int, Any]) -> None:
         """Make cohorts of all leaves that step, so that those which became alike go together again."""
         live = {member.place for member in members}
         for cohort in [cohort for cohort in self.cohorts if cohort.places[0] in live]:
@@ -380,15 +380,15 @@ class Plan:
 _MAKERS: dict[str, Callable[[Cohort], CohortUnit]] = {
     "compiled": CompiledUnit,
     "fused": fused.fused_unit,
-    "following": following.FollowingUnit,
+    "shadow": shadow.ShadowUnit,
     "eager": EagerUnit,
     "stack": partial(EagerUnit, stack=True),
 }
 
 
-def _take_back(begun: list[Any]) -> None:
+def _take_back(new_states: list[Any]) -> None:
     """Leaves that had no momenta have none again."""
-    for record, numbers, pending in begun:
+    for record, numbers, pending in new_states:
         record.tensors, record.numbers, record.pending = None, numbers, pending
 
 
@@ -403,8 +403,8 @@ def _rule_key(kind: str | None, rule: Any, context: Context) -> Any:
     """What rules must have in common for their leaves to go together."""
     if kind == "fused":
         return fused_kernels.bucket_key(rule)
-    if kind == "following":
-        return following.bucket_key(rule)
+    if kind == "shadow":
+        return shadow.bucket_key(rule)
     return compiled_key(rule, context) if kind == "compiled" else rule_key(rule)
 
 

@@ -20,7 +20,7 @@ from .step import Prepare, Request
 
 class ReferenceUnit:
     """One leaf on its way through its rule. Unless `inplace`, its result is not written where the leaf is, but given to
-    another record by `settle`."""
+    another record by `store`."""
 
     laid_out = False
 
@@ -123,10 +123,10 @@ class ReferenceUnit:
     def _who(self) -> str:
         return f"the rule {self.rule!r} of the parameter {self.path!r}"
 
-    def settle(self, record: Record) -> None:
+    def store(self, record: Record) -> None:
         """Give a record the new state. In place, each tensor keeps its memory where its shape allows."""
         if self.context.late is not None:
-            self.context.late.undo += remembered(record, "tensors", "numbers", "pending", "spread")
+            self.context.late.undo += remembered(record, "tensors", "numbers", "pending", "spread_flags")
         if self.context.flag.up is not None:  # since another leaf was worked out, perhaps
             mask = self.context.flag.mask
             value = self.value if self.change is None else self.x - self.change
@@ -148,7 +148,7 @@ class ReferenceUnit:
     def commit(self) -> None:
         if self.change is not None and self.context.flag.up is None:
             self.x.sub_(self.change)  # first: the change may be a tensor of the state
-        self.settle(self.record)
+        self.store(self.record)
         if self.moved and self.value is not None:
             self.x.copy_(self.value)
         self.drop()

@@ -21,7 +21,7 @@ from ..rule import Reduce, Rule, reducing, rule_key
 
 class FallBack(Exception):
     """Raised where a unit cannot take its inputs: its leaves take this step on the reference path, which names the leaf
-    where that fails too. `reason` is a key of rules that need not be tried again."""
+    if it fails there too. `reason` is the key of a rule that need not be tried again."""
 
     def __init__(self, reason: Hashable = None) -> None:
         self.reason = reason
@@ -46,7 +46,7 @@ Prepare: TypeAlias = Generator[Request, Any, None]
 
 
 class Unit(Protocol):
-    """See the head of this file. It is `laid_out` by where the parameters are in memory, or takes them anywhere."""
+    """See the head of this file. `laid_out` says whether it depends on where the parameters are in memory."""
 
     laid_out: bool
 
@@ -71,15 +71,15 @@ def place_of(reduce: Reduce, rule: Rule, last: int) -> int:
     for place, inner in enumerate(reducing(rule, "tree")):
         if inner is reduce.rule and place > last:
             return place
-    return last + 1  # a rule that asks more than once, or by one that it makes on the way
+    return last + 1  # a rule that asks more than once, or through a rule that it makes meanwhile
 
 
 def run_to_results(units: Sequence[Unit], grads: Sequence[Any], context: Context, totals: Totals | None = None) -> None:
     """Take all units to their results. Where rules ask for totals, all units get there before any goes on, and each
-    total is made of its parts in the order of the model, however the leaves are grouped.
+    total is made of its parts in the order of the model, whatever the cohorts.
 
     With `totals`, over processes. These ask for the same totals in the same order: those of arrays as soon as all units
-    wait for some, then those over the tree one by one, groups of leaves by the first of them."""
+    wait for some, then those over the tree one by one: of several asked at once, that whose first leaf comes first."""
     runs = [(unit, unit.prepare(grads)) for unit in units]
     if len(runs) == 1 and totals is None:
         request = _advance(runs[0], None)
@@ -104,10 +104,10 @@ def run_to_results(units: Sequence[Unit], grads: Sequence[Any], context: Context
         same: dict[Any, list[int]] = {}
         for i in now or [i for i in asking if places[i] == first]:
             same.setdefault(rule_key(asking[i].reduce.rule), []).append(i)
-        groups = [sorted(found, key=lambda i: min(asking[i].places)) for found in same.values()]
-        groups.sort(key=lambda found: min(asking[found[0]].places))
+        alike = [sorted(found, key=lambda i: min(asking[i].places)) for found in same.values()]
+        alike.sort(key=lambda found: min(asking[found[0]].places))
         answers: dict[int, Any] = {}
-        for found in groups:
+        for found in alike:
             requests = [asking.pop(i) for i in found]
             if arrays:
                 answers.update(zip(found, _array_totals(requests, context, totals), strict=True))

@@ -121,9 +121,9 @@ def is_arithmetic(record: Any, x: Any, context: Context) -> bool:
 
 
 def keeps_numbers(record: Any, x: Any, context: Context) -> bool:
-    """Whether the numbers (0-dim tensors) in the state of a leaf can be spread over the elements of `x`, its parameter
-    as a real tensor: what they become hangs on numbers and totals alone, and a total of numbers not on how many
-    elements they stand for."""
+    """Whether the numbers (0-dim tensors) in the state of a leaf can be repeated for each element of `x`, its
+    parameter as a real tensor: what they become depends on numbers and totals alone, and a total of numbers does not
+    depend on how many elements they stand for."""
     return _known("numbers", record, x, context, lambda rule: _keeps_numbers(rule, record.state, x))
 
 
@@ -170,8 +170,8 @@ def _keeps_numbers(rule: Rule, state: Any, x: Tensor) -> bool:
 
     def total(rule: ReducingRule, value: Any) -> Traced:
         is_number = not tape.example(value.index).ndim
-        if is_number and (value.index not in _apart(tape, totals) or not _counts_once(rule)):
-            raise TypeError("a total that hangs on how many elements a number stands for")
+        if is_number and (value.index not in _of_numbers_alone(tape, totals) or not _counts_once(rule)):
+            raise TypeError("a total that depends on how many elements a number stands for")
         found = tape.record(partial(_total, rule), (value,), {})
         totals.add(found.index)
         return found
@@ -181,13 +181,13 @@ def _keeps_numbers(rule: Rule, state: Any, x: Tensor) -> bool:
     except Exception:
         return False
     news = [] if change is None else [v for _, v in entries_of(after)]  # a step not taken says nothing
-    apart = _apart(tape, totals)
-    kept = [isinstance(v, Traced) and v.index in apart for p, v in zip(skeleton.parts, news, strict=False) if p is HOLE]
+    alone = _of_numbers_alone(tape, totals)
+    kept = [isinstance(v, Traced) and v.index in alone for p, v in zip(skeleton.parts, news, strict=False) if p is HOLE]
     return len(kept) == len(tensors) and all(t.ndim or own for t, own in zip(tensors, kept, strict=True))
 
 
-def _apart(tape: Tape, totals: set[int]) -> set[int]:
-    """The results that hang on numbers and totals alone; none of a rule that writes in place."""
+def _of_numbers_alone(tape: Tape, totals: set[int]) -> set[int]:
+    """The results that depend on numbers and totals alone; none of a rule that writes in place."""
     if any(map(_writes, tape.lines)):
         return set()
     found = {i for i, t in enumerate(tape.given) if not t.ndim}

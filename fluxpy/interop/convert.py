@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..leaf import Leaf, init_state, replace_leaf
 from ..parameters import trainables
-from ..rule import Rule, replace, title, value_key, walk
+from ..rule import Rule, replace, rules_in, title, value_key
 from ..rules import Descent, WeightDecay
 from ..state import State, bind, leaf_list, leaves, setup
 from ..text import names_of
@@ -207,7 +207,7 @@ def _with_options(rule: Rule, group: dict[str, Any]) -> Rule:
     penalty = theirs.get(WeightDecay)
     if new is None:
         raise ValueError(f"load_state_dict: the dict is of {title(read)}, but the rule here is {title(rule)}")
-    before = takewhile(lambda member: member is not stepper, walk(rule))
+    before = takewhile(lambda member: member is not stepper, rules_in(rule))
     penalties = [member for member in before if type(member) is WeightDecay]  # one after it is not torch's
     if penalty is not None and len(penalties) != 1:
         raise ValueError(f"load_state_dict: the dict is of {read!r}, but the rule here is {rule!r}")

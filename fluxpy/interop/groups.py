@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..adjust import adjust
 from ..leaf import Leaf
-from ..rule import Rule, at, hyperparameters, rule_key, title, value_key, walk
+from ..rule import Rule, at, hyperparameters, rule_key, rules_in, title, value_key
 from ..state import State, leaf_list, shape_of, tree_context
 from ..tree import TreeSpec
 from .live import LiveDict
@@ -108,7 +108,7 @@ class ParamGroup(LiveDict):
             refuse_mode(name, value, "param_groups")
             self.kept[name] = value
         elif not same(shown[name], value):
-            schedules = [v for member in walk(self.rule) if callable(v := hyperparameters(member).get(name))]
+            schedules = [v for member in rules_in(self.rule) if callable(v := hyperparameters(member).get(name))]
             adjust(self.view, **{name: value})
             if schedules:
                 warnings.warn(
@@ -157,7 +157,7 @@ def _by_name(rule: Rule) -> tuple[dict[str, Any], list[str]]:
     """The hyperparameters of a rule and those inside it by name; and the names that have several values."""
     values: dict[str, Any] = {}
     mixed: list[str] = []
-    for member in walk(rule):
+    for member in rules_in(rule):
         for name, value in hyperparameters(member).items():
             if name not in values:
                 values[name] = value

@@ -18,8 +18,7 @@ from ..gradient import Gradients
 from ..grads import in_order
 from ..leaf import Leaf
 from ..members import members_of
-from ..rule import hyperparameters
-from ..rule import walk as members
+from ..rule import hyperparameters, rules_in
 from ..saving.checkpoint import write_checkpoint
 from ..saving.file import read as read_file
 from ..saving.file import remove_leftovers
@@ -61,7 +60,7 @@ def rates(leaf: Leaf, member: Any = None) -> list[Any]:
         chosen = [leaf.rule] if member is None else members_of(leaf.rule, member)
     except ValueError:  # the rule has no such member
         return []
-    found = [hyperparameters(rule) for outer in chosen for rule in members(outer)]
+    found = [hyperparameters(rule) for outer in chosen for rule in rules_in(outer)]
     return [own["lr"] for own in found if "lr" in own]
 
 

@@ -126,15 +126,15 @@ class Accuracy(Metric):
         if not self.sums:
             require_classes(target)
         if not self.sums or not (isinstance(output, Tensor) and output.ndim and output.nbytes < _SMALL):
-            self.settle()
+            self.count_waiting()
             super().update(step)
             return
         # For a small batch its operations cost as much as for many, so small ones wait for each other.
         if self.waiting and (len(self.waiting) == 16 or self.waiting[0][0].shape[1:] != output.shape[1:]):
-            self.settle()
+            self.count_waiting()
         self.waiting.append((output, target.clone()))  # who made the batch may use its memory again
 
-    def settle(self) -> None:
+    def count_waiting(self) -> None:
         """Count what waits."""
         if self.waiting:
             outputs, targets = zip(*self.waiting, strict=True)
@@ -146,7 +146,7 @@ class Accuracy(Metric):
         super().reset()
 
     def peek(self) -> Any:
-        self.settle()
+        self.count_waiting()
         return super().peek()
 
     def measure(self, step: Any) -> tuple[Any, ...]:
@@ -194,8 +194,8 @@ class MatthewsCorrelationCoefficient(Accuracy):
         hits, predicted, true = sums
         n = sum(true)
         covariance = hits * n - sum(p * t for p, t in zip(predicted, true, strict=True))
-        spread = (n * n - sum(p * p for p in predicted)) * (n * n - sum(t * t for t in true))
-        return covariance / math.sqrt(spread) if spread else 0.0
+        variances = (n * n - sum(p * p for p in predicted)) * (n * n - sum(t * t for t in true))
+        return covariance / math.sqrt(variances) if variances else 0.0
 
 
 class Mean(Metric):

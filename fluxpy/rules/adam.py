@@ -9,7 +9,7 @@ and `t`, how often they were applied. `betas` are the decays of the two averages
     ├── NAdam            m̂ looks one step ahead
     ├── RAdam            no division until v is known well enough
     ├── AdaMax           v is a running maximum
-    ├── AdaBelief        v is the spread of the gradient around m
+    ├── AdaBelief        v is the variance of the gradient around m
     ├── OAdam            twice this step less the one before
     ├── AdEMAMix         beside m a second, much slower average
     └── ADOPT            divides by the v before, and only then averages

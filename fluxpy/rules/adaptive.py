@@ -17,7 +17,7 @@ class Square(NamedTuple):
     v: Tensor
 
 
-class Spread(NamedTuple):
+class Moments(NamedTuple):
     """State of centered `RMSProp`: the average of the gradient too."""
 
     v: Tensor
@@ -33,7 +33,7 @@ class RMSProp(Rule):
     roundings of the dtype: where it rounds to zero or below, torch gives steps without bound or NaN.
 
     >>> RMSProp(centered=True).init(torch.zeros(1))
-    Spread(v=tensor([0.]), m=tensor([0.]))
+    Moments(v=tensor([0.]), m=tensor([0.]))
     """
 
     lr: Hyper = hyper(default=1e-2, allowed="[0, inf)")
@@ -48,13 +48,13 @@ class RMSProp(Rule):
         if type(self.centered) is not bool:
             raise ValueError(f"RMSProp: centered={self.centered!r} is not allowed; it must be True or False")
 
-    def init(self, x: Tensor) -> Square | Spread:
-        return Spread(torch.zeros_like(x), torch.zeros_like(x)) if self.centered else Square(torch.zeros_like(x))
+    def init(self, x: Tensor) -> Square | Moments:
+        return Moments(torch.zeros_like(x), torch.zeros_like(x)) if self.centered else Square(torch.zeros_like(x))
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         v = average_square(self.alpha, state.v, dx)
         if self.centered:
-            state = Spread(v, average(self.alpha, state.m, dx))
+            state = Moments(v, average(self.alpha, state.m, dx))
             # The difference of two averages is no more precise than they are: it may not round to zero or below.
             least = 4 * torch.finfo(v.dtype).eps * v
             v = torch.maximum(v - state.m * state.m, least)

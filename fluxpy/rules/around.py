@@ -38,7 +38,7 @@ class Lookahead(Wrapper):
     _: KW_ONLY
     k: Hyper = hyper(default=6, allowed="1, 2, ...")
     alpha: Hyper = hyper(default=0.5, allowed="[0, 1]")
-    delegates = follows = assigns = True
+    delegates = keeps_shadow = assigns = True
     accumulates = inner_accumulates
 
     def __post_init__(self) -> None:
@@ -61,13 +61,13 @@ class Lookahead(Wrapper):
         inner, change = run.result
         if change is None:
             return state._replace(state=inner), None
-        steps, then = self.follow(state.steps)
+        steps, then = self.shadow_step(state.steps)
         if then is None:
             return Slow(state.slow, steps, inner), change
         slow, _ = then(state.slow, real(change.value if isinstance(change, Assign) else x - change))
         return Slow(slow, steps, inner), Assign(like(slow, x))
 
-    def follow(self, t: int) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None]:
+    def shadow_step(self, t: int) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None]:
         return (t + 1, None) if t + 1 < self.k else (0, self._meet)
 
     def _meet(self, slow: Tensor, fast: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..fields import Hyper, hyper
-from ..rule import Assign, Rule, Run, Steps, hyperparameters, run_alone, walk
+from ..rule import Assign, Rule, Run, Steps, hyperparameters, rules_in, run_alone
 from ..text import named
 from .average import average, like, real
 
@@ -66,7 +66,7 @@ inner_elementwise: Any = property(lambda wrapper: all(rule.elementwise for rule 
 
 def _names(wrapper: Wrapper) -> dict[str, list[Any]]:
     names: dict[str, list[Any]] = {}
-    for rule in walk(wrapper):
+    for rule in rules_in(wrapper):
         for name, value in hyperparameters(rule).items():
             names.setdefault(name, []).append(value)
     return names
@@ -87,7 +87,7 @@ def refuse_outermost(wrapper: Wrapper, rule: Any, form: str = "{}") -> None:
     name = type(wrapper).__name__
     if not isinstance(rule, Rule):
         raise TypeError(f"{name} takes a rule, but got {rule!r}")
-    for inner in walk(rule):
+    for inner in rules_in(rule):
         if isinstance(inner, Wrapper) and inner.outermost:
             own = type(inner).__name__
             way = f"write {own}({name}(...)), not {name}({form.format(own + '(...)')})"
@@ -124,7 +124,7 @@ class OptimiserChain(Wrapper):
             if not isinstance(rule, Rule):
                 raise TypeError(f"OptimiserChain takes rules, but number {i} is {named(rule)}")
             refuse_outermost(self, rule, "..., {}")
-            last = [type(r).__name__ for r in walk(rule) if isinstance(r, Wrapper) and r.assigns]
+            last = [type(r).__name__ for r in rules_in(rule) if isinstance(r, Wrapper) and r.assigns]
             if last and i + 1 < len(self.rules):
                 raise ValueError(
                     f"{last[0]} must be last in its chain, since it says what the parameter becomes: write "
@@ -166,11 +166,11 @@ class OptimiserChain(Wrapper):
     evaluation_any = evaluation
 
     @property
-    def follower(self) -> Rule | None:
-        return self.rules[-1].follower if self.rules else None
+    def shadow_rule(self) -> Rule | None:
+        return self.rules[-1].shadow_rule if self.rules else None
 
-    def without_follower(self, state: tuple[Any, ...] | None) -> tuple[Rule, Any]:
-        last, own = self.rules[-1].without_follower(state and state[-1])
+    def without_shadow(self, state: tuple[Any, ...] | None) -> tuple[Rule, Any]:
+        last, own = self.rules[-1].without_shadow(state and state[-1])
         return OptimiserChain(*self.rules[:-1], last), state and (*state[:-1], own)
 
     def map_inner_states(self, f: Callable[..., Any], *states: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -324,7 +324,7 @@ class Averaged(Wrapper):
 
     rule: Rule
     decay: Hyper = hyper(default=0.999, allowed="[0, 1]")
-    delegates = follows = assigns = True
+    delegates = keeps_shadow = assigns = True
     accumulates, elementwise = inner_accumulates, inner_elementwise
 
     def __post_init__(self) -> None:
@@ -345,11 +345,11 @@ class Averaged(Wrapper):
         inner, change = run.result
         if change is None:
             return state._replace(state=inner), None
-        t, then = self.follow(state.t)
+        t, then = self.shadow_step(state.t)
         new, _ = then(state.x, real(change.value if isinstance(change, Assign) else x - change))
         return Average(new, t, inner), change
 
-    def follow(self, t: int) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    def shadow_step(self, t: int) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
         decay = self.decay if t else 0.0
         return t + 1, lambda old, x: (average(decay, old, x if x.dtype == old.dtype else x.to(old.dtype)), x)
 

@@ -4,6 +4,7 @@ file         writes and reads one file: whole or not at all, checked, never run;
 record       what is saved of one leaf
 format       rules, schedules and momenta as plain data
 decode       the way back, checked
+dcp          what a state spread over processes gives to torch.distributed.checkpoint
 state_dict   state_dict and load_state_dict: a whole tree by name
 model        the tensors of a model by name
 checkpoint   save and load: model, state and anything else in one file

@@ -11,10 +11,10 @@ from ..rule import Rule
 from ..state import State, paths_and_leaves, require_training_weights, tree_context
 from ..text import names_of
 from .changes import changes
+from .dcp import for_checkpoint, from_checkpoint, require_parts
 from .decode import Decoder, Misfit
 from .format import Encoder
 from .record import LeafRecord, read_leaf, write_leaf
-from .spread import for_checkpoint, from_checkpoint, require_parts
 from .values import malformed
 
 VERSION = 2

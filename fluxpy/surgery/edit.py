@@ -12,7 +12,7 @@ from ..context import Context
 from ..leaf import Numbers, Record
 from ..parameters import trainables
 from ..pytree import apart, is_transforming, partition
-from ..rule import Rule, at, field_of, hyperparameters, walk
+from ..rule import Rule, at, field_of, hyperparameters, rules_in
 from ..state import bind, leaves_of, tree_context
 from ..text import form
 from .modules import Cut, Resize, concerned, is_known, modules_in, own_tensors, set_size
@@ -171,7 +171,7 @@ def _require_changeable(x: Tensor, path: str, record: Record | None, verb: str) 
 def _require_no_rows(draft: Draft, dim: int) -> None:
     """ValueError where a tensor that stands for a hyperparameter has a value for each row: it would not follow."""
     rule, axis = None if draft.record is None else draft.record.rule, dim - draft.value.ndim
-    for inner in [] if rule is None or not rule.traced else walk(rule):
+    for inner in [] if rule is None or not rule.traced else rules_in(rule):
         for name, value in hyperparameters(inner).items():
             pair = isinstance(value, Tensor) and value.ndim and isinstance(field_of(inner, name).default, tuple)
             for t in tuple(value) if pair or isinstance(value, tuple) else (value,):
@@ -218,11 +218,11 @@ def _writes(draft: Draft) -> list[Callable[[], Undo]]:
         if record.tensors is not None:
             tensors, skeleton = partition(draft.state)
             new = [_like(t, value) for t in apart(tensors, [value])], record.numbers.having(skeleton)
-        writes.append(lambda: settle(record, value.shape, new))
+        writes.append(lambda: replace_state(record, value.shape, new))
     return writes
 
 
-def settle(record: Record, shape: torch.Size, state: tuple[list[Tensor], Numbers] | None) -> Undo:
+def replace_state(record: Record, shape: torch.Size, state: tuple[list[Tensor], Numbers] | None) -> Undo:
     """Give a record another shape and, where it has one, state. Returns what takes it back."""
     old = record.shape, record.tensors, record.numbers
 

@@ -15,7 +15,7 @@ from ..rebuild import Copies, like_parameter
 from ..rule import Rule, at, title
 from ..state import AnyState, bind, each_leaf, shape_of, tree_context
 from ..text import form, names_of
-from .edit import Change, Draft, Edit, perform, require_one_process, settle
+from .edit import Change, Draft, Edit, perform, replace_state, require_one_process
 from .modules import Cut, Resize, modules_in, own_tensors, set_size
 
 Model = TypeVar("Model")
@@ -111,7 +111,7 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
                 tensors, skeleton = partition(emptied)
                 tensors = _in_place_of(record.tensors or [], tensors)
                 new.append((record, (tensors, record.numbers.having(skeleton))))
-        writes = [partial(settle, record, record.shape, replacement) for record, replacement in new]
+        writes = [partial(replace_state, record, record.shape, replacement) for record, replacement in new]
         perform(writes, tree_context(state))
     return state
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from ..distributed.layout import local_tensors
 from ..leaf import Leaf
 from ..pytree import entries_of, is_parameter, level, unwrap
-from ..rule import hyperparameters, title
-from ..rule import walk as walk_rules
+from ..rule import hyperparameters, rules_in, title
 from ..saving.record import read_leaf
 from ..state import State, bind, leaves
 from ..tree import TreeSpec, walk
@@ -118,7 +117,7 @@ def _describe(leaf: Leaf) -> dict[str, Any]:
 def _hyperparameters(rule: Any, taken: set[str]) -> dict[str, Any]:
     """By name, of inner rules too; one whose name is taken as `rule.<name>`."""
     values: dict[str, list[Any]] = {}
-    for inner in walk_rules(rule):
+    for inner in rules_in(rule):
         for name, value in hyperparameters(inner).items():
             values.setdefault(f"rule.{name}" if name in taken else name, []).append(_copy(value))
     return {name: found[0] if len(found) == 1 else tuple(found) for name, found in values.items()}

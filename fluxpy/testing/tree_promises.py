@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..adjust import adjust, freeze
-from ..rule import Rule, field_of, hyperparameters, reducing, title_key, walk
+from ..rule import Rule, field_of, hyperparameters, reducing, rules_in, title_key
 from ..saving import load_state_dict, state_dict
 from ..saving.format import dtype_name
 from ..state import leaves, setup, tree_context, value
@@ -111,7 +111,7 @@ def steps_tied_once(trial: Trial) -> None:
 def takes_adjust(trial: Trial) -> None:
     state, model = _begin(trial)
     usual = _outcome(trial, *copy.deepcopy((state, model)))
-    for rule in walk(trial.rule):
+    for rule in rules_in(trial.rule):
         for name, old in hyperparameters(rule).items():
             metadata = field_of(rule, name).metadata
             if metadata.get("fixed"):
@@ -160,7 +160,7 @@ def can_be_copied(trial: Trial) -> None:
 
 
 def can_be_pickled(trial: Trial) -> None:
-    classes = [type(rule) for rule in walk(trial.rule)]
+    classes = [type(rule) for rule in rules_in(trial.rule)]
     # Of a class inside a function pickle finds no name.
     if all(getattr(sys.modules.get(c.__module__), c.__qualname__, None) is c for c in classes):
         _goes_on_from(trial, lambda state: pickle.loads(pickle.dumps(state)))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import leaves
-from ..core import Leaf, bind, hyperparameters, in_order, members, rates, whole_tensor
+from ..core import Leaf, bind, hyperparameters, in_order, rates, rules_in, whole_tensor
 from ..learner import Learner
 from .statistics import Rows
 
@@ -159,7 +159,7 @@ class TensorBoardLogger(Rows):
 
         found: dict[str, dict[str, Any]] = defaultdict(dict)  # the value at each path
         for path, leaf in leaves(learner.state):
-            for place, rule in enumerate(members(leaf.rule) if leaf.rule is not None else ()):
+            for place, rule in enumerate(rules_in(leaf.rule) if leaf.rule is not None else ()):
                 for name, value in hyperparameters(rule).items():
                     key = f"{type(rule).__name__}.{name}"
                     key = key if path not in found[key] else f"[{place}]{key}"
@@ -210,24 +210,24 @@ class Rates:
 
     def _named(self, found: dict[str, Leaf]) -> list[tuple[str, Any, Leaf]]:
         own = {path: rates(leaf)[-1] for path, leaf in found.items() if not leaf.frozen and rates(leaf)}
-        groups = {name: next(iter(group)) for name, group in alike(own, self.depth).items()}
-        return [(name, own[path], found[path]) for name, path in groups.items()]
+        subtrees = {name: next(iter(subtree)) for name, subtree in alike(own, self.depth).items()}
+        return [(name, own[path], found[path]) for name, path in subtrees.items()]
 
 
 def alike(values: Mapping[str, Any], depth: int) -> dict[str, dict[str, Any]]:
-    """Values by path, grouped by subtree of so many parts; by more where they differ within one."""
-    groups: dict[str, dict[str, Any]] = defaultdict(dict)
+    """Values by path, by subtree of so many parts; by more where they differ within one."""
+    subtrees: dict[str, dict[str, Any]] = defaultdict(dict)
     for path, value in values.items():
-        groups[_subtree(path, depth) if depth else ""][path] = value
+        subtrees[_subtree(path, depth) if depth else ""][path] = value
     found: dict[str, dict[str, Any]] = {}
-    for name, group in groups.items():
-        first = next(iter(group.values()))
-        if all(value == first for value in group.values()):
-            found[name] = group
-        elif len(group) == 1 or all(depth >= len(path.split(".")) for path in group):
-            found |= {path: {path: value} for path, value in group.items()}
+    for name, subtree in subtrees.items():
+        first = next(iter(subtree.values()))
+        if all(value == first for value in subtree.values()):
+            found[name] = subtree
+        elif len(subtree) == 1 or all(depth >= len(path.split(".")) for path in subtree):
+            found |= {path: {path: value} for path, value in subtree.items()}
         else:
-            found |= alike(group, depth + 1)
+            found |= alike(subtree, depth + 1)
     return found
 
 

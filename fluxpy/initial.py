@@ -19,21 +19,21 @@ _LOOKS |= {getattr(Tensor, name) for name in (*_FORM.split(), "untyped_storage")
 _LOOKS |= {torch.ones, torch.ones_like, torch.zeros, torch.zeros_like}
 
 
-def begin(todo: Iterable[tuple[Record, Tensor, str]]) -> None:
+def make_states(todo: Iterable[tuple[Record, Tensor, str]]) -> None:
     """Make states for parameters, each with its path. Where a rule makes the same of two that are small and alike,
     without a look at their values, others like them get copies of that."""
-    groups: dict[Any, list[tuple[Record, Tensor, str]]] = {}
+    forms: dict[Any, list[tuple[Record, Tensor, str]]] = {}
     for r, x, path in todo:
-        groups.setdefault((id(r.rule), r.numbers.count, r.shape, r.dtype, x.device), []).append((r, x, path))
-    for group in groups.values():
-        alike = len(group) > 2 and not is_transforming() and group[0][1].numel() <= _SMALL
-        alike = alike and all(type(x) in PLAIN and x.layout == torch.strided and x.is_contiguous() for _, x, _ in group)
-        alike = alike and all(record.layout is record.pending is None for record, _, _ in group)
-        for i, (record, x, path) in enumerate(group):
+        forms.setdefault((id(r.rule), r.numbers.count, r.shape, r.dtype, x.device), []).append((r, x, path))
+    for found in forms.values():
+        alike = len(found) > 2 and not is_transforming() and found[0][1].numel() <= _SMALL
+        alike = alike and all(type(x) in PLAIN and x.layout == torch.strided and x.is_contiguous() for _, x, _ in found)
+        alike = alike and all(record.layout is record.pending is None for record, _, _ in found)
+        for i, (record, x, path) in enumerate(found):
             with _Glance() if alike and i == 1 else nullcontext() as glance:
-                record.begin(x, path)
-            if glance is not None and glance.enough and _same(record, group[0][0]):
-                for other, _, _ in group[2:]:
+                record.make_state(x, path)
+            if glance is not None and glance.enough and _same(record, found[0][0]):
+                for other, _, _ in found[2:]:
                     other.tensors, other.numbers = [t.clone() for t in record.tensors or ()], record.numbers
                 break
 

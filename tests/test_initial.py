@@ -159,7 +159,7 @@ def test_numbers_that_differ_from_leaf_to_leaf() -> None:
     assert all(math.isnan(leaf.state) for _, leaf in leaves(nan))
 
 
-def test_a_fault_names_a_leaf_and_begins_none() -> None:
+def test_a_fault_names_a_leaf_and_makes_no_state() -> None:
     def fail(x: Tensor) -> Any:
         raise ArithmeticError("no state")
 

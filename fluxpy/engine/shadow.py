@@ -1,6 +1,6 @@
-"""Following units: a rule that a kernel of PyTorch's can step, and a tensor beside the parameter that follows it.
+"""Shadow units: a rule that one of PyTorch's kernels steps, inside a rule that keeps a shadow of the parameter.
 
-What steps goes its way as if nobody followed: over records of its own, which share the momenta of the leaves.
+The stepping rule runs as if there were no shadow: on records of its own, which share the momenta of the leaves.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from .step import FallBack, Prepare
 
 
 def takes(record: Record, x: Any) -> bool:
-    """Whether the rule of a leaf is followed, and a kernel of PyTorch's computes it."""
-    if record.rule is None or record.rule.follower is None:
+    """Whether the rule of a leaf keeps a shadow, and one of PyTorch's kernels computes the rule inside."""
+    if record.rule is None or record.rule.shadow_rule is None:
         return False
-    rule, state = record.rule.without_follower(record.state)
+    rule, state = record.rule.without_shadow(record.state)
     return fused_kernels.takes(rule, x, partition(state)[0])
 
 
 def stepper(rule: Rule) -> Rule:
-    """What steps in a rule that is followed."""
-    return rule.without_follower(None)[0]
+    """The rule that steps, inside one that keeps a shadow."""
+    return rule.without_shadow(None)[0]
 
 
 def bucket_key(rule: Rule) -> Any:
@@ -35,39 +35,39 @@ def bucket_key(rule: Rule) -> Any:
 
 
 def _own_key(rule: Rule) -> Any:
-    assert rule.follower is not None
-    return tuple([value_key(value) for value in hyperparameters(rule.follower).values()])
+    assert rule.shadow_rule is not None
+    return tuple([value_key(value) for value in hyperparameters(rule.shadow_rule).values()])
 
 
-class FollowingUnit:
-    """A cohort of rules that are followed: what steps, by a unit of its own, and the tensors that follow."""
+class ShadowUnit:
+    """A cohort of rules that keep a shadow: what steps, by a unit of its own, and then the shadows."""
 
     laid_out = True
 
     def __init__(self, cohort: Cohort) -> None:
         self.cohort, self.context = cohort, cohort.context
-        self.bare: dict[int, tuple[Rule, Rule]] = {}  # by the id of a rule, that, and what steps in it
+        self.bare: dict[int, tuple[Rule, Rule]] = {}  # by the id of a rule: that rule, and the one that steps in it
         self.stepping = [self._bare_record(record) for record in cohort.records]
         first, its = cohort.records[0].tensors or [], self.stepping[0].tensors or []
         row = next((i for i, (t, own) in enumerate(zip(first, its, strict=False)) if t is not own), len(its))
         holes = [i for i, part in enumerate(cohort.skeleton.parts) if part is HOLE]
-        self.place = holes[row]  # of the average among the parts of the state; of how many steps it is comes next
-        averages = cohort.momenta[row]
+        self.place = holes[row]  # of the shadow among the parts of the state; its step count comes next
+        shadows = cohort.momenta[row]
         for low, high, _, _ in chunks_of(cohort.sizes, split=False):
-            averages[low:high] = pack(averages[low:high])
+            shadows[low:high] = pack(shadows[low:high])
         members = [m._replace(record=own) for m, own in zip(cohort.members, self.stepping, strict=True)]
         inner = Cohort(members, cohort.context, cohort.static_key)
         self.inner = fused.fused_unit(inner)
-        cohort.hold([*inner.momenta[:row], averages, *inner.momenta[row:]])
+        cohort.hold([*inner.momenta[:row], shadows, *inner.momenta[row:]])
         scratch = Scratch()
         self.rows = [
             (
-                Row(averages[low:high], scratch, "average", start, size),
+                Row(shadows[low:high], scratch, "shadow", start, size),
                 Row(cohort.reals[low:high], scratch, "x", start, size),
             )
             for low, high, start, size in chunks_of(cohort.sizes, split=True)
         ]
-        self.follower: Any = None
+        self.shadow_rule: Any = None
 
     def _bare_rule(self, rule: Rule | None) -> Rule:
         assert rule is not None
@@ -76,17 +76,17 @@ class FollowingUnit:
         return self.bare[id(rule)][1]
 
     def _bare_record(self, record: Record) -> Record:
-        """What steps in a leaf."""
+        """What the stepping rule sees of a leaf."""
         assert record.rule is not None
         own = Record(self._bare_rule(record.rule), False, record.shape, record.dtype)
-        own.tensors, skeleton = partition(record.rule.without_follower(record.state)[1])
+        own.tensors, skeleton = partition(record.rule.without_shadow(record.state)[1])
         own.numbers = Numbers(record.numbers.count, skeleton)
         return own
 
     def adopt_rules(self) -> Any:
         """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
         rules = self.cohort.rules()
-        keys = {_own_key(rule) for rule in rules if rule.follower is not None}
+        keys = {_own_key(rule) for rule in rules if rule.shadow_rule is not None}
         if len(keys) != 1 or any(rule.traced for rule in rules):
             return None
         self.bare = {}
@@ -96,7 +96,7 @@ class FollowingUnit:
         return None if key is None else (key, keys.pop())
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
-        self.follower = rule_now(self.cohort).follower
+        self.shadow_rule = rule_now(self.cohort).shadow_rule
         self.inner.cohort.odd = self.cohort.odd
         try:
             yield from self.inner.prepare(grads)
@@ -112,7 +112,7 @@ class FollowingUnit:
         count, t = own.numbers.count, self.cohort.skeleton.parts[self.place + 1]
         self.inner.commit()
         moved = own.numbers.count > count
-        t, then = self.follower.follow(t) if moved else (t, None)
+        t, then = self.shadow_rule.shadow_step(t) if moved else (t, None)
         if then is not None:
             for tensor, x in self.rows:
                 old, value = tensor.read(), x.read()
