@@ -75,12 +75,14 @@ class Copies:
             raise TypeError(f"a scripted module ({type(x).__name__}) cannot be copied in parts; update in place")
         new = self.known[id(x)] = object.__new__(type(x))  # some classes make another class when they are called
         held = new.__dict__
+        held.update(x.__dict__)
         for key, value in x.__dict__.items():
             kind = type(value)
-            if kind in _HOOKS and key[0] == "_" and key not in _REGISTERED:
-                value = value.copy() if value else kind()
-            held[key] = value
-            if kind not in _SIMPLE and (kind not in _EMPTIABLE or value) and key not in _REGISTERED:
+            if kind in _SIMPLE or key in _REGISTERED:
+                continue
+            if kind in _HOOKS and key[0] == "_":
+                held[key] = value.copy() if value else kind()
+            if kind not in _EMPTIABLE or value:
                 self.rest.append((new, key))
         params, buffers, modules = x._parameters, x._buffers, x._modules
         params = {name: self.known.get(id(p), p) for name, p in params.items()} if params else {}

@@ -19,7 +19,7 @@ from .distributed.gathered import GatheredUnit
 from .distributed.layout import local_gradients
 from .distributed.totals import Totals
 from .engine.cohort import Member
-from .engine.layout import is_dense
+from .engine.layout import clone_all, is_dense
 from .engine.plan import Plan, Route
 from .engine.reference import ReferenceUnit
 from .engine.step import FallBack, Unit, run_to_results
@@ -278,7 +278,7 @@ def _pure(state: Any, binding: Binding, context: Context, model: Any, grads: Any
 def _pure_by_copy(state: Any, binding: Binding, context: Context, model: Any, grads: list[Any]) -> tuple[Any, Any]:
     """Copy parameters and states, and step the copies in place, by a copy of the plan."""
     plan, route, grads = _route_for(binding, context, grads, inplace=False)
-    params = [as_parameter(x.clone(), x) for x in binding.params]
+    params = [as_parameter(new, x) for new, x in zip(clone_all(binding.params), binding.params, strict=True)]
     fork = context.fork(len(params))
     plan, units = plan.fork(route, params, fork)
     with suppress(SkipUpdate):

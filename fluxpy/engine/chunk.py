@@ -9,7 +9,7 @@ from torch import Tensor
 from ..pytree import memory
 from ..rule import Steps
 from .cohort import Cohort
-from .layout import LEAST_RUN, NumberRow, Row, Scratch, adjacent, copy_all, flat_view, runs, stacks, views_like
+from .layout import LEAST_RUN, NumberRow, Row, Scratch, adjacent, copy_all, flat_view, owned, runs, stacks, views_like
 
 
 class Chunk:
@@ -34,6 +34,7 @@ class Chunk:
             first = reals[0]
             self.dx = scratch.take("dx", first.dtype, first.device, self.size)
             self.dx_views = views_like(self.dx, reals, where)
+            self.owner = owned(self.dx_views)
         self.written = {memory(row.buffer) for row in (self.x, *self.momenta)}
         self.scratch = scratch
         self.asked: tuple[Tensor, list[Tensor]] | None = None  # a value that a total is asked for, and its leaves

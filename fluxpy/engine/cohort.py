@@ -1,5 +1,6 @@
 """Cohort: leaves that step together, and how they are laid out in memory."""
 
+import copy
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from operator import attrgetter
@@ -12,7 +13,7 @@ from ..context import Context, remembered
 from ..leaf import Numbers, Record, rules_of
 from ..pytree import Skeleton
 from ..rule import Rule, reducing
-from .layout import LEAST_RUN, adjacent, chunks_of, is_dense, pack, runs, views_like
+from .layout import LEAST_RUN, adjacent, chunks_of, clone_all, is_dense, owned, pack, runs, views_like
 
 
 class Member(NamedTuple):
@@ -38,7 +39,7 @@ class Cohort:
     """
 
     def __init__(self, members: Sequence[Member], context: Context, static_key: Any) -> None:
-        self.members, self.context = list(members), context
+        self.context = context
         self.static_key = static_key  # what its leaves have in common but the numbers in their states
         self.records = [member.record for member in members]
         self.params = [member.x for member in members]
@@ -60,13 +61,20 @@ class Cohort:
             self.model_order = torch.tensor(order, device=self.params[0].device)
             self.model_places, self.model_paths = sorted(self.places), [self.paths[i] for i in order]
         self.odd: list[int] = []  # the gradients whose strides are not those of their parameters
-        self._share()
+        self.steps, self.owner = 0, None
+        for record in self.records:
+            record.numbers = self.numbers
+        self.tensors = [record.tensors for record in self.records]
 
     @cached_property
     def reals(self) -> list[Tensor]:
         """The parameters without history, complex ones as real."""
         detached = [x.detach() for x in self.params]
         return [*map(torch.view_as_real, detached)] if detached[0].is_complex() else detached
+
+    @property
+    def members(self) -> list[Member]:
+        return [*map(Member, self.records, self.params, self.places, self.paths)]
 
     @property
     def rule(self) -> Rule:
@@ -84,11 +92,6 @@ class Cohort:
         skeleton = self.numbers.skeleton
         assert skeleton is not None
         return skeleton
-
-    def _share(self) -> None:
-        for record in self.records:
-            record.numbers = self.numbers
-        self.tensors = [record.tensors for record in self.records]
 
     def pack_momenta(self, breaks: Collection[int] = ()) -> None:
         """Lay the momenta of small neighbours side by side."""
@@ -114,24 +117,33 @@ class Cohort:
                 return False
         return True
 
-    def copies(self) -> list[Record]:
-        """Copies of the records, with tensors of their own, laid out alike."""
-        rows = []
-        for row in self.momenta:
-            copied: list[Tensor] = []
-            for low, high, _, _ in chunks_of(self.sizes, split=False):
-                part = row[low:high]
-                flat = adjacent(part)
-                copied += [t.clone() for t in part] if flat is None else views_like(flat.clone(), part)
-            rows.append(copied)
-        columns = zip(*rows, strict=True) if rows else [() for _ in self.records]
+    def fork(self, params: Sequence[Tensor], context: Context) -> "Cohort":
+        """The same leaves of a copy of the model: with copies of the states, laid out alike."""
+        other = copy.copy(self)
+        other.context, other.numbers, other.steps, other.owner = context, self.numbers.copy(), 0, None
+        other.params = [params[place] for place in self.places]
+        other.__dict__.pop("reals", None)
+        other.momenta = [self._copied(row) for row in self.momenta]
+        columns = map(list, zip(*other.momenta, strict=True)) if other.momenta else ([] for _ in self.records)
         pairs = zip(self.records, columns, strict=True)
-        return [record.copy(self.numbers, list(tensors)) for record, tensors in pairs]
+        other.records = [record.copy(other.numbers, tensors) for record, tensors in pairs]
+        other.tensors = [record.tensors for record in other.records]
+        return other
+
+    def _copied(self, row: list[Tensor]) -> list[Tensor]:
+        copied: list[Tensor] = []
+        for low, high, _, _ in chunks_of(self.sizes, split=False):
+            flat = adjacent(row[low:high])
+            copied += clone_all(row[low:high]) if flat is None else views_like(flat.clone(), row[low:high])
+        return copied
 
     def advance(self, skeleton: Skeleton, moved: bool) -> None:
         """Count a step, after which the states have the numbers of this skeleton."""
         if self.context.late is not None:
             self.context.late.undo += remembered(self.numbers, "skeleton", "fresh", "count")
+        if self.steps == 1:  # of what steps once, as the copy that a pure update makes, it would not pay
+            self.owner = owned([t for row in self.momenta for t in row])
+        self.steps += 1
         self.numbers.skeleton, self.numbers.fresh = skeleton, False
         self.numbers.count += moved
 

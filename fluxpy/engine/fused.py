@@ -67,12 +67,11 @@ class _Fused(ABC):
 
     def adopt_rules(self) -> Any:
         """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
-        rules = self.cohort.rules()
-        first = self.cohort.members[0]
+        rules, x = self.cohort.rules(), self.cohort.params[0]
         found = {bucket_key(rule) for rule in rules}
         if len(found) > 1 or any(rule.traced for rule in rules):
             return None
-        if not all(takes(rule, first.x, first.record.tensors or ()) for rule in rules):
+        if not all(takes(rule, x, self.cohort.records[0].tensors or ()) for rule in rules):
             return None
         self.parts, keys = Parts.of(self.cohort.rule), _first_alike(self.cohort, rules)
         if keys != self.keys:

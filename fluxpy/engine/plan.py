@@ -6,7 +6,7 @@ split only where a route needs a part of it. So a model whose parts take turns s
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -146,9 +146,8 @@ class Plan:
             self.addresses = here
         members, statics, alone = self._members(grads)
         live = {member.place for member in members}
-        self._leave_out({unit.place for unit in alone})
-        for present in (True, False):
-            self._split({place for place in live if (grads[place] is not None) == present})
+        kinds = {place: "no gradient" if grads[place] is None else "gradient" for place in live}
+        self._split(kinds | {unit.place: "alone" for unit in alone})
         assigned = {place for cohort in self.cohorts for place in cohort.places}
         cohorts = [cohort for cohort in self.cohorts if cohort.places[0] in live]
         if live - assigned or _has_twins(_alike_but_for_numbers(cohorts)):
@@ -163,16 +162,10 @@ class Plan:
     def fork(self, route: Route, params: list[Tensor], context: Context) -> tuple["Plan", Sequence[Unit]]:
         """The plan for copies of the parameters, with copies of all states; and the units of the same route over it."""
         other = Plan([], params, self.paths, context)
-        assigned: dict[int, Record] = {}
         for cohort in self.cohorts:
-            copies = cohort.copies()
-            assigned.update(zip(cohort.places, copies, strict=True))
-            pairs = zip(cohort.members, copies, strict=True)
-            members = [Member(copy, params[m.place], m.place, m.path) for m, copy in pairs]
-            other.add(members, cohort.static_key)
-        other.records = [
-            assigned.get(i) or record.clone(record.numbers.copy()) for i, record in enumerate(self.records)
-        ]
+            other._put(cohort.fork(params, context))
+        assigned = dict(pair for c in other.cohorts for pair in zip(c.places, c.records, strict=True))
+        other.records = [assigned.get(i) or r.clone(r.numbers.copy()) for i, r in enumerate(self.records)]
         other.totals = Totals(other.records) if context.spread else None
         other.hyper, other.structure, other.addresses = context.hyper, context.structure, addresses(params)
         other.waiting = other.find_waiting()
@@ -181,9 +174,7 @@ class Plan:
         own = [unit for unit in route.units if isinstance(unit, ReferenceUnit)]
         alone = [ReferenceUnit(other.records[u.place], params[u.place], u.place, u.path, context) for u in own]
         other.route = route.fork(other, cohorts, alone)
-        pattern = next((key for key, known in self.routes.items() if known is route), None)
-        if pattern is not None:
-            other.routes[pattern] = other.route
+        other.routes = {pattern: other.route for pattern, known in self.routes.items() if known is route}
         other.route.enter()
         return other, other.route.units
 
@@ -341,32 +332,25 @@ class Plan:
         for found in same.values():
             buckets.setdefault((statics[found[0].place], *_numbers_key(found[0].record)), []).extend(found)
         for (static, *_), found in buckets.items():
-            self.add(arranged(found), static)
+            self._put(Cohort(arranged(found), self.context, static))
 
-    def add(self, members: list[Member], static: Any) -> None:
-        cohort, kind = Cohort(members, self.context, static), static[0]
+    def _put(self, cohort: Cohort) -> None:
         self.context.structure += 1
-        self.units[id(cohort)] = _MAKERS[kind](cohort)
+        self.units[id(cohort)] = _MAKERS[cohort.static_key[0]](cohort)
         self.cohorts.append(cohort)
         self.routes.clear()  # in which these leaves may go another way
         self.structure = self.context.structure
 
-    def _leave_out(self, places: set[int]) -> None:
-        """Take leaves that step alone out of their cohorts."""
-        self._split(places)
+    def _split(self, kinds: Mapping[int, str]) -> None:
+        """Split the cohorts whose leaves are of several kinds, and take out those that step alone."""
         for cohort in list(self.cohorts):
-            if cohort.places[0] in places:
+            parts: dict[str, list[Member]] = {}
+            for member in cohort.members:
+                parts.setdefault(kinds.get(member.place, "rests"), []).append(member)
+            if len(parts) > 1 or "alone" in parts:
                 self._drop(cohort)
-
-    def _split(self, live: set[int]) -> None:
-        """Split the cohorts of which only some leaves are among these."""
-        for cohort in list(self.cohorts):
-            inside = [member for member in cohort.members if member.place in live]
-            if inside and len(inside) < len(cohort.members):
-                self._drop(cohort)
-                self.add(arranged(inside), cohort.static_key)
-                rest = [member for member in cohort.members if member.place not in live]
-                self.add(arranged(rest), cohort.static_key)
+                for part in (members for kind, members in parts.items() if kind != "alone"):
+                    self._put(Cohort(arranged(part), self.context, cohort.static_key))
 
     def _renew(self) -> None:
         """Lay all cohorts out anew, as the parameters are elsewhere."""
@@ -374,7 +358,7 @@ class Plan:
         for cohort in list(self.cohorts):
             self._drop(cohort)
             moved = [member._replace(x=params[member.place]) for member in cohort.members]
-            self.add(arranged(moved), cohort.static_key)
+            self._put(Cohort(arranged(moved), self.context, cohort.static_key))
 
 
 _MAKERS: dict[str, Callable[[Cohort], CohortUnit]] = {
