@@ -636,6 +636,7 @@ def test_release_after_a_skip(monkeypatch: Any) -> None:
 @pytest.mark.parametrize("full", [False, True])
 def test_within_a_compiled_region(full: bool, monkeypatch: Any) -> None:
     """What is not known yet there is of an update before it."""
+    torch.compiler.reset()  # of what other tests compiled, which counts towards a limit
     like_a_device(monkeypatch)
     run = Run({"a": OptimiserChain(ALL, Adam(0.1)), "*": Adam(0.1)}).step()
     update(run.state, run.model, spoilt(run.grads(), "a"))
