@@ -45,15 +45,16 @@ def validate(owner: Any) -> None:
     """Bring the fields of a frozen dataclass into plain form; ValueError for one whose value is not allowed."""
     for field in dataclasses.fields(owner):
         value = plain(getattr(owner, field.name))
-        if field.metadata.get("allowed") and not (value is None and field.default is None):
-            check(type(owner).__name__, field, value)
+        check(type(owner).__name__, field, value)
         object.__setattr__(owner, field.name, value)
 
 
 def check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
     """ValueError unless the field allows the value. A schedule is checked when it gives a value; a tensor never, which
     would read the device."""
-    allowed, bounds = field.metadata["allowed"], field.metadata["bounds"]
+    allowed, bounds = field.metadata.get("allowed"), field.metadata.get("bounds")
+    if allowed is None or (value is None and field.default is None):
+        return
     if isinstance(value, type) or type(value).__module__.startswith("torch.optim"):
         raise TypeError(f"{owner}: {field.name} takes a number or a schedule, but got {named(value)}")
     usual = None if callable(value) else field.default

@@ -359,9 +359,17 @@ def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool 
             return tuple(replace(inner, change, validate) for inner in value)
         return change(rule, name, value)
 
+    return _copy(rule, new, validate)
+
+
+def _copy(rule: Rule, new: Callable[[str, Any], Any], validate: bool = True) -> Rule:
+    """A copy with `new(name, value)` for each value; ValueError where one that is another is not allowed."""
     fresh = object.__new__(type(rule))
-    fresh.__dict__.update({name: new(name, value) for name, value in _items(rule)})
-    if validate:
+    for name, old in _items(rule):
+        value = fresh.__dict__[name] = plain(new(name, old))
+        if validate and value is not old and not torch.compiler.is_compiling():
+            check(type(rule).__name__, field_of(rule, name), value)
+    if validate and type(rule).__post_init__ is not Rule.__post_init__:  # which would check the others again
         fresh.__post_init__()
     return fresh
 
@@ -379,9 +387,7 @@ def map_inner(rule: Rule, f: Callable[[Rule], Rule]) -> Rule:
             return tuple(map(new, value))
         return f(value) if isinstance(value, Rule) else value
 
-    fresh = object.__new__(type(rule))
-    fresh.__dict__.update({name: new(value) for name, value in _items(rule)})
-    return fresh
+    return _copy(rule, lambda _, value: new(value), validate=False)
 
 
 def title_key(rule: Rule) -> tuple[type, ...]:
@@ -399,17 +405,9 @@ def at(rule: Rule, count: int) -> Rule:
             return tuple(map(value, v))
         if isinstance(v, Rule):
             return at(v, count)
-        return plain(v(count)) if callable(v) else v
+        return v(count) if callable(v) else v
 
-    fresh = object.__new__(type(rule))
-    for field in dataclasses.fields(rule):
-        old = getattr(rule, field.name)
-        new = fresh.__dict__[field.name] = value(old)
-        if not torch.compiler.is_compiling() and new is not old and field.metadata.get("allowed"):
-            check(type(rule).__name__, field, new)
-    if type(rule).__post_init__ is not Rule.__post_init__:  # which would check the others again
-        fresh.__post_init__()
-    return fresh
+    return _copy(rule, lambda _, v: value(v))
 
 
 def rule_key(rule: Rule, loose: bool = False) -> Any:
