@@ -367,7 +367,7 @@ def _copy(rule: Rule, new: Callable[[str, Any], Any], validate: bool = True) -> 
     fresh = object.__new__(type(rule))
     for name, old in _items(rule):
         value = fresh.__dict__[name] = plain(new(name, old))
-        if validate and value is not old and not torch.compiler.is_compiling():
+        if validate and not torch.compiler.is_compiling() and value is not old:
             check(type(rule).__name__, field_of(rule, name), value)
     if validate and type(rule).__post_init__ is not Rule.__post_init__:  # which would check the others again
         fresh.__post_init__()
