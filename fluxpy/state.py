@@ -234,7 +234,7 @@ def _records(
             taken[index] = before
             record = before.clone(numbers.setdefault(id(before.numbers), before.numbers.copy()))
         if isinstance(x, nn.Parameter):  # one that does not require grad is frozen
-            record.asked = x.requires_grad
+            record.required_grad = x.requires_grad
             record.frozen = record.frozen or not x.requires_grad
         records.append(record)
     return records, taken
