@@ -216,10 +216,8 @@ class Leaf:
 
 
 def _read_only(name: str, advice: str) -> None:
-    """Let an assignment to a property of leaves say what to write instead.
-
-    Added here, so that a type checker sees properties without a setter and finds the mistake.
-    """
+    """Let an assignment to a property of leaves say what to write instead. Added outside of the class, where a type
+    checker sees no setter, and so finds the mistake."""
 
     def refuse(leaf: Leaf, value: Any) -> NoReturn:
         raise AttributeError(f"leaf.{name} is read-only; write {advice}")
