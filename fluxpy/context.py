@@ -31,9 +31,9 @@ class FiniteFlag:
     """
 
     def __init__(self) -> None:
-        self.bad: Tensor | None = None  # 0-dim, on the device
+        self.bad: Tensor | None = None  # whether a number was bad, 0-dim, on the device
         self.skipped: Tensor | None = None  # whether the update that is under way is to change nothing
-        self.up: Tensor | None = None  # either of them: what masks
+        self.up: Tensor | None = None  # either of the two: this masks
         self.first: Tensor | None = None  # of the first bad number: its place among its paths, its kind, the update
         self.kinds: dict[tuple[str, tuple[str, ...]], int] = {}  # what can go wrong, and at which paths, numbered
 
@@ -57,7 +57,7 @@ class FiniteFlag:
         self.up = _either(self.skipped, self.bad)
 
     def lower(self) -> None:
-        """The update is over: what it skipped is no matter of the next."""
+        """The update is over; that it was skipped does not concern the next."""
         self.skipped, self.up = None, self.bad
 
     def read_skip(self) -> None:
@@ -181,7 +181,7 @@ def require_finite(
             'under torch.compile no number can be read: nonfinite is "raise" or "ignore" there, not "skip"'
         )
     if reads_at_once(total):
-        if total.ndim or not math.isfinite(total.item()):  # item() is faster than a tensor that answers
+        if total.ndim or not math.isfinite(total.item()):  # faster than isfinite() of a tensor
             _refuse(total, reduce, what, shares)
     elif reduce.nonfinite == "skip":
         context.flag.skip(total.isfinite().all())
