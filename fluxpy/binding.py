@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .cached import cached
-from .distributed.layout import any_dtensor, layout_of, local_tensors
 from .distributed.parallel import Parallel, parallel_of, reshard
+from .distributed.sharding import any_dtensor, local_tensors, sharding_of
 from .pytree import level, unwrap
 from .text import form, join, names_of
 from .tree import TreeSpec, explore
@@ -177,11 +177,11 @@ class Bindings(dict[int, Binding]):
         key = id(plan.records[0]) if spec.kind == "leaf" else id(spec)
         self[key] = binding.fork(spec, model, containers, plan, self._forgetting())
 
-    def lay_out(self, binding: Binding, context: Any, tree: Sequence[Any]) -> None:
+    def redistribute(self, binding: Binding, context: Any, tree: Sequence[Any]) -> None:
         """Bring a state to where the parameters are, which may be spread over processes by now, or no longer. `tree`
         are all records of the tree, as far as they are known."""
         try:
-            moved = _lay_out(binding)
+            moved = _redistribute(binding)
         except BaseException:
             self.clear()  # a model that does not fit is not to be known
             raise
@@ -189,7 +189,7 @@ class Bindings(dict[int, Binding]):
             context.structure += 1
             for key in [key for key, other in self.items() if other is not binding]:
                 del self[key]
-        context.spread = len(tree) < context.size or any(record.layout is not None for record in tree)
+        context.spread = len(tree) < context.size or any(record.sharding is not None for record in tree)
 
     def _forgetting(self) -> Callable[[], None]:
         kept = weakref.ref(self)  # a binding that held its holder would die by the garbage collector alone
@@ -202,9 +202,9 @@ class Bindings(dict[int, Binding]):
         return forget
 
 
-def _lay_out(binding: Binding) -> list[bool]:
+def _redistribute(binding: Binding) -> list[bool]:
     """For each record, whether it was elsewhere."""
-    layouts = [layout_of(x) for x in binding.params]
+    shardings = [sharding_of(x) for x in binding.params]
     for record, x, path in zip(binding.records, binding.params, binding.paths, strict=True):
         if x.shape != record.shape:  # before anything is put together for it
             raise ValueError(
@@ -212,7 +212,7 @@ def _lay_out(binding: Binding) -> list[bool]:
                 f"now {form(x.shape, x.dtype)}; of a parameter that is spread over processes give the DTensor itself, "
                 "not to_local() of it, else call setup again"
             )
-    return [record.lay_out(layout) for record, layout in zip(binding.records, layouts, strict=True)]
+    return [record.redistribute(sharding) for record, sharding in zip(binding.records, shardings, strict=True)]
 
 
 def _reference(model: Any, forget: Callable[[], None] | None) -> Callable[[], Any]:

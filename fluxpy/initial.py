@@ -36,7 +36,7 @@ def make_states(todo: Iterable[Entry]) -> None:
 def _may_share(entries: Sequence[Entry]) -> bool:
     """Whether the states of parameters that are alike may be copies of one."""
     plain = all(type(x) in PLAIN and x.layout == torch.strided and x.is_contiguous() for _, x, _ in entries)
-    new = all(record.layout is record.pending is None for record, _, _ in entries)
+    new = all(record.sharding is record.pending is None for record, _, _ in entries)
     return plain and new and entries[0][1].numel() <= _SMALL and not is_transforming()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .binding import Bindings
 from .context import Context
-from .distributed.layout import Layout
+from .distributed.sharding import Sharding
 from .distributed.spread import SpreadRecord
 from .pytree import Skeleton, apart, partition, register
 from .rule import Rule, at, hyperparameters, replace, rules_in, tensors_of
@@ -50,13 +50,13 @@ class Record(SpreadRecord):
     that it misses meanwhile. `setup_rule` is the rule that `setup` was given, and `required_grad` the parameter's flag
     at that time, None where that is not known.
 
-    Where the parameter is spread over processes, `layout` says how, and `tensors` are local ones; `spread_flags` say
+    Where the parameter is spread over processes, `sharding` says how, and `tensors` are local ones; `spread_flags` say
     which of them are spread like the parameter. The others are the same on all processes.
     """
 
     __slots__ = (
         *("required_grad", "dtype", "frozen", "numbers", "pending", "rule", "setup_rule", "shape", "tensors"),
-        *("layout", "spread_flags"),
+        *("sharding", "spread_flags"),
     )
 
     def __init__(
@@ -68,7 +68,7 @@ class Record(SpreadRecord):
         self.tensors: list[Tensor] | None = None
         self.numbers = Numbers() if numbers is None else numbers
         self.pending: Skeleton | None = None
-        self.layout: Layout | None = None
+        self.sharding: Sharding | None = None
         self.spread_flags: list[bool] | None = None
 
     @property
@@ -86,14 +86,14 @@ class Record(SpreadRecord):
     def make_state(self, x: Tensor, path: str) -> None:
         """Make a state for the parameter `x`."""
         assert self.rule is not None
-        layout = self.layout if self.needs_whole else None
-        x = x if layout is None else layout.whole(x)
+        sharding = self.sharding if self.needs_whole else None
+        x = x if sharding is None else sharding.whole(x)
         self.tensors, skeleton = _new_state(self.rule, x, self.numbers.count, path)
         if self.pending is not None:
             state = skeleton.combine(self.tensors)
             self.tensors, skeleton = partition(self.rule.restart(self.pending.bare(), state))
         self.spread_flags = None
-        if layout is not None:
+        if sharding is not None:
             self.take_shown(self.tensors)
         self.numbers, self.pending = Numbers(self.numbers.count, skeleton, fresh=True), None
 
@@ -129,7 +129,7 @@ class Record(SpreadRecord):
         other = Record(self.rule, self.frozen, self.shape, self.dtype, numbers)
         other.tensors, other.pending = tensors, self.pending
         other.setup_rule, other.required_grad = self.setup_rule, self.required_grad
-        other.layout, other.spread_flags = self.layout, self.spread_flags
+        other.sharding, other.spread_flags = self.sharding, self.spread_flags
         return other
 
 
@@ -194,7 +194,7 @@ class Leaf:
 
     def __getstate__(self) -> Any:
         record = record_of(self)
-        if record.layout is not None:
+        if record.sharding is not None:
             raise TypeError(
                 "a state whose tensors are spread over processes cannot be pickled: save fluxpy.state_dict(state) by "
                 "torch.distributed.checkpoint"

@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 
 from .binding import Binding, Bindings
 from .context import Context
-from .distributed.layout import any_dtensor, layout_of, local_tensors
+from .distributed.sharding import any_dtensor, local_tensors, sharding_of
 from .initial import make_states
 from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of, records_of
 from .members import holders_of
@@ -127,7 +127,7 @@ def bind(state: State | Leaf, model: Any) -> Binding:
     binding, context = _new_binding(state, spec, model, key), tree_context(state)
     if binding.spread or context.spread:
         context.settle()
-        bindings.lay_out(binding, context, records_of(leaf_list(state)))
+        bindings.redistribute(binding, context, records_of(leaf_list(state)))
     return binding
 
 
@@ -192,7 +192,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     context.spread = any_dtensor(params)
     records, taken = _records(rules, params, names, kept)
     for record, x in zip(records, params, strict=True) if context.spread or taken else ():
-        record.lay_out(layout_of(x))
+        record.redistribute(sharding_of(x))
     leaves = [Leaf(record, context, bindings) for record in records]
     new = [index for index in range(len(params)) if rules[index] is not None and index not in taken]
     with torch.inference_mode(False), torch.no_grad():

@@ -16,7 +16,7 @@ from torch import Tensor
 from .binding import Binding, Bindings
 from .context import Context, SkipUpdate
 from .distributed.gathered import GatheredUnit
-from .distributed.layout import local_gradients
+from .distributed.sharding import local_gradients
 from .distributed.totals import Totals
 from .engine.cohort import Member
 from .engine.layout import is_dense
@@ -222,7 +222,7 @@ def _local(binding: Binding, grads: list[Any]) -> list[Any]:
             "inference_mode"
         )
     binding.note_writes()
-    return local_gradients([record.layout for record in binding.records], grads, binding.paths)
+    return local_gradients([record.sharding for record in binding.records], grads, binding.paths)
 
 
 def _step_in_inference_mode(binding: Binding, context: Context, grads: list[Any]) -> None:
