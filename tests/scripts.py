@@ -53,6 +53,9 @@ class Script:
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def is_running(self) -> bool:
+        return self.process.is_alive()
+
     def wait(self, timeout: float = 120) -> int:
         """The exit code; negative that of a signal."""
         self.process.join(timeout)
@@ -60,9 +63,9 @@ class Script:
         assert code is not None, "the script did not end"
         return code
 
-    def printed(self) -> tuple[str, str]:
+    def printed(self, encoding: str = "utf-8") -> tuple[str, str]:
         """What there is by now on standard output and error, where these are files."""
-        _, out, err = (file.read_bytes().decode(errors="replace") if file.is_file() else "" for file in self.files)
+        _, out, err = (file.read_text(encoding) if file.is_file() else "" for file in self.files)
         return out, err
 
     def end(self) -> None:
@@ -83,10 +86,12 @@ def started(script: str | Path, *arguments: object, **options: object) -> Iterat
             running.end()
 
 
-def run_script(script: str | Path, *arguments: object, **options: object) -> tuple[int, str, str]:
+def run_script(
+    script: str | Path, *arguments: object, encoding: str = "utf-8", **options: object
+) -> tuple[int, str, str]:
     """The exit code of a script, and what it printed on standard output and error."""
     with started(script, *arguments, **options) as running:
-        return running.wait(), *running.printed()
+        return running.wait(), *running.printed(encoding)
 
 
 def run_world_of(size: int, script: Path, *arguments: object, **options: object) -> tuple[int, str, str]:
@@ -108,7 +113,7 @@ def _main(script: str, arguments: list[str], is_file: bool, cwd: str, env: dict[
     os.environ.clear()
     os.environ.update(env)
     for number, name in enumerate(streams):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY), number)
+        os.dup2(os.open(name, os.O_NOCTTY | (os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)), number)
     encoding = env.get("PYTHONIOENCODING", "utf-8")
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115

@@ -83,7 +83,7 @@ SHOWN = {
     "minilm_loop": [r"^epoch 0: accuracy 0\.\d{4}\nepoch 1: accuracy 0\.\d{4}$"],
     "muon_gpt": [
         r"^rates at the end: Muon 0\.0016, AdamW 0\.00032; the resumed run is the same bit for bit$",
-        r"^training loss \d\.\d{4} after 40 steps, \d\.\d{4} after 60; held out \d\.\d{4}$",
+        r"^training loss \d\.\d{4} after 20 steps, \d\.\d{4} after 30; held out \d\.\d{4}$",
     ],
     "training_loop": [
         r"UserWarning: epoch 1: the loss of batch 3 is nan; skipped",
