@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import tempfile
-import traceback
 import types
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -133,6 +132,6 @@ def _main(script: str, arguments: list[str], is_file: bool, cwd: str, env: dict[
     except SystemExit as end:
         code = end.code
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
