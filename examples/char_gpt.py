@@ -127,10 +127,10 @@ def main(epochs: int = 5, limit: int | None = None, out: str | None = None, seed
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A small GPT, character by character.")
     parser.add_argument("--out", help="TensorBoard's folder; by default run/tensorboard/stats, and none with --short")
-    parser.add_argument("--short", action="store_true", help="a quick check: 2 epochs of 40,000 characters")
+    parser.add_argument("--short", action="store_true", help="a quick check: 2 epochs of 28,000 characters")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.short:
-        main(2, 40_000, args.out, args.seed)
+        main(2, 28_000, args.out, args.seed)
     else:
         main(out=args.out or "run/tensorboard/stats", seed=args.seed)

@@ -76,10 +76,10 @@ def main(steps: int = 600, limit: int | None = None, seed: int = 0) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A small GPT with Muon and AdamW.")
-    parser.add_argument("--short", action="store_true", help="a quick check: 60 steps on 40,000 characters")
+    parser.add_argument("--short", action="store_true", help="a quick check: 30 steps on 40,000 characters")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.short:
-        main(60, 40_000, args.seed)
+        main(30, 40_000, args.seed)
     else:
         main(seed=args.seed)

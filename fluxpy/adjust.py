@@ -86,7 +86,7 @@ def adjust(state: AnyState, lr: Any = None, /, *refused: Never, member: Any = No
 
 
 def _adjusted(rule: Rule, changes: dict[str, Any], member: Any) -> Rule:
-    # One rule may stand at two places of a chain: of the copy, each place has its own.
+    # One rule object may stand at two places of a chain: in a copy each place has its own, so a member can be chosen.
     rule = rule if member is None else replace(rule, lambda _rule, _name, old: old, validate=False)
     chosen = set()
     for name in changes:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .cached import cached
-from .distributed.layout import any_dtensor, layout_of, local_tensors
 from .distributed.parallel import Parallel, parallel_of, reshard
+from .distributed.sharding import any_dtensor, local_tensors, sharding_of
 from .pytree import level, unwrap
 from .text import form, join, names_of
 from .tree import TreeSpec, explore
@@ -42,18 +42,18 @@ class Binding:
             if self.walked != spec:
                 raise ValueError(difference(spec, self.walked, ""))
             self.params: list[Tensor] = [values[j] for j in self.walked.leaves]
-        # Whether any is spread over processes. What this one holds of them is what the engine steps.
+        # Whether any is spread over processes. The engine steps `local`, what this process holds of them.
         self.spread = any_dtensor(self.params)
         self.local = local_tensors(self.params) if self.spread else self.params
         self.indices = list(spec.leaves)  # of each parameter's leaf among the values of the state
         self.paths = tuple(spec.leaves.values())
         self.records = [records[index] for index in self.indices] if records else []
-        self.unasked = self._unasked()
+        self.off_at_setup = self._off_at_setup()
         self.warned = False
         self.plan: Any = None  # how the engine steps these parameters
-        self.buckets: Any = None  # how they are stepped within a backward pass
-        self.form: Any = None  # how gradients were given last: a structure, and which of its leaves is each parameter's
-        self.flips = 0  # how many flags were other than the state says, when last looked at
+        self.buckets: Any = None  # how `release` steps them within a backward pass
+        self.form: Any = None  # the structure of the last gradients, and the place of each parameter's in it
+        self.flips = 0  # how many flags contradicted the state at the last look
 
     def watch(self, model: Any, forget: Callable[[], None]) -> "Binding":
         """From here on, `matches` can tell."""
@@ -63,7 +63,7 @@ class Binding:
         self.filled, self.empty = [x for x in dicts if x], [x for x in dicts if not x]
         self.lists = [x for x in containers if type(x) in (list, tuple)]
         self.sizes = [*map(len, self.filled), *map(len, self.lists)]
-        # Else some container cannot be looked into, and a model never matches.
+        # Where some container cannot be looked into, a model never matches.
         self.transparent = len(dicts) + len(self.lists) == len(containers)
         self.views = [x.values() for x in self.filled]
         self.keys, self.held = [*chain.from_iterable(self.filled)], [*self._held()]
@@ -71,19 +71,19 @@ class Binding:
 
     @cached
     def parallel(self) -> Parallel | None:
-        """How the model runs on several processes, as was to be seen when that was first asked."""
+        """How the model runs on several processes, as it was found when first asked."""
         return None if is_compiling() else parallel_of(self.model(), self.params, self.paths)
 
-    def _unasked(self) -> list[Tensor]:
-        """What its flag froze when the state was made: whoever sets one of these later wants it to train."""
-        return [x for x, record in zip(self.params, self.records, strict=False) if record.asked is False]
+    def _off_at_setup(self) -> list[Tensor]:
+        """The parameters that did not require grad at `setup`: whoever sets such a flag later wants them to train."""
+        return [x for x, record in zip(self.params, self.records, strict=False) if record.required_grad is False]
 
     def look_at_flags(self) -> None:
-        """`warn_of_flags` where a flag of `unasked` was set since the last look."""
-        if any(x.requires_grad for x in self.unasked):
+        """`warn_of_flags` where one of `off_at_setup` requires grad by now."""
+        if any(x.requires_grad for x in self.off_at_setup):
             self.warn_of_flags(stacklevel=5)
-            # What trains in the state too is as it should be; of the others a warning was given, and there is only one.
-            self.unasked = [] if self.warned else [x for x in self.unasked if not x.requires_grad]
+            # A set flag that did not warn agrees with the state; and only one warning is ever given.
+            self.off_at_setup = [] if self.warned else [x for x in self.off_at_setup if not x.requires_grad]
 
     def warn_of_flags(self, stacklevel: int = 4) -> None:
         """Warn, once, of each `requires_grad` that was changed after the state was made and contradicts it."""
@@ -92,7 +92,9 @@ class Binding:
         changed = [
             path
             for path, x, record in zip(self.paths, self.params, self.records, strict=True)
-            if record.asked is not None and x.requires_grad is not record.asked and x.requires_grad is record.frozen
+            if record.required_grad is not None
+            and x.requires_grad is not record.required_grad
+            and x.requires_grad is record.frozen
         ]
         if changed:
             self.warned = True
@@ -103,7 +105,7 @@ class Binding:
             )
 
     def _held(self) -> Iterable[Any]:
-        """All that is in the containers."""
+        """Everything in the containers, in one order."""
         return chain(chain.from_iterable(self.views), *self.lists)
 
     def fork(
@@ -123,7 +125,7 @@ class Binding:
             other.held = [*other._held()]
         other.params, other.records, other.plan, other.buckets = plan.params, plan.records, plan, None
         other.local, other.__dict__["parallel"] = other.params, None  # a copy is without its wrappers
-        other.unasked = other._unasked()
+        other.off_at_setup = other._off_at_setup()
         return other
 
     def note_writes(self) -> None:
@@ -175,11 +177,11 @@ class Bindings(dict[int, Binding]):
         key = id(plan.records[0]) if spec.kind == "leaf" else id(spec)
         self[key] = binding.fork(spec, model, containers, plan, self._forgetting())
 
-    def lay_out(self, binding: Binding, context: Any, tree: Sequence[Any]) -> None:
+    def redistribute(self, binding: Binding, context: Any, tree: Sequence[Any]) -> None:
         """Bring a state to where the parameters are, which may be spread over processes by now, or no longer. `tree`
         are all records of the tree, as far as they are known."""
         try:
-            moved = _lay_out(binding)
+            moved = _redistribute(binding)
         except BaseException:
             self.clear()  # a model that does not fit is not to be known
             raise
@@ -187,7 +189,7 @@ class Bindings(dict[int, Binding]):
             context.structure += 1
             for key in [key for key, other in self.items() if other is not binding]:
                 del self[key]
-        context.spread = len(tree) < context.size or any(record.layout is not None for record in tree)
+        context.spread = len(tree) < context.size or any(record.sharding is not None for record in tree)
 
     def _forgetting(self) -> Callable[[], None]:
         kept = weakref.ref(self)  # a binding that held its holder would die by the garbage collector alone
@@ -200,9 +202,9 @@ class Bindings(dict[int, Binding]):
         return forget
 
 
-def _lay_out(binding: Binding) -> list[bool]:
+def _redistribute(binding: Binding) -> list[bool]:
     """For each record, whether it was elsewhere."""
-    layouts = [layout_of(x) for x in binding.params]
+    shardings = [sharding_of(x) for x in binding.params]
     for record, x, path in zip(binding.records, binding.params, binding.paths, strict=True):
         if x.shape != record.shape:  # before anything is put together for it
             raise ValueError(
@@ -210,7 +212,7 @@ def _lay_out(binding: Binding) -> list[bool]:
                 f"now {form(x.shape, x.dtype)}; of a parameter that is spread over processes give the DTensor itself, "
                 "not to_local() of it, else call setup again"
             )
-    return [record.lay_out(layout) for record, layout in zip(binding.records, layouts, strict=True)]
+    return [record.redistribute(sharding) for record, sharding in zip(binding.records, shardings, strict=True)]
 
 
 def _reference(model: Any, forget: Callable[[], None] | None) -> Callable[[], Any]:

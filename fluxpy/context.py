@@ -31,9 +31,9 @@ class FiniteFlag:
     """
 
     def __init__(self) -> None:
-        self.bad: Tensor | None = None  # 0-dim, on the device
+        self.bad: Tensor | None = None  # whether a number was bad, 0-dim, on the device
         self.skipped: Tensor | None = None  # whether the update that is under way is to change nothing
-        self.up: Tensor | None = None  # either of them: what masks
+        self.up: Tensor | None = None  # either of the two: this masks
         self.first: Tensor | None = None  # of the first bad number: its place among its paths, its kind, the update
         self.kinds: dict[tuple[str, tuple[str, ...]], int] = {}  # what can go wrong, and at which paths, numbered
 
@@ -57,7 +57,7 @@ class FiniteFlag:
         self.up = _either(self.skipped, self.bad)
 
     def lower(self) -> None:
-        """The update is over: what it skipped is no matter of the next."""
+        """The update is over; that it was skipped does not concern the next."""
         self.skipped, self.up = None, self.bad
 
     def read_skip(self) -> None:
@@ -86,7 +86,7 @@ def _either(one: Tensor, other: Tensor | None) -> Tensor:
 
 
 def remembered(held: Any, *names: str) -> list[Callable[[], None]]:
-    """What makes these attributes again what they are now."""
+    """Calls that set these attributes back to what they are now."""
     return [partial(setattr, held, name, getattr(held, name)) for name in names]
 
 
@@ -119,15 +119,15 @@ class Context:
         self.compile, self.size = compile, size
         self.spread = False  # whether any parameter is spread over processes
         self.structure = self.hyper = self.updates = 0
-        self.recorded = 0  # pure updates in a row whose history is kept
+        self.recorded = 0  # pure updates in a row that were recorded to differentiate through
         self.flag = FiniteFlag()
         self.late: Late | None = None
         self.aside: dict[int, Tensor] = {}
-        self.partial = False  # whether an update comes leaf by leaf, so that no total over the tree is to be had
+        self.partial = False  # whether an update comes leaf by leaf, so that there is no total over the tree
         self.reference_only: set[Any] = set()  # rules that only the reference path can run
         self.uncompiled: set[Any] = set()  # rules that cannot be compiled
         self.not_shared: set[Any] = set()  # rules whose kernel cannot take a number for each leaf
-        self.traceable: dict[Any, bool] = {}  # rules that are arithmetic alone
+        self.traceable: dict[Any, bool] = {}  # answers to questions about rules (see the engine's tape.py), by question
 
     def fork(self, size: int | None = None) -> "Context":
         """A context for another tree, with the same options."""
@@ -138,7 +138,7 @@ class Context:
         return other
 
     def settle(self) -> None:
-        """Take the last update back if the device skipped it. Before that, nobody is to look at counts and states."""
+        """Take the last update back if the device skipped it. Nobody may look at counts and states before this."""
         if self.late is not None and self.late.is_skipped():
             self.structure += 1
             for back in reversed(self.late.undo):
@@ -147,7 +147,7 @@ class Context:
 
     @contextmanager
     def in_parts(self) -> Iterator[None]:
-        """One update that comes leaf by leaf."""
+        """Within, an update comes leaf by leaf."""
         self.partial = True
         try:
             yield
@@ -181,7 +181,7 @@ def require_finite(
             'under torch.compile no number can be read: nonfinite is "raise" or "ignore" there, not "skip"'
         )
     if reads_at_once(total):
-        if total.ndim or not math.isfinite(total.item()):  # item() is faster than a tensor that answers
+        if total.ndim or not math.isfinite(total.item()):  # faster than isfinite() of a tensor
             _refuse(total, reduce, what, shares)
     elif reduce.nonfinite == "skip":
         context.flag.skip(total.isfinite().all())

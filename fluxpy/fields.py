@@ -35,7 +35,7 @@ def hyper(
 
 
 def plain(value: Any) -> Any:
-    """Lists become tuples and NumPy's numbers Python's own, so that what holds them can be saved and compared."""
+    """Lists as tuples and NumPy's numbers as Python's own, so that rules that hold them can be saved and compared."""
     if isinstance(value, list | tuple):
         return tuple(plain(v) for v in value)
     return plain(value.tolist()) if isinstance(value, _NUMPY) else value
@@ -50,7 +50,7 @@ def validate(owner: Any) -> None:
 
 
 def check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
-    """ValueError unless the field allows the value. A schedule is checked when it gives a value; a tensor never, which
+    """ValueError unless the field allows the value. A schedule is checked when it gives a value, a tensor never: that
     would read the device."""
     allowed, bounds = field.metadata.get("allowed"), field.metadata.get("bounds")
     if allowed is None or (value is None and field.default is None):
@@ -96,7 +96,7 @@ def _allows(allowed: str, bounds: tuple[float, float] | None, value: Any) -> boo
 
 
 def _bounds(allowed: Any) -> tuple[float, float] | None:
-    """The ends of an interval, as "(0, 1]"; None where something else is meant."""
+    """The ends of an interval such as "(0, 1]"; None of what is no interval."""
     if not isinstance(allowed, str) or allowed[0] not in "[(":
         return None
     low, high = map(float, allowed[1:-1].split(","))

@@ -41,11 +41,11 @@ def follow(state: AnyState, model: Any) -> AnyState:
 
 
 def _moved(record: Record, x: Tensor, path: str) -> list[Tensor] | None:
-    """The tensors of a state as they belong to the parameter; None where they have to be made anew."""
+    """The tensors of a state, moved to where and what their parameter is; None where they have to be made anew."""
     old = record.tensors
     if old is None or record.rule is None or (not x.is_meta and any(t.is_meta for t in old)):
         return None
-    whole = record.layout if record.needs_whole else None  # then the state is of the whole array
+    whole = record.sharding if record.needs_whole else None  # with which the state is of the whole array
     first = x if whole is None else whole.whole(x)
     like, _ = partition(init_state(record.rule, first, record.numbers.count, path))
     if [t.shape for t in like] != [t.shape for t in (old if whole is None else record.shown_tensors())]:

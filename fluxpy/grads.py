@@ -79,7 +79,7 @@ class _Scattered:
                 self.put(place, inner, join(path, key))
 
     def put_leaf(self, index: int, value: Any, path: str) -> None:
-        if isinstance(value, Mapping) and list(value) == [""]:  # the path of a model that is one tensor
+        if isinstance(value, Mapping) and list(value) == [""]:  # the path of a parameter that is the whole model
             value = value[""]
         if not isinstance(value, Tensor):
             raise ValueError(f"{self.what} {_at(path)} must be a tensor or None, but got {type(value).__name__}")
@@ -103,7 +103,7 @@ class _Scattered:
     def put_mapping(self, spec: TreeSpec, value: Mapping[Any, Any], path: str) -> None:
         for key, inner in value.items():
             place = spec.find(key)
-            if place is None and isinstance(key, str):  # as a wrapper names it
+            if place is None and isinstance(key, str):  # perhaps the name that a wrapper gives it
                 bare = key.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
                 place = spec.find(bare.removeprefix("module."))
             if place is None:

@@ -1,8 +1,7 @@
-"""The states that many leaves begin with."""
+"""The first states of many leaves: where a rule makes the same for several parameters, one is made and copied."""
 
-from collections.abc import Iterable
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,45 +10,61 @@ from torch.overrides import TorchFunctionMode
 from .leaf import Record
 from .pytree import HOLE, PLAIN, is_transforming
 
-_SMALL = 1 << 12  # elements: of a larger parameter a state takes longer to fill than to ask for
-_ASKED = "device dtype is_cpu is_cuda is_meta layout ndim shape"
-_FORM = "dim element_size is_complex is_contiguous is_floating_point nelement new_ones new_zeros numel size stride"
-_LOOKS = {getattr(Tensor, name).__get__ for name in _ASKED.split()}
-_LOOKS |= {getattr(Tensor, name) for name in (*_FORM.split(), "untyped_storage")}
-_LOOKS |= {torch.ones, torch.ones_like, torch.zeros, torch.zeros_like}
+Entry: TypeAlias = tuple[Record, Tensor, str]  # a record without a state, its parameter and the path
+
+_SMALL = 1 << 12  # elements: filling the state of a larger parameter takes longer than asking the rule for one
+# What a rule may do to a parameter without reading its values.
+_ATTRIBUTES = "device dtype is_cpu is_cuda is_meta layout ndim shape"
+_METHODS = "dim element_size is_complex is_contiguous is_floating_point nelement new_ones new_zeros numel size stride"
+_READS_NO_VALUE = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()}
+_READS_NO_VALUE |= {getattr(Tensor, name) for name in (*_METHODS.split(), "untyped_storage")}
+_READS_NO_VALUE |= {torch.ones, torch.ones_like, torch.zeros, torch.zeros_like}
 
 
-def make_states(todo: Iterable[tuple[Record, Tensor, str]]) -> None:
-    """Make states for parameters, each with its path. Where a rule makes the same of two that are small and alike,
-    without a look at their values, others like them get copies of that."""
-    forms: dict[Any, list[tuple[Record, Tensor, str]]] = {}
+def make_states(todo: Iterable[Entry]) -> None:
+    """Make the states of leaves. Small parameters that are alike get copies of one state, where the rule made the same
+    for the first two of them and read no value of the second."""
+    alike: dict[Any, list[Entry]] = {}
     for r, x, path in todo:
-        forms.setdefault((id(r.rule), r.numbers.count, r.shape, r.dtype, x.device), []).append((r, x, path))
-    for found in forms.values():
-        alike = len(found) > 2 and not is_transforming() and found[0][1].numel() <= _SMALL
-        alike = alike and all(type(x) in PLAIN and x.layout == torch.strided and x.is_contiguous() for _, x, _ in found)
-        alike = alike and all(record.layout is record.pending is None for record, _, _ in found)
-        for i, (record, x, path) in enumerate(found):
-            with _Glance() if alike and i == 1 else nullcontext() as glance:
-                record.make_state(x, path)
-            if glance is not None and glance.enough and _same(record, found[0][0]):
-                for other, _, _ in found[2:]:
-                    other.tensors, other.numbers = [t.clone() for t in record.tensors or ()], record.numbers
-                break
+        alike.setdefault((id(r.rule), r.numbers.count, r.shape, r.dtype, x.device), []).append((r, x, path))
+    for entries in alike.values():
+        made = _copy_one(entries) if len(entries) > 2 and _may_share(entries) else 0
+        for record, x, path in entries[made:]:
+            record.make_state(x, path)
 
 
-class _Glance(TorchFunctionMode):
-    """Whether what is done with tensors within looks at their shapes, dtypes and the like alone."""
+def _may_share(entries: Sequence[Entry]) -> bool:
+    """Whether the states of parameters that are alike may be copies of one."""
+    plain = all(type(x) in PLAIN and x.layout == torch.strided and x.is_contiguous() for _, x, _ in entries)
+    new = all(record.sharding is record.pending is None for record, _, _ in entries)
+    return plain and new and entries[0][1].numel() <= _SMALL and not is_transforming()
 
-    enough = True
+
+def _copy_one(entries: Sequence[Entry]) -> int:
+    """Make two states and, where these show that all are the same, copy one to the other leaves; how many were made."""
+    (first, x, path), (second, other, its_path), *rest = entries
+    first.make_state(x, path)
+    with _ValueWatch() as watch:
+        second.make_state(other, its_path)
+    if watch.values_read or not _same(first, second):
+        return 2
+    for record, _, _ in rest:
+        record.tensors, record.numbers = [t.clone() for t in second.tensors or ()], second.numbers
+    return len(entries)
+
+
+class _ValueWatch(TorchFunctionMode):
+    """Notices whether anything within may read the values of a tensor, rather than its shape, dtype and the like."""
+
+    values_read = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.enough = self.enough and func in _LOOKS and not (kwargs or {}).keys() - {"dtype", "device"}
+        self.values_read |= func not in _READS_NO_VALUE or bool((kwargs or {}).keys() - {"dtype", "device"})
         return func(*args, **(kwargs or {}))
 
 
 def _same(one: Record, other: Record) -> bool:
-    """Whether new states hold, besides tensors, the same numbers and nothing else."""
+    """Whether two new states hold the same numbers, and nothing else but tensors."""
     parts, others = ([*r.numbers.skeleton.parts] if r.numbers.skeleton else [] for r in (one, other))
     plain = all(part is HOLE or isinstance(part, int | float | str | None) for part in parts)
     return plain and one.numbers.skeleton == other.numbers.skeleton and parts == others

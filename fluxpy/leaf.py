@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .binding import Bindings
 from .context import Context
-from .distributed.layout import Layout
+from .distributed.sharding import Sharding
 from .distributed.spread import SpreadRecord
 from .pytree import Skeleton, apart, partition, register
 from .rule import Rule, at, hyperparameters, replace, rules_in, tensors_of
@@ -46,29 +46,29 @@ class Numbers:
 class Record(SpreadRecord):
     """The contents of a leaf. `tensors` are those of the rule's state, None where there is no state yet.
 
-    `pending` are the numbers that the state goes on with when the leaf is thawed, or gets a state: those of an
-    accumulating rule, which missed updates meanwhile. `made` is the rule that `setup` was given, and `asked` whether
-    the parameter required grad then, None where that is not known.
+    `pending` are the numbers with which a frozen or empty state goes on later: an accumulating rule counts the updates
+    that it misses meanwhile. `setup_rule` is the rule that `setup` was given, and `required_grad` the parameter's flag
+    at that time, None where that is not known.
 
-    Where the parameter is spread over processes, `layout` says how, and `tensors` are local ones; `spread_flags` say
+    Where the parameter is spread over processes, `sharding` says how, and `tensors` are local ones; `spread_flags` say
     which of them are spread like the parameter. The others are the same on all processes.
     """
 
     __slots__ = (
-        *("asked", "dtype", "frozen", "made", "numbers", "pending", "rule", "shape", "tensors"),
-        *("layout", "spread_flags"),
+        *("required_grad", "dtype", "frozen", "numbers", "pending", "rule", "setup_rule", "shape", "tensors"),
+        *("sharding", "spread_flags"),
     )
 
     def __init__(
         self, rule: Rule | None, frozen: bool, shape: torch.Size, dtype: torch.dtype, numbers: Numbers | None = None
     ) -> None:
         self.rule, self.frozen, self.shape, self.dtype = rule, frozen, shape, dtype
-        self.made = rule
-        self.asked: bool | None = None
+        self.setup_rule = rule
+        self.required_grad: bool | None = None
         self.tensors: list[Tensor] | None = None
         self.numbers = Numbers() if numbers is None else numbers
         self.pending: Skeleton | None = None
-        self.layout: Layout | None = None
+        self.sharding: Sharding | None = None
         self.spread_flags: list[bool] | None = None
 
     @property
@@ -86,14 +86,14 @@ class Record(SpreadRecord):
     def make_state(self, x: Tensor, path: str) -> None:
         """Make a state for the parameter `x`."""
         assert self.rule is not None
-        layout = self.layout if self.needs_whole else None
-        x = x if layout is None else layout.whole(x)
+        sharding = self.sharding if self.needs_whole else None
+        x = x if sharding is None else sharding.whole(x)
         self.tensors, skeleton = _new_state(self.rule, x, self.numbers.count, path)
         if self.pending is not None:
             state = skeleton.combine(self.tensors)
             self.tensors, skeleton = partition(self.rule.restart(self.pending.bare(), state))
         self.spread_flags = None
-        if layout is not None:
+        if sharding is not None:
             self.take_shown(self.tensors)
         self.numbers, self.pending = Numbers(self.numbers.count, skeleton, fresh=True), None
 
@@ -128,8 +128,8 @@ class Record(SpreadRecord):
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
         other = Record(self.rule, self.frozen, self.shape, self.dtype, numbers)
         other.tensors, other.pending = tensors, self.pending
-        other.made, other.asked = self.made, self.asked
-        other.layout, other.spread_flags = self.layout, self.spread_flags
+        other.setup_rule, other.required_grad = self.setup_rule, self.required_grad
+        other.sharding, other.spread_flags = self.sharding, self.spread_flags
         return other
 
 
@@ -140,13 +140,13 @@ class Leaf:
     after a thaw or a reset.
     """
 
-    __slots__ = ("_bindings", "_context", "_pending", "_record")
+    __slots__ = ("_bindings", "_context", "_placeholders", "_record")
 
     def __init__(self, record: Record, context: Context, bindings: Bindings | None = None) -> None:
         self._record, self._context = record, context
         # The models that views of the tree were used with. Not in the context, which their plans hold.
         self._bindings = Bindings() if bindings is None else bindings
-        self._pending: Any = None  # (children, metadata) while a transform such as vmap has placeholders for tensors
+        self._placeholders: Any = None  # for tensors, from a transform such as vmap: (children, metadata)
 
     @property
     def rule(self) -> Any:  # a Rule or None; Any, since which hyperparameters it has only the user knows
@@ -183,42 +183,32 @@ class Leaf:
         numbers = memo.get(id(record.numbers))
         if numbers is None:
             numbers = memo[id(record.numbers)] = record.numbers.copy()
-            memo.setdefault(id(memo), []).append(record.numbers)  # alive, so that its id stays its own
+            memo.setdefault(id(memo), []).append(record.numbers)  # keeps it alive, so that its id stays its own
         tensors = None if record.tensors is None else [_own(t) for t in record.tensors]
         if id(context) not in memo:
             memo[id(context)] = context.fork(1), Bindings()
         copied = record.copy(numbers, tensors)
-        copied.rule, copied.made = copy.deepcopy((record.rule, record.made), memo)
+        copied.rule, copied.setup_rule = copy.deepcopy((record.rule, record.setup_rule), memo)
         other = memo[id(self)] = Leaf(copied, *memo[id(context)])
         return other
 
     def __getstate__(self) -> Any:
         record = record_of(self)
-        if record.layout is not None:
+        if record.sharding is not None:
             raise TypeError(
                 "a state whose tensors are spread over processes cannot be pickled: save fluxpy.state_dict(state) by "
                 "torch.distributed.checkpoint"
             )
         tensors = None if record.tensors is None else [_compact(t) for t in record.tensors]
-        return (
-            record.rule,
-            record.made,
-            record.frozen,
-            record.shape,
-            record.dtype,
-            record.numbers,
-            record.pending,
-            record.asked,
-            tensors,
-            self._context,
-        )
+        slots = "rule", "setup_rule", "frozen", "shape", "dtype", "numbers", "pending", "required_grad"
+        return *map(record.__getattribute__, slots), tensors, self._context
 
     def __setstate__(self, held: Any) -> None:
-        rule, made, frozen, shape, dtype, numbers, pending, asked, tensors, context = held
+        rule, setup_rule, frozen, shape, dtype, numbers, pending, required_grad, tensors, context = held
         self._record = Record(rule, frozen, shape, dtype)
-        self._record.made, self._record.asked = made, asked
+        self._record.setup_rule, self._record.required_grad = setup_rule, required_grad
         self._record.numbers, self._record.pending, self._record.tensors = numbers, pending, tensors
-        self._context, self._bindings, self._pending = context, Bindings(), None
+        self._context, self._bindings, self._placeholders = context, Bindings(), None
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.shape)) or "0-dim"
@@ -226,10 +216,8 @@ class Leaf:
 
 
 def _read_only(name: str, advice: str) -> None:
-    """Let an assignment to a property of leaves say what to write instead.
-
-    Added here, so that a type checker sees properties without a setter and finds the mistake.
-    """
+    """Let an assignment to a property of leaves say what to write instead. Added outside of the class, where a type
+    checker sees no setter, and so finds the mistake."""
 
     def refuse(leaf: Leaf, value: Any) -> NoReturn:
         raise AttributeError(f"leaf.{name} is read-only; write {advice}")
@@ -271,7 +259,7 @@ def record_of(leaf: Leaf) -> Record:
 
 
 def records_of(leaves: Sequence[Leaf]) -> list[Record]:
-    """The contents of leaves, whose context need not be settled: at a third of what a call for each would cost."""
+    """The contents of leaves whose context is settled, at a third of the cost of a call for each."""
     return [leaf._record for leaf in leaves]
 
 
@@ -289,24 +277,24 @@ def context_of(leaf: Leaf) -> Context:
 
 
 def bindings_of(leaf: Leaf) -> Bindings:
-    """The models that views of its tree were used with, by the identity of the view's spec."""
+    """The bindings of the leaf's tree."""
     return leaf._bindings
 
 
 def adopt(leaf: Leaf, context: Context, bindings: Bindings) -> None:
     """Make a leaf one of another tree."""
-    record_of(leaf)
+    record_of(leaf)  # takes back what the device skipped, while the old context knows of it
     leaf._context, leaf._bindings = context, bindings
 
 
-KEEP: Any = object()  # not given
+KEEP: Any = object()  # stands for an argument that was not given
 
 
 def replace_leaf(
     leaf: Leaf, *, rule: Any = KEEP, state: Any = KEEP, frozen: Any = KEEP, count: Any = KEEP, pending: Any = KEEP
 ) -> None:
-    """Change what is given of a leaf. With `state=None` it gets new momenta at its next update, which go on with the
-    `pending` numbers, by default with those that an accumulating rule has."""
+    """Change what is given of a leaf. With `state=None` its next update makes new momenta, which go on with the
+    `pending` numbers; not given, with the place in its window that an accumulating rule has now."""
     record, context = record_of(leaf), leaf._context
     context.structure += 1
     if rule is not KEEP:
@@ -402,8 +390,8 @@ class _LeafShape:
 
 
 def _flatten(leaf: Leaf) -> tuple[tuple[Any, ...], _LeafShape]:
-    if leaf._pending is not None:
-        return leaf._pending
+    if leaf._placeholders is not None:
+        return leaf._placeholders
     record = record_of(leaf)
     hyper = [] if record.rule is None else tensors_of(record.rule)
     return (*record.shown_tensors(), *hyper), _LeafShape(leaf)
@@ -422,7 +410,7 @@ def _unflatten(shape: _LeafShape, tensors: Any) -> Leaf:
         record.rule = _map_tensors(record.rule, lambda _: next(source))
     leaf = Leaf(record, shape.context.fork(1))
     if not all(isinstance(t, Tensor) for t in tensors):
-        leaf._pending = tuple(tensors), shape
+        leaf._placeholders = tuple(tensors), shape
     return leaf
 
 

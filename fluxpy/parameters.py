@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 import torch
 from torch import Tensor, nn
 
-from .distributed.layout import any_dtensor
+from .distributed.sharding import any_dtensor
 from .engine.layout import views_like
 from .gradient import Gradients
 from .grads import scatter

@@ -127,7 +127,7 @@ def release_step(f: Callable[..., Any], model: Any, args: Sequence[Any], binding
         context.settle()
         _backward(loss, buckets, binding, context)
     context.updates += 1
-    torch.clear_autocast_cache()  # of an autocast around the loop: it has cast the weights of before
+    torch.clear_autocast_cache()  # an autocast around the loop holds casts of the old weights
     return value
 
 

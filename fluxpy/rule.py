@@ -69,7 +69,7 @@ class Rule:
     elementwise: ClassVar[bool] = False
     # True for a rule that must see every update, those without a gradient (`dx` is None) too.
     accumulates: ClassVar[bool] = False
-    # True for a rule around others that does no more than elementwise arithmetic itself.
+    # True for a rule around others whose own arithmetic is elementwise, whatever the rules inside are.
     delegates: ClassVar[bool] = False
     # True for a rule around one other (`rule`) that steps a copy in `dtype` instead of the parameter. The copy is the
     # first tensor of the state; `master_for(copy, x)` brings it up to date, and the parameter becomes the rounded copy.
@@ -92,7 +92,7 @@ class Rule:
         own = vars(cls)
         dataclasses.dataclass(frozen=True, init="__init__" not in own, repr="__repr__" not in own)(cls)
         cls._names = tuple(f.name for f in dataclasses.fields(cls))
-        del cls.__setattr__, cls.__delattr__  # Rule's own say more; and a user may write @dataclass(frozen=True) too
+        del cls.__setattr__, cls.__delattr__  # Rule's own say more; a user's @dataclass(frozen=True) would refuse these
 
     def __post_init__(self) -> None:
         validate(self)
@@ -223,7 +223,7 @@ def _refuse(rule: Rule, name: str, *_: Any) -> None:
     raise dataclasses.FrozenInstanceError(f"rules do not change: write fluxpy.adjust(state, {name}=...)")
 
 
-Rule.__setattr__ = Rule.__delattr__ = _refuse  # after dataclass has made its own
+Rule.__setattr__ = Rule.__delattr__ = _refuse  # in the place of those that dataclass made
 
 
 class ReducingRule(Rule):
@@ -248,10 +248,10 @@ class ReducingRule(Rule):
     """
 
     over: ClassVar[Literal["array", "tree"]] = "tree"
-    # True for a rule to which an array cut in pieces gives, by `combine` of their parts, what the array gives: sums,
-    # norms and extremes do, means do not. On several processes arrays are else put together first.
+    # True where `combine` of the parts of an array's pieces is the part of the array: so for sums, norms and extremes,
+    # not for means. Without it, arrays that are spread over processes are put together first.
     splittable: ClassVar[bool] = False
-    # True for a rule that can go on with a total as a number, where the host may read it: cheaper than a tensor.
+    # True for a rule that takes a total as a number too, where the host may read it: cheaper than a tensor.
     takes_numbers: ClassVar[bool] = False
 
     def init_any(self, x: Tensor) -> Any:
@@ -262,12 +262,12 @@ class ReducingRule(Rule):
         return self.evaluation(state, x)
 
     def part(self, value: Tensor) -> Tensor:
-        """What one array gives to the total, 0-dim. Default: the sum of its elements."""
+        """What one array gives to the total: a 0-dim tensor. Default: the sum of its elements."""
         return value.sum()
 
     def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
-        """`part` of each of many arrays, stacked; they come in a list, or stacked. Where there is a faster way to the
-        same numbers, override it."""
+        """`part` of each of many arrays, stacked; they come in a list, or stacked. Override it where there is a faster
+        way to the same numbers."""
         return torch.stack([self.part(value) for value in values])
 
     def combine(self, parts: Tensor) -> Tensor:
@@ -310,9 +310,9 @@ def run_alone(
 
 
 class Run:
-    """The steps of a rule on their way: what they ask for now, or, where that is None, their result.
+    """A rule's `steps` while they run: what they ask for now (`asks`), or, where that is None, their `result`.
 
-    For rules around others, in place of `yield from`, of which `torch.compile` loses the result.
+    Rules around others use it in place of `yield from`, whose result `torch.compile` loses.
     """
 
     def __init__(self, steps: Steps) -> None:
@@ -369,7 +369,7 @@ def _copy(rule: Rule, new: Callable[[str, Any], Any], validate: bool = True) -> 
         value = fresh.__dict__[name] = plain(new(name, old))
         if validate and not torch.compiler.is_compiling() and value is not old:
             check(type(rule).__name__, field_of(rule, name), value)
-    if validate and type(rule).__post_init__ is not Rule.__post_init__:  # which would check the others again
+    if validate and type(rule).__post_init__ is not Rule.__post_init__:  # Rule's own would check every field again
         fresh.__post_init__()
     return fresh
 
@@ -411,17 +411,17 @@ def at(rule: Rule, count: int) -> Rule:
 
 
 def rule_key(rule: Rule, loose: bool = False) -> Any:
-    """What equal rules have in common, to compare and hash by: two that share it take the same steps.
+    """A key to compare and hash a rule by: two rules with one key take the same steps.
 
-    Schedules count by value where they are plain data, other functions by identity. With `loose`, real numbers do not
-    count, but in rules that ask for totals: rules that differ in them alone share it.
+    Schedules are compared by value where they are plain data, other functions by identity. With `loose`, real numbers
+    are left out, except in rules that ask for totals.
     """
     loose = loose and not isinstance(rule, ReducingRule)
     return type(rule), tuple((name, value_key(value, loose)) for name, value in _items(rule))
 
 
 def value_key(v: Any, loose: bool = False) -> Any:
-    """A hyperparameter, or a number in a state, to compare and hash by."""
+    """A key to compare and hash a hyperparameter by, or a number in a state."""
     if isinstance(v, Rule):
         return rule_key(v, loose)
     if isinstance(v, tuple | list):

@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 
 from .binding import Binding, Bindings
 from .context import Context
-from .distributed.layout import any_dtensor, layout_of, local_tensors
+from .distributed.sharding import any_dtensor, local_tensors, sharding_of
 from .initial import make_states
 from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of, records_of
 from .members import holders_of
@@ -68,7 +68,7 @@ class State(Mirror):
 
     @classmethod
     def _hint(cls, name: str, here: "State") -> str:
-        """For a hyperparameter or verb that somebody looked for on a branch."""
+        """What to write instead of looking for a hyperparameter or a leaf's attribute on a branch."""
         leaf_names = ("rule", "state", "frozen", "count", "shape", "dtype")
         rules = {id(leaf.rule): leaf.rule for _, leaf in each_leaf(here, "leaves") if leaf.rule is not None}
         names = {own for rule in rules.values() for inner in rules_in(rule) for own in hyperparameters(inner)}
@@ -114,7 +114,7 @@ def tree_bindings(state: State | Leaf) -> Bindings:
 
 
 def bind(state: State | Leaf, model: Any) -> Binding:
-    """The model's parameters as they fit the state; of the same model as last time, at next to no cost."""
+    """The model bound to the state's shape; the same model as last time at next to no cost."""
     spec, bindings = shape_of(state), tree_bindings(state)
     if is_compiling():
         return Binding(spec, model, records_of(leaf_list(state)))
@@ -127,7 +127,7 @@ def bind(state: State | Leaf, model: Any) -> Binding:
     binding, context = _new_binding(state, spec, model, key), tree_context(state)
     if binding.spread or context.spread:
         context.settle()
-        bindings.lay_out(binding, context, records_of(leaf_list(state)))
+        bindings.redistribute(binding, context, records_of(leaf_list(state)))
     return binding
 
 
@@ -138,7 +138,7 @@ def _new_binding(state: State | Leaf, spec: TreeSpec, model: Any, key: int) -> B
     except ValueError:
         if isinstance(state, Leaf) or (other := relaid(spec, walk(model)[0])) is None:
             raise
-        respec(state, other)  # all that the model has, in the order of the model
+        respec(state, other)  # the same parameters, in the order of the model
     return bindings.add(id(other), other, model, records)
 
 
@@ -192,7 +192,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     context.spread = any_dtensor(params)
     records, taken = _records(rules, params, names, kept)
     for record, x in zip(records, params, strict=True) if context.spread or taken else ():
-        record.lay_out(layout_of(x))
+        record.redistribute(sharding_of(x))
     leaves = [Leaf(record, context, bindings) for record in records]
     new = [index for index in range(len(params)) if rules[index] is not None and index not in taken]
     with torch.inference_mode(False), torch.no_grad():
@@ -222,7 +222,7 @@ def names_by_number(spec: TreeSpec) -> dict[int, list[str]]:
 def _records(
     rules: dict[int, Rule | None], params: list[Tensor], names: dict[int, list[str]], kept: dict[str, Leaf]
 ) -> tuple[list[Record], dict[int, Record]]:
-    """What leaves hold, new or copied; and of which record, by the number of the parameter."""
+    """The records of the leaves, new or copied; and the record that each copy is of, by the number of the parameter."""
     numbers, start, taken = dict[int, Numbers](), Numbers(), dict[int, Record]()
     records: list[Record] = []
     for index, x in enumerate(params):
@@ -234,14 +234,14 @@ def _records(
             taken[index] = before
             record = before.clone(numbers.setdefault(id(before.numbers), before.numbers.copy()))
         if isinstance(x, nn.Parameter):  # one that does not require grad is frozen
-            record.asked = x.requires_grad
+            record.required_grad = x.requires_grad
             record.frozen = record.frozen or not x.requires_grad
         records.append(record)
     return records, taken
 
 
 def _kept(kept: dict[str, Leaf], names: list[str], x: Tensor) -> Record | None:
-    """What is taken over for a parameter with these names."""
+    """The record that is taken over for a parameter with these names, if there is one."""
     for name in names:
         leaf = kept.get(name)
         if leaf is not None and leaf.rule is not None and (leaf.shape, leaf.dtype) == (x.shape, x.dtype):
@@ -250,7 +250,7 @@ def _kept(kept: dict[str, Leaf], names: list[str], x: Tensor) -> Record | None:
 
 
 def _changed(kept: dict[str, Leaf], new: list[int], params: list[Tensor], names: dict[int, list[str]]) -> list[str]:
-    """What could not be taken over, since its shape or dtype is another now."""
+    """A line for each leaf that starts anew because its shape or dtype changed."""
     pairs = [(next((name for name in names[index] if name in kept), None), params[index]) for index in new]
     return [
         f"{name!r} was {form(kept[name].shape, kept[name].dtype)} and is {form(x.shape, x.dtype)}"
@@ -278,10 +278,10 @@ def _warn_of_new_tensors(
 
 
 def _make_states(records: list[Record], new: list[int], old: Iterable[int], params: list[Tensor], names: Any) -> None:
-    """Make the states of new leaves that train, in the same place of an accumulation window as those that are kept."""
+    """Make the states of new leaves that train, at the place in an accumulation window where kept ones are."""
     todo: list[tuple[Record, Tensor, str]] = []
-    windows: dict[Any, Skeleton] = {}  # of leaves with a rule of the same kind
-    inner: dict[Any, Any] = {}  # of each accumulating rule, by what equal ones have in common
+    windows: dict[Any, Skeleton] = {}  # the numbers of kept leaves, by the classes of their rule
+    inner: dict[Any, Any] = {}  # the part of each accumulating rule in them, by a key that equal rules share
     for r in map(records.__getitem__, old):
         numbers = r.pending or r.numbers.skeleton
         if r.rule is not None and r.rule.accumulates and numbers is not None:
@@ -305,8 +305,8 @@ def _in_step(rule: Rule, numbers: Skeleton, windows: dict[Any, Any]) -> Skeleton
 
 
 def _map_windows(rule: Rule, state: Any, f: Callable[[Any, Any], Any]) -> Any:
-    """The state with `f(key, part)` in place of the part of each accumulating rule inside. A key is what rules have in
-    common that are equal, and at the same place among their equals."""
+    """The state with `f(key, part)` in place of the part of each accumulating rule inside. Two rules have one key where
+    they are equal, and at the same place among their equals."""
     seen: Counter[Any] = Counter()
 
     def visit(rule: Rule, state: Any) -> Any:
@@ -347,7 +347,7 @@ def leaves_of(state: Any, verb: str) -> list[Leaf]:
     if not isinstance(state, State):
         return [leaf for _, leaf in paths_and_leaves(state, verb)]
     values, spec = values_of(state), spec_of(state)
-    if spec.kind == "slice":  # made anew each time one writes state[:6], while its children are kept, with their paths
+    if spec.kind == "slice":  # made anew by each state[:6], while its children are kept, with their paths
         return [values[index] for index in dict.fromkeys(chain.from_iterable(child.leaves for child in spec.children))]
     return [values[index] for index in spec.leaves]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .binding import Binding, Bindings
 from .context import Context, SkipUpdate
 from .distributed.gathered import GatheredUnit
-from .distributed.layout import local_gradients
+from .distributed.sharding import local_gradients
 from .distributed.totals import Totals
 from .engine.cohort import Member
 from .engine.layout import clone_all, is_dense
@@ -77,27 +77,27 @@ def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
     if grads is None and parallel is not None and parallel.replicas:  # what a backward pass left
         parallel.require_averages([not record.frozen for record in binding.records])
     found = in_order(binding, grads)
-    if binding.unasked:
+    if binding.off_at_setup:
         binding.look_at_flags()
-    tracked = torch.is_grad_enabled()
+    grad_enabled = torch.is_grad_enabled()
     torch.set_grad_enabled(False)  # as a context it would cost a tenth of a small model's update
     try:
         if context.late is not None:
             context.settle()
         if binding.spread:
             found = _local(binding, found)
-        if is_transforming():  # nothing may be kept from one step to the next
+        if is_transforming():  # nothing may be kept for the next step
             _check(binding, found, inplace=True)
             _reference_step(binding, context, found)
         elif torch.is_inference_mode_enabled():
             _step_in_inference_mode(binding, context, found)
         else:
             _step(binding, context, found)
-            torch.clear_autocast_cache()  # of an autocast around the loop: it has cast the weights of before
+            torch.clear_autocast_cache()  # an autocast around the loop holds casts of the old weights
     except SkipUpdate:
         pass
     finally:
-        torch.set_grad_enabled(tracked)
+        torch.set_grad_enabled(grad_enabled)
         if context.flag.skipped is not None:
             context.flag.lower()
     context.updates += 1
@@ -109,7 +109,7 @@ def require_steppable(binding: Binding) -> None:
 
 
 def step_alone(binding: Binding, context: Context, grads: list[Any]) -> None:
-    """Step some parameters in place, as a part of an update that is not done with that."""
+    """Step some parameters in place, as a part of one update."""
     with torch.no_grad():
         _step(binding, context, grads)
 
@@ -173,7 +173,8 @@ def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
 
 
 def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bool) -> tuple[Plan, Route, list[Any]]:
-    """The plan for a model, its route for these gradients, and the gradients, copied where they are parameters."""
+    """The plan for a model, its route for these gradients, and the gradients, copied where they are in the memory of a
+    parameter."""
     plan = binding.plan
     if plan is None:
         plan = binding.plan = Plan(binding.records, binding.local, binding.paths, context)
@@ -193,7 +194,7 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
 
 
 def _run(plan: Plan, units: Sequence[Unit], grads: list[Any], context: Context) -> Sequence[Unit]:
-    """Take units to their results; the leaves of a unit that cannot take its inputs go one by one."""
+    """Take units to their results. Of a unit that cannot take its inputs, the leaves step one by one."""
     if plan.totals is not None:
         plan.totals.start()
     while True:
@@ -221,7 +222,7 @@ def _local(binding: Binding, grads: list[Any]) -> list[Any]:
             "inference_mode"
         )
     binding.note_writes()
-    return local_gradients([record.layout for record in binding.records], grads, binding.paths)
+    return local_gradients([record.sharding for record in binding.records], grads, binding.paths)
 
 
 def _step_in_inference_mode(binding: Binding, context: Context, grads: list[Any]) -> None:

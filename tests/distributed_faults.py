@@ -30,7 +30,7 @@ from fluxpy import (
     OptimiserChain,
     surgery,
 )
-from fluxpy.distributed.layout import Layout
+from fluxpy.distributed.sharding import Sharding
 
 CLIPPED = OptimiserChain(ClipGlobalNorm(0.3), ClipNorm(0.2), Adam(0.05))
 
@@ -219,14 +219,14 @@ def offloaded() -> None:
 def offloaded_from_other_devices() -> None:
     """As where the mesh is of GPUs and the parts are on the CPU, but for the moving: DTensors are put together without
     `from_local`, which would move them."""
-    known = Layout.__init__
+    known = Sharding.__init__
 
-    def marked(self: Layout, x: Any) -> None:
+    def marked(self: Sharding, x: Any) -> None:
         known(self, x)
         self.offloaded = True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Layout, "__init__", marked)
+        patch.setattr(Sharding, "__init__", marked)
         for rule in (CLIPPED, CHAINS["whole"], MixedPrecision(Adam(0.05)), Adafactor(0.01)):
             run = Both(rule, shard).step(2).both(lambda s: fluxpy.freeze(s.inside)).step(1).both(fluxpy.thaw)
             saved, grads = fluxpy.state_dict(run.state), fluxpy.gradient(loss, run.model, *mine(0))

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import inspect
-import itertools
 import math
 import os
 import sys
@@ -197,9 +196,10 @@ RATES_LAID = [*((name, "apart") for name in RATES), *((name, "flat") for name in
 @pytest.mark.parametrize("name, layout", RATES_LAID)
 @pytest.mark.parametrize("odd", NO_RATES.values(), ids=NO_RATES.keys())
 def test_a_schedule_that_gives_no_rate_stops_all_leaves(name, odd, layout):
-    """At the first update or later, before its neighbours or after them, of the same rule or of another."""
+    """At the first update or later, before its neighbours or after them, of the same rule or of another: each two of
+    these together."""
     rule = RATES[name]
-    for start, scheduled, neighbour in itertools.product((0, 2), "ab", (rule, RMSProp)):
+    for start, scheduled, neighbour in ((0, "a", rule), (0, "b", RMSProp), (2, "a", RMSProp), (2, "b", rule)):
         rules = {scheduled: rule(0.1), "*": neighbour(0.1)}
         run, twin = (Run(rules, layout, SMALL) for _ in range(2))
         adjust(run.state[scheduled], lr=Late(start, odd))

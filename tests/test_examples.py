@@ -4,9 +4,11 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from scripts import run_script, run_world_of
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -81,7 +83,7 @@ SHOWN = {
     "minilm_loop": [r"^epoch 0: accuracy 0\.\d{4}\nepoch 1: accuracy 0\.\d{4}$"],
     "muon_gpt": [
         r"^rates at the end: Muon 0\.0016, AdamW 0\.00032; the resumed run is the same bit for bit$",
-        r"^training loss \d\.\d{4} after 40 steps, \d\.\d{4} after 60; held out \d\.\d{4}$",
+        r"^training loss \d\.\d{4} after 20 steps, \d\.\d{4} after 30; held out \d\.\d{4}$",
     ],
     "training_loop": [
         r"UserWarning: epoch 1: the loss of batch 3 is nan; skipped",
@@ -98,14 +100,11 @@ SHOWN = {
 BETTER = {"maml_sine": r"MAML (\S+), baseline (\S+)$"}
 
 
-def commands(example: Path) -> list[list[str]]:
-    """What Python is given to run an example."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+def processes(example: Path) -> list[tuple[int, list[str]]]:
+    """In how many processes an example is run, one run after another, with what besides; 0: as a plain script."""
     if example.stem == "fsdp_gpt":
-        return [[*torchrun, "2", str(example)], [*torchrun, "1", str(example), "--resume"]]
-    if example.stem == "lenet_mnist":
-        return [[str(example)], [*torchrun, "2", str(example)]]
-    return [[str(example)]]
+        return [(2, []), (1, ["--resume"])]
+    return [(0, []), (2, [])] if example.stem == "lenet_mnist" else [(0, [])]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -118,19 +117,12 @@ def test_example(example: Path, tmp_path: Path) -> None:
         "linear_regression": "line.png",
     }
     extra = ["--out", outputs[example.stem]] if example.stem in outputs else []
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     printed = ""
-    for start in commands(example):
-        run = subprocess.run(
-            [sys.executable, *start, "--short", *extra],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        printed += run.stdout + run.stderr
-        assert run.returncode == 0, printed
+    for size, more in processes(example):
+        run = partial(run_world_of, size) if size else run_script
+        code, out, err = run(example, *more, "--short", *extra, cwd=tmp_path)
+        printed += out + err
+        assert code == 0, printed
     for line in SHOWN[example.stem]:
         assert re.search(line, printed, re.MULTILINE), f"no line like {line!r} in\n{printed}"
     for one, other in re.findall(BETTER.get(example.stem, r"(?!)()()"), printed, re.MULTILINE):

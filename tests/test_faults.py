@@ -364,7 +364,7 @@ def test_deep_trees(tmp_path, kind, depth):
 
 
 def test_wide_trees(tmp_path):
-    count = 100_000 if NIGHTLY else 5_000
+    count = 100_000 if NIGHTLY else 2_000
     model, other = ([torch.full((1,), float(i)) for i in range(count)] for _ in range(2))
     grads, times = [torch.ones(1)] * count, {}
 

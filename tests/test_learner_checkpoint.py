@@ -4,14 +4,13 @@ import csv
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scripts import started
 from torch import nn
 
 import fluxpy
@@ -77,14 +76,16 @@ fluxpy.save(folder + "/done.flux", **done, best=[p.name for _, p in checkpoint.b
 
 def start(folder, pause=0.0, every=4):
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(pause), str(every)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return started(SCRIPT, folder, pause, every, piped=True)
 
 
 def finish(process):
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out
+    assert process.wait() == 0, process.printed()
+
+
+def run_whole(folder, **options):
+    with start(folder, **options) as process:
+        finish(process)
 
 
 def rows(folder):
@@ -108,7 +109,7 @@ def assert_same(folder, whole):
 def whole(tmp_path_factory):
     """A run that nobody interrupts, and how long it takes once it has started."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(start(folder))
+    run_whole(folder)
     return folder
 
 
@@ -118,18 +119,17 @@ def test_killed_at_random_moments(tmp_path, whole):
     times, chance, folder = 20 if NIGHTLY else 5, random.Random(0), tmp_path / "run"
     places, torn = [], 0
     for _ in range(times):
-        process = start(folder, pause=0.05, every=2)
-        assert process.stdout.readline() == "started\n", process.communicate()[1]
-        time.sleep(chance.uniform(0.1, 7 / times))  # all together about as long as the 90 batches, some of them twice
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        with start(folder, pause=0.05, every=2) as process:
+            assert process.stdout.readline() == "started\n", process.printed()
+            time.sleep(chance.uniform(0.1, 7 / times))  # all together about as long as the 90 batches, some twice
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
         torn += len(list((folder / "checkpoints").glob(".fluxpy-*.tmp")))
         for path in (folder / "checkpoints").glob("*.flux"):
             at = fluxpy.load(path)["run"]["position"]  # whole
             if path.name == "last.flux":
                 places.append((at["epoch"], at["phase"], at["batch"]))
-    finish(start(folder, every=2))
+    run_whole(folder, every=2)
     assert max(places) < (6, "start", 0)
     print(f"tried: kills of a run with Checkpoint: {times} ({torn} within a save); resumed at {places}")
     assert_same(folder, whole)
@@ -139,14 +139,14 @@ def test_killed_at_random_moments(tmp_path, whole):
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=NEEDS_INTERRUPTS)])
 def test_signals_end_the_fit_and_the_next_goes_on(tmp_path, whole, number):
     folder = tmp_path / "run"
-    process = start(folder, pause=0.02, every=1000)
-    assert process.stdout.readline() == "started\n"
-    time.sleep(0.7)
-    process.send_signal(number)
-    finish(process)
+    with start(folder, pause=0.02, every=1000) as process:
+        assert process.stdout.readline() == "started\n"
+        time.sleep(0.7)
+        process.send_signal(number)
+        finish(process)
     done = fluxpy.load(folder / "done.flux")
     assert done["reason"].startswith(signal.Signals(number).name + "; the run was saved to ")
-    finish(start(folder, every=1000))
+    run_whole(folder, every=1000)
     assert fluxpy.load(folder / "done.flux")["reason"] is None
     assert_same(folder, whole)
 
@@ -457,8 +457,7 @@ learner.fit(data)
 
 @pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
 def test_a_second_run_on_one_directory_is_refused(tmp_path):
-    command = [sys.executable, "-c", RIVAL, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+    with started(RIVAL, tmp_path, piped=True) as first:
         assert first.stdout.readline() == "in the fit\n"
         writing = tmp_path / f".fluxpy-{first.pid}-{'0' * 16}.tmp"
         left = tmp_path / f".fluxpy-{2**22 + 1}-{'0' * 16}.tmp"  # of no process: numbers end below
@@ -476,10 +475,8 @@ def test_a_second_run_on_one_directory_is_refused(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
 def test_a_killed_run_leaves_no_lock(tmp_path):
-    command = [sys.executable, "-c", RIVAL, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+    with started(RIVAL, tmp_path, piped=True) as first:
         assert first.stdout.readline() == "in the fit\n"
-        first.kill()
     assert (tmp_path / ".lock").exists()
     learner(Checkpoint(tmp_path)).fit(data(), epochs=1)
     assert {path.name for path in tmp_path.iterdir() if path.suffix != ".flux"} == set()

@@ -10,14 +10,15 @@ import math
 import os
 import pty
 import re
+import select
 import struct
-import subprocess
 import sys
 import termios
 import time
 
 import pytest
 import torch
+from scripts import run_script, started
 from torch import nn
 from torch.nn import functional as F
 
@@ -303,16 +304,16 @@ def in_terminal(columns):
     """What a terminal so wide gets, as text."""
     mine, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with subprocess.Popen([sys.executable, "-c", SCRIPT], stderr=its, stdout=its, stdin=its) as process:
-        os.close(its)
+    with started(SCRIPT, terminal=os.ttyname(its)) as process:
         got = b""
-        try:
-            while piece := os.read(mine, 1 << 16):
-                got += piece
-        except OSError:  # how Linux says that the other end is closed
-            pass
+        while True:
+            last = not process.is_running()
+            if select.select([mine], [], [], 0.02)[0]:
+                got += os.read(mine, 1 << 16)
+            elif last:
+                break
         assert process.wait() == 0, got.decode()
-    os.close(mine)
+    os.close(mine), os.close(its)
     return got.decode()
 
 
@@ -340,9 +341,8 @@ def test_in_a_terminal_a_line_a_phase_in_place(columns):
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_in_a_pipe_plain_lines(encoding):
     env = os.environ | {"PYTHONIOENCODING": encoding}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True, env=env)
-    assert done.stdout == b""
-    text = done.stderr.decode(encoding)
+    code, out, text = run_script(SCRIPT, env=env, encoding=encoding)
+    assert code == 0 and out == "", text
     assert not [c for c in text if ord(c) < 32 and c != "\n"]
     lines = text.replace(" - ", " · ").splitlines()
     assert all(re.fullmatch(p, line) for line, p in zip(lines, LINES, strict=True)), lines

@@ -849,18 +849,24 @@ def test_every_rule_takes_part() -> None:
     assert {*ROWS} | {"Masked"} == {*reference.FORMULAS} - {"Tail", "Unit"} | own | alone
 
 
-SLIPS = [("FORMULAS", name) for name in ("Adam", "AdEMAMix", "ScheduleFreeAdamW", "Lookahead")]
-SLIPS += [
-    ("AROUND", "Cautious"),
-    ("AROUND", "Lowered"),
-    ("EVALUATIONS", "Averaged"),
-    ("EVALUATIONS", "ScheduleFreeSGD"),
-]
+# By the name of what is slightly wrong: where it is, and a seed that shows it, from where all others are tried.
+SLIPS = {
+    "Adam": ("FORMULAS", 1),
+    "AdEMAMix": ("FORMULAS", 43),
+    "ScheduleFreeAdamW": ("FORMULAS", 6),
+    "Lookahead": ("FORMULAS", 2),
+    "Cautious": ("AROUND", 9),
+    "Lowered": ("AROUND", 5),
+    "Averaged": ("EVALUATIONS", 52),
+    "ScheduleFreeSGD": ("EVALUATIONS", 26),
+    "ClipNorm": ("", 0),
+}
 
 
-@pytest.mark.parametrize("table, name", [*SLIPS, ("", "ClipNorm")])
-def test_a_wrong_number_is_seen(table: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", SLIPS)
+def test_a_wrong_number_is_seen(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sequences tell rules apart that differ by a millionth."""
+    table, first = SLIPS[name]
     if not table:
         shrink = reference.shrink
         monkeypatch.setattr(reference, "shrink", lambda g, norm, limit: shrink(g, norm, limit * (1 + 1e-6)))
@@ -869,4 +875,4 @@ def test_a_wrong_number_is_seen(table: str, name: str, tmp_path: Path, monkeypat
         monkeypatch.setitem(getattr(reference, table), name, lambda *args, **h: right(*args, **h) * (1 + 1e-6))
     with pytest.raises(AssertionError, match="is off by"):
         for seed in range(200):
-            play(seed, tmp_path, "apart")
+            play((first + seed) % 200, tmp_path, "apart")

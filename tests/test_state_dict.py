@@ -2,8 +2,6 @@
 
 import copy
 import io
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rule_table import ROWS
+from scripts import run_script
 from torch import Tensor, nn
 
 import fluxpy
@@ -486,16 +485,8 @@ def test_a_new_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """For every rule and chain: 7 steps, save, a new process, load, 7 steps are 14 steps."""
     for name, first, last in (("whole", 0, 14), ("parts", 0, 7), ("parts", 7, 14)):
         (tmp_path / name).mkdir(exist_ok=True)
-        command = [
-            sys.executable,
-            "-c",
-            SCRIPT,
-            str(Path(__file__).parent),
-            str(tmp_path / name),
-            str(first),
-            str(last),
-        ]
-        subprocess.run(command, check=True, cwd=Path(fluxpy.__file__).parent.parent)
+        code, _, err = run_script(SCRIPT, Path(__file__).parent, tmp_path / name, first, last)
+        assert code == 0, err
     for name, rule in RULES.items():
         for dtype in (torch.float32, torch.bfloat16):
             runs = []

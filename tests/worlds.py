@@ -20,7 +20,7 @@ Case = Callable[[], None]
 
 def run_world(size: int, cases: Sequence[Case], patience: int = 300) -> None:
     """Run functions of a module, one after another, in each of some processes; AssertionError says which failed."""
-    context = _context()
+    context = forking()
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = _started(context, size, folder, list(cases), results)
@@ -44,7 +44,7 @@ def run_world(size: int, cases: Sequence[Case], patience: int = 300) -> None:
 
 def run_and_kill(size: int, case: Case, rank: int, moment: Callable[[], object]) -> None:
     """Run a function in each of some processes, kill one of them when `moment` returns, and wait until all are gone."""
-    context = _context()
+    context = forking()
     with tempfile.TemporaryDirectory() as folder:
         results = context.Queue()
         processes = _started(context, size, folder, [case], results)
@@ -70,7 +70,8 @@ def _started(context: Any, size: int, folder: str, cases: list[Case], results: A
     return found
 
 
-def _context() -> Any:
+def forking() -> Any:
+    """Processes are forked by a server that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "fluxpy", "helpers"])
     return context

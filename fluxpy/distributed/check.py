@@ -13,7 +13,7 @@ from ..pytree import HOLE, entries_of
 from ..saving.format import Encoder
 from ..saving.record import read_leaf
 from ..state import State, each_leaf
-from .layout import all_gather
+from .sharding import all_gather
 
 _DEVICES = {"nccl": "cuda", "xccl": "xpu"}  # of backends that take no tensors of the CPU
 

@@ -39,11 +39,11 @@ class GatheredUnit(ReferenceUnit):
 
     def _go_on(self, dx: Tensor | None, answers: list[Any]) -> Request | None:
         """The next total over the tree that the rule asks for after these answers; None where it came to its result."""
-        layout = self.record.layout
-        assert layout is not None
-        record, x = self.record.put_together(), layout.whole(self.x)
+        sharding = self.record.sharding
+        assert sharding is not None
+        record, x = self.record.put_together(), sharding.whole(self.x)
         inner = ReferenceUnit(record, x, self.place, self.path, self.context)
-        steps = inner.prepare([None] * self.place + [None if dx is None else layout.whole(dx)])
+        steps = inner.prepare([None] * self.place + [None if dx is None else sharding.whole(dx)])
         known, answer = iter(answers), None
         while True:
             try:
@@ -59,12 +59,12 @@ class GatheredUnit(ReferenceUnit):
 
     def _keep(self, inner: ReferenceUnit) -> None:
         """Keep this process's part of the result."""
-        layout = self.record.layout
-        assert layout is not None
+        sharding = self.record.sharding
+        assert sharding is not None
         self.moved, self.skeleton = inner.moved, inner.skeleton
-        self.value = layout.part(inner.value if inner.change is None else inner.x - inner.change)
-        self.spread_flags = [layout.is_whole(t) for t in inner.news]
-        self.news = [layout.part(t) if cut else t for t, cut in zip(inner.news, self.spread_flags, strict=True)]
+        self.value = sharding.part(inner.value if inner.change is None else inner.x - inner.change)
+        self.spread_flags = [sharding.is_whole(t) for t in inner.news]
+        self.news = [sharding.part(t) if cut else t for t, cut in zip(inner.news, self.spread_flags, strict=True)]
         self.olds = self.record.tensors or [] if inner.olds else []
         self.done = True
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..pytree import fsdp_module, level, put_back, tensors_in
 from ..text import names_of
-from .layout import any_dtensor, is_dtensor
+from .sharding import any_dtensor, is_dtensor
 
 
 class Parallel:

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from ..rule import Rule, is_packable, reducing
-from .layout import Layout, is_dtensor
+from .sharding import Sharding, is_dtensor
 
 
 class SpreadRecord:
-    """A record whose `tensors` are local ones, of which those marked in `spread_flags` are spread as `layout` says."""
+    """A record whose `tensors` are local ones. Those marked in `spread_flags` are spread as `sharding` says."""
 
     __slots__ = ()
 
-    layout: Layout | None
+    sharding: Sharding | None
     spread_flags: list[bool] | None
     tensors: list[Tensor] | None
     rule: Rule | None
@@ -25,30 +25,30 @@ class SpreadRecord:
     @property
     def needs_whole(self) -> bool:
         """Whether its parameter must be put together for a step."""
-        if self.layout is None or not self.layout.dims or self.rule is None:
+        if self.sharding is None or not self.sharding.dims or self.rule is None:
             return False
         return not is_packable(self.rule) or not all(inner.splittable for inner in reducing(self.rule))
 
     @property
     def local_shape(self) -> torch.Size:
         """The shape of what this process holds of the parameter."""
-        return self.shape if self.layout is None else self.layout.local_shape
+        return self.shape if self.sharding is None else self.sharding.local_shape
 
     def spread_tensors(self) -> list[tuple[Tensor, bool]]:
         """The tensors, and whether each is spread like the parameter."""
-        tensors, layout = self.tensors or [], self.layout
-        if layout is None:
+        tensors, sharding = self.tensors or [], self.sharding
+        if sharding is None:
             return [(t, False) for t in tensors]
         flags = self.spread_flags
         if flags is None or len(flags) != len(tensors):
-            flags = map(layout.is_spread, tensors)
+            flags = map(sharding.is_spread, tensors)
         return list(zip(tensors, flags, strict=True))
 
     def shown_tensors(self) -> list[Tensor]:
         """The tensors as a user sees them: those that are spread as DTensors."""
-        if self.layout is None:
+        if self.sharding is None:
             return self.tensors or []
-        return [self.layout.show(t) if spread else t for t, spread in self.spread_tensors()]
+        return [self.sharding.show(t) if spread else t for t, spread in self.spread_tensors()]
 
     @property
     def shown_state(self) -> Any:
@@ -60,33 +60,33 @@ class SpreadRecord:
 
     def take_shown(self, tensors: list[Tensor]) -> None:
         """Take over tensors as a user gives them: DTensors, or whole ones."""
-        layout, self.spread_flags, self.tensors = self.layout, None, tensors
-        if layout is not None:
-            self.tensors = self._parts(layout, tensors)
+        sharding, self.spread_flags, self.tensors = self.sharding, None, tensors
+        if sharding is not None:
+            self.tensors = self._parts(sharding, tensors)
         elif any(map(is_dtensor, tensors)):
             self.tensors = [t.full_tensor() if is_dtensor(t) else t for t in tensors]  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _parts(self, layout: Layout, tensors: list[Tensor]) -> list[Tensor]:
-        self.spread_flags = [is_dtensor(t) or layout.is_whole(t) for t in tensors]
+    def _parts(self, sharding: Sharding, tensors: list[Tensor]) -> list[Tensor]:
+        self.spread_flags = [is_dtensor(t) or sharding.is_whole(t) for t in tensors]
         pairs = zip(tensors, self.spread_flags, strict=True)
-        return [layout.localise(t, "a tensor of the state") if spread else t for t, spread in pairs]
+        return [sharding.localise(t, "a tensor of the state") if spread else t for t, spread in pairs]
 
     def put_together(self) -> Any:
         """A copy with whole tensors."""
-        assert self.layout is not None
-        tensors = [self.layout.whole(t) if spread else t for t, spread in self.spread_tensors()]
+        assert self.sharding is not None
+        tensors = [self.sharding.whole(t) if spread else t for t, spread in self.spread_tensors()]
         other = self.copy(self.numbers.copy(), None if self.tensors is None else tensors)
-        other.layout = other.spread_flags = None
+        other.sharding = other.spread_flags = None
         return other
 
-    def lay_out(self, layout: Layout | None) -> bool:
+    def redistribute(self, sharding: Sharding | None) -> bool:
         """Move the state to where the parameter is now; whether it was elsewhere."""
-        if layout == self.layout:
-            self.layout = layout  # its parts may be on another device by now
+        if sharding == self.sharding:
+            self.sharding = sharding  # its parts may be on another device by now
             return False
         if self.tensors is not None:
-            tensors = self.tensors if self.layout is None else self.put_together().tensors or []
-            self.layout = layout
+            tensors = self.tensors if self.sharding is None else self.put_together().tensors or []
+            self.sharding = sharding
             self.take_shown(tensors)
-        self.layout = layout
+        self.sharding = sharding
         return True

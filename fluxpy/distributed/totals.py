@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..leaf import Record
 from ..rule import ReducingRule
-from .layout import all_gather
+from .sharding import all_gather
 
 
 class Gather(NamedTuple):
@@ -71,11 +71,11 @@ class Totals:
         present: list[list[bool]] = []
         for i, place in enumerate(places):
             record = self.records[place]
-            layout = None if record.needs_whole else record.layout
-            groups = () if layout is None else layout.process_groups
-            kind = None if layout is None or not groups else layout.mesh.device_type
+            sharding = None if record.needs_whole else record.sharding
+            groups = () if sharding is None else sharding.process_groups
+            kind = None if sharding is None or not groups else sharding.mesh.device_type
             classes.setdefault((kind, *map(id, groups)), (kind, [], groups))[1].append(i)
-            found = [True] if layout is None else layout.present
+            found = [True] if sharding is None else sharding.present
             present.append(found if any(found) else [True])  # of an array without elements, one part
         rows: list[tuple[int, int]] = []
         for _, index, groups in classes.values():

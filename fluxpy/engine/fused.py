@@ -12,7 +12,7 @@ from ..pytree import HOLE, Skeleton, partition, tensors_in
 from ..rule import Rule, Steps, at, rule_key, title_key, value_key
 from .chunk import Chunk
 from .cohort import Cohort
-from .fused_kernels import KERNELS, Lists, Parts, Run, bucket_key, last_state, takes
+from .fused_kernels import KERNELS, Launch, Links, Lists, bucket_key, last_state, takes
 from .layout import Row, adjacent, views_like
 from .packed import Chunks, apart_from_written, fits, like_parameters, outcome_of, rule_now, write_state
 from .step import FallBack, Prepare
@@ -25,7 +25,7 @@ class Call(NamedTuple):
     """A call of the kernel, for the gradients at these places of a list (None: for all of them), with the options of
     the rule of the leaf `leaf`."""
 
-    run: Run
+    run: Launch
     places: list[int] | None
     leaf: int
 
@@ -35,10 +35,10 @@ class _Fused(ABC):
 
     def __init__(self, cohort: Cohort, last_tensors: int) -> None:
         self.cohort, self.context = cohort, cohort.context
-        self.parts = Parts.of(cohort.rule)
-        self.kernel = KERNELS[type(self.parts.last)]
+        self.links = Links.of(cohort.rule)
+        self.kernel = KERNELS[type(self.links.last)]
         self.momenta = cohort.momenta[len(cohort.momenta) - last_tensors :]
-        self.x = cohort.params[0] if self.parts.master is None else cohort.momenta[0][0]
+        self.x = cohort.params[0] if self.links.master is None else cohort.momenta[0][0]
         self.clock = torch.zeros((), dtype=torch.float32, device=self.x.device)
         self.keys = _first_alike(cohort, cohort.rules())
         self.known: tuple[int, dict[int, dict[str, Any]]] | None = None
@@ -61,7 +61,7 @@ class _Fused(ABC):
                 raise FallBack from error
             if now.traced:
                 raise FallBack
-            found[leaf] = Parts.of(now).options(self.kernel, self.x)
+            found[leaf] = Links.of(now).options(self.kernel, self.x)
         self.known = hyper, found
         return found
 
@@ -73,7 +73,7 @@ class _Fused(ABC):
             return None
         if not all(takes(rule, x, self.cohort.records[0].tensors or ()) for rule in rules):
             return None
-        self.parts, keys = Parts.of(self.cohort.rule), _first_alike(self.cohort, rules)
+        self.links, keys = Links.of(self.cohort.rule), _first_alike(self.cohort, rules)
         if keys != self.keys:
             self.keys = keys
             self.bind()
@@ -170,12 +170,12 @@ class FusedUnit(_Fused):
         last = len(tensors_in(last_state(cohort.rule, cohort.records[0].state)))
         self.chunks = Chunks(cohort, split=True)
         super().__init__(cohort, last)
-        master = 0 if self.parts.master is None else 1
+        master = 0 if self.links.master is None else 1
         self.front_rows = slice(master, len(cohort.momenta) - last)
         self.bind()
         state = cohort.records[0].state
-        inner = state if self.parts.master is None else state.state
-        size = 0 if self.parts.front is None else len(self.parts.front)
+        inner = state if self.links.master is None else state.state
+        size = 0 if self.links.front is None else len(self.links.front)
         self.front_skeleton = partition(inner[:size] if size else ())[1]
         self.now: dict[int, dict[str, Any]] = {}
         self._look_at_front()
@@ -188,7 +188,7 @@ class FusedUnit(_Fused):
 
     def _look_at_front(self) -> None:
         """Cache whether the rules before the last do the same at every step (no schedule, no state)."""
-        front = self.parts.front
+        front = self.links.front
         self.front_is_constant = front is not None and not front.scheduled and not self.front_skeleton.parts
         self.front_state = self.front_skeleton.bare()
         self.known_to_fit = False
@@ -196,7 +196,7 @@ class FusedUnit(_Fused):
 
     def _reads_x(self, front: Rule) -> bool:
         """Whether the rules before the last read the parameter in this step, which otherwise need not be gathered."""
-        if front.scheduled or self.parts.master is not None or self.chunks.missing:
+        if front.scheduled or self.links.master is not None or self.chunks.missing:
             return True
         numbers = self._front_numbers()
         key = tuple([part if part is HOLE else value_key(part) for part in numbers.parts])
@@ -214,7 +214,7 @@ class FusedUnit(_Fused):
     def _rows(self, chunk: Chunk) -> tuple[Row, list[Row]]:
         """The tensor that the kernel steps (the parameter, or its master copy), and the kernel's momenta."""
         momenta = chunk.momenta[self.front_rows.stop :]
-        return (chunk.x if self.parts.master is None else chunk.momenta[0]), momenta
+        return (chunk.x if self.links.master is None else chunk.momenta[0]), momenta
 
     def _calls_for(self, chunk: Chunk) -> tuple[bool, list[Call]]:
         """Whether the kernel takes the chunk as one long tensor, and its calls."""
@@ -228,9 +228,9 @@ class FusedUnit(_Fused):
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.now = self.options()
-        self.front = self.parts.front
+        self.front = self.links.front
         if self.front is not None and self.cohort.rule.scheduled:
-            self.front = Parts.of(rule_now(self.cohort)).front
+            self.front = Links.of(rule_now(self.cohort)).front
         self.chunks.load([grads[place] for place in self.cohort.places])
         if self.front is not None:
             self.front_reads_x = self._reads_x(self.front)
@@ -242,7 +242,7 @@ class FusedUnit(_Fused):
             self.known_to_fit = self.front_is_constant
 
     def _start(self, chunk: Chunk, dx: Any) -> Steps:
-        x, master = chunk.x.read() if self.front_reads_x else chunk.x.buffer, self.parts.master
+        x, master = chunk.x.read() if self.front_reads_x else chunk.x.buffer, self.links.master
         if master is not None:
             x = master.master_for(chunk.momenta[0].read(), x)
             dx = None if dx is None else dx.to(master.dtype)
@@ -271,9 +271,9 @@ class FusedUnit(_Fused):
                 numbers = self.tick() if moved else list(numbers)
                 if front is not None:
                     numbers[first : first + len(front.parts)] = front.parts
-            if self.parts.master is not None:
+            if self.links.master is not None:
                 master = chunk.momenta[0]  # which follows the parameter, where somebody wrote to that
-                master.write(self.parts.master.master_for(master.read(), chunk.x.read()))
+                master.write(self.links.master.master_for(master.read(), chunk.x.read()))
             if dx is not None:
                 self._run_kernel(chunk, dx, long, calls, options)
             chunk.clear()
@@ -299,7 +299,7 @@ class FusedUnit(_Fused):
     def _run_kernel(
         self, chunk: Chunk, dx: Tensor, long: bool, calls: list[Call], options: dict[int, dict[str, Any]]
     ) -> None:
-        master, row = self.parts.master, None
+        master, row = self.links.master, None
         if master is not None:
             row = chunk.momenta[0]
             dx = dx.to(master.dtype)
@@ -322,8 +322,8 @@ class FusedUnit(_Fused):
 
 def fused_unit(cohort: Cohort) -> FusedUnit | FusedListUnit:
     """The unit for a cohort that a kernel of PyTorch's can step."""
-    parts = Parts.of(cohort.rule)
+    links = Links.of(cohort.rule)
     first = [x.detach() for x in cohort.params[:2]]
     laid_out = len(first) > 1 and adjacent(first) is not None  # as parameters that were made flat
-    plain = parts.front is None and parts.master is None and not first[0].is_complex()
+    plain = links.front is None and links.master is None and not first[0].is_complex()
     return FusedListUnit(cohort) if plain and not laid_out else FusedUnit(cohort)

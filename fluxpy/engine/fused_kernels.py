@@ -17,7 +17,7 @@ from ..rules.decay import WeightDecay
 from ..rules.descent import Descent, Momentum, Nesterov
 from ..rules.wrap import OptimiserChain
 
-Run = Callable[[list[Tensor], dict[str, Any]], Any]
+Launch = Callable[[list[Tensor], dict[str, Any]], Any]
 Lists = list[list[Tensor]]
 _TORCH: Any = torch  # where the kernels are, though not among its public names
 
@@ -26,24 +26,24 @@ class Kernel(NamedTuple):
     """A fused kernel as one rule calls it: `bind(params, momenta, steps)` gives `run(grads, options)`, and
     `options(rule, x, weight_decay)` the options."""
 
-    bind: Callable[[list[Tensor], Lists, list[Tensor]], Run]
+    bind: Callable[[list[Tensor], Lists, list[Tensor]], Launch]
     options: Callable[[Any, Tensor, float], dict[str, Any]]
 
 
 def _adam(kernel: Any) -> Any:
-    def bind(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
+    def bind(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Launch:
         m, v, peak = (*momenta, [])[:3]
         return lambda grads, options: kernel(params, grads, m, v, peak, steps, **options)
 
     return bind
 
 
-def _sgd(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
+def _sgd(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Launch:
     (buffers,) = momenta or [[]]
     return lambda grads, options: _TORCH._fused_sgd_(params, grads, buffers, **options)
 
 
-def _adagrad(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Run:
+def _adagrad(params: list[Tensor], momenta: Lists, steps: list[Tensor]) -> Launch:
     return lambda grads, options: _TORCH._fused_adagrad_(params, grads, momenta[0], steps, **options)
 
 
@@ -79,7 +79,7 @@ KERNELS: dict[type[Rule], Kernel] = {
 }
 
 
-class Parts(NamedTuple):
+class Links(NamedTuple):
     """A rule taken apart: a master copy around it, the rules before the last, a penalty that the last rule's kernel can
     add itself, and the last."""
 
@@ -89,16 +89,16 @@ class Parts(NamedTuple):
     last: Rule
 
     @staticmethod
-    def of(rule: Rule) -> "Parts":
+    def of(rule: Rule) -> "Links":
         master: Any = rule if rule.keeps_master else None
         inner: Any = rule if master is None else master.rule
         *front, last = inner.rules if type(inner) is OptimiserChain and inner.rules else (inner,)
         decay = front[-1] if front else None
-        if type(decay) is WeightDecay and type(last) is not AdamW:  # that of AdamW is another one
+        if type(decay) is WeightDecay and type(last) is not AdamW:  # whose kernel adds a decay of its own
             front.pop()
         else:
             decay = None
-        return Parts(master, OptimiserChain(*front) if front else None, decay, last)
+        return Links(master, OptimiserChain(*front) if front else None, decay, last)
 
     def options(self, kernel: Kernel, x: Tensor) -> dict[str, Any]:
         return kernel.options(self.last, x, self.decay.weight_decay if self.decay else 0.0)
@@ -106,17 +106,17 @@ class Parts(NamedTuple):
 
 def has_front(rule: Rule) -> bool:
     """Whether there are rules before the one that a kernel computes."""
-    return Parts.of(rule).front is not None
+    return Links.of(rule).front is not None
 
 
 def takes(rule: Rule, x: Tensor, tensors: Sequence[Tensor]) -> bool:
     """Whether a kernel of PyTorch computes the last link of this rule, for a parameter with these momenta."""
-    master, front, _, last = Parts.of(rule)
+    master, front, _, last = Links.of(rule)
     if type(last) not in KERNELS or not (front is None or is_packable(front)):
         return False
     dtype = x.dtype if master is None else master.dtype
     if master is not None and dtype.itemsize <= x.dtype.itemsize:
-        return False  # no master copy at all: the kernel's other roundings would show
+        return False  # the master copy is no finer than the parameter: the kernel's other roundings would show
     if not dtype.is_floating_point or dtype.itemsize not in (2, 4, 8) or x.device.type not in ("cpu", "cuda"):
         return False
     if any(t.dtype != dtype for t in tensors):
@@ -131,9 +131,9 @@ def takes(rule: Rule, x: Tensor, tensors: Sequence[Tensor]) -> bool:
 
 
 def bucket_key(rule: Rule) -> Any:
-    """What rules must have in common to go together: all that is before the kernel, and the kernel's own but for real
-    numbers."""
-    master, front, decay, last = Parts.of(rule)
+    """What rules must have in common to go together: everything before the kernel, and the kernel's own rule but for
+    its real numbers."""
+    master, front, decay, last = Links.of(rule)
     return (
         None if master is None else master.dtype,
         None if front is None else rule_key(front),
@@ -143,7 +143,7 @@ def bucket_key(rule: Rule) -> Any:
 
 
 def last_state(rule: Rule, state: Any) -> Any:
-    """The part of a rule's state that is of its last rule, the one that a kernel computes."""
-    master = Parts.of(rule).master
+    """The part of a rule's state that belongs to its last rule, which a kernel computes."""
+    master = Links.of(rule).master
     inner, state = (rule, state) if master is None else (master.rule, state.state)
     return state[-1] if type(inner) is OptimiserChain else state

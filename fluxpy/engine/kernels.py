@@ -13,9 +13,10 @@ from .tape import Tape, run_line
 _KERNELS: dict[Any, Callable[..., None]] = {}  # for all trees: making one takes seconds
 
 _CASTS = {"to", "type", "half", "bfloat16"}  # operators that round
-_ROUNDS = "2.13"  # from here on Inductor rounds where it is told to, on the CPU too
+_ROUNDS_SINCE = "2.13"  # the version from which Inductor rounds where it is told to, on the CPU too
 
-# Sizes at which kernels are traced; no other size is like them. Inductor uses several threads from 2**16 elements on.
+# Sizes at which kernels are traced, unlike any other number in a program. Inductor uses several threads from 2**16
+# elements on.
 _SHORT, _LONG = 1013, (1 << 16) + 1
 
 
@@ -42,9 +43,9 @@ class Recipe:
         """The kernel, compiled where no kernel like it was before."""
         if self.key not in _KERNELS:
             casts = any(getattr(line.call, "__name__", "") in _CASTS for line in self.tape.lines)
-            if casts and torch.__version__ < _ROUNDS:
+            if casts and torch.__version__ < _ROUNDS_SINCE:
                 raise RuntimeError(
-                    f"before PyTorch {_ROUNDS} compiled code leaves out the rounding that a cast asks for"
+                    f"before PyTorch {_ROUNDS_SINCE} compiled code leaves out the rounding that a cast asks for"
                 )
             _KERNELS[self.key] = self._compile()
         return _KERNELS[self.key]
@@ -56,13 +57,13 @@ class Recipe:
             results: list[Any] = list(inputs)
             for line in lines:
                 results.append(None if line is None else run_line(line, numbers, results.__getitem__))
-            # Times one, where an input becomes another: Inductor drops copies, and reads what was overwritten.
+            # Times one, where an input becomes another: Inductor drops a plain copy, and reads what was overwritten.
             news = [results[source] * numbers[-1] if source < len(inputs) else results[source] for _, source in writes]
             for (target, _), new in zip(writes, news, strict=True):
-                old = results[target] if results[target].ndim else results[target].view(1)  # else not always written
+                old = results[target] if results[target].ndim else results[target].view(1)  # 0-dim: not always written
                 old.copy_(torch.where(inputs[-1], old, new) if masked else new)
 
-        # What torch.compile remembers it remembers by code, so each kernel has code of its own.
+        # torch.compile keeps what it compiled by the code object, so each kernel has its own.
         code = kernel.__code__.replace(co_name=f"kernel_{len(_KERNELS)}")
         return FunctionType(code, kernel.__globals__, code.co_name, None, kernel.__closure__)
 

@@ -60,7 +60,7 @@ class ReferenceUnit:
     def _parts(self, reduce: Reduce) -> Tensor:
         """What the leaf gives to a total."""
         value = reduce.tensor()
-        if self.record.layout is not None and not value.numel():
+        if self.record.sharding is not None and not value.numel():
             value = value.new_zeros((1,) * value.ndim)  # the empty part of an array, of which nothing is taken
         return reduce.rule.parts([value])
 

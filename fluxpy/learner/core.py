@@ -12,8 +12,8 @@ from ..adjust import adjust, scale
 from ..containers import open_data
 from ..context import reads_at_once
 from ..data import require_batches
-from ..distributed.layout import all_gather, copy_whole, whole_tensor
 from ..distributed.parallel import modules_in
+from ..distributed.sharding import all_gather, copy_whole, whole_tensor
 from ..gradient import Gradients
 from ..grads import in_order
 from ..leaf import Leaf

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..distributed.layout import any_dtensor, is_dtensor
+from ..distributed.sharding import any_dtensor, is_dtensor
 from ..leaf import Leaf
 from ..state import State, require_training_weights, tree_context
 from .file import read, write

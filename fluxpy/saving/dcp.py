@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.layout import is_dtensor, require_own_part
+from ..distributed.sharding import is_dtensor, require_own_part
 from ..leaf import Leaf, record_of
 from ..pytree import skeleton_of
 from .format import part_names
@@ -45,12 +45,12 @@ def from_checkpoint(entry: Any, place: str) -> Any:
 
 def require_parts(leaf: Leaf, entry: dict[str, Any]) -> None:
     """ValueError for DTensors whose parts a leaf cannot take, before anything is loaded."""
-    layout = record_of(leaf).layout
+    sharding = record_of(leaf).sharding
     for t in (entry["state"] or {}).values():
         if is_dtensor(t):
             require_own_part(t, "a tensor of the state")
-            if layout is not None:
-                layout.require_fits(t, "a tensor of the state")
+            if sharding is not None:
+                sharding.require_fits(t, "a tensor of the state")
 
 
 def _places(leaf: Leaf) -> dict[str, Any] | None:
@@ -67,9 +67,9 @@ def _places(leaf: Leaf) -> dict[str, Any] | None:
 
 
 def _place(record: Any, t: Tensor) -> Tensor:
-    layout = record.layout
-    if layout is None or not layout.is_whole(t):
+    sharding = record.sharding
+    if sharding is None or not sharding.is_whole(t):
         return torch.zeros(t.shape, dtype=t.dtype)
     extra = t.shape[len(record.shape) :]
-    device = "cpu" if layout.offloaded else layout.mesh.device_type
-    return layout.show(torch.zeros((*record.local_shape, *extra), dtype=t.dtype, device=device))
+    device = "cpu" if sharding.offloaded else sharding.mesh.device_type
+    return sharding.show(torch.zeros((*record.local_shape, *extra), dtype=t.dtype, device=device))

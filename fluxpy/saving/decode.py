@@ -78,7 +78,7 @@ class Decoder:
         if expected != got:
             raise Misfit("shape", f"expected {expected}, got {got}")
         new = dataclasses.replace(
-            own, rule=None, made=None, state=None, frozen=entry["frozen"], count=entry["count"], pending=None
+            own, rule=None, setup_rule=None, state=None, frozen=entry["frozen"], count=entry["count"], pending=None
         )
         if own.rule is None or entry["rule"] is None:
             if own.rule is not None:
@@ -87,7 +87,7 @@ class Decoder:
                 raise Misfit("rule", "expected no rule (None), got one")
             return new, []
         new.rule, notes = self._rule(own.rule, entry["rule"], own.shape)
-        new.made = self._made(own, entry["setup"])
+        new.setup_rule = self._setup_rule(own, entry["setup"])
         if entry["state"] is not None:
             new.state = self._state(own, new.rule, entry["state"])
         if entry["pending"] is not None:
@@ -101,16 +101,16 @@ class Decoder:
             self._rules[key] = decoder.rule(own, saved, "['rule']"), decoder.notes
         return self._rules[key]
 
-    def _made(self, own: LeafRecord, saved: Any) -> Rule | None:
+    def _setup_rule(self, own: LeafRecord, saved: Any) -> Rule | None:
         """The rule that the run was set up with; this script's, where that counts or the other is not to be had: it
         had a callable, in place of which there may be a number by now."""
         assert own.rule is not None
         if self._keep or saved is None:
-            return own.made
+            return own.setup_rule
         try:
-            return self._rule(own.made or own.rule, saved, own.shape)[0]
+            return self._rule(own.setup_rule or own.rule, saved, own.shape)[0]
         except NoCallable:
-            return own.made
+            return own.setup_rule
 
     def _state(self, own: LeafRecord, rule: Rule, saved: dict[str, Any]) -> Any:
         template = self._template(own, rule)

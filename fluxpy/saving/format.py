@@ -56,7 +56,7 @@ class Encoder:
             "shape": list(record.shape),
             "dtype": dtype_name(record.dtype),
             "rule": self.rule(record.rule),
-            "setup": self.rule(record.made),
+            "setup": self.rule(record.setup_rule),
             "state": None if record.state is None else self._state(record.state),
             "frozen": record.frozen,
             "count": record.count,

@@ -16,7 +16,7 @@ class LeafRecord:
     its place in an accumulation window. `made` is the rule that the script gave, `rule` what has become of it."""
 
     rule: Rule | None
-    made: Rule | None
+    setup_rule: Rule | None
     state: Any
     frozen: bool
     count: int
@@ -26,9 +26,9 @@ class LeafRecord:
 
 
 def read_leaf(leaf: Leaf) -> LeafRecord:
-    made = record_of(leaf).made
+    setup_rule = record_of(leaf).setup_rule
     return LeafRecord(
-        leaf.rule, made, leaf.state, leaf.frozen, leaf.count, pending_numbers(leaf), leaf.shape, leaf.dtype
+        leaf.rule, setup_rule, leaf.state, leaf.frozen, leaf.count, pending_numbers(leaf), leaf.shape, leaf.dtype
     )
 
 
@@ -36,7 +36,7 @@ def write_leaf(leaf: Leaf, record: LeafRecord) -> None:
     """Give a leaf these contents. Its shape and dtype are those of its parameter and stay."""
     replace_leaf(leaf, rule=record.rule, frozen=record.frozen, count=record.count)
     replace_leaf(leaf, state=record.state, pending=record.pending)  # after the rule, whose state it is
-    record_of(leaf).made = record.made
+    record_of(leaf).setup_rule = record.setup_rule
 
 
 def state_template(rule: Rule, shape: torch.Size, dtype: torch.dtype) -> Any:

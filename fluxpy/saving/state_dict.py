@@ -196,7 +196,7 @@ def _decode(
             report.loaded.append(path)
             if notes:
                 report.schedules[path] = "; ".join(notes)
-            if entry["setup"] is not None and (found := changes(encoder.rule(record.made), entry["setup"])):
+            if entry["setup"] is not None and (found := changes(encoder.rule(record.setup_rule), entry["setup"])):
                 report.changed[path] = "; ".join(found)
     report.unexpected.extend(key for key in dict(entries.values()) if key not in used)
     return report, records

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..distributed.layout import local_tensors
+from ..distributed.sharding import local_tensors
 from ..leaf import Leaf
 from ..pytree import entries_of, is_parameter, level, unwrap
 from ..rule import hyperparameters, rules_in, title

@@ -1,7 +1,7 @@
-"""Layout: how one parameter's numbers are spread over a device mesh. The engine works on local tensors alone.
+"""Sharding: how one parameter's numbers are spread over a device mesh. The engine works on local tensors alone.
 
 A DTensor stands for a whole tensor, of which each process holds a part (which may be empty) or a copy. Of such a
-parameter a leaf keeps local momenta, and a `Layout` to show them as DTensors, and to put the whole together where a
+parameter a leaf keeps local momenta, and a `Sharding` to show them as DTensors, and to put the whole together where a
 rule needs that. What puts a whole together is a collective operation: all processes of the mesh must come there alike.
 """
 
@@ -25,7 +25,7 @@ def held(x: Any) -> Tensor:
     return x._local_tensor
 
 
-class Layout:
+class Sharding:
     """Of a DTensor: its mesh and placements, the whole shape and the local one.
 
     `dims` are the dimensions of the mesh along which processes hold different parts. What has the shape of the
@@ -39,11 +39,11 @@ class Layout:
         self.dims = tuple(i for i in spread if self.mesh.size(i) > 1)
         # FSDP2 may keep parts on the CPU, of a mesh of other devices, by which the processes speak to each other.
         self.offloaded = held(x).is_cpu and self.mesh.device_type != "cpu"
-        self.accepted: Any = None  # what was last found to describe a tensor that is laid out like this
+        self.accepted: Any = None  # what was last found to describe a tensor with this sharding
         self._described = x._spec
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Layout):
+        if not isinstance(other, Sharding):
             return NotImplemented
         return self is other or (self.shape, self.placements, self.mesh) == (other.shape, other.placements, other.mesh)
 
@@ -51,7 +51,7 @@ class Layout:
         return hash(self.shape)
 
     def __repr__(self) -> str:
-        return f"Layout({tuple(self.shape)}, {self.placements} on {self.mesh})"
+        return f"Sharding({tuple(self.shape)}, {self.placements} on {self.mesh})"
 
     @cached_property
     def process_groups(self) -> tuple[Any, ...]:
@@ -131,14 +131,14 @@ class Layout:
         return local if type(local) is Tensor else local.wait()
 
 
-def layout_of(x: Any) -> Layout | None:
-    """The layout of a DTensor; None of any other tensor. ValueError for one whose parts are to be summed still."""
+def sharding_of(x: Any) -> Sharding | None:
+    """The sharding of a DTensor; None of any other tensor. ValueError for one whose parts are to be summed still."""
     if not is_dtensor(x):
         return None
-    layout = Layout(x)
-    if any(placement.is_partial() for placement in layout.placements):
-        raise ValueError(f"a parameter cannot have the placements {layout.placements}: redistribute it first")
-    return layout
+    sharding = Sharding(x)
+    if any(placement.is_partial() for placement in sharding.placements):
+        raise ValueError(f"a parameter cannot have the placements {sharding.placements}: redistribute it first")
+    return sharding
 
 
 def is_dtensor(x: Any) -> bool:
@@ -179,17 +179,17 @@ def whole_tensor(t: Any, keep: bool) -> Tensor:
     if not is_dtensor(t):
         return t
     partial = any(placement.is_partial() for placement in t.placements)
-    whole = t.full_tensor() if partial else Layout(t).whole(held(t))
+    whole = t.full_tensor() if partial else Sharding(t).whole(held(t))
     return whole.cpu() if keep else torch.empty(0, dtype=t.dtype)
 
 
 def copy_whole(here: Any, whole: Tensor) -> None:
-    """Write a whole tensor, or one laid out alike, into a tensor that may be a DTensor. Nothing is communicated."""
-    layout = layout_of(here)
-    if layout is None or is_dtensor(whole):
+    """Write a whole tensor, or one sharded alike, into a tensor that may be a DTensor. Nothing is communicated."""
+    sharding = sharding_of(here)
+    if sharding is None or is_dtensor(whole):
         here.copy_(whole)
     else:
-        held(here).copy_(layout.part(whole.to(held(here).device)))
+        held(here).copy_(sharding.part(whole.to(held(here).device)))
 
 
 def any_dtensor(params: Sequence[Any]) -> bool:
@@ -198,14 +198,14 @@ def any_dtensor(params: Sequence[Any]) -> bool:
     return bool(kind) and any(isinstance(x, kind) for x in params)
 
 
-def local_gradients(layouts: Sequence[Layout | None], grads: Sequence[Any], paths: Sequence[str]) -> list[Any]:
-    """What this process holds of each gradient. Those laid out as the ones before cost next to nothing."""
+def local_gradients(shardings: Sequence[Sharding | None], grads: Sequence[Any], paths: Sequence[str]) -> list[Any]:
+    """What this process holds of each gradient. Those sharded as the last ones cost next to nothing."""
     kind, found = _dtensor(), []
-    for layout, dx, path in zip(layouts, grads, paths, strict=True):
-        if layout is not None and dx is not None:
-            known = type(dx) is kind and dx._spec is layout.accepted
+    for sharding, dx, path in zip(shardings, grads, paths, strict=True):
+        if sharding is not None and dx is not None:
+            known = type(dx) is kind and dx._spec is sharding.accepted
             local = held(dx) if known else dx
-            dx = local if known and type(local) is Tensor else layout.localise(dx, f"the gradient of {path!r}")
+            dx = local if known and type(local) is Tensor else sharding.localise(dx, f"the gradient of {path!r}")
         found.append(dx)
     return found
 
