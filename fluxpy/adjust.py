@@ -78,10 +78,10 @@ def adjust(state: AnyState, lr: Any = None, /, *refused: Never, member: Any = No
             problems.setdefault(str(error), []).extend(wrong)
     if problems:
         raise ValueError("; ".join(f"{message} ({_at(paths)})" for message, paths in problems.items()))
+    if found:
+        context_of(found[0]).hyper += 1  # first: plans are to look again also after an interrupt below
     for record in records:
         record.rule = new[id(record.rule)]
-    if found:
-        context_of(found[0]).hyper += 1
     return state
 
 

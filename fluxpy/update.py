@@ -80,8 +80,8 @@ def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
     if binding.unasked:
         binding.look_at_flags()
     tracked = torch.is_grad_enabled()
-    torch.set_grad_enabled(False)  # as a context it would cost a tenth of a small model's update
     try:
+        torch.set_grad_enabled(False)  # as a context it would cost a tenth of a small model's update
         if context.late is not None:
             context.settle()
         if binding.spread:
@@ -161,7 +161,7 @@ def flush(state: AnyState, model: Model) -> tuple[AnyState, Model]:
 def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
     plan, route, grads = _route_for(binding, context, grads, inplace=True)
     try:
-        units = _run(plan, route.units, grads, context)
+        plan.commit(_run(plan, route.units, grads, context))
     except BaseException as error:
         plan.forget_begun()
         for unit in route.units:
@@ -169,7 +169,6 @@ def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
         if plan.totals is not None and not isinstance(error, FloatingPointError | SkipUpdate):
             error.add_note("raised on this process; others may have made this update, and then differ from it now")
         raise
-    plan.commit(units)
 
 
 def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bool) -> tuple[Plan, Route, list[Any]]:

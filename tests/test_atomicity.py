@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -398,6 +399,40 @@ def test_every_verb_works_after_an_update_that_was_interrupted(name, layout, err
             run.step(3 - start).equals(twin, room=1e-12)
             calls += STRIDE
         assert calls > STRIDE  # it was interrupted
+
+
+def after_a_reset(run):
+    reset(run.state.a)
+    grads = run.grads()
+    return lambda: update(run.state, run.model, grads)
+
+
+VERBS = {
+    "adjust": lambda run: lambda: adjust(run.state, lr=0.3),
+    "freeze": lambda run: lambda: freeze(run.state),
+    "thaw": lambda run: lambda: thaw(run.state, count=7),
+    "reset": lambda run: lambda: reset(run.state),
+    "follow": lambda run: lambda: fluxpy.follow(run.state, run.model),
+    "load": lambda run: partial(fluxpy.load_state_dict, run.state, state_dict(adjust(run.step().state, lr=0.3))),
+    "update": lambda run: partial(update, run.state, run.model, run.grads()),
+    "update after a reset": after_a_reset,
+}
+
+
+@pytest.mark.parametrize("rule", [AdamW(0.02), fluxpy.Averaged(AdamW(0.02), 0.5)], ids=["AdamW", "Averaged"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_a_state_shows_after_an_interrupt_is_what_steps(verb, rule):
+    """Whatever was done by then: the next updates are those of a copy."""
+    calls, whole = 0, False
+    while not whole:
+        run = Run(rule).step(2)
+        act = VERBS[verb](run)
+        with contextlib.suppress(KeyboardInterrupt), interrupted(calls, KeyboardInterrupt):
+            act()
+            whole = True
+        twin = copy.deepcopy(run)
+        run.step(2).equals(twin.step(2), room=1e-12)
+        calls += 1 if calls < 70 else STRIDE
 
 
 # --- Modes of autograd --------------------------------------------------------------------------------------------

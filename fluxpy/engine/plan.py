@@ -222,7 +222,6 @@ class Plan:
 
     def _adopt_rules(self) -> None:
         """Take over what `adjust` did. Where the leaves of a cohort do not go together any more, it is dissolved."""
-        self.hyper = self.context.hyper
         for cohort in list(self.cohorts):
             key = self.units[id(cohort)].adopt_rules()
             if key is None:
@@ -232,14 +231,15 @@ class Plan:
                 cohort.static_key = kind, key, *rest
         for route in self.routes.values():
             route.alike = _alike_but_for_numbers(route.cohorts)
+        self.hyper = self.context.hyper
 
     def _verify(self) -> None:
         """Dissolve the cohorts that somebody took leaves from, or whose leaves have another state."""
-        self.structure = self.context.structure
         for cohort in list(self.cohorts):
             if not cohort.holds():
                 self._drop(cohort)
         self.waiting = self.find_waiting()
+        self.structure = self.context.structure
 
     def find_waiting(self) -> list[tuple[Record, tuple[Tensor, str]]]:
         """The frozen leaves of rules that accumulate."""
