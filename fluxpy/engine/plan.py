@@ -71,8 +71,11 @@ class Route:
         given = grads if self.everyone else [grads[i] for i in self.present]
         if not self.signature.matches(*self.params, *given):
             return False
-        if self.laid_out and addresses(self.params) != self.addresses:
-            return False
+        if (here := addresses(self.params)) != self.addresses:
+            memory = Extents(here, self.extents)
+            if self.laid_out or memory.overlap:
+                return False
+            self.addresses, self.memory = here, memory
         # A gradient in the memory of a parameter would change while it is read.
         return not self.memory.meets(addresses(given))
 
