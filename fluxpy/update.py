@@ -132,8 +132,6 @@ def flush(state: AnyState, model: Model) -> tuple[AnyState, Model]:
     >>> model["w"]
     tensor([0.9000, 0.8000])
     """
-    if not isinstance(state, State | Leaf):
-        raise TypeError(f"flush takes (state, model), but the first is {type(state).__name__}")
     binding, context = bind(state, model), tree_context(state)
     context.require_training_weights(binding.records, "flush")
     context.settle()
