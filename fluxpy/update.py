@@ -203,7 +203,7 @@ def _run(plan: Plan, units: Sequence[Unit], grads: list[Any], context: Context) 
             if plan.totals is not None:
                 plan.totals.start_over()
             context.structure += 1
-            if fallback.reason is not None:
+            if fallback.reason is not None and not isinstance(fallback.__cause__, MemoryError | torch.OutOfMemoryError):
                 context.reference_only.add(fallback.reason)
             members: list[Member] = fallback.unit.cohort.members
             alone = [ReferenceUnit(*member, context) for member in members]
