@@ -5,6 +5,7 @@ from typing import Any, Never
 from torch import Tensor
 
 from . import schedules
+from .fields import plain
 from .leaf import Leaf, context_of, record_of, records_of, replace_leaf, rules_of
 from .members import holders_of
 from .rule import Rule, field_of, replace
@@ -21,7 +22,9 @@ class scale:
     """
 
     def __init__(self, factor: float) -> None:
-        self.factor = factor
+        self.factor = plain(factor)
+        if isinstance(self.factor, bool) or not isinstance(self.factor, int | float | Tensor):
+            raise TypeError(f"scale takes a number, but got {factor!r}")
 
     def __repr__(self) -> str:
         return f"scale({self.factor!r})"
@@ -78,10 +81,10 @@ def adjust(state: AnyState, lr: Any = None, /, *refused: Never, member: Any = No
             problems.setdefault(str(error), []).extend(wrong)
     if problems:
         raise ValueError("; ".join(f"{message} ({_at(paths)})" for message, paths in problems.items()))
+    if found:
+        context_of(found[0]).hyper += 1  # first: plans are to look again also after an interrupt below
     for record in records:
         record.rule = new[id(record.rule)]
-    if found:
-        context_of(found[0]).hyper += 1
     return state
 
 

@@ -48,10 +48,14 @@ def averaged(state: State | Leaf, model: Any) -> Iterator[list[str]]:
         exchange.begin()
         yield exchange.paths
     finally:
-        lost = exchange.written()
-        if binding.spread:
-            reshard(model)
-        exchange.end()
+        try:
+            lost = exchange.written()
+            if binding.spread:
+                reshard(model)
+            exchange.end()
+        except BaseException:  # an interrupt came in between
+            exchange.end()
+            raise
         if lost:
             warnings.warn(f"what was written to {names_of(lost)} within fluxpy.averaged is lost", stacklevel=3)
 
@@ -103,11 +107,13 @@ class Exchange:
         return [path for (path, _, x, _), old in zip(self.held, self.versions, strict=False) if _version(x) != old]
 
     def end(self) -> None:
-        """Put the training weights back, bit for bit."""
-        for _, record, x, own in self.held:
+        """Put the training weights back, bit for bit. After an interrupt it goes on where it was."""
+        while self.held:
+            _, record, x, own = self.held[-1]
             _write(x, own)
             self.context.aside.pop(id(record), None)
-        self.held, self.versions = [], []
+            self.held.pop()
+        self.versions = []
         self.binding.note_writes()
         torch.clear_autocast_cache()
 

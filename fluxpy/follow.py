@@ -34,9 +34,9 @@ def follow(state: AnyState, model: Any) -> AnyState:
                 f"follow: {path!r} was {was} at setup and is now {now}; call setup(rule, model, keep=state)"
             )
     moved = [_moved(*pair) for pair in pairs]
+    tree_context(state).structure += 1  # first: plans are to look again also after an interrupt below
     for (record, x, _), tensors in zip(pairs, moved, strict=True):
         record.move(x.dtype, tensors)
-    tree_context(state).structure += 1
     return state
 
 

@@ -298,7 +298,7 @@ def replace_leaf(
     record, context = record_of(leaf), leaf._context
     context.structure += 1
     if rule is not KEEP:
-        record.rule = rule
+        context.hyper, record.rule = context.hyper + 1, rule
     if frozen is not KEEP:
         record.frozen = frozen
     if pending is not KEEP:

@@ -19,6 +19,8 @@ def assign_rules(rule: Any, names: dict[int, list[str]]) -> dict[int, Rule | Non
     by_path = {path: i for i, paths in names.items() for path in paths}
     idle, late = [], {}
     for pattern, own in rule.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"setup: a pattern is a string, but got {pattern!r}; see module_paths and roles")
         if own is not None:
             _rule(own, f"the pattern {pattern!r} needs a rule or None")
         hits = _matches(pattern, names, by_path)

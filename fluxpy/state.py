@@ -93,7 +93,7 @@ def shape_of(state: State | Leaf) -> TreeSpec:
 
 def leaf_list(state: State | Leaf) -> list[Leaf]:
     """The leaves of the whole tree that a view is of, by the numbers in its spec."""
-    return values_of(state) if isinstance(state, State) else [state]
+    return values_of(state) if isinstance(state, State) else [state] if type(state) is Leaf else leaves_of(state, "it")
 
 
 def tree_context(state: State | Leaf) -> Context:
@@ -327,11 +327,8 @@ def paths_and_leaves(state: Any, verb: str) -> Iterator[tuple[str, Leaf]]:
     if isinstance(state, Leaf):
         return iter([("", state)])
     if not isinstance(state, State):
-        got = type(state).__name__
-        if isinstance(state, Rule):
-            got = "a rule"
-        elif walk(state)[1]:
-            got = "the model"
+        module = "the model" if isinstance(state, nn.Module) else type(state).__name__
+        got = "a rule" if isinstance(state, Rule) else module
         raise TypeError(f"{verb} takes the state tree that setup returns (or a branch of it), but got {got}")
     values = values_of(state)
     return ((path, values[index]) for path, index in spec_of(state).paths)
@@ -376,9 +373,11 @@ def select(state: State | Leaf, *what: str | Callable[[str, Leaf], bool]) -> Sta
     places = list(paths_and_leaves(state, "select"))
     found: set[str] = set()
     for one in what:
-        if not isinstance(one, str) and not callable(one):
-            hint = "; write select(state, *patterns)" if isinstance(one, list | tuple | set) else ""
-            raise TypeError(f"select takes glob patterns and predicates (path, leaf) -> bool, but got {one!r}{hint}")
+        if not isinstance(one, str) and (isinstance(one, type) or not callable(one)):
+            way = "select(state, *patterns), or select(state, *module_paths(model, ...))"
+            raise TypeError(
+                f"select takes glob patterns and predicates (path, leaf) -> bool, but got {one!r}; write {way}"
+            )
         some = {
             path
             for path, leaf in places

@@ -80,8 +80,8 @@ def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
     if binding.off_at_setup:
         binding.look_at_flags()
     grad_enabled = torch.is_grad_enabled()
-    torch.set_grad_enabled(False)  # as a context it would cost a tenth of a small model's update
     try:
+        torch.set_grad_enabled(False)  # as a context it would cost a tenth of a small model's update
         if context.late is not None:
             context.settle()
         if binding.spread:
@@ -132,8 +132,6 @@ def flush(state: AnyState, model: Model) -> tuple[AnyState, Model]:
     >>> model["w"]
     tensor([0.9000, 0.8000])
     """
-    if not isinstance(state, State | Leaf):
-        raise TypeError(f"flush takes (state, model), but the first is {type(state).__name__}")
     binding, context = bind(state, model), tree_context(state)
     context.require_training_weights(binding.records, "flush")
     context.settle()
@@ -161,7 +159,7 @@ def flush(state: AnyState, model: Model) -> tuple[AnyState, Model]:
 def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
     plan, route, grads = _route_for(binding, context, grads, inplace=True)
     try:
-        units = _run(plan, route.units, grads, context)
+        plan.commit(_run(plan, route.units, grads, context))
     except BaseException as error:
         plan.drop_new_states()
         for unit in route.units:
@@ -169,7 +167,6 @@ def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
         if plan.totals is not None and not isinstance(error, FloatingPointError | SkipUpdate):
             error.add_note("raised on this process; others may have made this update, and then differ from it now")
         raise
-    plan.commit(units)
 
 
 def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bool) -> tuple[Plan, Route, list[Any]]:
@@ -207,7 +204,7 @@ def _run(plan: Plan, units: Sequence[Unit], grads: list[Any], context: Context) 
             if plan.totals is not None:
                 plan.totals.start_over()
             context.structure += 1
-            if fallback.reason is not None:
+            if fallback.reason is not None and not isinstance(fallback.__cause__, MemoryError | torch.OutOfMemoryError):
                 context.reference_only.add(fallback.reason)
             members: list[Member] = fallback.unit.cohort.members
             alone = [ReferenceUnit(*member, context) for member in members]

@@ -1,9 +1,11 @@
 """Tensors that share memory: two parameters, or a gradient with a parameter or with momenta. Refused or right, and the
 same on all paths."""
 
+import copy
+
 import pytest
 import torch
-from helpers import CHAINS, FEW, Run, assert_alike, grads_of, model_of, tensors_of
+from helpers import CHAINS, FEW, Run, assert_alike, grads_of, image, model_of, tensors_of
 from torch import nn
 
 import fluxpy
@@ -102,6 +104,29 @@ def test_two_parameters_on_one_memory(how, inplace):
                 for key, x in other.items():
                     torch.testing.assert_close(model[key], x, rtol=1e-10, atol=1e-12, msg=f"{name} {key}")
     assert len(set(outcomes.values())) == 1, outcomes
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_parameters_that_come_to_lie_in_one_memory(name):
+    """Whatever was made for them before: refused, or the gradients that lie there are read before they are written."""
+    rule, model = TWINS[name][0], model_of(SHAPES)
+    state = setup(rule, model)
+    for i in range(2):
+        update(state, model, grads_of(model, i))
+    for x in model.values():
+        x.data = x.data.clone()
+    expected, twin = copy.deepcopy((model, state))
+    crossed = [grads_of(m) | {"a": m["b"].detach(), "b": m["a"].detach()} for m in (model, expected)]
+    update(state, model, crossed[0])
+    update(twin, expected, {key: dx.clone() for key, dx in crossed[1].items()})
+    for key, x in expected.items():
+        torch.testing.assert_close(model[key], x, rtol=1e-12, atol=1e-12)
+    model["b"].data = model["a"].data
+    before = image(state, model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="are in the same memory"):
+            update(state, model, grads_of(model))
+        assert_alike(image(state, model), before)
 
 
 def test_parameters_beside_each_other_on_one_memory_are_no_such_case():

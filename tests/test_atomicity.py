@@ -6,10 +6,12 @@ import inspect
 import math
 import os
 import sys
+from functools import partial
 
 import pytest
 import torch
 from helpers import CHAINS, Run, assert_alike, every_chain, every_layout, tensors_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fluxpy
 from fluxpy import (
@@ -38,6 +40,7 @@ from fluxpy import (
     update,
     value,
 )  # fmt: skip
+from fluxpy.leaf import context_of
 
 # --- Refused updates ----------------------------------------------------------------------------------------------
 
@@ -398,6 +401,92 @@ def test_every_verb_works_after_an_update_that_was_interrupted(name, layout, err
             run.step(3 - start).equals(twin, room=1e-12)
             calls += STRIDE
         assert calls > STRIDE  # it was interrupted
+
+
+def after_a_reset(run):
+    reset(run.state.a)
+    grads = run.grads()
+    return lambda: update(run.state, run.model, grads)
+
+
+VERBS = {
+    "adjust": lambda run: lambda: adjust(run.state, lr=0.3),
+    "freeze": lambda run: lambda: freeze(run.state),
+    "thaw": lambda run: lambda: thaw(run.state, count=7),
+    "reset": lambda run: lambda: reset(run.state),
+    "follow": lambda run: lambda: fluxpy.follow(run.state, run.model),
+    "load": lambda run: partial(fluxpy.load_state_dict, run.state, state_dict(adjust(run.step().state, lr=0.3))),
+    "update": lambda run: partial(update, run.state, run.model, run.grads()),
+    "update after a reset": after_a_reset,
+}
+
+
+@pytest.mark.parametrize("rule", [AdamW(0.02), fluxpy.Averaged(AdamW(0.02), 0.5)], ids=["AdamW", "Averaged"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_a_state_shows_after_an_interrupt_is_what_steps(verb, rule):
+    """Whatever was done by then: the next updates are those of a copy."""
+    calls, whole = 0, False
+    while not whole:
+        run = Run(rule).step(2)
+        act = VERBS[verb](run)
+        with contextlib.suppress(KeyboardInterrupt), interrupted(calls, KeyboardInterrupt):
+            act()
+            whole = True
+        twin = copy.deepcopy(run)
+        run.step(2).equals(twin.step(2), room=1e-12)
+        calls += 1 if calls < 70 else STRIDE
+
+
+def test_an_interrupt_while_averages_are_put_away():
+    """The training weights are back, and updates go on."""
+    calls, whole = 0, False
+    while not whole:
+        run = Run(fluxpy.Averaged(Descent(0.1), 0.5)).step(2)
+        before = run.image()
+        block = fluxpy.averaged(run.state, run.model)
+        block.__enter__()
+        with contextlib.suppress(KeyboardInterrupt), interrupted(calls, KeyboardInterrupt):
+            block.__exit__(None, None, None)
+            whole = True
+        assert_alike(run.image(), before)
+        run.step()
+        calls += 1
+
+
+class OutOfMemory(TorchDispatchMode):
+    """From the n-th operation on."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.left = n
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left < 0:
+            raise MemoryError(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["Lion", "clip all, decay, Adam", "own"])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_memory_that_runs_out_is_what_the_error_says(name, inplace, monkeypatch):
+    """Wherever it runs out; and the next steps go their old way."""
+    monkeypatch.setattr(fluxpy.engine.layout, "SIZE", 8)  # several chunks, of which some were written before
+    twin, n, whole = Run(CHAINS[name]).step(4), 0, False
+    while not whole:
+        run = Run(CHAINS[name]).step(2)
+        kept = copy.deepcopy((state_dict(run.state), run.model.state_dict()))
+        grads = run.grads()
+        try:
+            with OutOfMemory(n):
+                update(run.state, run.model, grads, inplace=inplace)
+            whole = True
+        except MemoryError:
+            pass
+        fluxpy.load_state_dict(run.state, kept[0]), run.model.load_state_dict(kept[1])
+        run.step(2).equals(twin, room=1e-12)
+        assert not context_of(run.state.a).reference_only
+        n += 1 if n < 30 else STRIDE
 
 
 # --- Modes of autograd --------------------------------------------------------------------------------------------

@@ -845,6 +845,17 @@ def test_a_master_copy_is_compiled_in_its_own_precision():
         torch.testing.assert_close(pair.state[i].state.x, pair.pure[i].state.x, rtol=1e-12, atol=1e-13)
 
 
+@needs_compiler
+@pytest.mark.parametrize("column", ["compiled", "apart"])
+def test_a_master_copy_that_is_narrower_changes_nothing_between_steps(column):
+    rule = MixedPrecision(OptimiserChain(AccumGrad(2), Descent(0.1)), dtype=torch.float32)
+    pair = Pair(rule, column, [(4, 3), (7,)])
+    before = [x.detach().clone() for x in pair.model]
+    pair.step()
+    assert all(map(torch.equal, pair.model, before))
+    pair.step().check()
+
+
 # --- Memory -------------------------------------------------------------------------------------------------------
 
 

@@ -74,6 +74,14 @@ MISTAKES = {
     "trainstep(model, loss)": (lambda h: trainstep(h.model, loss, (X, Y), h.state), TypeError, "loss comes first"),
     "withgradient(model, f)": (lambda h: withgradient(h.model, loss, X, Y), TypeError, "function comes first"),
     "gradient(model, f)": (lambda h: gradient(h.model, lambda m: m(X).sum()), TypeError, "function comes first"),
+    "trainstep, state first": (lambda h: trainstep(loss, h.model, h.state, (X, Y)), TypeError, "got tuple"),
+    "trainstep, model twice": (lambda h: trainstep(loss, h.model, (X, Y), h.model), TypeError, "the model"),
+    "follow(model, state)": (lambda h: fluxpy.follow(h.model, h.state), TypeError, "takes the state tree.* the model"),
+    "flush(model, state)": (lambda h: fluxpy.flush(h.model, h.state), TypeError, "takes the state tree.* the model"),
+    "check_finite(model)": (lambda h: fluxpy.check_finite(h.model), TypeError, "takes the state tree.* the model"),
+    "setup(keep=a dict)": (
+        lambda h: setup(Adam(), h.model, keep=fluxpy.state_dict(h.state)), TypeError, "but got dict"
+    ),
     # What is no model.
     "parameters()": (lambda h: setup(Adam(), h.model.parameters()), TypeError, "pass the model itself"),
     "named_parameters()": (lambda h: setup(Adam(), h.model.named_parameters()), TypeError, "pass the model itself"),
@@ -94,9 +102,13 @@ MISTAKES = {
     "reset by pattern": (lambda h: reset(h.state, "encoder.*"), TypeError, r"reset\(select\("),
     "adjust by pattern": (lambda h: adjust(h.state, "encoder.*", lr=0.1), TypeError, r"adjust\(select\(.*, \.\.\.\)"),
     "adjust by pattern and place": (lambda h: adjust(h.state, "head.*", 0.1), TypeError, r"adjust\(select\("),
+    "scale by a word": (lambda h: adjust(h.state, scale("0.1")), TypeError, "scale takes a number, but got '0.1'"),
+    "scale by a schedule": (lambda h: adjust(h.state, scale(len)), TypeError, "scale takes a number"),
     "two numbers": (lambda h: adjust(h.state, 0.1, 0.9), TypeError, "one number by position, lr"),
     "thaw to a count": (lambda h: thaw(h.state, 3), TypeError, "one state"),
     "select a list": (lambda h: select(h.state, ["*bias", "head.*"]), TypeError, r"write select\(state, \*patterns\)"),
+    "select a class": (lambda h: select(h.state, nn.Linear), TypeError, r"module_paths\(model"),
+    "a class as a pattern": (lambda h: setup({nn.Linear: Adam()}, h.model), TypeError, "is a string.*module_paths"),
     "select nothing": (lambda h: select(h.state), TypeError, "needs a pattern"),
     "one of several": (lambda h: select(h.state, "*bias", "haed.*"), ValueError, "'haed.*' matches no leaf"),
     "index by a tuple": (lambda h: h.state["encoder", "head"], TypeError, r"fluxpy.select\(state, \*patterns\)"),
@@ -127,6 +139,11 @@ MISTAKES = {
     "read two": (lambda h: value(h.two.head.weight, "lr"), ValueError, "member=Momentum"),
     "no such member": (lambda h: adjust(h.two, 0.1, member=Adam), ValueError, "has no member Adam"),
     "no such index": (lambda h: adjust(h.two, 0.1, member=2), ValueError, "has no member 2"),
+    "a member without it": (
+        lambda h: adjust(setup(OptimiserChain(fluxpy.WeightDecay(), Adam()), h.model), 0.1, member=0),
+        ValueError,
+        "^WeightDecay has no hyperparameter 'lr'; there is: 'weight_decay'",
+    ),
     "a member by name": (lambda h: adjust(h.two, 0.1, member="Momentum"), TypeError, "rule class"),
     # Data and files.
     "DataLoader(x, y)": (lambda h: DataLoader(X, Y), TypeError, r"DataLoader\(\(x, y\), batch_size=32\)"),

@@ -196,7 +196,7 @@ class CompiledUnit:
             row.write(x)
             for m in momenta:
                 m.write(m.buffer)
-            if self.master is not None:
+            if self.master is not None and program.moved:
                 chunk.x.write(x)
         assert program is not None
         self.chunks.clear()

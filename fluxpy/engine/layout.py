@@ -74,6 +74,7 @@ class Extents:
         # By the number of tensors that start before a place: where the last of them ends.
         ends = np.maximum.accumulate((first + np.fromiter(sizes, np.int64, len(sizes)))[order])
         self.as_arrays = first[order], np.concatenate(([0], ends))
+        self.overlap = bool((first[order][1:] < ends[:-1]).any())
         self.starts, self.ends = (array.tolist() for array in self.as_arrays)
         self.apart: list[int] = []  # what pointed nowhere into it last
 

@@ -28,7 +28,7 @@ from .layout import Extents, addresses, extent
 from .packed import EagerUnit
 from .reference import ReferenceUnit
 from .signature import Signature
-from .step import CohortUnit, Unit
+from .step import CohortUnit, FallBack, Unit
 from .tape import is_arithmetic, keeps_numbers
 
 _MOST_ROUTES = 32  # kept of one plan
@@ -40,13 +40,11 @@ class Route:
     """The units that one kind of update takes, and what must be as it was for that."""
 
     def __init__(self, plan: "Plan", cohorts: list[Cohort], alone: list[ReferenceUnit], grads: Sequence[Any]) -> None:
-        params = plan.params
+        self.params = params = plan.params
         self.cohorts, self.units = cohorts, [*[plan.units[id(cohort)] for cohort in cohorts], *alone]
         self.present = [i for i, g in enumerate(grads) if g is not None]
         self.absent = [i for i, g in enumerate(grads) if g is None]
-        self.everyone = not self.absent
         self.signature = Signature([*params, *(grads[i] for i in self.present)])
-        self.params = params
         self.odd = [_odd(cohort, grads) for cohort in cohorts]
         self.alike = _alike_but_for_numbers(cohorts)
         self.addresses = plan.addresses
@@ -65,14 +63,16 @@ class Route:
 
     def takes(self, grads: Sequence[Any]) -> bool:
         """Whether parameters and gradients are like those that this route was made for."""
-        for i in self.absent:
-            if grads[i] is not None:
-                return False
-        given = grads if self.everyone else [grads[i] for i in self.present]
+        if self.absent and any([grads[i] is not None for i in self.absent]):
+            return False
+        given = [grads[i] for i in self.present] if self.absent else grads
         if not self.signature.matches(*self.params, *given):
             return False
-        if self.laid_out and addresses(self.params) != self.addresses:
-            return False
+        if (here := addresses(self.params)) != self.addresses:
+            memory = Extents(here, self.extents)
+            if self.laid_out or memory.overlap:
+                return False
+            self.addresses, self.memory = here, memory
         # A gradient in the memory of a parameter would change while it is read.
         return not self.memory.meets(addresses(given))
 
@@ -194,8 +194,11 @@ class Plan:
                 known[key] = record.pending
             else:
                 record.pending = known[key]
-        for unit in units:
-            unit.commit()
+        try:
+            for unit in units:
+                unit.commit()
+        except FallBack as fallback:  # too late for another way: memory ran out, perhaps
+            raise (fallback.__cause__ or fallback) from None
 
     def drop_new_states(self) -> None:
         """The update failed."""
@@ -213,7 +216,6 @@ class Plan:
 
     def _adopt_rules(self) -> None:
         """Take over what `adjust` did. Where the leaves of a cohort do not go together any more, it is dissolved."""
-        self.hyper = self.context.hyper
         for cohort in list(self.cohorts):
             key = self.units[id(cohort)].adopt_rules()
             if key is None:
@@ -223,14 +225,15 @@ class Plan:
                 cohort.static_key = kind, key, *rest
         for route in self.routes.values():
             route.alike = _alike_but_for_numbers(route.cohorts)
+        self.hyper = self.context.hyper
 
     def _verify(self) -> None:
         """Dissolve the cohorts that somebody took leaves from, or whose leaves have another state."""
-        self.structure = self.context.structure
         for cohort in list(self.cohorts):
             if not cohort.holds():
                 self._drop(cohort)
         self.waiting = self.find_waiting()
+        self.structure = self.context.structure
 
     def find_waiting(self) -> list[tuple[Record, tuple[Tensor, str]]]:
         """The frozen leaves of rules that accumulate."""
