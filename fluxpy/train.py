@@ -21,7 +21,7 @@ from .gradient import LossFunction, Model, Value, differentiate
 from .leaf import Leaf
 from .pytree import level, unwrap
 from .release import release_step
-from .state import State, bind, leaves, tree_context
+from .state import State, bind, leaves, require_state, tree_context
 from .update import apply_gradients, check_finite
 
 
@@ -107,6 +107,7 @@ def _turn(
 ) -> tuple[Value, Tensor]:
     """What the loss returned; and the loss, on several processes their mean."""
     _check_order(loss, model)
+    require_state(state, "trainstep")
     binding, context = bind(state, model), tree_context(state)
     context.require_training_weights(binding.records, "trainstep")
     batch = to_device(batch, binding.params)
@@ -236,6 +237,5 @@ def _refuse(refused: dict[str, Any], data: Any, state: Any) -> None:
         }
         hint = hints.get("callbacks" if name == "cb" else name, "")
         raise TypeError(f"train has no argument {name!r}{hint}")
-    if not isinstance(state, State | Leaf):
-        raise TypeError(f"train takes the state that setup returns in fourth place, but got {type(state).__name__}")
+    require_state(state, "train")
     require_batches(data, "the data of train")

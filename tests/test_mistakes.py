@@ -74,6 +74,23 @@ MISTAKES = {
     "trainstep(model, loss)": (lambda h: trainstep(h.model, loss, (X, Y), h.state), TypeError, "loss comes first"),
     "withgradient(model, f)": (lambda h: withgradient(h.model, loss, X, Y), TypeError, "function comes first"),
     "gradient(model, f)": (lambda h: gradient(h.model, lambda m: m(X).sum()), TypeError, "function comes first"),
+    # What is no state.
+    **{
+        f"{name} of no state": (write, TypeError, "takes the state tree that setup returns .*, but got the model")
+        for name, write in {
+            "update": lambda h: update(h.model, h.state, h.grads),
+            "flush": lambda h: fluxpy.flush(h.model, h.state),
+            "follow": lambda h: fluxpy.follow(h.model, h.state),
+            "averaged": lambda h: fluxpy.averaged(h.model, h.state).__enter__(),
+            "check_finite": lambda h: fluxpy.check_finite(h.model),
+            "gradient": lambda h: gradient(loss, h.model, X, Y, state=h.model),
+            "train": lambda h: train(loss, h.model, [(X, Y)], h.model),
+            "trainstep": lambda h: trainstep(loss, h.model, (X, Y), h.model),
+            "save": lambda h: save("x.flux", model=h.model, state=h.model),
+        }.items()
+    },
+    "save a state dict": (lambda h: save("x.flux", model=h.model, state=h.model.state_dict()), TypeError, "state tree"),
+    "update by a rule": (lambda h: update(Adam(), h.model, h.grads), TypeError, r"got a rule; call state = setup\(rule"),
     # What is no model.
     "parameters()": (lambda h: setup(Adam(), h.model.parameters()), TypeError, "pass the model itself"),
     "named_parameters()": (lambda h: setup(Adam(), h.model.named_parameters()), TypeError, "pass the model itself"),
