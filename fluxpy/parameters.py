@@ -16,7 +16,7 @@ from .pytree import level, map_tensors, unwrap, unwritable
 from .rebuild import like_parameter, rebuild
 from .state import State
 from .text import join
-from .tree import rooted, walk
+from .tree import check_model, rooted, walk
 
 Model = TypeVar("Model")
 Tree = TypeVar("Tree")
@@ -33,6 +33,8 @@ def trainables(model: Any, path: bool = False) -> list[Tensor] | list[tuple[str,
     ['weight', 'bias']
     """
     spec, values = walk(model)
+    if not values:
+        check_model(model, "trainables(model)")
     return [(spec.leaves[i], x) for i, x in enumerate(values)] if path else values
 
 
@@ -86,6 +88,7 @@ def module_paths(model: Any, *types: type[nn.Module]) -> list[str]:
     """
     if not types or not all(isinstance(kind, type) for kind in types):
         raise TypeError(f"module_paths takes the model and classes of modules, as torch.nn.LayerNorm, but got {types}")
+    check_model(model, "module_paths(model, *types)")
     found: list[str] = []
     seen: set[int] = set()
     todo: list[tuple[str, Any]] = [("", model)]
@@ -114,6 +117,8 @@ def destructure(model: Model) -> tuple[Tensor, Callable[[Tensor], Model]]:
     {'w': tensor([3., 3.]), 'b': tensor([1.])}
     """
     spec, values = walk(model)
+    if not values:
+        check_model(model, "destructure(model)")
     _require_one_process("destructure", values)
     sizes = [x.numel() for x in values]
     dtype = torch.get_default_dtype() if not values else values[0].dtype
@@ -158,6 +163,7 @@ def flatten_parameters(model: Model, *, grad: bool = False) -> Model:
     >>> model.weight.untyped_storage().data_ptr() == model.bias.untyped_storage().data_ptr()
     True
     """
+    check_model(model, "flatten_parameters(model)")
     spec, values = walk(model)
     _require_one_process("flatten_parameters", values)
     groups: dict[Any, list[Tensor]] = {}

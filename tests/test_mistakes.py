@@ -89,14 +89,26 @@ MISTAKES = {
             "save": lambda h: save("x.flux", model=h.model, state=h.model),
         }.items()
     },
-    "save a state dict": (lambda h: save("x.flux", model=h.model, state=h.model.state_dict()), TypeError, "state tree"),
-    "update by a rule": (lambda h: update(Adam(), h.model, h.grads), TypeError, r"got a rule; call state = setup\(rule"),
+    "save a state dict": (lambda h: save("x.flux", model=h.model, state=h.model.state_dict()), TypeError, "state tr"),
+    "update by a rule": (lambda h: update(Adam(), h.model, h.grads), TypeError, r"a rule; call state = setup\(rule"),
     # What is no model.
     "parameters()": (lambda h: setup(Adam(), h.model.parameters()), TypeError, "pass the model itself"),
     "named_parameters()": (lambda h: setup(Adam(), h.model.named_parameters()), TypeError, "pass the model itself"),
     "a plain class": (lambda h: setup(Adam(), Plain()), TypeError, "class Plain.*nn.Module"),
     "a plain class's gradient": (lambda h: gradient(lambda m: m.w.sum(), Plain()), TypeError, "class Plain.*nn.Module"),
     "the class of a module": (lambda h: setup(Adam(), Net), TypeError, r"pass an instance, Net\("),
+    **{
+        f"{name} of no model": (write, TypeError, "pass the model")
+        for name, write in {
+            "roles": lambda h: fluxpy.roles(h.state),
+            "depths": lambda h: fluxpy.depths(h.grads),
+            "module_paths": lambda h: fluxpy.module_paths(h.state, nn.LayerNorm),
+            "flatten_parameters": lambda h: fluxpy.flatten_parameters(h.model.parameters()),
+            "trainables": lambda h: fluxpy.trainables(h.model.named_parameters()),
+            "destructure": lambda h: fluxpy.destructure(h.model.parameters()),
+            "snapshot": lambda h: fluxpy.testing.snapshot(h.state),
+        }.items()
+    },
     # What is no rule, and no schedule.
     "torch's optimiser": (lambda h: setup(OPTIMIZER, h.model), TypeError, "torch's SGD; write fluxpy.Descent"),
     "torch's class": (lambda h: setup(torch.optim.Adam, h.model), TypeError, r"torch's Adam; write fluxpy.Adam\("),
@@ -104,6 +116,7 @@ MISTAKES = {
     "a number": (lambda h: setup(1e-3, h.model), TypeError, r"write fluxpy.Adam\(0.001\)"),
     "torch's scheduler": (lambda h: Adam(SCHEDULER), TypeError, "lr takes.*torch's StepLR.*fluxpy.schedules"),
     "a scheduler's class": (lambda h: Adam(type(SCHEDULER)), TypeError, "torch's StepLR"),
+    "check_rule": (lambda h: fluxpy.testing.check_rule("Adam"), TypeError, "takes a rule, but got 'Adam'"),
     "adjust to a scheduler": (lambda h: adjust(h.state, SCHEDULER), TypeError, "torch's StepLR"),
     # Patterns and numbers by position.
     "freeze by pattern": (lambda h: freeze(h.state, "encoder.*"), TypeError, r"select\(state, 'encoder.\*'\)\)"),
