@@ -117,7 +117,7 @@ def _turn(
             value = release_step(loss, model, args, binding, context)
             return value, value[0] if isinstance(value, tuple) else value
         value, grads = differentiate(loss, model, args, binding)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, AttributeError) as error:
         for note in why_it_failed(error, loss, (model, *args), "loss(model, *batch)", binding.params):
             error.add_note(note)
         raise
@@ -133,6 +133,8 @@ def _turn(
 
 
 def _check_order(loss: Any, model: Any) -> None:
+    if isinstance(loss, type):
+        raise TypeError(f"the loss is called as loss(model, *batch), and the class {loss.__name__} is no such function")
     if isinstance(loss, nn.Module) and not isinstance(model, nn.Module) and callable(model):
         raise TypeError(
             "the loss comes first, then the model: train(loss, model, data, state), with loss(model, *batch)"
@@ -144,10 +146,11 @@ def why_it_failed(
 ) -> Iterator[str]:
     """What may be behind an error from within a loss that was called so: another signature, batches of NumPy arrays,
     or batches in float64."""
+    kind = type(args[0]).__name__
     if (
         loss is not None
-        and isinstance(error, TypeError)
-        and (not _takes(loss, args) or f"not {type(args[0]).__name__}" in str(error))
+        and isinstance(error, TypeError | AttributeError)
+        and (not _takes(loss, args) or any(text in str(error) for text in (f"not {kind}", f"'{kind}' object has no")))
     ):
         example = "lambda m, x, y: cross_entropy(m(x), y)" if "model" in called_as else "cross_entropy(output, target)"
         yield f"the loss is called as {called_as}, as in: {example}"
@@ -162,7 +165,7 @@ def why_it_failed(
 def _takes(f: Any, args: Sequence[Any]) -> bool:
     """Whether a function can be called with these arguments, as far as can be told."""
     try:
-        inspect.signature(f).bind(*args)
+        inspect.signature(f.forward if isinstance(f, nn.Module) else f).bind(*args)
     except TypeError:
         return False
     except ValueError:  # it has no signature to look at

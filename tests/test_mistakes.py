@@ -74,6 +74,8 @@ MISTAKES = {
     "trainstep(model, loss)": (lambda h: trainstep(h.model, loss, (X, Y), h.state), TypeError, "loss comes first"),
     "withgradient(model, f)": (lambda h: withgradient(h.model, loss, X, Y), TypeError, "function comes first"),
     "gradient(model, f)": (lambda h: gradient(h.model, lambda m: m(X).sum()), TypeError, "function comes first"),
+    "a loss's class": (lambda h: train(nn.MSELoss, h.model, [(X, Y)], h.state), TypeError, "the class MSELoss"),
+    "sharpened, no radius": (lambda h: fluxpy.sharpened(loss, h.model, X, Y), TypeError, r"sharpened\(f, model, rho,"),
     # What is no state.
     **{
         f"{name} of no state": (write, TypeError, "takes the state tree that setup returns .*, but got the model")
@@ -186,6 +188,8 @@ BATCHES = {
     "NumPy": (loss, (X.numpy(), Y.numpy()), "DataLoader.*gives tensors"),
     "float64": (loss, (X.double(), Y), "X.astype"),
     "another signature": (lambda m, batch: loss(m, *batch), (X, Y), r"called as loss\(model, \*batch\)"),
+    "the Learner's, as an object": (nn.CrossEntropyLoss(), (X, Y), r"called as loss\(model, \*batch\)"),
+    "the Learner's mse_loss": (nn.functional.mse_loss, (X, Y), r"called as loss\(model, \*batch\)"),
     "the Learner's": (cross_entropy, (X, Y), r"called as loss\(model, \*batch\)"),
 }
 
@@ -193,7 +197,7 @@ BATCHES = {
 @pytest.mark.parametrize(("loss", "batch", "note"), BATCHES.values(), ids=BATCHES.keys())
 def test_a_loss_that_fails_on_its_batch(loss, batch, note):
     model = Net()
-    with pytest.raises((TypeError, RuntimeError)) as raised:
+    with pytest.raises((TypeError, RuntimeError, AttributeError)) as raised:
         train(loss, model, [batch], setup(Adam(), model))
     assert len(raised.value.__notes__) == 1
     with pytest.raises(AssertionError, match=note):
