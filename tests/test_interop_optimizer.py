@@ -166,6 +166,17 @@ def test_a_value_that_is_not_allowed_changes_nothing() -> None:
     assert optimizer.tree.left.bias.rule == Adam(0.1)
 
 
+def test_a_hyperparameter_that_the_rule_does_not_have_is_refused_and_marks_of_others_are_kept():
+    optimizer = TorchOptimizer(Adam(0.1), torch.nn.Linear(2, 1))
+    [group] = optimizer.param_groups
+    for name in ("weight_decay", "momentum", "dampening"):
+        with pytest.raises(ValueError, match=f"Adam has no hyperparameter '{name}'"):
+            group[name] = 0.1
+        group[name] = 0.0  # which changes nothing
+    group.update(initial_lr=0.1, foreach=True, stage="head")
+    assert [group[name] for name in ("initial_lr", "foreach", "stage", "weight_decay")] == [0.1, True, "head", 0.0]
+
+
 def test_a_name_with_several_values_is_no_one_value() -> None:
     optimizer = TorchOptimizer(OptimiserChain(RMSProp(1.0), Momentum(0.01)), Net())
     group = optimizer.param_groups[0]
