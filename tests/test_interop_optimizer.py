@@ -765,6 +765,15 @@ def test_a_state_dict_of_torch_into_a_chain(named: bool) -> None:
     assert_same(ours, theirs)
 
 
+def test_what_a_tool_that_looks_for_numbers_made_of_names_is_refused():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = torch.nn.Linear(2, 1)
+    optimizer = TorchOptimizer(Adam(), model)
+    with pytest.raises(ValueError, match=r"fluxpy.state_dict\(optimizer.tree\)"):
+        set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, optimizer))
+
+
 def test_a_state_dict_of_torch_without_names_goes_by_the_order_of_the_model() -> None:
     """Where it has one group; whatever the groups are here."""
     model, twin = trained(torch.optim.Adam, False, lr=0.02)
