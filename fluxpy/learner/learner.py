@@ -5,7 +5,7 @@ import html
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -78,8 +78,7 @@ class Learner:
         has_state = isinstance(rule_or_state, State | Leaf)
         if device is not None:
             move(model, torch.device(device), has_state)
-        self.model = model
-        self.loss: Any = loss
+        self.model, self.loss = model, cast(Any, loss)
         self.autocast, self.accumulate = autocast, accumulate
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
         self.device = _device_of(bind(self.state, model).params)  # where batches go
