@@ -170,6 +170,8 @@ def test_of_a_state_it_maps_the_momenta():
     assert optree.tree_leaves(total, namespace="fluxpy")[0].flatten()[0] == 2
     with pytest.raises(TypeError, match="or states"):
         tree_map(torch.add, Net(), state)
+    with pytest.raises(ValueError, match=r"\(AdamW; 2 tensors\).*\(Descent; 0 tensors\)"):
+        tree_map(torch.add, other, setup(Descent(), Net()))
 
 
 @pytest.mark.parametrize(
