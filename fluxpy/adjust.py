@@ -6,10 +6,11 @@ from torch import Tensor
 
 from . import schedules
 from .fields import plain
-from .leaf import Leaf, context_of, record_of, records_of, replace_leaf, rules_of
+from .leaf import KEEP, Leaf, context_of, record_of, records_of, replace_leaf, rules_of
 from .members import holders_of
 from .rule import Rule, field_of, replace
 from .state import AnyState, State, each_leaf, leaves_of
+from .text import names_of
 
 
 class scale:
@@ -80,7 +81,7 @@ def adjust(state: AnyState, lr: Any = None, /, *refused: Never, member: Any = No
             wrong = [path for path, leaf in each_leaf(state, "adjust") if leaf.rule is rule]
             problems.setdefault(str(error), []).extend(wrong)
     if problems:
-        raise ValueError("; ".join(f"{message} ({_at(paths)})" for message, paths in problems.items()))
+        raise ValueError("; ".join(f"{message} (at {names_of(paths)})" for message, paths in problems.items()))
     if found:
         context_of(found[0]).hyper += 1  # first: plans are to look again also after an interrupt below
     for record in records:
@@ -121,10 +122,6 @@ def _refuse_positions(verb: str, state: Any, rest: tuple[Any, ...]) -> None:
     raise TypeError(f"{verb} takes {takes}; got {', '.join(map(repr, rest))} besides")
 
 
-def _at(paths: list[str]) -> str:
-    return f"at {', '.join(map(repr, paths[:5]))}" + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
-
-
 def freeze(state: AnyState, /, *refused: Never) -> AnyState:
     """Freeze the leaves under this view: until they thaw, neither parameter nor momenta nor counts move, bit for bit.
     A leaf that no update has stepped yet gives its momenta back until it thaws.
@@ -135,10 +132,7 @@ def freeze(state: AnyState, /, *refused: Never) -> AnyState:
     """
     _refuse_positions("freeze", state, refused)
     for _, leaf in each_leaf(state, "freeze"):
-        if record_of(leaf).untrained:
-            replace_leaf(leaf, frozen=True, state=None)
-        else:
-            replace_leaf(leaf, frozen=True)
+        replace_leaf(leaf, frozen=True, state=None if record_of(leaf).untrained else KEEP)
     return state
 
 
@@ -152,14 +146,13 @@ def thaw(state: AnyState, /, *refused: Never, count: int | None = None) -> AnySt
     _refuse_positions("thaw", state, refused)
     found = each_leaf(state, "thaw")
     if bare := [path for path, leaf in found if leaf.rule is None]:
-        raise ValueError(f"thaw: set up with no rule (None), so frozen for good ({_at(bare)}); call setup again")
+        raise ValueError(
+            f"thaw: set up with no rule (None), so frozen for good (at {names_of(bare)}); call setup again"
+        )
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
         raise ValueError(f"thaw: count={count!r} is not allowed; it must be a whole number, 0 or more")
     for _, leaf in found:
-        if count is None:
-            replace_leaf(leaf, frozen=False)
-        else:
-            replace_leaf(leaf, frozen=False, count=count)
+        replace_leaf(leaf, frozen=False, count=KEEP if count is None else count)
     return state
 
 

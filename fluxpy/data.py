@@ -159,13 +159,16 @@ def is_pair_of_arrays(data: Any) -> bool:
 
 
 def _tensor(name: Any, array: Any) -> Tensor:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"DataLoader: {name!r} is a masked array, whose mask would be lost; write array.filled(value)")
     if isinstance(array, np.ndarray) and array.dtype.kind in "biufc":
         # torch cannot share memory that is read-only, runs backwards or has the other byte order.
         shares = array.flags.writeable and min(array.strides, default=0) >= 0 and array.dtype.isnative
         array = torch.from_numpy(array if shares else array.astype(array.dtype.newbyteorder("="), order="C"))
-    if not isinstance(array, Tensor) or array.ndim == 0:
+    if not isinstance(array, Tensor) or array.ndim == 0 or array.layout != torch.strided:
         got = f"a {array.dtype} array" if isinstance(array, np.ndarray) else type(array).__name__
-        got = "a tensor without dimensions" if isinstance(array, Tensor) else got
+        if isinstance(array, Tensor):
+            got = f"a tensor of {array.layout}" if array.ndim else "a tensor without dimensions"
         if isinstance(array, Dataset):
             got += "; for data sets there is torch.utils.data.DataLoader"
         raise TypeError(f"DataLoader: expected tensors or NumPy arrays of numbers with rows; {name!r} is {got}")

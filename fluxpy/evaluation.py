@@ -13,7 +13,7 @@ from .context import Context
 from .distributed.parallel import reshard
 from .leaf import Leaf, Record
 from .rule import at
-from .state import State, bind, tree_context
+from .state import State, bind, require_state, tree_context
 from .text import form, names_of
 
 
@@ -40,8 +40,7 @@ def averaged(state: State | Leaf, model: Any) -> Iterator[list[str]]:
     >>> model["w"]
     tensor([-2.])
     """
-    if not isinstance(state, State | Leaf):
-        raise TypeError(f"averaged takes (state, model), but the first is {type(state).__name__}")
+    require_state(state, "averaged")
     binding = bind(state, model)
     exchange = Exchange(binding, tree_context(state))
     try:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .leaf import Record, init_state
 from .pytree import partition
-from .state import AnyState, bind, tree_context
+from .state import AnyState, bind, require_state, tree_context
 from .text import form
 
 
@@ -24,6 +24,7 @@ def follow(state: AnyState, model: Any) -> AnyState:
     >>> follow(state, model).weight.state.dtype
     torch.float64
     """
+    require_state(state, "follow")
     binding = bind(state, model)
     tree_context(state).settle()
     pairs = list(zip(binding.records, binding.local, binding.paths, strict=True))

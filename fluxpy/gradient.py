@@ -12,7 +12,7 @@ from .containers import open_data
 from .distributed.parallel import Parallel, parallel_of
 from .leaf import Leaf
 from .pytree import is_transforming
-from .state import State, bind
+from .state import State, bind, require_state
 from .text import OF_GRADIENTS
 from .tree import Mirror, TreeSpec, check_model, spec_of, values_of, walk
 
@@ -126,8 +126,7 @@ def withgradient(
     if not callable(f):
         raise TypeError(f"the function comes first: withgradient(f, model), but got {type(f).__name__}")
     if state is not None:
-        if not isinstance(state, State | Leaf):
-            raise TypeError(f"withgradient(..., state=) takes the state tree, but got {type(state).__name__}")
+        require_state(state, "withgradient(..., state=)")
         return differentiate(f, model, args, bind(state, model), create_graph)
     spec, params = walk(model)
     trains = [x.requires_grad or not isinstance(x, torch.nn.Parameter) for x in params]

@@ -388,6 +388,10 @@ class _LeafShape:
     def __hash__(self) -> int:
         return hash(len(self.rules))
 
+    def __repr__(self) -> str:  # in optree's error for trees that do not fit
+        rules = " of ".join(kind.__name__ for kind in self.rules) or "no rule"
+        return f"({rules}; {'no' if self.size is None else self.size} tensors)"
+
 
 def _flatten(leaf: Leaf) -> tuple[tuple[Any, ...], _LeafShape]:
     if leaf._placeholders is not None:

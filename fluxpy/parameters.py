@@ -16,7 +16,7 @@ from .pytree import level, map_tensors, unwrap, unwritable
 from .rebuild import like_parameter, rebuild
 from .state import State
 from .text import join
-from .tree import rooted, walk
+from .tree import check_model, rooted, walk
 
 Model = TypeVar("Model")
 Tree = TypeVar("Tree")
@@ -33,6 +33,8 @@ def trainables(model: Any, path: bool = False) -> list[Tensor] | list[tuple[str,
     ['weight', 'bias']
     """
     spec, values = walk(model)
+    if not values:
+        check_model(model, "trainables(model)")
     return [(spec.leaves[i], x) for i, x in enumerate(values)] if path else values
 
 
@@ -41,8 +43,9 @@ def tree_map(f: Callable[..., Tensor], tree: Tree, *others: Any) -> Tree:
     a tree like the first: a new model (a structural copy, as `update(..., inplace=False)` makes), or gradients.
 
     The others are models or gradients of the same shape, or dicts by dotted name. Where one of them has nothing, as
-    gradients of a frozen layer, what the first has stays. A tied parameter is visited once. Of a model whose parameters
-    require grad the result has a history; under `torch.no_grad()` it has new parameters.
+    gradients of a frozen layer, what the first has stays; where the first have nothing and other gradients something,
+    that is refused. A tied parameter is visited once. Of a model whose parameters require grad the result has a
+    history; under `torch.no_grad()` it has new parameters.
 
     Of a state it is `f` of each tensor of the momenta, as for moving them: `tree_map(lambda t: t.to(device), state)`.
 
@@ -59,6 +62,7 @@ def tree_map(f: Callable[..., Tensor], tree: Tree, *others: Any) -> Tree:
         raise TypeError("tree_map takes models and gradients together, or states; fluxpy.leaves goes over the leaves")
     spec, values = rooted(tree) if isinstance(tree, Gradients) else walk(tree)
     columns = [scatter(spec, other, "values") for other in others]
+    gradients = [column for other, column in zip(others, columns, strict=True) if isinstance(other, Gradients)]
     new: list[Any] = list(values)
     for index, path in spec.leaves.items():
         x = values[index]
@@ -69,6 +73,11 @@ def tree_map(f: Callable[..., Tensor], tree: Tree, *others: Any) -> Tree:
                 raise TypeError(f"tree_map: f must return a tensor, but gave {new[index]!r} at {path!r}")
         elif x is not None:
             new[index] = x.detach().clone() if x.is_leaf else x.clone()
+        elif any(column.get(index) is not None for column in gradients):
+            raise ValueError(
+                f"tree_map: the first gradients have nothing at {path!r}, where others have something that would be "
+                "lost; gradients of different parts are added by name, in a dict, which update takes too"
+            )
     if isinstance(tree, Gradients):
         return cast(Tree, Gradients(spec, new))
     return rebuild(tree, spec, values, [like_parameter(t, x) for t, x in zip(new, values, strict=True)])
@@ -86,6 +95,7 @@ def module_paths(model: Any, *types: type[nn.Module]) -> list[str]:
     """
     if not types or not all(isinstance(kind, type) for kind in types):
         raise TypeError(f"module_paths takes the model and classes of modules, as torch.nn.LayerNorm, but got {types}")
+    check_model(model, "module_paths(model, *types)")
     found: list[str] = []
     seen: set[int] = set()
     todo: list[tuple[str, Any]] = [("", model)]
@@ -114,6 +124,8 @@ def destructure(model: Model) -> tuple[Tensor, Callable[[Tensor], Model]]:
     {'w': tensor([3., 3.]), 'b': tensor([1.])}
     """
     spec, values = walk(model)
+    if not values:
+        check_model(model, "destructure(model)")
     _require_one_process("destructure", values)
     sizes = [x.numel() for x in values]
     dtype = torch.get_default_dtype() if not values else values[0].dtype
@@ -158,6 +170,7 @@ def flatten_parameters(model: Model, *, grad: bool = False) -> Model:
     >>> model.weight.untyped_storage().data_ptr() == model.bias.untyped_storage().data_ptr()
     True
     """
+    check_model(model, "flatten_parameters(model)")
     spec, values = walk(model)
     _require_one_process("flatten_parameters", values)
     groups: dict[Any, list[Tensor]] = {}

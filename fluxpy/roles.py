@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .pytree import is_parameter, level, unwrap
 from .text import join
+from .tree import check_model
 
 Role: TypeAlias = Literal["hidden", "embedding", "head", "norm", "bias", "other"]
 
@@ -48,7 +49,7 @@ def roles(model: Any) -> dict[str, Role]:
     >>> plain = [path for path in role if role[path] in ("norm", "bias")]
     >>> state = setup({**dict.fromkeys(plain, AdamW(weight_decay=0.0)), "*": AdamW(weight_decay=0.1)}, model)
     """
-    return _roles(list(_places(model, "", ())))
+    return _roles(_places_of(model, "roles(model)"))
 
 
 def _roles(places: Sequence[_Place]) -> dict[str, Role]:
@@ -82,7 +83,7 @@ def depths(model: Any) -> dict[str, int]:
     >>> [depth[f"layers.{i}.norm1.weight"] for i in range(3)], round(state.layers[0].norm1.weight.rule.lr, 6)
     ([1, 2, 3], 0.00064)
     """
-    every = list(_places(model, "", ()))
+    every = _places_of(model, "depths(model)")
     role = _roles(every)
     places = [place for place in every if place.path in role]  # a tied one where it first stands
     blocks = {place.path: _block(place) for place in places}
@@ -99,6 +100,11 @@ def depths(model: Any) -> dict[str, int]:
         after = block is None and depth == deepest and numbers
         found[path] = deepest + 1 if not without and (after or role[path] == "head") else depth
     return found
+
+
+def _places_of(model: Any, call: str) -> list[_Place]:
+    check_model(model, call)
+    return list(_places(model, "", ()))
 
 
 def _places(x: Any, path: str, above: tuple[tuple[Any, Any], ...]) -> Iterator[_Place]:

@@ -35,6 +35,8 @@ def sharpened(
     >>> value, grads["w"]
     (tensor(25.), tensor([6.6000, 8.8000]))
     """
+    if isinstance(rho, Tensor | tuple | list):
+        raise TypeError(f"sharpened(f, model, rho, *args) needs a radius there, but got {type(rho).__name__}")
     if isinstance(rho, bool) or not isinstance(rho, int | float) or not rho >= 0:
         raise ValueError(f"sharpened: rho={rho!r} is not allowed; it must be a number, 0 or more")
     value, grads = withgradient(f, model, *args, state=state)

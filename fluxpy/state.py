@@ -322,14 +322,23 @@ def _map_windows(rule: Rule, state: Any, f: Callable[[Any, Any], Any]) -> Any:
 # --- Reading ------------------------------------------------------------------------------------------------------
 
 
+def require_state(state: Any, verb: str) -> None:
+    """TypeError where this is no state; it names the verb."""
+    if isinstance(state, State | Leaf):
+        return
+    got = type(state).__name__
+    if isinstance(state, Rule):
+        got = "a rule; call state = setup(rule, model) first"
+    elif walk(state)[1]:
+        got = "the model"
+    raise TypeError(f"{verb} takes the state tree that setup returns (or a branch of it), but got {got}")
+
+
 def paths_and_leaves(state: Any, verb: str) -> Iterator[tuple[str, Leaf]]:
     """`(path, leaf)` of every place, a tied leaf at each of its places. TypeError names the verb."""
+    require_state(state, verb)
     if isinstance(state, Leaf):
         return iter([("", state)])
-    if not isinstance(state, State):
-        module = "the model" if isinstance(state, nn.Module) else type(state).__name__
-        got = "a rule" if isinstance(state, Rule) else module
-        raise TypeError(f"{verb} takes the state tree that setup returns (or a branch of it), but got {got}")
     values = values_of(state)
     return ((path, values[index]) for path, index in spec_of(state).paths)
 

@@ -21,7 +21,7 @@ from .gradient import LossFunction, Model, Value, differentiate
 from .leaf import Leaf
 from .pytree import level, unwrap
 from .release import release_step
-from .state import State, bind, leaves, tree_context
+from .state import State, bind, leaves, require_state, tree_context
 from .update import apply_gradients, check_finite
 
 
@@ -107,6 +107,7 @@ def _turn(
 ) -> tuple[Value, Tensor]:
     """What the loss returned; and the loss, on several processes their mean."""
     _check_order(loss, model)
+    require_state(state, "trainstep")
     binding, context = bind(state, model), tree_context(state)
     context.require_training_weights(binding.records, "trainstep")
     batch = to_device(batch, binding.params)
@@ -116,7 +117,7 @@ def _turn(
             value = release_step(loss, model, args, binding, context)
             return value, value[0] if isinstance(value, tuple) else value
         value, grads = differentiate(loss, model, args, binding)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, AttributeError) as error:
         for note in why_it_failed(error, loss, (model, *args), "loss(model, *batch)", binding.params):
             error.add_note(note)
         raise
@@ -132,6 +133,8 @@ def _turn(
 
 
 def _check_order(loss: Any, model: Any) -> None:
+    if isinstance(loss, type):
+        raise TypeError(f"the loss is called as loss(model, *batch), and the class {loss.__name__} is no such function")
     if isinstance(loss, nn.Module) and not isinstance(model, nn.Module) and callable(model):
         raise TypeError(
             "the loss comes first, then the model: train(loss, model, data, state), with loss(model, *batch)"
@@ -143,10 +146,11 @@ def why_it_failed(
 ) -> Iterator[str]:
     """What may be behind an error from within a loss that was called so: another signature, batches of NumPy arrays,
     or batches in float64."""
+    kind = type(args[0]).__name__
     if (
         loss is not None
-        and isinstance(error, TypeError)
-        and (not _takes(loss, args) or f"not {type(args[0]).__name__}" in str(error))
+        and isinstance(error, TypeError | AttributeError)
+        and (not _takes(loss, args) or any(text in str(error) for text in (f"not {kind}", f"'{kind}' object has no")))
     ):
         example = "lambda m, x, y: cross_entropy(m(x), y)" if "model" in called_as else "cross_entropy(output, target)"
         yield f"the loss is called as {called_as}, as in: {example}"
@@ -161,7 +165,7 @@ def why_it_failed(
 def _takes(f: Any, args: Sequence[Any]) -> bool:
     """Whether a function can be called with these arguments, as far as can be told."""
     try:
-        inspect.signature(f).bind(*args)
+        inspect.signature(f.forward if isinstance(f, nn.Module) else f).bind(*args)
     except TypeError:
         return False
     except ValueError:  # it has no signature to look at
@@ -236,6 +240,5 @@ def _refuse(refused: dict[str, Any], data: Any, state: Any) -> None:
         }
         hint = hints.get("callbacks" if name == "cb" else name, "")
         raise TypeError(f"train has no argument {name!r}{hint}")
-    if not isinstance(state, State | Leaf):
-        raise TypeError(f"train takes the state that setup returns in fourth place, but got {type(state).__name__}")
+    require_state(state, "train")
     require_batches(data, "the data of train")

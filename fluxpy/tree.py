@@ -193,11 +193,13 @@ def explore(model: Any) -> tuple[TreeSpec, list[Tensor], list[Any]]:
 def check_model(x: Any, call: str) -> None:
     """TypeError for what cannot be a model, whatever is in it; a number, a function or an empty list is one that has
     no parameters."""
-    x = unwrap(x)
-    if level(x) is not None or x is None or isinstance(x, _PLAIN):
+    x, tree = unwrap(x), isinstance(x, Mirror)
+    if not tree and (level(x) is not None or x is None or isinstance(x, _PLAIN)):
         return
     name = x.__name__ if isinstance(x, type) else type(x).__name__
-    if isinstance(x, Iterator):
+    if tree:
+        what = f"a {x._what}; pass the model that it belongs to"
+    elif isinstance(x, Iterator):
         what = "an iterator, as model.parameters() gives; pass the model itself"
     elif isinstance(x, type):
         what = f"the class {name}; pass an instance, {name}(...)"

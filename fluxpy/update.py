@@ -27,8 +27,8 @@ from .grads import in_order
 from .leaf import Leaf, Record, miss_update
 from .pytree import is_transforming, is_wrapped, memory, unwritable
 from .rebuild import Copies, as_parameter, like_parameter, rebuild
-from .rule import Rule, tensors_of
-from .state import AnyState, State, bind, shape_of, tree_context
+from .rule import tensors_of
+from .state import AnyState, State, bind, require_state, shape_of, tree_context
 from .text import form
 
 Model = TypeVar("Model")
@@ -55,9 +55,7 @@ def update(state: AnyState, model: Model, grads: Any = None, *, inplace: bool = 
     >>> model["w"]
     tensor([0.9000, 0.8000])
     """
-    if not isinstance(state, State | Leaf):
-        what = "a rule; call state = setup(rule, model) first" if isinstance(state, Rule) else f"{type(state).__name__}"
-        raise TypeError(f"update takes (state, model, grads), but the first is {what}")
+    require_state(state, "update")
     binding, context = bind(state, model), tree_context(state)
     context.require_training_weights(binding.records, "update")
     if inplace:
@@ -132,6 +130,7 @@ def flush(state: AnyState, model: Model) -> tuple[AnyState, Model]:
     >>> model["w"]
     tensor([0.9000, 0.8000])
     """
+    require_state(state, "flush")
     binding, context = bind(state, model), tree_context(state)
     context.require_training_weights(binding.records, "flush")
     context.settle()
@@ -427,4 +426,5 @@ def check_finite(state: State | Leaf) -> None:
     number holds back its update and all after it, and this reads it, with its path and the number of the update, and
     lets updates go on. `train` calls it at its end.
     """
+    require_state(state, "check_finite")
     tree_context(state).flag.check()

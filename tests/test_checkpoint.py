@@ -150,7 +150,7 @@ def test_all_or_nothing(tmp_path):
         (Net().double(), Adam(), "expected float64"),
         (Untied(), Adam(), "missing: 'more.bias', 'more.weight'"),
         (Net().encoder, Adam(), "unexpected"),
-        (Net(), Momentum(), "'encoder.0.weight': expected Momentum .* got Adam"),
+        (Net(), Momentum(), "'encoder.0.weight', .*: expected Momentum .* got Adam"),
     ]:
         fresh = setup(rule, other)
         before = bits(other, fresh)
@@ -225,6 +225,11 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path, monkeypatch, name, mod
         save(place, epoch=1)
         assert load(path) == {"epoch": 1} and stat.S_IMODE(path.stat().st_mode) == mode and link.is_symlink()
     assert [stat.S_IMODE(m) for m in modes if stat.S_ISREG(m)] == [mode, mode]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*run\.flux'$"):
+        save(tmp_path / "gone" / "run.flux", n=1)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -112,6 +112,8 @@ def test_arrays_that_torch_cannot_share_are_copied(make: Callable[[np.ndarray], 
         (((X, ["a"] * 10),), TypeError, "1 is list"),
         ((np.array(["a", "b"]),), TypeError, "array"),
         (("text",), TypeError, "str"),
+        ((torch.eye(3).to_sparse(),), TypeError, "a tensor of torch.sparse_coo"),
+        ((np.ma.array([1.0, 2.0], mask=[0, 1]),), TypeError, "mask would be lost"),
     ],
 )
 def test_what_is_wrong_is_said(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:

@@ -166,6 +166,17 @@ def test_a_value_that_is_not_allowed_changes_nothing() -> None:
     assert optimizer.tree.left.bias.rule == Adam(0.1)
 
 
+def test_a_hyperparameter_that_the_rule_does_not_have_is_refused_and_marks_of_others_are_kept():
+    optimizer = TorchOptimizer(Adam(0.1), torch.nn.Linear(2, 1))
+    [group] = optimizer.param_groups
+    for name in ("weight_decay", "momentum", "dampening"):
+        with pytest.raises(ValueError, match=f"Adam has no hyperparameter '{name}'"):
+            group[name] = 0.1
+        group[name] = 0.0  # which changes nothing
+    group.update(initial_lr=0.1, foreach=True, stage="head")
+    assert [group[name] for name in ("initial_lr", "foreach", "stage", "weight_decay")] == [0.1, True, "head", 0.0]
+
+
 def test_a_name_with_several_values_is_no_one_value() -> None:
     optimizer = TorchOptimizer(OptimiserChain(RMSProp(1.0), Momentum(0.01)), Net())
     group = optimizer.param_groups[0]
@@ -752,6 +763,15 @@ def test_a_state_dict_of_torch_into_a_chain(named: bool) -> None:
         turn(optimizer, ours)
         turn(twin, theirs)
     assert_same(ours, theirs)
+
+
+def test_what_a_tool_that_looks_for_numbers_made_of_names_is_refused():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = torch.nn.Linear(2, 1)
+    optimizer = TorchOptimizer(Adam(), model)
+    with pytest.raises(ValueError, match=r"fluxpy.state_dict\(optimizer.tree\)"):
+        set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, optimizer))
 
 
 def test_a_state_dict_of_torch_without_names_goes_by_the_order_of_the_model() -> None:

@@ -279,6 +279,23 @@ def test_data_that_cannot_be_trained_on(data, error, message):
         Learner(net(), F.cross_entropy, Adam()).fit(data, epochs=2)
 
 
+def test_several_data_sets_are_not_taken_for_one_a_list_too_long_is_told():
+    learner = Learner(net(), F.cross_entropy, Adam())
+    with pytest.warns(UserWarning, match=r"the validation data is a list of 2, .* learner.validate\(data\)"):
+        learner.fit(batches(), [batches(), batches()], epochs=1)
+
+
+def test_a_step_of_ones_own_may_need_no_loss():
+    class Own(_Learner):
+        def training_step(self, model, input, target):
+            return F.cross_entropy(model(input), target)
+
+    learner = Own(net(), None, Adam(), accumulate=2, default_callbacks=False)
+    assert learner.fit(batches())[0]["train"]["loss"] > 0 and "NoneType" in learner._repr_html_()
+    with pytest.raises(TypeError, match="the loss is a function"):
+        Learner(net(), None, Adam())
+
+
 def test_own_steps_and_validation_and_prediction():
     class Auto(_Learner):
         def training_step(self, model, input, target):

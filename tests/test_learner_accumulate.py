@@ -83,6 +83,16 @@ def test_tokens_count_and_those_that_are_ignored_do_not():
         assert torch.allclose(weights[1], weights[0], rtol=1e-9, atol=1e-12)
 
 
+def test_classes_have_their_weights():
+    x, y = arrays(12)
+    y[3] = -100
+    loss = nn.CrossEntropyLoss(torch.tensor([0.1, 5.0, 1.0, 2.0], dtype=torch.float64), label_smoothing=0.1)
+    one, many = net(), net()
+    Learner(one, loss, Descent(0.5)).fit(DataLoader((x, y), batch_size=6), epochs=2)
+    Learner(many, loss, Descent(0.5), accumulate=3).fit(DataLoader((x, y), batch_size=2), epochs=2)
+    assert torch.allclose(change(many), change(one), rtol=1e-9, atol=1e-12)
+
+
 def test_a_weight_of_ones_own():
     x, y = arrays(8)
     model, other = net(), net()

@@ -142,6 +142,15 @@ def test_other_trees_together():
     assert nothing["w"] is None
 
 
+def test_gradients_of_another_part_are_not_lost():
+    model = {"a": torch.ones(1), "b": torch.ones(1)}
+    first, second = (gradient(lambda m, name=name: m[name].sum(), model) for name in "ab")
+    with pytest.raises(ValueError, match="the first gradients have nothing at 'b'"):
+        tree_map(torch.add, first, second)
+    decayed = tree_map(lambda g, x: g + x, first, model)  # what is frozen stays out
+    assert dict(decayed) == {"a": torch.tensor([2.0])}
+
+
 def _empty(grads):
     spec = fluxpy.tree.spec_of(grads)
     return spec, [None]
@@ -161,6 +170,8 @@ def test_of_a_state_it_maps_the_momenta():
     assert optree.tree_leaves(total, namespace="fluxpy")[0].flatten()[0] == 2
     with pytest.raises(TypeError, match="or states"):
         tree_map(torch.add, Net(), state)
+    with pytest.raises(ValueError, match=r"\(AdamW; 2 tensors\).*\(Descent; 0 tensors\)"):
+        tree_map(torch.add, other, setup(Descent(), Net()))
 
 
 @pytest.mark.parametrize(

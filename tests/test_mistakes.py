@@ -75,19 +75,46 @@ MISTAKES = {
     "withgradient(model, f)": (lambda h: withgradient(h.model, loss, X, Y), TypeError, "function comes first"),
     "gradient(model, f)": (lambda h: gradient(h.model, lambda m: m(X).sum()), TypeError, "function comes first"),
     "trainstep, state first": (lambda h: trainstep(loss, h.model, h.state, (X, Y)), TypeError, "got tuple"),
-    "trainstep, model twice": (lambda h: trainstep(loss, h.model, (X, Y), h.model), TypeError, "the model"),
-    "follow(model, state)": (lambda h: fluxpy.follow(h.model, h.state), TypeError, "takes the state tree.* the model"),
-    "flush(model, state)": (lambda h: fluxpy.flush(h.model, h.state), TypeError, "takes the state tree.* the model"),
-    "check_finite(model)": (lambda h: fluxpy.check_finite(h.model), TypeError, "takes the state tree.* the model"),
     "setup(keep=a dict)": (
         lambda h: setup(Adam(), h.model, keep=fluxpy.state_dict(h.state)), TypeError, "but got dict"
     ),
+    "a loss's class": (lambda h: train(nn.MSELoss, h.model, [(X, Y)], h.state), TypeError, "the class MSELoss"),
+    "sharpened, no radius": (lambda h: fluxpy.sharpened(loss, h.model, X, Y), TypeError, r"sharpened\(f, model, rho,"),
+    # What is no state.
+    **{
+        f"{name} of no state": (write, TypeError, "takes the state tree that setup returns .*, but got the model")
+        for name, write in {
+            "update": lambda h: update(h.model, h.state, h.grads),
+            "flush": lambda h: fluxpy.flush(h.model, h.state),
+            "follow": lambda h: fluxpy.follow(h.model, h.state),
+            "averaged": lambda h: fluxpy.averaged(h.model, h.state).__enter__(),
+            "check_finite": lambda h: fluxpy.check_finite(h.model),
+            "gradient": lambda h: gradient(loss, h.model, X, Y, state=h.model),
+            "train": lambda h: train(loss, h.model, [(X, Y)], h.model),
+            "trainstep": lambda h: trainstep(loss, h.model, (X, Y), h.model),
+            "save": lambda h: save("x.flux", model=h.model, state=h.model),
+        }.items()
+    },
+    "save a state dict": (lambda h: save("x.flux", model=h.model, state=h.model.state_dict()), TypeError, "state tr"),
+    "update by a rule": (lambda h: update(Adam(), h.model, h.grads), TypeError, r"a rule; call state = setup\(rule"),
     # What is no model.
     "parameters()": (lambda h: setup(Adam(), h.model.parameters()), TypeError, "pass the model itself"),
     "named_parameters()": (lambda h: setup(Adam(), h.model.named_parameters()), TypeError, "pass the model itself"),
     "a plain class": (lambda h: setup(Adam(), Plain()), TypeError, "class Plain.*nn.Module"),
     "a plain class's gradient": (lambda h: gradient(lambda m: m.w.sum(), Plain()), TypeError, "class Plain.*nn.Module"),
     "the class of a module": (lambda h: setup(Adam(), Net), TypeError, r"pass an instance, Net\("),
+    **{
+        f"{name} of no model": (write, TypeError, "pass the model")
+        for name, write in {
+            "roles": lambda h: fluxpy.roles(h.state),
+            "depths": lambda h: fluxpy.depths(h.grads),
+            "module_paths": lambda h: fluxpy.module_paths(h.state, nn.LayerNorm),
+            "flatten_parameters": lambda h: fluxpy.flatten_parameters(h.model.parameters()),
+            "trainables": lambda h: fluxpy.trainables(h.model.named_parameters()),
+            "destructure": lambda h: fluxpy.destructure(h.model.parameters()),
+            "snapshot": lambda h: fluxpy.testing.snapshot(h.state),
+        }.items()
+    },
     # What is no rule, and no schedule.
     "torch's optimiser": (lambda h: setup(OPTIMIZER, h.model), TypeError, "torch's SGD; write fluxpy.Descent"),
     "torch's class": (lambda h: setup(torch.optim.Adam, h.model), TypeError, r"torch's Adam; write fluxpy.Adam\("),
@@ -95,6 +122,7 @@ MISTAKES = {
     "a number": (lambda h: setup(1e-3, h.model), TypeError, r"write fluxpy.Adam\(0.001\)"),
     "torch's scheduler": (lambda h: Adam(SCHEDULER), TypeError, "lr takes.*torch's StepLR.*fluxpy.schedules"),
     "a scheduler's class": (lambda h: Adam(type(SCHEDULER)), TypeError, "torch's StepLR"),
+    "check_rule": (lambda h: fluxpy.testing.check_rule("Adam"), TypeError, "takes a rule, but got 'Adam'"),
     "adjust to a scheduler": (lambda h: adjust(h.state, SCHEDULER), TypeError, "torch's StepLR"),
     # Patterns and numbers by position.
     "freeze by pattern": (lambda h: freeze(h.state, "encoder.*"), TypeError, r"select\(state, 'encoder.\*'\)\)"),
@@ -173,6 +201,8 @@ BATCHES = {
     "NumPy": (loss, (X.numpy(), Y.numpy()), "DataLoader.*gives tensors"),
     "float64": (loss, (X.double(), Y), "X.astype"),
     "another signature": (lambda m, batch: loss(m, *batch), (X, Y), r"called as loss\(model, \*batch\)"),
+    "the Learner's, as an object": (nn.CrossEntropyLoss(), (X, Y), r"called as loss\(model, \*batch\)"),
+    "the Learner's mse_loss": (nn.functional.mse_loss, (X, Y), r"called as loss\(model, \*batch\)"),
     "the Learner's": (cross_entropy, (X, Y), r"called as loss\(model, \*batch\)"),
 }
 
@@ -180,7 +210,7 @@ BATCHES = {
 @pytest.mark.parametrize(("loss", "batch", "note"), BATCHES.values(), ids=BATCHES.keys())
 def test_a_loss_that_fails_on_its_batch(loss, batch, note):
     model = Net()
-    with pytest.raises((TypeError, RuntimeError)) as raised:
+    with pytest.raises((TypeError, RuntimeError, AttributeError)) as raised:
         train(loss, model, [batch], setup(Adam(), model))
     assert len(raised.value.__notes__) == 1
     with pytest.raises(AssertionError, match=note):

@@ -123,7 +123,7 @@ def test_a_callable_stays_that_of_the_target_and_is_reported() -> None:
     report = load_state_dict(fresh, file)
     assert list(report.schedules) == list(NAMES) and "decay" in str(report)
     assert fresh["a"].rule.lr == schedules.scaled(other, 0.5)
-    with pytest.raises(ValueError, match="'b': .*'rule'.*lr.schedule was .*decay.* give setup that callable"):
+    with pytest.raises(ValueError, match="'b', .*: .*'rule'.*lr.schedule was .*decay.* give setup that callable"):
         load_state_dict(setup(Adam(), model()), file)
     number = setup(Adam(0.3), model())
     assert list(load_state_dict(number, file, strict=False).rule) == list(NAMES)
@@ -290,6 +290,13 @@ def test_strict_lists_everything_and_otherwise_what_fits_is_loaded() -> None:
     assert (report.loaded, report.missing, report.unexpected) == (["same"], ["new"], ["gone"])
     assert (list(report.shape), list(report.rule)) == (["half", "wide"], ["bare", "chain", "other"])
     assert fresh.same.rule.lr == 0.5 and fresh.wide.rule.lr == 0.1 and str(report).startswith("1 leaves loaded")
+
+
+def test_leaves_that_do_not_fit_for_one_reason_are_told_together() -> None:
+    model = {f"w{i}": torch.ones(2) for i in range(50)}
+    with pytest.raises(ValueError, match=r"rule: 'w0', 'w1', .* \(50 in all\): expected Descent") as raised:
+        load_state_dict(setup(Descent(), model), state_dict(setup(Adam(), model)))
+    assert len(str(raised.value)) < 400
 
 
 def put(*path: Any, to: Any) -> Callable[[Any], Any]:

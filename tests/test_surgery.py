@@ -806,6 +806,7 @@ def test_the_wrong_thing_in_a_place_says_so() -> None:
         (lambda: surgery.take(model, state, [0]), "surgery.take takes the state tree .* but got the model"),
         (lambda: surgery.grow(Adam(), model, 1), "surgery.grow takes the state tree .* but got a rule"),
         (lambda: surgery.reset(model, rows=[0]), "surgery.reset takes the state tree"),
+        (lambda: surgery.reset(state, model, [0]), r"write surgery.reset\(state, rows, dim\)"),
         (lambda: surgery.rename(model, {}), "rename takes the whole state"),
         (lambda: surgery.take(state, model, "ab"), "a list of whole numbers, or a mask, but got 'ab'"),
         (lambda: surgery.grow(state, model, 2.5), "rows must be a whole number, or a tensor"),
@@ -1020,12 +1021,27 @@ def test_a_vocabulary_grows_and_shrinks(tied: bool) -> None:
         (lambda: surgery.resize_embedding(state, model, "mid", 6), "'mid' must be an Embedding"),
         (lambda: surgery.resize_embedding(state, model, "inn", 6), "did you mean 'in'"),
         (lambda: surgery.resize_embedding(state, model, "in", 6, rows=torch.ones(1, 2)), "needs 2 rows, but got 1"),
+        (lambda: surgery.resize_embedding(state, model, "in", 3, rows=torch.ones(1, 2)), "needs 0 rows, but got 1"),
+        (lambda: surgery.resize_embedding(state, model, "in", "6"), "size='6' must be a whole number"),
         (lambda: surgery.resize_embedding(state, model, "in", 6, head="mid"), "equally many symbols"),
     ):
         shown = everything(state, model)[1:]
         with pytest.raises(ValueError, match=match):
             call()
         assert everything(state, model)[1:] == shown
+
+
+def test_what_is_tied_to_a_vocabulary_follows_unasked() -> None:
+    model = nn.ModuleDict({"in": nn.Embedding(4, 2), "again": nn.Embedding(4, 2), "out": nn.Linear(2, 4)})
+    model["again"].weight = model["out"].weight = model["in"].weight
+    state = setup(Adam(), model)
+    x = torch.tensor([1, 3])
+    before = model["out"](model["again"](x))
+    surgery.resize_embedding(state, model, "in", 6)
+    assert (model["in"].num_embeddings, model["again"].num_embeddings, model["out"].out_features) == (6, 6, 6)
+    torch.testing.assert_close(model["out"](model["again"](x))[:, :4], before)
+    surgery.resize_embedding(state, model, "again", 4)
+    assert (model["in"].num_embeddings, model["out"].out_features, state["out"].bias.shape) == (4, 4, (4,))
 
 
 def test_pruning_takes_what_reads_along() -> None:

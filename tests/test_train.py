@@ -71,7 +71,7 @@ def test_a_loss_that_is_not_finite_updates_nothing():
             TypeError,
             r"iterable of batches, not dict: fluxpy\.DataLoader",
         ),
-        (lambda m, s, d: train(loss, m, d, Adam()), TypeError, "state that setup returns"),
+        (lambda m, s, d: train(loss, m, d, Adam()), TypeError, "state tree that setup returns"),
         (lambda m, s, d: train(loss, nn.Linear(3, 2, bias=False), d, s), ValueError, "does not fit the state"),
         (
             lambda m, s, d: train(loss, w := [m, torch.ones(1, device="meta")], d, setup(Adam(), w)),

@@ -1,8 +1,7 @@
 """Runs of `torch.optim` that go on here, and runs of ours that go on there."""
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
-from itertools import chain, takewhile
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from ..rule import Rule, replace, rules_in, title, value_key
 from ..rules import Descent, WeightDecay
 from ..state import State, bind, leaf_list, leaves, setup
 from ..text import names_of
-from .groups import Member, ParamGroup, ParamGroups
+from .groups import OPTIONS, Member, ParamGroup, ParamGroups
 from .twins import TWINS, options_of, read_state, rule_of, stepper_of, write_state
 
 
@@ -153,7 +152,7 @@ def load_from_torch(groups: ParamGroups, d: Mapping[str, Any]) -> None:
     for member, packed, saved in _matched(groups.current(), d["param_groups"], d["state"]):
         rule = _with_options(member.leaf.rule, packed)
         contents.append((member.leaf, _content(rule, member.x, saved, member.path)))
-        kept[id(member.leaf)] = {name: value for name, value in packed.items() if name not in _OPTIONS}
+        kept[id(member.leaf)] = {name: value for name, value in packed.items() if name not in OPTIONS}
     shared: dict[Any, Rule | None] = {}
     for leaf, content in contents:
         rule = shared.setdefault((id(leaf.rule), value_key(content.rule)), content.rule)
@@ -161,10 +160,6 @@ def load_from_torch(groups: ParamGroups, d: Mapping[str, Any]) -> None:
         replace_leaf(leaf, state=content.state)
     for group in groups.current():
         group.kept |= kept[id(group.members[0].leaf)]
-
-
-_CLASSES = {name for twin in TWINS.values() for name in twin.classes}
-_OPTIONS = {"params", "param_names", *chain(*(signature(getattr(torch.optim, name)).parameters for name in _CLASSES))}
 
 
 def _matched(

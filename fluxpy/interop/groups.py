@@ -2,18 +2,25 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from itertools import chain
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..adjust import adjust
 from ..leaf import Leaf
 from ..rule import Rule, at, hyperparameters, rule_key, rules_in, title, value_key
 from ..state import State, leaf_list, shape_of, tree_context
+from ..text import unknown
 from ..tree import TreeSpec
 from .live import LiveDict
 
+# All that a group of an optimiser of torch has.
+OPTIONS = {"params", "param_names"}.union(
+    *(signature(kind).parameters for kind in vars(torch.optim).values() if isinstance(kind, type))
+)
 # Options of torch's classes that say how to compute, which is the engine's business here.
 _HOW = ("foreach", "fused")
 # Modes that are off here; what to write for each.
@@ -106,6 +113,8 @@ class ParamGroup(LiveDict):
             raise ValueError(f"param_groups: {self._mixed(name)}")
         if name not in shown:
             refuse_mode(name, value, "param_groups")
+            if value and name in OPTIONS.difference(_HOW, _OFF):
+                raise ValueError(f"param_groups: {unknown(title(self.rule), shown, name)}")
             self.kept[name] = value
         elif not same(shown[name], value):
             schedules = [v for member in rules_in(self.rule) if callable(v := hyperparameters(member).get(name))]

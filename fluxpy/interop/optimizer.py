@@ -238,6 +238,12 @@ class TorchOptimizer(Optimizer):
             raise ValueError("load_state_dict takes what state_dict() of an optimiser returns, with its param_groups")
         if "version" in d:
             self._load(d)
+        elif any("names" in entry for entry in d["state"].values()):
+            raise ValueError(
+                "load_state_dict: a tool that puts names in place of numbers, as get_optimizer_state_dict of "
+                "torch.distributed.checkpoint, changed this dict, which has names: give torch.distributed.checkpoint "
+                "fluxpy.state_dict(optimizer.tree), and load that by fluxpy.load_state_dict"
+            )
         else:
             load_from_torch(self._groups, d)
         self._follow_devices()

@@ -2,6 +2,7 @@
 
 import inspect
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -55,6 +56,12 @@ class Source:
         """ValueError where this cannot last for so many epochs, of which some are left."""
         if self.each and len(self.data) < epochs:
             raise ValueError(f"{self.name} has the data of {len(self.data)} epochs, but epochs={epochs}")
+        if self.each and len(self.data) > epochs:
+            warnings.warn(
+                f"{self.name} is a list of {len(self.data)}, of which each epoch takes one: with epochs={epochs} the "
+                "rest is not used. Other data to validate on: learner.validate(data), in a callback at epoch_end",
+                stacklevel=2,
+            )
         if left > 1 and isinstance(self.data, Iterator):
             raise ValueError(
                 f"{self.name} is an iterator, which lasts for one epoch, but epochs={epochs}; pass what can be gone "

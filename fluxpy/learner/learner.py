@@ -5,7 +5,7 @@ import html
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -39,10 +39,10 @@ class Learner:
     """Trains a model: `Learner(model, loss, rule_or_state, metrics=["accuracy"]).fit(train, valid, epochs=12)`.
 
     `loss(output, target)` gives the mean loss of a batch. A batch is `(input, target)`, or a dict with a `target`,
-    `label` or `y`. For anything else override `training_step`. `device` is where the model and the batches go; by
-    default where the model is. `callbacks` are run in their order, after the default ones: any callable
-    `(learner, event)`, or a `Callback`. `metrics` are names, functions `(output, target) -> number` or objects as those
-    of torchmetrics, in a list or a dict by name; the loss is always among them.
+    `label` or `y`. For anything else override `training_step`; `loss` may be None then. `device` is where the model and
+    the batches go; by default where the model is. `callbacks` are run in their order, after the default ones: any
+    callable `(learner, event)`, or a `Callback`. `metrics` are names, functions `(output, target) -> number` or
+    objects as those of torchmetrics, in a list or a dict by name; the loss is always among them.
 
     `autocast=torch.bfloat16` runs steps and predictions under `torch.autocast`. `accumulate=n` updates once every n
     batches (`update_start` comes with those updates), by the mean over their samples, as one batch of them all would:
@@ -64,7 +64,7 @@ class Learner:
     def __init__(
         self,
         model: Any,
-        loss: Callable[[Any, Any], Tensor],
+        loss: Callable[[Any, Any], Tensor] | None,
         rule_or_state: Rules | State | Leaf,
         *,
         metrics: Any = (),
@@ -78,7 +78,7 @@ class Learner:
         has_state = isinstance(rule_or_state, State | Leaf)
         if device is not None:
             move(model, torch.device(device), has_state)
-        self.model, self.loss = model, loss
+        self.model, self.loss = model, cast(Any, loss)
         self.autocast, self.accumulate = autocast, accumulate
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
         self.device = _device_of(bind(self.state, model).params)  # where batches go
@@ -405,6 +405,8 @@ def _check(learner: Learner, loss: Any, autocast: Any, accumulate: Any) -> None:
         hint = "" if autocast != torch.float16 else ": float16 needs its loss scaled, or small gradients are lost"
         raise ValueError(f"autocast={autocast!r} is not allowed{hint}; it is torch.bfloat16 or None")
     events.require_whole("accumulate", accumulate)
+    if loss is None and type(learner).training_step is not Learner.training_step:
+        return  # which needs none
     if isinstance(loss, type):
         raise TypeError(f"the loss is an object, not a class: write {loss.__name__}()")
     if not callable(loss):

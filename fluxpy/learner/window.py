@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .metrics import counted, number
 
@@ -40,7 +40,8 @@ class Window:
 
 def weight_of(step: Any, loss: Any) -> Any:
     """How much a batch counts in a mean over several. Of targets that are classes that is how many of them
-    `cross_entropy` takes the mean of, which are those that are not `ignore_index`; of others, the samples."""
+    `cross_entropy` takes the mean of: those that are not `ignore_index`, each by the `weight` of its class where the
+    loss has such; of others, the samples."""
     if step.weight is not None:
         return step.weight
     target = step.target
@@ -51,4 +52,7 @@ def weight_of(step: Any, loss: Any) -> Any:
         or target.dtype == torch.bool
     ):
         return step.samples
-    return number(counted(target, getattr(loss, "ignore_index", -100)).count_nonzero())
+    counts = counted(target, getattr(loss, "ignore_index", -100))
+    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and loss.weight is not None:
+        return number((loss.weight[target.where(counts, 0)] * counts).sum())
+    return number(counts.count_nonzero())

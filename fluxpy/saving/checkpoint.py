@@ -45,10 +45,12 @@ def save(
     """
     _refuse_positions("save", path, refused)
     _require_one_process("save", model, state)
-    if model is not None and state is not None:
-        require_training_weights(state, "save(..., model=, state=)")
-    tensors = None if model is None else dict(model_tensors(model))
-    write_checkpoint(path, tensors, None if state is None else state_dict(state), extra)
+    tensors, plain = None if model is None else dict(model_tensors(model)), None
+    if state is not None:
+        plain = state_dict(state)
+        if model is not None:
+            require_training_weights(state, "save(..., model=, state=)")
+    write_checkpoint(path, tensors, plain, extra)
 
 
 def write_checkpoint(

@@ -100,7 +100,8 @@ def _replace(path: str, pieces: tuple[Any, ...], mode: int | None) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError):
-            error.filename, error.filename2 = path, None
+            error.filename = path
+            del error.filename2  # where that is None, the message would still have it
         raise
 
 

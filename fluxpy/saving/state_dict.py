@@ -59,8 +59,16 @@ class Report(NamedTuple):
             if names:
                 lines.append(f"{kind}: {names_of(names)}")
         for kind in ("shape", "rule", "ties", "schedules", "changed"):
-            lines += [f"{kind}: {path!r}: {why}" for path, why in getattr(self, kind).items()]
+            lines += [f"{kind}: {line}" for line in _by_reason(getattr(self, kind))]
         return "\n  ".join(lines)
+
+
+def _by_reason(found: Mapping[str, str]) -> list[str]:
+    """A line for each reason, with the paths that have it."""
+    paths: dict[str, list[str]] = {}
+    for path, why in found.items():
+        paths.setdefault(why, []).append(path)
+    return [f"{names_of(names)}: {why}" for why, names in paths.items()]
 
 
 def state_dict(state: State | Leaf) -> dict[str, Any]:
@@ -147,14 +155,10 @@ def changes_of_rules(now: list[list[Any]], saved: list[list[Any]]) -> dict[str, 
 
 def changed_rules(changed: dict[str, str], option: str) -> str | None:
     """What to warn of after the file's hyperparameters were loaded: that the script says other ones."""
-    paths: dict[str, list[str]] = {}
-    for path, change in changed.items():
-        paths.setdefault(change, []).append(path)
-    if not paths:
+    if not changed:
         return None
-    lines = [f"{names_of(names)}: {change}" for change, names in paths.items()]
     first = 'the saved run was set up with other rules than this one; those of the file count (hyperparameters="load")'
-    return "\n  ".join([f"{first}, those of the script with {option}", *lines])
+    return "\n  ".join([f"{first}, those of the script with {option}", *_by_reason(changed)])
 
 
 def _named_leaves(state: Any, verb: str) -> list[NamedLeaf]:

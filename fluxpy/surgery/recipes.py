@@ -11,7 +11,7 @@ from ..pytree import level, partition, unwrap
 from ..state import AnyState
 from ..text import near
 from .edit import Draft, Edit
-from .modules import input_of, is_known, output_of
+from .modules import input_of, is_known, modules_in, output_of, own_tensors
 from .rows import Growing, Taking, fitting, made_rows, row_numbers
 
 Model = TypeVar("Model")
@@ -23,8 +23,9 @@ def resize_embedding(
     """Give a vocabulary `size` symbols: the first ones stay, new ones are appended. Returns both, changed in place.
 
     `embedding` is the path of an `nn.Embedding` in the model, `head` that of the `nn.Linear` that scores the symbols,
-    if there is one; tied or not. New rows are `rows`, of the embedding (and with it of a tied head), or made by the
-    modules' own initialisation, which is large for an `nn.Embedding`: think of `rows` near the mean of the old ones.
+    if there is one; modules of PyTorch's whose weight is tied to the embedding's follow by themselves. New rows are
+    `rows`, of the embedding (and with it of what is tied), or made by the modules' own initialisation, which is large
+    for an `nn.Embedding`: think of `rows` near the mean of the old ones.
 
     >>> model = torch.nn.ModuleDict({"in": torch.nn.Embedding(3, 2), "out": torch.nn.Linear(2, 3)})
     >>> state = fluxpy.setup(fluxpy.Adam(), model)
@@ -35,11 +36,15 @@ def resize_embedding(
     verb = "resize_embedding"
     with torch.inference_mode(False), torch.no_grad():
         edit, first = Edit(verb, state, model), module_at(model, embedding, (nn.Embedding, nn.EmbeddingBag), verb)
-        modules = [first] if head is None else [first, module_at(model, head, (nn.Linear,), verb)]
-        parts = [edit.places(module, 0) for module in modules]
-        new = size - first.weight.shape[0]
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(f"{verb}: size={size!r} must be a whole number, 0 or more")
+        modules = [first] if head is None else [first, module_at(model, head, (nn.Linear,), verb)]
+        modules += [other for other in modules_in(model) if other not in modules and _is_tied(other, first)]
+        parts = [edit.places(module, 0) for module in modules]
+        old = len(first.weight)
+        new = size - old
+        if rows is not None and len(rows) != max(new, 0):
+            raise ValueError(f"{verb}: from {old} to {size} needs {max(new, 0)} rows, but got {len(rows)}")
         if len({cut.x.shape[cut.dim] for cuts, _ in parts for cut in cuts}) > 1:
             raise ValueError(f"{verb}: {embedding!r} and {head!r} do not have equally many symbols")
         if new <= 0:
@@ -50,14 +55,15 @@ def resize_embedding(
                 made |= made_rows(verb, module, cuts, resizes, new)
             if rows is not None:
                 made[id(first.weight)] = fitting(verb, f"{embedding}.weight", first.weight, 0, rows)
-                if len(rows) != new:
-                    raise ValueError(
-                        f"{verb}: from {len(first.weight)} to {size} needs {new} rows, but got {len(rows)}"
-                    )
             change = Growing(verb, new, made)
         edit.cut(_once(cut for cuts, _ in parts for cut in cuts), [r for _, found in parts for r in found], change)
         edit.write()
     return state, model
+
+
+def _is_tied(module: nn.Module, to: Any) -> bool:
+    """Whether a module of PyTorch's has the weight of another."""
+    return is_known(module) and any(x is to.weight for x in own_tensors(module).values())
 
 
 def prune(state: AnyState, model: Model, layer: str, keep: Any, readers: Sequence[str] = ()) -> tuple[AnyState, Model]:

@@ -94,6 +94,10 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
     >>> fluxpy.surgery.reset(state, rows=[1]).state
     tensor([1., 0., 1.])
     """
+    if not isinstance(dim, int):
+        raise TypeError(
+            "write surgery.reset(state, rows, dim), and the model, where it needs one, by name: model=model"
+        )
     with torch.inference_mode(False), torch.no_grad():
         found = each_leaf(state, "surgery.reset")
         require_one_process("reset of rows", tree_context(state))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..rule import Rule, at, title
+from ..text import named
 from . import apply_promises, tree_promises
 from .trial import Trial
 
@@ -86,6 +87,8 @@ def check_rule(rule: Rule | type[Rule], *, adjusted: Mapping[str, Any] | None = 
             raise TypeError(
                 f"check_rule: {rule.__name__}() does not work ({error}); give check_rule an instance"
             ) from None
+    if not isinstance(rule, Rule):
+        raise TypeError(f"check_rule takes a rule, but got {named(rule)}")
     trial = Trial(at(rule, 0), adjusted or {})
     for promise, check in PROMISES:
         try:

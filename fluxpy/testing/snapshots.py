@@ -11,7 +11,7 @@ from ..pytree import entries_of, is_parameter, level, unwrap
 from ..rule import hyperparameters, rules_in, title
 from ..saving.record import read_leaf
 from ..state import State, bind, leaves
-from ..tree import TreeSpec, walk
+from ..tree import TreeSpec, check_model, walk
 from .compare import describe_change, require, same_bits
 
 
@@ -37,6 +37,7 @@ def snapshot(model: Any, state: State | Leaf | None = None) -> Snapshot:
     A tied parameter is under its first path, with all its "names". A hyperparameter that occurs more than once in a
     chain has the tuple of its values. ValueError where the state does not belong to the model.
     """
+    check_model(model, "snapshot(model, state)")
     spec, values = walk(model)
     taken = Snapshot({path: {"parameter": _copy(values[index])} for index, path in spec.leaves.items()})
     for path, names in all_names(spec).items():
