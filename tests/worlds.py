@@ -15,6 +15,9 @@ import torch.distributed as dist
 
 PATIENCE = 60  # seconds that a process waits for the others
 
+PRELOADED = ["torch", "torch._dynamo", *(f"torch.distributed.{name}" for name in ("checkpoint", "fsdp", "tensor"))]
+PRELOADED += ["fluxpy", *(f"fluxpy.{name}" for name in ("interop", "learner", "surgery", "testing")), "pytest"]
+
 Case = Callable[[], None]
 
 
@@ -71,9 +74,9 @@ def _started(context: Any, size: int, folder: str, cases: list[Case], results: A
 
 
 def forking() -> Any:
-    """Processes are forked by a server that has imported what they need."""
+    """Processes are forked by a server that has imported most of what they need; it does not find modules of tests."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.tensor", "torch.distributed.fsdp", "fluxpy", "helpers"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
