@@ -347,8 +347,8 @@ class Plan:
             self.add(arranged(found), static)
 
     def add(self, members: list[Member], static: Any) -> None:
+        self.context.structure += 1  # first: other plans may have these leaves
         cohort, kind = Cohort(members, self.context, static), static[0]
-        self.context.structure += 1
         self.units[id(cohort)] = _MAKERS[kind](cohort)
         self.cohorts.append(cohort)
         self.routes.clear()  # in which these leaves may go another way
