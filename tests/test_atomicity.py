@@ -40,6 +40,7 @@ from fluxpy import (
     update,
     value,
 )  # fmt: skip
+from fluxpy.engine.cohort import Cohort
 from fluxpy.leaf import context_of
 
 # --- Refused updates ----------------------------------------------------------------------------------------------
@@ -435,6 +436,21 @@ def test_what_a_state_shows_after_an_interrupt_is_what_steps(verb, rule):
         twin = copy.deepcopy(run)
         run.step(2).equals(twin.step(2), room=1e-12)
         calls += 1 if calls < 70 else STRIDE
+
+
+def test_an_interrupt_while_leaves_are_put_together(monkeypatch):
+    """Those that step with others by then are not looked for where they stepped before."""
+
+    def share(cohort):
+        cohort.records[0].numbers = cohort.numbers
+        raise KeyboardInterrupt
+
+    run = Run(AdamW(0.02)).step(2)
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Cohort, "_share", share)
+        update(run.state.a, run.model.a, run.grads()["a"])
+    twin = copy.deepcopy(run)
+    run.step(2).equals(twin.step(2), room=1e-12)
 
 
 def test_an_interrupt_while_averages_are_put_away():

@@ -335,10 +335,13 @@ class Plan:
         for found in same.values():
             buckets.setdefault((statics[found[0].place], *_numbers_key(found[0].record)), []).extend(found)
         for (static, *_), found in buckets.items():
-            self._put(Cohort(arranged(found), self.context, static))
+            self._add(found, static)
+
+    def _add(self, members: list[Member], static: Any) -> None:
+        self.context.structure += 1  # first: other plans may have these leaves
+        self._put(Cohort(arranged(members), self.context, static))
 
     def _put(self, cohort: Cohort) -> None:
-        self.context.structure += 1
         self.units[id(cohort)] = _MAKERS[cohort.static_key[0]](cohort)
         self.cohorts.append(cohort)
         self.routes.clear()  # in which these leaves may go another way
@@ -353,7 +356,7 @@ class Plan:
             if len(parts) > 1 or "alone" in parts:
                 self._drop(cohort)
                 for part in (members for kind, members in parts.items() if kind != "alone"):
-                    self._put(Cohort(arranged(part), self.context, cohort.static_key))
+                    self._add(part, cohort.static_key)
 
     def _renew(self) -> None:
         """Lay all cohorts out anew, as the parameters are elsewhere."""
@@ -361,7 +364,7 @@ class Plan:
         for cohort in list(self.cohorts):
             self._drop(cohort)
             moved = [member._replace(x=params[member.place]) for member in cohort.members]
-            self._put(Cohort(arranged(moved), self.context, cohort.static_key))
+            self._add(moved, cohort.static_key)
 
 
 _MAKERS: dict[str, Callable[[Cohort], CohortUnit]] = {
