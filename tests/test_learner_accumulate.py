@@ -255,3 +255,20 @@ def test_on_a_device_nothing_is_read_and_the_mean_is_the_same(monkeypatch):
     with pytest.warns(UserWarning, match="the loss is not finite"):
         learner.fit(bad)
     assert all(p.isfinite().all() for p in many.parameters())
+
+
+@pytest.mark.parametrize("fewer", [1, 2])
+def test_a_window_that_waits_is_ended_where_fewer_batches_make_one(fewer):
+    """`accumulate` may be changed in mid-window, by a callback or by the script that goes on with a run."""
+    x, y = arrays(12)
+    seen = []
+
+    def change_it(learner, event):
+        if event == "batch_start" and learner.batch_index == 3:
+            learner.accumulate = fewer
+        elif event == "update_start":
+            seen.append(learner.batch_index)
+
+    learner = Learner(net(), F.cross_entropy, Adam(), accumulate=5, callbacks=[change_it])
+    learner.fit(DataLoader((x, y), batch_size=1))
+    assert seen == [3, *range(3 + fewer, 12, fewer)]

@@ -38,6 +38,7 @@ MISTAKES = {
     "a loss of the model": (lambda: learner(loss=lambda m, x, y: m(x).sum()), r"loss\(output, target\).*fluxpy.train"),
     "val_loss": (lambda: learner(callbacks=[EarlyStopping("val_loss")]), "write 'loss'.*or 'validation.loss'"),
     "val_accuracy": (lambda: Checkpoint("run", monitor="val_accuracy"), "'validation.accuracy'"),
+    "a patience in its place": (lambda: EarlyStopping(3), "monitor is the name of a metric, but got 3.*patience=3"),
     "train_loss": (lambda: EarlyStopping("train_loss"), "write 'train.loss'"),
     "torch's optimiser": (lambda: learner(rule=torch.optim.Adam([torch.zeros(1)])), r"torch's Adam; write fluxpy.Adam"),
     "an object in a metric": (

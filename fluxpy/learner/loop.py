@@ -257,7 +257,7 @@ class Loop:
         step.number = number(step.loss)
         if not self._is_finite(step):
             return
-        if learner.accumulate == 1:
+        if learner.accumulate == 1 and not self.window.batches:
             self._update()
         else:
             self._gather(step)
@@ -320,7 +320,7 @@ class Loop:
         else:
             weight = self.ranks.mean("accumulate", weight)
         self.window.add(in_order(bind(learner.state, learner.model), step.grads), weight)
-        if self.window.batches == learner.accumulate or learner.batch_index + 1 == learner.batch_count:
+        if self.window.batches >= learner.accumulate or learner.batch_index + 1 == learner.batch_count:
             self._update_by_window()
 
     def _update_by_window(self) -> None:

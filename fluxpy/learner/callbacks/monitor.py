@@ -22,6 +22,8 @@ class Monitor:
     `"validation.loss"` say which. `mode` is whether `"min"` or `"max"` is best; known metrics need none."""
 
     def __init__(self, name: str, mode: str | None) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"monitor is the name of a metric, but got {name!r}; give the others by name: patience=3")
         prefix, _, metric = name.partition("_")
         if prefix in _PREFIXES and metric in _MODES:
             usual = "" if prefix == "train" else f"{metric!r} (of validation, where there is one) or "
