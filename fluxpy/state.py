@@ -329,7 +329,7 @@ def require_state(state: Any, verb: str) -> None:
     got = type(state).__name__
     if isinstance(state, Rule):
         got = "a rule; call state = setup(rule, model) first"
-    elif walk(state)[1]:
+    elif isinstance(state, nn.Module):
         got = "the model"
     raise TypeError(f"{verb} takes the state tree that setup returns (or a branch of it), but got {got}")
 

@@ -67,4 +67,5 @@ def require_close(a: Any, b: Any, where: str) -> None:
         x, y = x.detach(), y.detach()
         largest = float(x.abs().nan_to_num(0, 0, 0).max()) if x.numel() else 0.0
         tolerance = 32 * torch.finfo(x.dtype).eps * largest
-        require(torch.allclose(x, y, rtol=0, atol=tolerance, equal_nan=True), f"{where}: {x} and {y}")
+        if not torch.allclose(x, y, rtol=0, atol=tolerance, equal_nan=True):  # written only where they differ
+            raise AssertionError(f"{where}: {x} and {y}")
