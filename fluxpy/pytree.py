@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import optree
 import torch
 import torch.utils._pytree as torch_pytree
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 NAMESPACE = "fluxpy"
 PLAIN = Tensor, nn.Parameter  # classes of tensors that keep nothing back
@@ -313,6 +314,16 @@ def memory(x: Tensor) -> int:
         return (not is_wrapped(x) and x.numel() and x.untyped_storage().data_ptr()) or id(x)
     except RuntimeError:  # a DTensor, which stands for others
         return id(x)
+
+
+def memories(tensors: Iterable[Tensor]) -> list[int]:
+    """`memory` of each of many tensors, mostly without a Python frame for each."""
+    tensors = list(tensors)
+    with suppress(RuntimeError):  # as above
+        if not any(map(is_wrapped, tensors)):
+            found = map(UntypedStorage.data_ptr, map(Tensor.untyped_storage, tensors))
+            return [place or id(x) for place, x in zip(found, tensors, strict=True)]
+    return [memory(x) for x in tensors]
 
 
 def shares(x: Tensor, others: Iterable[Tensor]) -> bool:

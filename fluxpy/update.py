@@ -7,7 +7,6 @@ plan. Where one may differentiate through it, it runs the reference path: each r
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -19,13 +18,13 @@ from .distributed.gathered import GatheredUnit
 from .distributed.sharding import local_gradients
 from .distributed.totals import Totals
 from .engine.cohort import Member
-from .engine.layout import clone_all, is_dense
+from .engine.layout import Extents, addresses, clone_all, is_dense
 from .engine.plan import Plan, Route
 from .engine.reference import ReferenceUnit
 from .engine.step import FallBack, Unit, run_to_results
 from .grads import in_order
 from .leaf import Leaf, Record, miss_update
-from .pytree import is_transforming, is_wrapped, memory, unwritable
+from .pytree import is_transforming, is_wrapped, memories, memory, unwritable
 from .rebuild import Copies, as_parameter, like_parameter, rebuild
 from .rule import tensors_of
 from .state import AnyState, State, bind, require_state, shape_of, tree_context
@@ -178,8 +177,9 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
     if route is None:
         binding.warn_of_flags()
         _check(binding, grads, inplace)
-        written = {memory(x) for x in binding.local}  # a gradient in there would change while it is read
-        grads = [g.clone() if g is not None and memory(g) in written else g for g in grads]
+        written = set(memories(binding.local))  # a gradient in there would change while it is read
+        if not written.isdisjoint(memories(g for g in grads if g is not None)):
+            grads = [g.clone() if g is not None and memory(g) in written else g for g in grads]
         try:
             route = plan.find(grads) or plan.make(grads)
         except BaseException:
@@ -403,20 +403,21 @@ def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
 
 def _check_overlap(binding: Binding) -> None:
     """ValueError where two parameters are in the same memory: each would be stepped, and both moved."""
-    ends: dict[torch.device, tuple[int, str]] = {}
-    pairs = zip(binding.local, binding.paths, strict=True)
-    found = [(x.data_ptr(), x, path) for x, path in pairs if x.numel() and not x.is_meta]
-    for start, x, path in sorted(found, key=itemgetter(0)):
-        end, other = ends.get(x.device, (0, ""))
-        if start < end:
+    devices: dict[torch.device, list[int]] = {}
+    for place, x in enumerate(binding.local):
+        if x.numel() and not x.is_meta:
+            devices.setdefault(x.device, []).append(place)
+    for places in devices.values():
+        here = [binding.local[place] for place in places]
+        # Of a tensor with gaps only the first element is looked at: others may lie in the gaps.
+        sizes = [x.nbytes if is_dense(x) else x.element_size() for x in here]
+        pair = Extents(addresses(here), sizes).overlap
+        if pair is not None:
+            other, path = (binding.paths[places[i]] for i in pair)
             raise ValueError(
                 f"the parameters {other!r} and {path!r} are in the same memory, which an update would step twice; "
                 "tie them by using one Parameter at both places, or clone one"
             )
-        # Of a tensor with gaps only the first element is looked at: others may lie in the gaps.
-        size = x.nbytes if is_dense(x) else x.element_size()
-        if start + size > end:
-            ends[x.device] = start + size, path
 
 
 def check_finite(state: State | Leaf) -> None:

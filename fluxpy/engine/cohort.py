@@ -172,11 +172,12 @@ def packed_form(x: Tensor, tensors: Sequence[Tensor]) -> tuple[bool, ...] | None
     """Which tensors of the state of a dense parameter are numbers (0-dim), where the others are like the parameter;
     None where such a state cannot be packed."""
     real = real_view(x) if x.is_complex() else x
-    if not is_dense(real):
+    contiguous = real.is_contiguous()  # which is cheaper to compare than strides
+    if not (contiguous or is_dense(real)):
         return None
-    shape, stride, device, form = real.shape, real.stride(), real.device, []
+    shape, device, form = real.shape, real.device, []
     for t in tensors:
-        alike = t.shape == shape and t.stride() == stride
+        alike = t.shape == shape and (t.is_contiguous() if contiguous else t.stride() == real.stride())
         if t.device != device or t.requires_grad or t.is_inference() or not (alike or not t.ndim):
             return None
         form.append(not alike)

@@ -71,10 +71,12 @@ class Extents:
     def __init__(self, starts: Sequence[int], sizes: Sequence[int]) -> None:
         first = np.fromiter(starts, np.int64, len(starts))
         order = first.argsort()
+        lasts = (first + np.fromiter(sizes, np.int64, len(sizes)))[order]
         # By the number of tensors that start before a place: where the last of them ends.
-        ends = np.maximum.accumulate((first + np.fromiter(sizes, np.int64, len(sizes)))[order])
-        self.as_arrays = first[order], np.concatenate(([0], ends))
-        self.overlap = bool((first[order][1:] < ends[:-1]).any())
+        self.as_arrays = starting, ends = first[order], np.concatenate(([0], np.maximum.accumulate(lasts)))
+        inside = (starting < ends[:-1]).nonzero()[0]
+        # Two of the tensors that overlap, by their numbers; None where all are apart.
+        self.overlap = (order[lasts[: inside[0]].argmax()], order[inside[0]]) if len(inside) else None
         self.starts, self.ends = (array.tolist() for array in self.as_arrays)
         self.apart: list[int] = []  # what pointed nowhere into it last
 
