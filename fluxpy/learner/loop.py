@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,9 +32,8 @@ class Loop:
     It keeps that of its last fit, which can be saved then too. Not the other way, or nothing would be freed at once.
     """
 
-    learner: "Learner"
+    learner: "Learner"  # while one of its calls runs
     ranks: Ranks
-    dispatcher: Dispatcher
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class Loop:
         self.rules: Any = None  # with which the fit began, by path; or as a saved run had them
         self.lengths: dict[str, int | None] = {}  # how many batches each phase had
         self.compared: set[str] = set()  # the phases whose data was compared with that of the saved run
+        self.dispatcher = Dispatcher()
         # Of the epoch and the phase:
         self.row: dict[str, Any] = {}  # what the history will have of the epoch
         self.epoch_began = self.phase_began = 0.0  # by `time.monotonic`; earlier by what a saved run had spent on it
@@ -55,45 +56,52 @@ class Loop:
         self.window = Window()  # gradients that wait for an update
         # Of the batch:
         self.predicted = False  # whether it has told its output, in validation
-        self.losses: list[float] = []  # on each process, where there are several
+        self.losses: list[float] = []  # on each process
 
-    def of(self, learner: "Learner") -> "Loop":
-        """This, as that Learner's."""
+    @contextmanager
+    def of(self, learner: "Learner") -> Iterator[None]:
+        """A call of that Learner's, or one within another."""
+        if self.dispatcher.levels:
+            yield
+            return
         self.learner, self.ranks = learner, learner.ranks
         self.dispatcher = Dispatcher(learner, [*learner.callbacks, *self.callbacks])
-        return self
+        try:
+            yield
+        finally:
+            del self.learner
+            self.dispatcher = Dispatcher()
 
     # --- Epochs -------------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        saved = self.saved
+        learner, saved = self.learner, self.saved
         loads = saved is not None and saved["hyperparameters"] == "load"
-        self.rules = saved["rules"] if saved is not None and loads else present_rules(self.learner.state)
+        self.rules = saved["rules"] if saved is not None and loads else present_rules(learner.state)
         self.lengths = {} if saved is None else dict(saved["lengths"])
         try:
-            self.dispatcher.run("fit", self._epochs)
+            with self.dispatcher.level("fit"):
+                self.dispatcher.fire("fit_start")
+                self._restore("fit")
+                self.dispatcher.again = self.saved is not None
+                for epoch in range(learner.progress.epoch, learner.epoch_count):
+                    self._epoch(epoch)
         finally:
             self.saved, self.callbacks = None, []
-            del self.learner, self.dispatcher
 
-    def _epochs(self) -> None:
-        learner = self.learner
-        self._restore("fit")
-        self.dispatcher.again = self.saved is not None
-        for epoch in range(learner.progress.epoch, learner.epoch_count):
-            learner.epoch_index, learner.progress.within = epoch, "epoch"
-            self.epoch_began = time.monotonic() - self._spent("epoch")
-            self.dispatcher.run("epoch", self._epoch, self._end_epoch)
-
-    def _epoch(self) -> None:
-        progress = self.learner.progress
-        self.ranks.require_same_state(self.learner.state)
-        self.row = {} if self.saved is None else dict(self.saved["row"])
-        self._restore("epoch")
-        if progress.phase in ("start", "train"):
-            self._training()
-        if self.valid is not None and progress.phase == "validation":
-            self.validation(self.valid, self._open(self.valid, "validation"), "validation")
+    def _epoch(self, epoch: int) -> None:
+        learner, progress = self.learner, self.learner.progress
+        learner.epoch_index, progress.within = epoch, "epoch"
+        self.epoch_began = time.monotonic() - self._spent("epoch")
+        with self.dispatcher.level("epoch", self._end_epoch):
+            self.dispatcher.fire("epoch_start")
+            self.ranks.require_same_state(learner.state)
+            self.row = {} if self.saved is None else dict(self.saved["row"])
+            self._restore("epoch")
+            if progress.phase in ("start", "train"):
+                self._training()
+            if self.valid is not None and progress.phase == "validation":
+                self.validation(self.valid, self._open(self.valid, "validation"), "validation")
 
     def _end_epoch(self, done: bool) -> None:
         learner = self.learner
@@ -168,8 +176,8 @@ class Loop:
         assert source is not None
         batches = self._open(source, "training")
         learner.step_count = self.ranks.length("training_start", source.total(learner.epoch_count))
-
-        def body() -> None:
+        with self._phase("training"):
+            self.dispatcher.fire("training_start")
             self._restore("training")
             training_mode(learner.model, learner.state)
             try:
@@ -181,24 +189,20 @@ class Loop:
                 raise
             self._update_by_window()  # of data whose length was not known
 
-        self._run_phase("training", body)
-
     def validation(self, source: Source, batches: Iterator[Any], phase: str | None) -> None:
         """The phase of a fit; or with None a call of `validate`."""
         learner = self.learner
         if phase is None:
             self._start_phase(None, source)
-
-        def body() -> None:
+        with self._phase("validation"):
+            self.dispatcher.fire("validation_start")
             if phase is not None:
                 self._restore("validation")
+            done = 0 if phase is None else learner.progress.batch
             with evaluation_mode(learner.model), averaged(learner.state, learner.model), torch.no_grad():
-                done = 0 if phase is None else learner.progress.batch
                 for index, (batch, counts) in enumerate(self.ranks.together(source, batches, False), done):
                     learner.batch_index = index
                     self._batch(batch, self._validation_batch, counts)
-
-        self._run_phase("validation", body)
 
     def _start_phase(self, phase: str | None, source: Source) -> None:
         learner = self.learner
@@ -208,9 +212,11 @@ class Loop:
         self.phase_began = time.monotonic() - self._spent("phase")
         learner.metrics.reset()
 
-    def _run_phase(self, level: str, body: Callable[[], None]) -> None:
+    @contextmanager
+    def _phase(self, level: str) -> Iterator[None]:
         try:
-            self.dispatcher.run(level, body, self._end_phase)
+            with self.dispatcher.level(level, self._end_phase):
+                yield
         finally:
             self.learner.phase, self.learner.training = None, False
 
@@ -239,7 +245,9 @@ class Loop:
         input, target = split(place(batch, learner.device))
         learner.step = Step(input, target, samples_of(target, input), scored=counts)
         try:
-            self.dispatcher.run("batch", body, self._end_batch)
+            with self.dispatcher.level("batch", self._end_batch):
+                self.dispatcher.fire("batch_start")
+                body()
         finally:
             learner.step = Step()
 
@@ -251,9 +259,10 @@ class Loop:
     def _training_batch(self) -> None:
         learner, step = self.learner, self.learner.step
         f = self._forward(learner.training_step)
-        value, step.grads = withgradient(f, learner.model, step.input, step.target, state=learner.state)
+        (step.loss, step.output), step.grads = withgradient(
+            f, learner.model, step.input, step.target, state=learner.state
+        )
         self.ranks.busy = False
-        step.loss, step.output = value if isinstance(value, tuple) else (value, None)
         step.number = number(step.loss)
         if not self._is_finite(step):
             return
@@ -266,35 +275,30 @@ class Loop:
     def _validation_batch(self) -> None:
         learner, step = self.learner, self.learner.step
         self.predicted = False
-        value = self._forward(learner.validation_step)(learner.model, step.input, step.target)
-        step.loss, step.output = value if isinstance(value, tuple) else (value, step.output)
+        f = self._forward(learner.validation_step)
+        step.loss, step.output = f(learner.model, step.input, step.target)
         step.number = number(step.loss)
         if not self.predicted:
             learner.predicted(step.output)
         learner.metrics.update(step)
 
     def _forward(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """A step under the autocast that was asked for, and agreed on."""
-        if self.ranks.alone and self.learner.autocast is None:
-            return step
+        """A step under the autocast that was asked for, as (loss, output). After it all processes know each other's
+        losses, and whether to go on."""
+        learner, ranks = self.learner, self.learner.ranks
 
         def forward(*args: Any) -> Any:
-            with self.learner.casting():
-                return step(*args) if self.ranks.alone else self._agreed(step, args)
+            def act() -> Any:
+                with learner.casting():
+                    value = step(*args)
+                return value if isinstance(value, tuple) else (value, learner.step.output)
+
+            ranks.busy = ranks.spread
+            value, self.losses = ranks.attempt("a step", act, lambda value: loss_of(value[0]))
+            ranks.busy = learner.training
+            return value
 
         return forward
-
-    def _agreed(self, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """What a step gives. After it all processes know each other's losses, and whether to go on."""
-
-        def loss_of(value: Any) -> float:
-            loss = value[0] if isinstance(value, tuple) else value
-            return loss.item() if isinstance(loss, torch.Tensor) and reads_at_once(loss) else 0.0
-
-        self.ranks.busy = self.ranks.spread
-        value, self.losses = self.ranks.attempt("a step", lambda: step(*args), loss_of)
-        self.ranks.busy = self.learner.training
-        return value
 
     def _is_finite(self, step: Step) -> bool:
         """Whether the loss is. On a device nothing is read: there what is not finite holds back update and metrics."""
@@ -303,12 +307,11 @@ class Loop:
             step.scored = over_ranks(learner.state, learner.model, step.loss.detach()).isfinite()
             note_loss(learner.state, step.scored, LOSS)
             return True
-        losses = [step.number] if self.ranks.alone else self.losses
-        bad = next((rank for rank, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        bad = next((rank for rank, loss in enumerate(self.losses) if not math.isfinite(loss)), None)
         if bad is not None and learner.nonfinite is None:
             where = f"batch {learner.batch_index} of epoch {learner.epoch_index}"
             where += "" if self.ranks.alone else f" on rank {bad}"
-            learner.nonfinite = f"{LOSS} of {where} is {losses[bad]}; that batch updated nothing"
+            learner.nonfinite = f"{LOSS} of {where} is {self.losses[bad]}; that batch updated nothing"
         return bad is None
 
     def _gather(self, step: Step) -> None:
@@ -337,3 +340,8 @@ class Loop:
         self.ranks.busy = self.ranks.spread
         update(learner.state, learner.model, learner.step.grads)
         self.ranks.busy = False
+
+
+def loss_of(loss: Any) -> float:
+    """A loss that is one number, where reading it costs nothing."""
+    return loss.item() if isinstance(loss, torch.Tensor) and loss.numel() == 1 and reads_at_once(loss) else 0.0

@@ -38,6 +38,7 @@ class Ranks:
         self.rank, self.size = rank, size
         self.alone, self.first = size == 1, rank == 0
         self.spread = spread  # whether parameters are spread over the processes
+        self.calls = 0  # of the Learner's, within each other
         self.busy = False  # whether the others may be waiting for this one in an operation of the model
         self.apart = False  # once an error passes: what comes then is not the same on all, so this one talks no more
 
@@ -85,6 +86,9 @@ class Ranks:
     ) -> tuple[Any, list[float]]:
         """What each does, and the number that all have of it. An error or a cancel of one is one of all, but an error
         where they may be waiting for this one."""
+        if self.alone:
+            value = action()
+            return value, [number(value)]
         value: Any = None
         error: Exception | None = None
         try:
@@ -113,10 +117,12 @@ class Ranks:
         self.apart = not self.alone
 
     def __enter__(self) -> "Ranks":
+        self.calls += 1
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
         """All end a call together. An error that ends it is told."""
+        self.calls -= 1
         if error is None:
             self.numbers("the end of a call")
         else:
