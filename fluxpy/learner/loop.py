@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .learner import Learner
 
 LOSS = "the loss"  # how messages about it begin
+# What is kept of a run, besides its model and state, before it has begun.
+NEW: dict[str, Any] = {"rules": None, "lengths": {}, "row": {}, "seconds": {}, "rng_at_start": None, "window": {}}
 
 
 class Loop:
@@ -44,16 +46,18 @@ class Loop:
     ) -> None:
         self.train, self.valid = self.sources = train, valid
         self.callbacks = callbacks or []  # those of this fit only
-        self.saved = saved  # the saved run to go on with, until that is done
-        self.rules: Any = None  # with which the fit began, by path; or as a saved run had them
-        self.lengths: dict[str, int | None] = {}  # how many batches each phase had
-        self.compared: set[str] = set()  # the phases whose data was compared with that of the saved run
         self.dispatcher = Dispatcher()
-        # Of the epoch and the phase:
-        self.row: dict[str, Any] = {}  # what the history will have of the epoch
-        self.epoch_began = self.phase_began = 0.0  # by `time.monotonic`; earlier by what a saved run had spent on it
-        self.rng_at_start: dict[str, Any] | None = None  # with which the data of the phase was begun
-        self.window = Window()  # gradients that wait for an update
+        self.saved = saved  # the saved run to go on with, until that is done
+        kept = saved or NEW
+        self.rules: Any = kept["rules"]  # with which the run began
+        self.lengths: dict[str, int | None] = dict(kept["lengths"])  # how many batches each phase had
+        self.uncompared = set(self.lengths)  # the phases of a saved run whose data was not seen yet
+        # Of the epoch and the phase, until they are done:
+        self.row: dict[str, Any] = dict(kept["row"])  # what the history will have of the epoch
+        self.spent: dict[str, float] = dict(kept["seconds"])  # what a saved run had spent on them
+        self.epoch_began = self.phase_began = 0.0  # by `time.monotonic`; earlier by what was spent
+        self.rng_at_start: dict[str, Any] | None = kept["rng_at_start"]  # with which the data of the phase was begun
+        self.window = Window(**kept["window"])  # gradients that wait for an update
         # Of the batch:
         self.predicted = False  # whether it has told its output, in validation
         self.losses: list[float] = []  # on each process
@@ -75,10 +79,8 @@ class Loop:
     # --- Epochs -------------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        learner, saved = self.learner, self.saved
-        loads = saved is not None and saved["hyperparameters"] == "load"
-        self.rules = saved["rules"] if saved is not None and loads else present_rules(learner.state)
-        self.lengths = {} if saved is None else dict(saved["lengths"])
+        learner = self.learner
+        self.rules = self.rules or present_rules(learner.state)
         try:
             with self.dispatcher.level("fit"):
                 self.dispatcher.fire("fit_start")
@@ -92,11 +94,10 @@ class Loop:
     def _epoch(self, epoch: int) -> None:
         learner, progress = self.learner, self.learner.progress
         learner.epoch_index, progress.within = epoch, "epoch"
-        self.epoch_began = time.monotonic() - self._spent("epoch")
+        self.epoch_began = time.monotonic() - self.spent.pop("epoch", 0.0)
         with self.dispatcher.level("epoch", self._end_epoch):
             self.dispatcher.fire("epoch_start")
             self.ranks.require_same_state(learner.state)
-            self.row = {} if self.saved is None else dict(self.saved["row"])
             self._restore("epoch")
             if progress.phase in ("start", "train"):
                 self._training()
@@ -108,11 +109,8 @@ class Loop:
         learner.history.append({"epoch": learner.epoch_index, "train": {}, "validation": {}} | self.row)
         learner.history.seconds.append(time.monotonic() - self.epoch_began)
         if done:
+            self.row, self.rng_at_start, self.window = {}, None, Window()
             learner.progress.end_epoch()
-
-    def _spent(self, on: str) -> float:
-        """The seconds that the saved run, with which this one goes on, had spent."""
-        return 0.0 if self.saved is None else self.saved["seconds"][on]
 
     def _restore(self, level: str) -> None:
         """Within this level the saved run goes on. Start events that it had fired were fired again, for callbacks to
@@ -131,25 +129,20 @@ class Loop:
 
     def _open(self, source: Source, level: str) -> Iterator[Any]:
         """Begin an epoch of the data, in a resumed run with the random numbers with which it was begun before."""
-        learner, progress, saved = self.learner, self.learner.progress, self.saved
-        rng = None if saved is None else saved["rng_at_start"]
-        if rng is not None:
-            set_random_state(rng)
+        learner, progress, begun = self.learner, self.learner.progress, self.rng_at_start
+        if begun is not None:
+            set_random_state(begun)
         self.rng_at_start = random_state(())
         source.make(learner.epoch_index)
-        if rng is not None:
-            set_data_state(self.sources, rng["data"])
+        if begun is not None:
+            set_data_state(self.sources, begun["data"])
         source.tell_epoch(learner.epoch_index)
         self.rng_at_start["data"] = data_state(self.sources)
         self._start_phase("train" if level == "training" else level, source)
         progress.phase, progress.within = learner.phase or "", level
         self._compare(level, source)
-        self.window = Window()
-        if saved is not None:
-            pairs = zip(saved["window"]["sums"], bind(learner.state, learner.model).params, strict=False)
-            sums = [None if g is None else g.to(x.device, copy=True) for g, x in pairs]
-            self.window = Window(**saved["window"] | {"sums": sums})
-            learner.metrics.load_state_dict(saved["metrics"], learner.device)
+        if self.saved is not None:
+            learner.metrics.load_state_dict(self.saved["metrics"], learner.device)
             learner.batch_index, learner.step_index = max(progress.batch - 1, 0), max(progress.step - 1, 0)
         return source.batches(progress.batch, may_end=level == "validation" and not self.ranks.alone)
 
@@ -157,9 +150,9 @@ class Loop:
         """Keep how many batches the phase has. When a resumed run first comes to its data, warn of what is inexact."""
         before, now = self.lengths.get(level), self.learner.batch_count
         self.lengths[level] = now
-        if level in self.compared or not self.learner.progress.resumed:
+        if level not in self.uncompared:
             return
-        self.compared.add(level)
+        self.uncompared.remove(level)
         if None not in (before, now) and before != now and not source.each:
             self.ranks.warn(
                 f"{source.name} has {now} batches, but in the saved run it had {before}: the resumed run goes on with "
@@ -181,9 +174,7 @@ class Loop:
             self._restore("training")
             training_mode(learner.model, learner.state)
             try:
-                for index, (batch, _) in enumerate(self.ranks.together(source, batches, True), progress.batch):
-                    learner.batch_index, learner.step_index = index, progress.step
-                    self._batch(batch, self._training_batch)
+                self._batches(source, batches, progress.batch)
             except CancelTraining:
                 self._update_by_window()
                 raise
@@ -191,25 +182,23 @@ class Loop:
 
     def validation(self, source: Source, batches: Iterator[Any], phase: str | None) -> None:
         """The phase of a fit; or with None a call of `validate`."""
-        learner = self.learner
+        learner, done = self.learner, 0
         if phase is None:
             self._start_phase(None, source)
         with self._phase("validation"):
             self.dispatcher.fire("validation_start")
             if phase is not None:
                 self._restore("validation")
-            done = 0 if phase is None else learner.progress.batch
+                done = learner.progress.batch
             with evaluation_mode(learner.model), averaged(learner.state, learner.model), torch.no_grad():
-                for index, (batch, counts) in enumerate(self.ranks.together(source, batches, False), done):
-                    learner.batch_index = index
-                    self._batch(batch, self._validation_batch, counts)
+                self._batches(source, batches, done)
 
     def _start_phase(self, phase: str | None, source: Source) -> None:
         learner = self.learner
         learner.phase, learner.training, learner.nonfinite, learner.stats = phase, phase == "train", None, {}
         learner.batch_count = self.ranks.length("the length of the data", source.length(), longest=phase != "train")
         learner.batch_index, learner.seconds = 0, 0.0
-        self.phase_began = time.monotonic() - self._spent("phase")
+        self.phase_began = time.monotonic() - (0.0 if phase is None else self.spent.pop("phase", 0.0))
         learner.metrics.reset()
 
     @contextmanager
@@ -231,6 +220,7 @@ class Loop:
             learner.stats = dict.fromkeys(learner.metrics.names, math.nan)
         self.row[learner.phase] = learner.stats
         if done:
+            self.rng_at_start = None
             learner.progress.end_phase()
         if learner.training:
             stops = [getattr(c, "stops_on_nonfinite", False) for c in (*learner.callbacks, *self.callbacks)]
@@ -239,17 +229,21 @@ class Loop:
 
     # --- Batches ------------------------------------------------------------------------------------------------------
 
-    def _batch(self, batch: Any, body: Callable[[], None], counts: bool = True) -> None:
-        """One batch. Nothing of it is left afterwards."""
+    def _batches(self, source: Source, batches: Iterator[Any], done: int) -> None:
+        """The batches of a phase, of which so many are done. Nothing of one is left afterwards."""
         learner = self.learner
-        input, target = split(place(batch, learner.device))
-        learner.step = Step(input, target, samples_of(target, input), scored=counts)
-        try:
-            with self.dispatcher.level("batch", self._end_batch):
-                self.dispatcher.fire("batch_start")
-                body()
-        finally:
-            learner.step = Step()
+        for index, (batch, counts) in enumerate(self.ranks.together(source, batches, learner.training), done):
+            learner.batch_index = index
+            if learner.training:
+                learner.step_index = learner.progress.step
+            input, target = split(place(batch, learner.device))
+            learner.step = Step(input, target, samples_of(target, input), scored=counts)
+            try:
+                with self.dispatcher.level("batch", self._end_batch):
+                    self.dispatcher.fire("batch_start")
+                    self._training_batch() if learner.training else self._validation_batch()
+            finally:
+                learner.step = Step()
 
     def _end_batch(self, done: bool) -> None:
         self.ranks.busy = False

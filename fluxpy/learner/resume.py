@@ -8,7 +8,7 @@ import torch
 
 from .. import leaves, load_state_dict, state_dict
 from . import events
-from .core import changed_rules, changes_of_rules, load_model, match_model, model_dict, plain_rules
+from .core import bind, changed_rules, changes_of_rules, copied, load_model, match_model, model_dict, plain_rules
 from .rng import random_state
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
     in_epoch, in_phase = progress.within != "fit", progress.within in ("training", "validation")
     own = {
         "random": random_state(run.sources),
-        "rng_at_start": run.rng_at_start if in_phase else None,
+        "rng_at_start": run.rng_at_start,
         "metrics": clones(learner.metrics.state_dict()) if in_phase else None,
     }
     every = learner.ranks.gather("state_dict", own)
@@ -46,7 +46,7 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
         "window": clones(vars(run.window)),
         "row": dict(run.row),
         "lengths": dict(run.lengths),
-        "rules": run.rules if isinstance(run.rules, list) else plain_rules(run.rules or present_rules(learner.state)),
+        "rules": run.rules or present_rules(learner.state),
         "history": history,
         "seconds": {
             "epoch": in_epoch * (now - run.epoch_began),
@@ -69,10 +69,15 @@ def load(learner: "Learner", saved: Any, hyperparameters: str | None) -> dict[st
     sums = names if saved["metrics"] is None else saved["metrics"]["sums"]
     if set(sums) != set(names):
         raise ValueError(f"the saved run had the metrics {sorted(sums)}, this one has {sorted(names)}")
-    changes = changes_of_rules(plain_rules(present_rules(learner.state)), saved["rules"])
+    changes = changes_of_rules(present_rules(learner.state), saved["rules"])
     _load_weights(learner, saved)
-    if saved["hyperparameters"] == "load" and (changed := changed_rules(changes, _OPTION)):
+    if saved["hyperparameters"] == "keep":
+        saved["rules"] = present_rules(learner.state)
+    elif changed := changed_rules(changes, _OPTION):
         learner.ranks.warn(changed)
+    params = bind(learner.state, learner.model).params
+    pairs = zip(saved["window"]["sums"], params, strict=False)
+    saved["window"] = saved["window"] | {"sums": [None if g is None else copied(g, x) for g, x in pairs]}
     learner.history = events.History((dict(row) for row in saved["history"]), saved["seconds"]["epochs"])
     load_callbacks(learner.callbacks, saved["callbacks"], learner.ranks.warn)
     return saved
@@ -104,9 +109,9 @@ def _load_weights(learner: "Learner", saved: dict[str, Any]) -> None:
     load_model(pairs)
 
 
-def present_rules(state: Any) -> dict[str, Any]:
-    """The rule of each leaf."""
-    return {path: leaf.rule for path, leaf in leaves(state)}
+def present_rules(state: Any) -> list[Any]:
+    """The rule of each leaf, as plain data."""
+    return plain_rules({path: leaf.rule for path, leaf in leaves(state)})
 
 
 def load_callbacks(callbacks: list[Any], saved: list[Any], warn: Callable[..., None] | None = None) -> None:
