@@ -20,10 +20,12 @@ from fluxpy.learner import (
     CancelFit,
     CancelTraining,
     Checkpoint,
+    CSVLogger,
     EarlyStopping,
     Learner,
     LearningRateScheduler,
     ReduceOnPlateau,
+    StatisticsRecorder,
     StopOnNaN,
 )
 
@@ -228,6 +230,19 @@ def test_a_second_fit_begins_anew_and_its_file_is_not_taken_for_the_first(tmp_pa
     assert [row["epoch"] for row in run.fit(data(), epochs=2)] == [0, 1]
     with pytest.raises(ValueError, match="is from fit 2 with one Checkpoint, but this is fit 1; give each its own"):
         learner(Checkpoint(tmp_path)).fit(data(), epochs=3)
+
+
+def test_callbacks_go_on_beside_a_new_one(tmp_path):
+    def run(epochs, *new):
+        recorders = StatisticsRecorder(per="epoch"), StatisticsRecorder()
+        log = CSVLogger(tmp_path / "log.csv", per="phase")
+        learner(*new, recorders[0], log, Checkpoint(tmp_path), recorders[1]).fit(data(), epochs=epochs)
+        return [len(recorder.records) for recorder in recorders]
+
+    assert run(1) == [1, 3]
+    with pytest.warns(UserWarning, match="the callback EarlyStopping was not saved; it starts afresh"):
+        assert run(2, EarlyStopping()) == [2, 6]
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
 
 
 def test_a_fit_that_failed_is_gone_on_with(tmp_path):

@@ -146,7 +146,7 @@ class Learner:
         if saved is None:
             self.history = History()
         else:
-            resume.load_callbacks(extra, saved["callbacks"][len(self.callbacks) :])
+            resume.load_callbacks([*self.callbacks, *extra], saved["callbacks"])
         self.history.stop_reason = None
         self.progress, self.has_validation = progress, validation is not None
         self.epoch_count, self.epoch_index = epochs, min(progress.epoch, epochs - 1)

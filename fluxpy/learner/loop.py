@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -315,7 +316,7 @@ class Loop:
         if isinstance(weight, torch.Tensor):
             weight = over_ranks(learner.state, learner.model, weight)
         else:
-            weight = self.ranks.mean("accumulate", weight)
+            weight = fmean(self.ranks.numbers("accumulate", weight))
         self.window.add(in_order(bind(learner.state, learner.model), step.grads), weight)
         if self.window.batches >= learner.accumulate or learner.batch_index + 1 == learner.batch_count:
             self._update_by_window()

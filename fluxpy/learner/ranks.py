@@ -6,7 +6,6 @@ waiting for each other. Talks have a process group of their own, on the CPU: the
 taken for an operation of the model.
 """
 
-import math
 import warnings
 import weakref
 import zlib
@@ -15,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 from .. import assert_same_on_all_ranks
 from .core import Leaf, State, all_gather, bind, whole_tensor
 from .data import Source
 from .events import CANCELS, Cancel
-from .resume import mapped
 
 _END = object()
 # PyTorch's default group, and that of the talks beside it. Not held: a group that is still there when Python ends has
@@ -60,14 +59,6 @@ class Ranks:
         if any(has_outcome for _, has_outcome, _ in heard) or len({place for place, *_ in heard}) > 1:
             self._raise(place, outcome)
         return [number for *_, number in heard]
-
-    def any(self, place: str, flag: bool) -> bool:
-        """Whether it is so on any of them."""
-        return any(self.numbers(place, flag))
-
-    def mean(self, place: str, number: float) -> float:
-        """The mean over all of them."""
-        return number if self.alone else math.fsum(self.numbers(place, number)) / self.size
 
     def length(self, place: str, number: int | None, longest: bool = False) -> int | None:
         """How many batches all have, or with `longest` any; None if one of them does not know."""
@@ -175,7 +166,7 @@ class Ranks:
         there is nothing in its place."""
         if not self.spread:
             return data
-        return mapped(data, lambda t: whole_tensor(t, self.first))
+        return tree_map_only(torch.Tensor, lambda t: whole_tensor(t, self.first), data)
 
     def warn(self, message: str) -> None:
         """A warning that all have, and the first gives."""

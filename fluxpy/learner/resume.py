@@ -1,10 +1,12 @@
 """What a run needs to go on exactly as it would have, as plain data and back."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from .. import leaves, load_state_dict, state_dict
 from . import events
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from .learner import Learner
     from .loop import Loop
 
-_VERSION = 3
+_VERSION = 4
 _OPTION = 'hyperparameters="keep" (of Checkpoint or load_state_dict)'
 
 
@@ -115,30 +117,21 @@ def present_rules(state: Any) -> list[Any]:
 
 
 def load_callbacks(callbacks: list[Any], saved: list[Any], warn: Callable[..., None] | None = None) -> None:
-    """Give callbacks their state back, by place and name. Those that have none are passed by."""
-    for i, callback in enumerate(callbacks):
+    """Give callbacks their state back, to the first of a name what the first of that name gave, and so on."""
+    found: dict[str, list[Any]] = defaultdict(list)
+    for name, state in saved:
+        found[name].append(state)
+    for callback in callbacks:
         name = events.name_of(callback)
+        state = found[name].pop(0) if found[name] else None
         if not isinstance(callback, events.Callback):
             continue
-        if i < len(saved) and saved[i][0] == name:
-            callback.load_state_dict(clones(saved[i][1]))
+        if state is not None:
+            callback.load_state_dict(clones(state))
         elif warn is not None and type(callback).load_state_dict is not events.Callback.load_state_dict:
-            was = repr(saved[i][0]) if i < len(saved) else "nothing"
-            where = f"the callback {name} was not saved at its place (there was {was})"
-            warn(f"{where}; it starts afresh")
+            warn(f"the callback {name} was not saved; it starts afresh")
 
 
 def clones(tree: Any) -> Any:
     """Plain data with its tensors copied."""
-    return mapped(tree, lambda t: t.detach().clone())
-
-
-def mapped(tree: Any, f: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Plain data with `f` of each of its tensors in its place."""
-    if isinstance(tree, torch.Tensor):
-        return f(tree)
-    if isinstance(tree, dict):
-        return {key: mapped(value, f) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(mapped(value, f) for value in tree)
-    return tree
+    return tree_map_only(torch.Tensor, lambda t: t.detach().clone(), tree)

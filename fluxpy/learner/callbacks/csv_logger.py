@@ -1,7 +1,6 @@
 """CSVLogger: the metrics as a table in a file."""
 
 import csv
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -38,23 +37,18 @@ class CSVLogger(Rows):
         self.path = Path(path)
         self._file: Any = None
         self._columns: list[str] = []
-        self._start: int | None = None  # where the rows of this fit begin
+        self._end: int | None = None  # of what is written; of no file yet
 
     def on_fit_start(self, learner: Learner) -> None:
         super().on_fit_start(learner)
         if not learner.ranks.first:  # which writes
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        resumed = learner.progress.resumed
-        if resumed and self.path.exists():
-            self._cut(learner)
-        new = self._start is None and not resumed
-        self._file = open(self.path, "w" if new else "a", newline="", encoding="utf-8")  # noqa: SIM115
-        if not resumed:
-            self._start = self._file.tell()
+        self._file = open(self.path, "w" if self._end is None else "a", newline="", encoding="utf-8")  # noqa: SIM115
+        if learner.progress.resumed:  # what the old run wrote after it was saved comes again
+            self._file.seek(self._file.truncate(min(self._end or 0, self._file.tell())))
         self._columns = ["epoch", "batch", "phase", *learner.metrics.names, *(["seconds"] if self.seconds else [])]
-        if self._file.tell() == 0:
-            self._write([self._columns])
+        self._write([] if self._file.tell() else [self._columns])
 
     def more(self, learner: Learner) -> dict[str, Any]:
         return {"seconds": round(learner.seconds, 3)} if self.seconds else {}
@@ -66,6 +60,7 @@ class CSVLogger(Rows):
     def _write(self, lines: list[list[Any]]) -> None:
         csv.writer(self._file).writerows(lines)
         self._file.flush()
+        self._end = self._file.tell()
 
     def on_fit_end(self, learner: Learner) -> None:
         super().on_fit_end(learner)
@@ -74,21 +69,7 @@ class CSVLogger(Rows):
 
     def state_dict(self) -> dict[str, Any]:
         super().state_dict()
-        return {"start": self._start}
+        return {"end": self._end}
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
-        self._start = d["start"]
-
-    def _cut(self, learner: Learner) -> None:
-        """Leave in the file what the resumed run will not write again."""
-        with open(self.path, "rb+") as file:
-            end = file.seek(min(self._start or 0, os.path.getsize(self.path)))
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break  # the old run was killed while it wrote
-                if not line.startswith(b"epoch,"):
-                    epoch, batch, phase = line.decode().split(",")[:3]
-                    if not learner.progress.is_past(int(epoch), phase, int(batch) if self.per_batch else math.inf):
-                        break
-                end += len(line)
-            file.truncate(end)
+        self._end = d["end"]

@@ -181,7 +181,7 @@ class StopOnNaN(Callback):
     def _stop(self, learner: Learner) -> None:
         if learner.nonfinite is not None:
             here = all(bool(x.isfinite().all()) for x in bind(learner.state, learner.model).local)
-            sound = not learner.ranks.any("StopOnNaN", not here)
+            sound = not any(learner.ranks.numbers("StopOnNaN", not here))
             raise CancelFit(f"{learner.nonfinite}{'' if sound else _CURE}")
 
 
