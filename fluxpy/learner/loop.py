@@ -17,7 +17,7 @@ from .events import CancelTraining
 from .metrics import number
 from .progress import Step
 from .ranks import Ranks
-from .resume import present_rules, restore
+from .resume import load_callbacks, load_weights, present_rules
 from .rng import data_state, random_state, set_data_state, set_random_state
 from .window import Window, weight_of
 
@@ -107,6 +107,7 @@ class Loop:
 
     def _end_epoch(self, done: bool) -> None:
         learner = self.learner
+        learner.phase, learner.training = None, False
         learner.history.append({"epoch": learner.epoch_index, "train": {}, "validation": {}} | self.row)
         learner.history.seconds.append(time.monotonic() - self.epoch_began)
         if done:
@@ -119,7 +120,8 @@ class Loop:
         saved = self.saved
         if saved is None or saved["within"] != level:
             return
-        restore(self.learner, self.callbacks, saved)
+        load_weights(self.learner, saved)
+        load_callbacks([*self.learner.callbacks, *self.callbacks], saved["callbacks"])
         if (random := saved["random"]) is not None:
             set_random_state(random)
             if level in ("fit", "epoch"):  # otherwise the data was begun before, and is at its place
@@ -170,7 +172,7 @@ class Loop:
         assert source is not None
         batches = self._open(source, "training")
         learner.step_count = self.ranks.length("training_start", source.total(learner.epoch_count))
-        with self._phase("training"):
+        with self.dispatcher.level("training", self._end_phase):
             self.dispatcher.fire("training_start")
             self._restore("training")
             training_mode(learner.model, learner.state)
@@ -186,7 +188,7 @@ class Loop:
         learner, done = self.learner, 0
         if phase is None:
             self._start_phase(None, source)
-        with self._phase("validation"):
+        with self.dispatcher.level("validation", self._end_phase):
             self.dispatcher.fire("validation_start")
             if phase is not None:
                 self._restore("validation")
@@ -201,14 +203,6 @@ class Loop:
         learner.batch_index, learner.seconds = 0, 0.0
         self.phase_began = time.monotonic() - (0.0 if phase is None else self.spent.pop("phase", 0.0))
         learner.metrics.reset()
-
-    @contextmanager
-    def _phase(self, level: str) -> Iterator[None]:
-        try:
-            with self.dispatcher.level(level, self._end_phase):
-                yield
-        finally:
-            self.learner.phase, self.learner.training = None, False
 
     def _end_phase(self, done: bool) -> None:
         """The numbers of the phase are final."""

@@ -72,7 +72,7 @@ def load(learner: "Learner", saved: Any, hyperparameters: str | None) -> dict[st
     if set(sums) != set(names):
         raise ValueError(f"the saved run had the metrics {sorted(sums)}, this one has {sorted(names)}")
     changes = changes_of_rules(present_rules(learner.state), saved["rules"])
-    _load_weights(learner, saved)
+    load_weights(learner, saved)
     if saved["hyperparameters"] == "keep":
         saved["rules"] = present_rules(learner.state)
     elif changed := changed_rules(changes, _OPTION):
@@ -99,13 +99,8 @@ def _of_rank(saved: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
     return saved | (every[rank] if rank < len(every) else {"random": None})
 
 
-def restore(learner: "Learner", callbacks: list[Any], saved: dict[str, Any]) -> None:
-    """Model, state and callbacks, with those of a fit, again as they were saved."""
-    _load_weights(learner, saved)
-    load_callbacks([*learner.callbacks, *callbacks], saved["callbacks"])
-
-
-def _load_weights(learner: "Learner", saved: dict[str, Any]) -> None:
+def load_weights(learner: "Learner", saved: dict[str, Any]) -> None:
+    """Model and state as they were saved; ValueError where they do not fit, and nothing is done."""
     pairs = match_model(learner.model, saved["model"])
     load_state_dict(learner.state, saved["state"], hyperparameters=saved["hyperparameters"])
     load_model(pairs)
