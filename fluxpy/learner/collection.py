@@ -24,10 +24,12 @@ class Metrics:
         self.all: list[Metric] = [Loss()]
         for name, metric in pairs:
             made = _metric(metric, name)
-            if made.name == "loss":
+            if isinstance(made, Loss) and made.name == "loss":  # which is there always
                 continue
             if made.name in self.names:
                 raise ValueError(f"two metrics are called {made.name!r}; name them: metrics={{'name': metric, ...}}")
+            if made.name in ("epoch", "batch", "phase", "seconds"):
+                raise ValueError(f"{made.name!r} is a column of logs; name the metric: metrics={{'name': metric}}")
             self.all.append(made)
         self.batches = 0  # how many were counted
 

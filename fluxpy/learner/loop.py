@@ -13,7 +13,7 @@ from .. import averaged, update, withgradient
 from .core import as_gradients, bind, in_order, note_loss, over_ranks, place, reads_at_once, training_mode
 from .data import Source, evaluation_mode, samples_of, split
 from .dispatcher import Dispatcher
-from .events import CancelTraining
+from .events import CancelEpoch, CancelTraining
 from .metrics import number
 from .progress import Step
 from .ranks import Ranks
@@ -178,7 +178,7 @@ class Loop:
             training_mode(learner.model, learner.state)
             try:
                 self._batches(source, batches, progress.batch)
-            except CancelTraining:
+            except (CancelTraining, CancelEpoch):
                 self._update_by_window()
                 raise
             self._update_by_window()  # of data whose length was not known

@@ -83,12 +83,10 @@ class Rows(Callback):
     def _flush(self, learner: Learner) -> None:
         gathered, self._gathered = self._gathered, []
         ranks, metrics = learner.ranks, learner.metrics
-        if ranks.alone and gathered:
-            self.keep([row | metrics.read(sums) for row, sums in on_host(gathered)])
-        elif gathered and not ranks.apart:  # what others have of the last rows is lost with them
-            rows = zip(*ranks.gather(type(self).__name__, on_host(gathered)), strict=True)
-            everyone = [tuple(zip(*row, strict=True)) for row in rows]
-            self.keep([self.join(list(row)) | metrics.read(metrics.total(list(sums))) for row, sums in everyone])
+        if gathered and not ranks.apart:  # what others have of the last rows is lost with them
+            every = zip(*ranks.gather(type(self).__name__, on_host(gathered)), strict=True)
+            pairs = [tuple(map(list, zip(*of_all, strict=True))) for of_all in every]
+            self.keep([self.join(rows) | metrics.read(metrics.total(sums)) for rows, sums in pairs])
 
     def join(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Of a row as each of several processes has it, by rank, one of all of them."""
