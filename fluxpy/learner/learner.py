@@ -80,7 +80,8 @@ class Learner:
         self.model, self.loss = model, cast(Any, loss)
         self.autocast, self.accumulate = autocast, accumulate
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
-        self.device = _device_of(bind(self.state, model).params)  # where batches go
+        devices = {x.device for x in bind(self.state, model).params}
+        self.device = devices.pop() if len(devices) == 1 else None  # where batches go
         self.metrics = Metrics(metrics)
         self.callbacks = [*([ProgressBar()] if default_callbacks else []), *events.checked(callbacks)]
         self.ranks = ranks_of(self.state, model)  # the processes that run it
@@ -364,12 +365,6 @@ class Learner:
         other.history, other.progress, other.step, other.stats = History(), Progress(), Step(), {}
         other._loop = Loop()
         return other
-
-
-def _device_of(tensors: list[Tensor]) -> torch.device | None:
-    """Where all of them are, if that is one device."""
-    devices = {x.device for x in tensors}
-    return devices.pop() if len(devices) == 1 else None
 
 
 def _can_join(tensors: tuple[Tensor, ...]) -> bool:

@@ -63,8 +63,10 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
 def load(learner: "Learner", saved: Any, hyperparameters: str | None) -> dict[str, Any]:
     """Model, state, history and callbacks as they were saved; ValueError where they do not fit, and nothing is done.
     What is left to go on with comes back."""
-    if not isinstance(saved, dict) or saved.get("version") != _VERSION or "position" not in saved:
+    if not isinstance(saved, dict) or not {"version", "position"} <= saved.keys():
         raise ValueError("load_state_dict takes what Learner.state_dict gave")
+    if saved["version"] != _VERSION:
+        raise ValueError(f"the run was saved in format {saved['version']}, but this fluxpy reads {_VERSION}")
     saved = _of_rank(saved, learner.ranks.rank, learner.ranks.size)
     saved["hyperparameters"] = hyperparameters or saved.get("hyperparameters", "load")
     names = learner.metrics.names

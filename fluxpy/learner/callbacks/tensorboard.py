@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import leaves
 from ..core import Leaf, bind, hyperparameters, in_order, rates, rules_in, whole_tensor
 from ..learner import Learner
-from .statistics import Rows
+from .records import Rows
 
 
 class TensorBoardLogger(Rows):
