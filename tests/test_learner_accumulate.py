@@ -110,6 +110,29 @@ def test_a_weight_of_ones_own():
     assert torch.allclose(change(model), change(other), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("device", [False, True])
+def test_a_window_in_which_nothing_counts_makes_no_change(device, monkeypatch):
+    """As one of text that is padding alone, by a loss that is 0 there."""
+
+    class Masked(_Learner):
+        def training_step(self, model, input, target):
+            counts = target != -100
+            each = F.cross_entropy(model(input), target.clamp(min=0), reduction="none")
+            return (each * counts).sum() / counts.sum().clamp(min=1)
+
+    x, y = arrays(16)
+    y[:8] = -100
+    if device:
+        like_a_device(monkeypatch)
+    weights = []
+    for rows in (slice(0, 16), slice(8, 16)):
+        model = net()
+        learner = Masked(model, F.cross_entropy, Descent(0.5), accumulate=2, default_callbacks=False)
+        learner.fit(DataLoader((x[rows], y[rows]), batch_size=4))
+        weights.append(change(model))
+    assert torch.equal(*weights) and weights[0].any()
+
+
 def test_low_precision_is_gathered_in_float32():
     x, y = arrays(64)
     seen = []

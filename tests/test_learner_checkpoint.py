@@ -435,6 +435,19 @@ def test_reduce_on_plateau_under_a_scheduler_and_of_a_schedule():
         assert rates == pytest.approx([0.05, 0.05, 0.005])
 
 
+def test_reduce_on_plateau_says_at_once_what_it_cannot_do():
+    with pytest.raises(ValueError, match="cannot be adjusted"):
+        learner(ReduceOnPlateau(), rule=fluxpy.Rprop(0.01)).fit(data())
+    two = fluxpy.OptimiserChain(fluxpy.RMSProp(1.0), fluxpy.Momentum(0.01))
+    with pytest.raises(ValueError, match="say which: member="):
+        learner(ReduceOnPlateau(), rule=two).fit(data())
+    with pytest.raises(ValueError, match="no leaf has a rule"):
+        learner(ReduceOnPlateau(member=Adam), rule=two).fit(data())
+    run = learner(ReduceOnPlateau(patience=1, member=fluxpy.Momentum), Score(1.0, 1.0), rule=two)
+    run.fit(data(), data(1), epochs=2)
+    assert run.state.weight.rule == fluxpy.OptimiserChain(fluxpy.RMSProp(1.0), fluxpy.Momentum(0.001))
+
+
 @pytest.mark.parametrize("wrong", [{"factor": 1.0}, {"factor": 0.0}, {"patience": 0}, {"min_lr": -1.0}])
 def test_reduce_on_plateau_refuses(wrong):
     with pytest.raises(ValueError, match="is not allowed"):

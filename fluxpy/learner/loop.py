@@ -11,7 +11,7 @@ import torch
 
 from .. import averaged, update, withgradient
 from .core import as_gradients, bind, in_order, note_loss, over_ranks, place, reads_at_once, training_mode
-from .data import Source, evaluation_mode, samples_of, split
+from .data import Source, evaluation_mode, kind, samples_of, split
 from .dispatcher import Dispatcher
 from .events import CancelEpoch, CancelTraining
 from .metrics import number
@@ -279,11 +279,10 @@ class Loop:
         def forward(*args: Any) -> Any:
             def act() -> Any:
                 with learner.casting():
-                    value = step(*args)
-                return value if isinstance(value, tuple) else (value, learner.step.output)
+                    return loss_and_output(step(*args), learner.step.output)
 
             ranks.busy = ranks.spread
-            value, self.losses = ranks.attempt("a step", act, lambda value: loss_of(value[0]))
+            value, self.losses = ranks.attempt("a step", act, lambda value: number_of(value[0]))
             ranks.busy = learner.training
             return value
 
@@ -331,6 +330,15 @@ class Loop:
         self.ranks.busy = False
 
 
-def loss_of(loss: Any) -> float:
-    """A loss that is one number, where reading it costs nothing."""
-    return loss.item() if isinstance(loss, torch.Tensor) and loss.numel() == 1 and reads_at_once(loss) else 0.0
+def loss_and_output(value: Any, output: Any) -> tuple[Any, Any]:
+    """What a step returned. ValueError where the loss is not one number, or more comes than an output."""
+    loss, *more = value if isinstance(value, tuple) else (value, output)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or len(more) != 1:
+        got = f"a tuple of {len(value)}" if isinstance(value, tuple) and len(more) != 1 else kind(loss)
+        raise ValueError(f"a step returns the loss, one number in a tensor, or (loss, output), but this gave {got}")
+    return loss, more[0]
+
+
+def number_of(loss: torch.Tensor) -> float:
+    """A loss, where reading it costs nothing."""
+    return loss.item() if reads_at_once(loss) else 0.0
