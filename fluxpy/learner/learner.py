@@ -283,8 +283,6 @@ class Learner:
         """The numbers of the present phase so far. Reads them from the device, so call it seldom; `metrics.peek()`
         keeps them unread, for `metrics.read` at a later time. On several processes they are those of all, and all have
         to ask alike; `metrics.here()` has those of this one."""
-        if self.ranks.alone:
-            return self.metrics.read(self.metrics.peek())
         if self.ranks.apart:  # an error passes, and the others may not listen
             return self.metrics.here()
         return self.metrics.read(self.metrics.total(self.ranks.gather("running()", on_host(self.metrics.peek()))))
