@@ -79,6 +79,12 @@ def test_what_a_step_returns_is_told(gives, answer, call):
         getattr(Own(nn.Linear(4, 2), cross_entropy, Adam(), default_callbacks=False), call)(data())
 
 
+def test_an_error_in_a_metric_names_it():
+    with pytest.raises(TypeError) as raised:
+        learner(metrics={"nothing": lambda output, target: None}).fit(data())
+    assert "in the metric 'nothing'" in raised.value.__notes__
+
+
 def test_a_loss_for_a_step_of_ones_own_may_take_more():
     class Own(Learner):
         def training_step(self, model, input, target):

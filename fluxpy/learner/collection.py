@@ -44,8 +44,12 @@ class Metrics:
         for metric in self.all:
             if step.scored is False:
                 metric.pass_by()
-            else:
+                continue
+            try:
                 metric.update(step)
+            except Exception as error:
+                error.add_note(f"in the metric {metric.name!r}")
+                raise
         self.batches += 1
 
     def reset(self) -> None:
