@@ -1,6 +1,6 @@
 """Dispatcher: the one mechanism by which fit, epoch, phase and batch start, end, are cancelled and fail."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -13,7 +13,7 @@ class Dispatcher:
     Without a Learner, as between its calls, it does neither.
     """
 
-    def __init__(self, learner: Any = None, callbacks: Iterable[Any] = ()) -> None:
+    def __init__(self, learner: Any = None, callbacks: Sequence[Any] = ()) -> None:
         self.levels: list[str] = []  # those that run, outermost first
         self.error: BaseException | None = None  # while one passes through
         self.again = False  # whether start events come that a saved run had fired: it was not cancelled at them

@@ -101,9 +101,9 @@ class LearningRateScheduler(Callback):
 
     def _fill(self, learner: Learner) -> None:
         schedule: Any = self.schedule
-        self._is_filled = isinstance(schedule, Schedule) and bool(learner.step_count)
-        if self._is_filled:
-            schedule = schedule.with_total(learner.step_count)
+        self._is_filled = False
+        if isinstance(schedule, Schedule) and learner.step_count:
+            schedule, self._is_filled = schedule.with_total(learner.step_count), True
         self._filled = functools.lru_cache(maxsize=1)(schedule)
 
     def _follow(self, learner: Learner) -> None:

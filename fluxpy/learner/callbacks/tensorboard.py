@@ -198,11 +198,14 @@ class Rates:
         now = [(leaf.rule, leaf.frozen) for leaf in found.values()]
         if now != self.known:
             own = {path: rates(leaf)[-1] for path, leaf in found.items() if not leaf.frozen and rates(leaf)}
-            first = {name: next(iter(group)) for name, group in alike(own, self.depth).items()}
+            first = {name: next(iter(subtree)) for name, subtree in alike(own, self.depth).items()}
             self.known, self.named = now, [(f"lr/{name}", own[path], found[path]) for name, path in first.items()]
-        # After the update: the rate it used is that of the count before.
-        used = {tag: rate(max(leaf.count - 1, 0)) if callable(rate) else rate for tag, rate, leaf in self.named}
-        changed = {tag: float(rate) for tag, rate in used.items() if self.written.get(tag) != float(rate)}
+        used: dict[str, float] = {}
+        for tag, rate, leaf in self.named:
+            # After the update: the rate it used is that of the count before.
+            value: Any = rate(max(leaf.count - 1, 0)) if callable(rate) else rate
+            used[tag] = float(value)
+        changed = {tag: rate for tag, rate in used.items() if self.written.get(tag) != rate}
         self.written |= changed
         return changed
 
