@@ -48,8 +48,7 @@ class Dispatcher:
                 self._accept(cancel, "raised in a step")
             close(self._cancel is None or self._cancel.level == level)
             closed = True
-            with suppress(Cancel):  # the one that acts is raised below
-                self.fire(level + "_end")
+            self._announce(level + "_end")
         except BaseException as error:
             self.error = error
             self._learner.ranks.leave(level, error)
@@ -72,6 +71,12 @@ class Dispatcher:
         An error passes through at once, but an end event still reaches the other listeners. Of several cancels the one
         of the outermost level acts, and of those of one level the first.
         """
+        before = self._cancel
+        self._announce(event)
+        if self._cancel is not None and self._cancel is not before:
+            raise self._cancel
+
+    def _announce(self, event: str) -> None:
         if self._listeners[event]:
             before, reason = self._cancel, self._learner.history.stop_reason
             error = self._tell(event, None)
@@ -79,8 +84,6 @@ class Dispatcher:
                 self._agree(event, error, before, reason)
             if error is not None:
                 raise error
-            if self._cancel is not None and self._cancel is not before:
-                raise self._cancel
 
     def _agree(self, event: str, error: BaseException | None, before: Cancel | None, reason: str | None) -> None:
         """Accept the cancel of the outermost level that any process has. What another failed of is raised."""

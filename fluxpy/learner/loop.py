@@ -61,7 +61,7 @@ class Loop:
         self.window = Window(**kept["window"])  # gradients that wait for an update
         # Of the batch:
         self.predicted = False  # whether it has told its output, in validation
-        self.losses: list[float] = []  # on each process
+        self.losses: list[float] = []  # on each of several processes
 
     @contextmanager
     def of(self, learner: "Learner") -> Iterator[None]:
@@ -295,11 +295,12 @@ class Loop:
             step.scored = over_ranks(learner.state, learner.model, step.loss.detach()).isfinite()
             note_loss(learner.state, step.scored, LOSS)
             return True
-        bad = next((rank for rank, loss in enumerate(self.losses) if not math.isfinite(loss)), None)
+        losses = self.losses or [step.number]
+        bad = next((rank for rank, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None and learner.nonfinite is None:
             where = f"batch {learner.batch_index} of epoch {learner.epoch_index}"
             where += "" if self.ranks.alone else f" on rank {bad}"
-            learner.nonfinite = f"{LOSS} of {where} is {self.losses[bad]}; that batch updated nothing"
+            learner.nonfinite = f"{LOSS} of {where} is {losses[bad]}; that batch updated nothing"
         return bad is None
 
     def _gather(self, step: Step) -> None:
