@@ -75,8 +75,8 @@ class Ranks:
     def attempt(
         self, place: str, action: Callable[[], Any], number: Callable[[Any], float] = lambda value: 0.0
     ) -> tuple[Any, list[float]]:
-        """What each does, and the numbers that several have of it. An error or a cancel of one is one of all, but one
-        that comes where they may be waiting for this one."""
+        """What each does, and the numbers that several have of it. An error or a cancel of one is one of all, but not
+        an error where they may be waiting for this one."""
         if self.alone:
             return action(), []
         value: Any = None
