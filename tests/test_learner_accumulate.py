@@ -208,16 +208,6 @@ def test_resume_within_a_window_is_exact(batch):
         assert torch.equal(change(rest.model), change(whole.model)) and rest.state[0].weight.count == 6
 
 
-def test_a_window_that_is_longer_than_those_of_the_script_ends_with_the_next_batch():
-    first = Learner(net(), F.cross_entropy, Adam(), accumulate=4, callbacks=[raises(CancelFit, "batch_end", 2)])
-    first.fit(DataLoader(arrays(32), batch_size=4))
-    count = Count()
-    rest = Learner(net(), F.cross_entropy, Adam(), accumulate=2, callbacks=[Count(), count])
-    rest.load_state_dict(first.state_dict())
-    rest.fit(DataLoader(arrays(32), batch_size=4))
-    assert count.at == [(0, 3), (0, 5), (0, 7)]
-
-
 def test_a_model_that_is_a_tree_of_tensors():
     class Tree(_Learner):
         def training_step(self, model, input, target):
