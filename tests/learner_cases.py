@@ -450,7 +450,7 @@ def resumed(folder: str, wrap: str, step: int, every: int | None, rule: str) -> 
 
 def goes_on(folder: str, wrap: str, rule: str = "adam") -> None:
     """Bit for bit, in the middle of an epoch and at its end."""
-    for step, every in ((9, 2), (6, None)):
+    for step, every in ((9, 2), (10, 3), (6, None)):  # also between two updates
         whole, again = resumed(folder, wrap, step, every, rule)
         assert repr(whole) == repr(again)
         assert same_on_all(whole[:3])

@@ -748,3 +748,5 @@ def test_resume_after_a_cancel_and_refusals():
         Learner(nn.Linear(3, 4), F.cross_entropy, Adam()).load_state_dict(part.state_dict())
     with pytest.raises(ValueError, match=re.escape("takes what Learner.state_dict gave")):
         part.load_state_dict({})
+    with pytest.raises(ValueError, match="saved in format 1"):
+        part.load_state_dict(part.state_dict() | {"version": 1})

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import fluxpy
 from fluxpy import Adam, DataLoader, Descent, setup
-from fluxpy.learner import Callback, CancelBatch, CancelFit, CancelTraining, LearningRateScheduler
+from fluxpy.learner import Callback, CancelBatch, CancelEpoch, CancelFit, CancelTraining, LearningRateScheduler
 from fluxpy.learner import Learner as _Learner
 
 
@@ -110,6 +110,29 @@ def test_a_weight_of_ones_own():
     assert torch.allclose(change(model), change(other), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("device", [False, True])
+def test_a_window_in_which_nothing_counts_makes_no_change(device, monkeypatch):
+    """As one of text that is padding alone, by a loss that is 0 there."""
+
+    class Masked(_Learner):
+        def training_step(self, model, input, target):
+            counts = target != -100
+            each = F.cross_entropy(model(input), target.clamp(min=0), reduction="none")
+            return (each * counts).sum() / counts.sum().clamp(min=1)
+
+    x, y = arrays(16)
+    y[:8] = -100
+    if device:
+        like_a_device(monkeypatch)
+    weights = []
+    for rows in (slice(0, 16), slice(8, 16)):
+        model = net()
+        learner = Masked(model, F.cross_entropy, Descent(0.5), accumulate=2, default_callbacks=False)
+        learner.fit(DataLoader((x[rows], y[rows]), batch_size=4))
+        weights.append(change(model))
+    assert torch.equal(*weights) and weights[0].any()
+
+
 def test_low_precision_is_gathered_in_float32():
     x, y = arrays(64)
     seen = []
@@ -151,16 +174,16 @@ def raises(cancel, event, batch):
     return act
 
 
-@pytest.mark.parametrize("cancel", [CancelTraining, CancelBatch])
+@pytest.mark.parametrize("cancel", [CancelTraining, CancelEpoch, CancelBatch])
 def test_cancels(cancel):
     """A cancelled phase still makes its last update; a batch that is cancelled before its gradient is not in it."""
     x, y = arrays(20)
     data = list(DataLoader((x, y), batch_size=4))
-    event = "batch_end" if cancel is CancelTraining else "batch_start"
+    event = "batch_start" if cancel is CancelBatch else "batch_end"
     count, model, other = Count(), net(), net()
     act = raises(cancel, event, 2)
     Learner(model, F.cross_entropy, Descent(0.5), accumulate=2, callbacks=[act, count]).fit(data)
-    rows = [slice(0, 8), slice(8, 12)] if cancel is CancelTraining else [slice(0, 8), slice(12, 20)]
+    rows = [slice(0, 8), slice(12, 20)] if cancel is CancelBatch else [slice(0, 8), slice(8, 12)]
     Learner(other, F.cross_entropy, Descent(0.5)).fit([(x[r], y[r]) for r in rows])
     assert torch.allclose(change(model), change(other), rtol=1e-9, atol=1e-12) and len(count.at) == 2
 

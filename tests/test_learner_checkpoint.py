@@ -20,10 +20,12 @@ from fluxpy.learner import (
     CancelFit,
     CancelTraining,
     Checkpoint,
+    CSVLogger,
     EarlyStopping,
     Learner,
     LearningRateScheduler,
     ReduceOnPlateau,
+    StatisticsRecorder,
     StopOnNaN,
 )
 
@@ -230,6 +232,19 @@ def test_a_second_fit_begins_anew_and_its_file_is_not_taken_for_the_first(tmp_pa
         learner(Checkpoint(tmp_path)).fit(data(), epochs=3)
 
 
+def test_callbacks_go_on_beside_a_new_one(tmp_path):
+    def run(epochs, *new):
+        recorders = StatisticsRecorder(per="epoch"), StatisticsRecorder()
+        log = CSVLogger(tmp_path / "log.csv", per="phase")
+        learner(*new, recorders[0], log, Checkpoint(tmp_path), recorders[1]).fit(data(), epochs=epochs)
+        return [len(recorder.records) for recorder in recorders]
+
+    assert run(1) == [1, 3]
+    with pytest.warns(UserWarning, match="the callback EarlyStopping was not saved; it starts afresh"):
+        assert run(2, EarlyStopping()) == [2, 6]
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
+
+
 def test_a_fit_that_failed_is_gone_on_with(tmp_path):
     failing = [True]
 
@@ -418,6 +433,19 @@ def test_reduce_on_plateau_under_a_scheduler_and_of_a_schedule():
         run = learner(ReduceOnPlateau(patience=1), *more, Score(1.0, 1.0, 1.0), watch, rule=rule)
         run.fit(data(1), data(1), epochs=3)
         assert rates == pytest.approx([0.05, 0.05, 0.005])
+
+
+def test_reduce_on_plateau_says_at_once_what_it_cannot_do():
+    with pytest.raises(ValueError, match="cannot be adjusted"):
+        learner(ReduceOnPlateau(), rule=fluxpy.Rprop(0.01)).fit(data())
+    two = fluxpy.OptimiserChain(fluxpy.RMSProp(1.0), fluxpy.Momentum(0.01))
+    with pytest.raises(ValueError, match="say which: member="):
+        learner(ReduceOnPlateau(), rule=two).fit(data())
+    with pytest.raises(ValueError, match="no leaf has a rule"):
+        learner(ReduceOnPlateau(member=Adam), rule=two).fit(data())
+    run = learner(ReduceOnPlateau(patience=1, member=fluxpy.Momentum), Score(1.0, 1.0), rule=two)
+    run.fit(data(), data(1), epochs=2)
+    assert run.state.weight.rule == fluxpy.OptimiserChain(fluxpy.RMSProp(1.0), fluxpy.Momentum(0.001))
 
 
 @pytest.mark.parametrize("wrong", [{"factor": 1.0}, {"factor": 0.0}, {"patience": 0}, {"min_lr": -1.0}])

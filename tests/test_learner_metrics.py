@@ -175,6 +175,8 @@ def test_torchmetrics():
         ("accuracy", TypeError, "takes a list"),
         ([Accuracy], TypeError, r"write Accuracy\(\.\.\.\)"),
         (["accuracy", "accuracy"], ValueError, "two metrics"),
+        ({"loss": lambda output, target: 0.0}, ValueError, "two metrics are called 'loss'"),
+        ({"phase": lambda output, target: 0.0}, ValueError, "'phase' is a column"),
         ([lambda o, t: 0], ValueError, "needs a name"),
         ([3], TypeError, "a metric is"),
     ],

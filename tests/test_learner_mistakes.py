@@ -58,6 +58,33 @@ def test_a_mistake_is_answered(write, answer):
         write()
 
 
+@pytest.mark.parametrize("call", ["fit", "validate"])
+@pytest.mark.parametrize(
+    ("gives", "answer"),
+    [
+        (lambda loss, output: (loss, output, output), "a tuple of 3"),
+        (lambda loss, output: 3.0, "float"),
+        (lambda loss, output: None, "NoneType"),
+        (lambda loss, output: output, r"a tensor of shape \(4, 2\)"),
+        (lambda loss, output: (output, loss), r"a tensor of shape \(4, 2\)"),
+    ],
+)
+def test_what_a_step_returns_is_told(gives, answer, call):
+    class Own(Learner):
+        def training_step(self, model, input, target):
+            output = model(input)
+            return gives(self.loss(output, target), output)
+
+    with pytest.raises(ValueError, match=rf"a step returns the loss.*\(loss, output\), but this gave {answer}"):
+        getattr(Own(nn.Linear(4, 2), cross_entropy, Adam(), default_callbacks=False), call)(data())
+
+
+def test_an_error_in_a_metric_names_it():
+    with pytest.raises(TypeError) as raised:
+        learner(metrics={"nothing": lambda output, target: None}).fit(data())
+    assert "in the metric 'nothing'" in raised.value.__notes__
+
+
 def test_a_loss_for_a_step_of_ones_own_may_take_more():
     class Own(Learner):
         def training_step(self, model, input, target):

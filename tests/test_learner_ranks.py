@@ -7,9 +7,14 @@ from typing import Any
 
 import learner_cases as cases
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
 from worlds import run_world
 
+from fluxpy import Adam
+from fluxpy.learner import Callback, Learner
 from fluxpy.learner.ranks import Ranks
 
 
@@ -40,6 +45,31 @@ def test_everything(wrap: str, tmp_path: Path) -> None:
     run_world(2, [partial(cases.uneven_data_ends_together, wrap), *found])
     run_world(4, [partial(cases.go_on_here, folder, wrap, wrap)])
     run_world(4, [partial(cases.like_one_process, folder, wrap)])
+
+
+def test_a_resumed_fit_talks_through_one_object() -> None:
+    """What it knows of an error that passes, the end of the call has to know: it would talk where nobody listens."""
+
+    class Saved(Callback):
+        def __init__(self) -> None:
+            self.run: Any = None
+            self.seen: list[Any] = []
+
+        def saved_run(self) -> Any:
+            self.seen.append(learner.ranks)
+            return self.run
+
+        def on_batch_end(self, learner: Any) -> None:
+            learner.predict(data), learner.state_dict()
+            self.seen.append(learner.ranks)
+
+    saved, data = Saved(), [(torch.ones(4, 2), torch.ones(4, 1))]
+    learner = Learner(nn.Linear(2, 1), F.mse_loss, Adam(), callbacks=[saved], default_callbacks=False)
+    learner.fit(data)
+    saved.run = learner.state_dict()
+    learner.fit(data, epochs=2)
+    first, second, *_ = saved.seen[2:]
+    assert first is second and first is not saved.seen[0]
 
 
 def test_no_process_group_outlives_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:

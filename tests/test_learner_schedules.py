@@ -234,6 +234,9 @@ def test_discriminative_rates():
     state = discriminative_rates(setup({"body.2.bias": None, "*": Adam(0.8)}, model), "body.*", "head", factor=0.5)
     found = [leaf.rule and leaf.rule.lr for _, leaf in leaves(state)]
     assert found == [0.2, 0.2, 0.4, None, 0.8, 0.8]
+    state = setup({"body.0.*": None, "*": Adam(0.8)}, model)  # a layer that is frozen for good
+    discriminative_rates(state, "body.*", "head", factor=0.5)
+    assert [leaf.rule and leaf.rule.lr for _, leaf in leaves(state)] == [None, None, 0.4, 0.4, 0.8, 0.8]
 
 
 def test_lr_find_leaves_everything_as_it_was(tmp_path):

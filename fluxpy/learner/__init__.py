@@ -1,12 +1,11 @@
 """The Learner: training with events, metrics and callbacks."""
 
 from .callbacks.checkpoint import Checkpoint
-from .callbacks.csv_logger import CSVLogger
 from .callbacks.freezing import FreezeUntil, ThawFromTop, discriminative_rates
 from .callbacks.lr_find import LRFind, lr_find
 from .callbacks.progress_bar import ProgressBar
+from .callbacks.records import CSVLogger, StatisticsRecorder
 from .callbacks.scheduler import LearningRateScheduler
-from .callbacks.statistics import StatisticsRecorder
 from .callbacks.stopping import EarlyStopping, ReduceOnPlateau, StopOnNaN
 from .callbacks.tensorboard import TensorBoardLogger
 from .events import (

@@ -24,10 +24,12 @@ class Metrics:
         self.all: list[Metric] = [Loss()]
         for name, metric in pairs:
             made = _metric(metric, name)
-            if made.name == "loss":
+            if isinstance(made, Loss) and made.name == "loss":  # which is there always
                 continue
             if made.name in self.names:
                 raise ValueError(f"two metrics are called {made.name!r}; name them: metrics={{'name': metric, ...}}")
+            if made.name in ("epoch", "batch", "phase", "seconds"):
+                raise ValueError(f"{made.name!r} is a column of logs; name the metric: metrics={{'name': metric}}")
             self.all.append(made)
         self.batches = 0  # how many were counted
 
@@ -42,8 +44,12 @@ class Metrics:
         for metric in self.all:
             if step.scored is False:
                 metric.pass_by()
-            else:
+                continue
+            try:
                 metric.update(step)
+            except Exception as error:
+                error.add_note(f"in the metric {metric.name!r}")
+                raise
         self.batches += 1
 
     def reset(self) -> None:

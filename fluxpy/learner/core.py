@@ -103,7 +103,14 @@ def match_model(model: Any, saved: dict[str, Tensor]) -> list[tuple[Tensor, Tens
 
 
 def load_model(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Write what `match_model` paired into the model."""
+    """Write what `match_model` paired."""
     with torch.no_grad():
         for here, there in pairs:
             copy_whole(here, there)
+
+
+def copied(there: Tensor, like: Tensor) -> Tensor:
+    """A copy where this parameter is, spread over the processes as that is."""
+    here = torch.empty_like(like, dtype=there.dtype, requires_grad=False)
+    load_model([(here, there)])
+    return here

@@ -149,12 +149,9 @@ def split(batch: Any) -> tuple[Any, Any]:
 def samples_of(*parts: Any) -> int:
     """How many samples a batch has: the rows of the first tensor that has some."""
     for part in parts:
-        if isinstance(part, Tensor) and part.ndim:
-            return part.shape[0]
-        if part is not None and not isinstance(part, Tensor):
-            for tensor in open_data(part)[0]:
-                if tensor.ndim:
-                    return tensor.shape[0]
+        for tensor in [part] if isinstance(part, Tensor) else open_data(part)[0]:
+            if tensor.ndim:
+                return tensor.shape[0]
     return 1
 
 

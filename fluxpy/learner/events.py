@@ -150,7 +150,7 @@ def listener(callback: Any, event: str) -> Any:
     return lambda learner: callback(learner, name)
 
 
-def acting_order(callbacks: list[Any]) -> list[Any]:
+def acting_order(callbacks: Iterable[Any]) -> list[Any]:
     """The callbacks in the order in which they act."""
     return sorted(callbacks, key=lambda c: isinstance(c, Callback) and c.acts_last)
 

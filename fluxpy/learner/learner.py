@@ -24,7 +24,6 @@ from .core import (
     leave_to_the_user,
     open_data,
     place,
-    reads_at_once,
     tree_as_html,
     why_it_failed,
 )
@@ -32,7 +31,7 @@ from .data import Source, call, evaluation_mode, kind, move, split
 from .events import EVENTS, History
 from .loop import LOSS, Loop
 from .progress import Progress, Step
-from .ranks import ranks_of
+from .ranks import Ranks, ranks_of
 
 
 class Learner:
@@ -81,10 +80,11 @@ class Learner:
         self.model, self.loss = model, cast(Any, loss)
         self.autocast, self.accumulate = autocast, accumulate
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
-        self.device = _device_of(bind(self.state, model).params)  # where batches go
+        devices = {x.device for x in bind(self.state, model).params}
+        self.device = devices.pop() if len(devices) == 1 else None  # where batches go
         self.metrics = Metrics(metrics)
         self.callbacks = [*([ProgressBar()] if default_callbacks else []), *events.checked(callbacks)]
-        self.ranks = ranks_of(self.state, model)  # the processes that run it; looked up anew in each call
+        self.ranks = ranks_of(self.state, model)  # the processes that run it
         # Of the fit:
         self.history = History()
         self.progress = Progress()  # what comes next, and whether the fit was resumed or is being cancelled
@@ -102,18 +102,17 @@ class Learner:
         self.nonfinite: str | None = None  # what was not finite
         # Of the batch:
         self.step = Step()
-        self._run = Loop()  # of the last fit, or of one that was loaded
-        self._loop: Loop | None = None  # while one runs
+        self._loop = Loop()  # of the last fit, or of one that was loaded
 
     @property
     def fitting(self) -> bool:
         """Whether a fit is running; it is not in `validate`."""
-        return self._loop is not None and "fit" in self._loop.dispatcher.levels
+        return "fit" in self._loop.dispatcher.levels
 
     @property
     def error(self) -> BaseException | None:
         """The exception that passes through, while one does."""
-        return None if self._loop is None else self._loop.dispatcher.error
+        return self._loop.dispatcher.error
 
     # --- What users call ----------------------------------------------------------------------------------------------
 
@@ -125,13 +124,12 @@ class Learner:
         `Checkpoint` has saved a run, it goes on from there, up to `epochs` in all; otherwise it begins with epoch 0 and
         a new history.
         """
-        if self._loop is not None:
+        if self._loop.dispatcher.levels:
             raise RuntimeError("fit is running; a callback cannot start another one")
         events.require_whole("epochs", epochs)
         extra = events.checked(callbacks)
-        self.ranks = ranks_of(self.state, self.model, trains=True)
         try:
-            with self.ranks:
+            with self._meet(trains=True):
                 self._fit(train, valid, epochs, extra)
         except Exception as error:
             leave_to_the_user(error)
@@ -148,25 +146,22 @@ class Learner:
         if saved is None:
             self.history = History()
         else:
-            resume.load_callbacks(extra, saved["callbacks"][len(self.callbacks) :])
+            resume.load_callbacks([*self.callbacks, *extra], saved["callbacks"])
         self.history.stop_reason = None
         self.progress, self.has_validation = progress, validation is not None
         self.epoch_count, self.epoch_index = epochs, min(progress.epoch, epochs - 1)
-        self._run = Loop(training, validation, extra, saved)
+        self._loop = Loop(training, validation, extra, saved)
         self._require_same_fit(extra)
         self.batch_index, self.stats = 0, {}
         self.batch_count = self.ranks.length("the length of the data", training.length(self.epoch_index))
         self.step_index, self.step_count = progress.step, self.ranks.length("the length of fit", training.total(epochs))
-        self._loop = self._run.of(self)
-        try:
+        with self._loop.of(self):
             self._loop.fit()
-        finally:
-            self._loop = None
 
     def _find_saved(self, callbacks: list[Any]) -> dict[str, Any] | None:
         """The run to go on with: that loaded before, or one that a callback has."""
         for callback in (*self.callbacks, *callbacks):
-            if self._run.saved is not None or not isinstance(callback, events.Callback):
+            if self._loop.saved is not None or not isinstance(callback, events.Callback):
                 continue
             if (saved := callback.saved_run()) is not None:
                 try:
@@ -179,7 +174,7 @@ class Learner:
                         "give this one its own directory, or begin anew with resume=False"
                     )
                     raise
-        return self._run.saved
+        return self._loop.saved
 
     def _require_same_fit(self, callbacks: list[Any]) -> None:
         """ValueError where the processes of a fit would do other things."""
@@ -196,24 +191,24 @@ class Learner:
             },
         )
 
+    def _meet(self, *, trains: bool = False) -> Ranks:
+        """The processes that run the model, looked up anew in each call but those within another."""
+        if not self.ranks.calls:
+            self.ranks = ranks_of(self.state, self.model, trains=trains)
+        return self.ranks
+
     def validate(self, data: Any) -> dict[str, float]:
         """The metrics on some data, by name. Fires the events of a validation phase. On several processes all have to
         call it, each with its own part of the data, and get the numbers of all."""
-        if self._loop is None:
-            self.ranks = ranks_of(self.state, self.model)
-            self.metrics.require_several(self.ranks.size)
-        loop = self._loop or Loop().of(self)
-        inside = [level for level in loop.dispatcher.levels if level not in ("fit", "epoch")]
+        ranks = self._meet()
+        self.metrics.require_several(ranks.size)
+        inside = [level for level in self._loop.dispatcher.levels if level not in ("fit", "epoch")]
         if inside:
             raise RuntimeError(f"validate cannot run within the {inside[-1]} of a fit; call it at epoch_end")
         source = Source(data, "the validation data")
-        outer, self._loop = self._loop, loop
-        try:
-            with self.ranks:
-                source.make(0)
-                loop.validation(source, source.batches(), None)
-        finally:
-            self._loop = outer
+        with self._loop.of(self), ranks:
+            source.make(0)
+            self._loop.validation(source, source.batches(), None)
         return self.stats
 
     def predict(self, data: Any) -> Any:
@@ -223,7 +218,7 @@ class Learner:
         or hold other things that differ, they come as a list with one for each batch. No events are fired. On several
         processes all have to call it, and each has the outputs of its own data.
         """
-        ranks = self.ranks if self._loop is not None else ranks_of(self.state, self.model)
+        ranks = self._meet()
         source = Source(data, "the data")
         outputs: list[list[Tensor]] = []
         others: list[Any] = []
@@ -272,7 +267,7 @@ class Learner:
     def predicted(self, output: Any) -> Any:
         """Say, in a step, that the output is there. Gives it back, as callbacks may have changed it."""
         self.step.output = output
-        if self._loop is not None and not self.training:
+        if self._loop.dispatcher.levels and not self.training:
             self._loop.predicted = True
             self._loop.dispatcher.fire("inference_prediction_end")
         return self.step.output
@@ -288,21 +283,18 @@ class Learner:
         """The numbers of the present phase so far. Reads them from the device, so call it seldom; `metrics.peek()`
         keeps them unread, for `metrics.read` at a later time. On several processes they are those of all, and all have
         to ask alike; `metrics.here()` has those of this one."""
-        if self.ranks.alone:
-            return self.metrics.read(self.metrics.peek())
         if self.ranks.apart:  # an error passes, and the others may not listen
             return self.metrics.here()
         return self.metrics.read(self.metrics.total(self.ranks.gather("running()", on_host(self.metrics.peek()))))
 
     def check_finite(self) -> str | None:
         """Read from the device whether a loss was not finite: `nonfinite`. On the CPU that is known at once."""
-        if self.device is None or not reads_at_once(torch.empty(0, device=self.device)):
-            try:
-                check_finite(self.state)
-            except FloatingPointError as error:
-                if not str(error).startswith(LOSS):
-                    raise
-                self.nonfinite = str(error)
+        try:
+            check_finite(self.state)
+        except FloatingPointError as error:
+            if not str(error).startswith(LOSS):
+                raise
+            self.nonfinite = str(error)
         return self.nonfinite
 
     def _repr_html_(self) -> str:
@@ -320,7 +312,7 @@ class Learner:
 
     def explain(self, callbacks: Iterable[Any] = ()) -> str:
         """Which callbacks act at which event, in their order, as text."""
-        chosen = events.acting_order([*self.callbacks, *(events.checked(callbacks) or self._run.callbacks)])
+        chosen = events.acting_order([*self.callbacks, *(events.checked(callbacks) or self._loop.callbacks)])
         lines = []
         for event in EVENTS:
             acting = [events.name_of(c) for c in chosen if events.listener(c, event) is not None]
@@ -338,14 +330,12 @@ class Learner:
         On several processes all have to take it alike, and callbacks are those of the first. Parameters that are spread
         over them are put together in what the first gets, and are left out of what the others get.
         """
-        if self._loop is None:
-            self.ranks = ranks_of(self.state, self.model)
-        elif self.ranks.apart:
+        if self._meet().apart:
             raise RuntimeError("state_dict needs all processes, and cannot be taken while an error passes")
-        within = self.phase is not None and self._loop is not None and "batch" in self._loop.dispatcher.levels
+        within = self.phase is not None and "batch" in self._loop.dispatcher.levels
         if within and self.progress.batch <= self.batch_index:
             raise RuntimeError("state_dict cannot be taken within a batch; take it at batch_end")
-        return resume.save(self, self._run)
+        return resume.save(self, self._loop)
 
     def load_state_dict(self, d: dict[str, Any], *, hyperparameters: Literal["load", "keep"] | None = None) -> None:
         """Take over what `state_dict` gave; the next `fit`, with the same data, goes on from there, bit for bit.
@@ -354,10 +344,10 @@ class Learner:
         so. `hyperparameters="keep"` leaves those of this script (`d["hyperparameters"]` says it too, for a callback's
         `saved_run`). ValueError where metrics, model or state do not fit; then nothing was loaded.
         """
-        if self._loop is not None:
+        if self._loop.dispatcher.levels:
             raise RuntimeError("load_state_dict cannot be called while a fit is running")
-        self.ranks = ranks_of(self.state, self.model)
-        self._run = Loop(saved=resume.load(self, d, hyperparameters))
+        self._meet()
+        self._loop = Loop(saved=resume.load(self, d, hyperparameters))
 
     def trial(self) -> "Learner":
         """A Learner to try things with: the same loss and steps, its own copy of model and state, neither callbacks nor
@@ -371,27 +361,8 @@ class Learner:
         other.model, other.state = copy.deepcopy((self.model, self.state))
         other.callbacks, other.metrics = [], Metrics()
         other.history, other.progress, other.step, other.stats = History(), Progress(), Step(), {}
-        other._run, other._loop = Loop(), None
+        other._loop = Loop()
         return other
-
-
-def _check_signature(loss: Any) -> None:
-    """TypeError for a loss that cannot be called with two arguments, as far as can be told."""
-    try:
-        inspect.signature(loss).bind(None, None)
-    except ValueError:  # it has no signature to look at
-        return
-    except TypeError as error:
-        raise TypeError(
-            f"the loss is called as loss(output, target), as those of PyTorch are, but {loss!r} takes other arguments "
-            f"({error}); loss(model, x, y) is for fluxpy.train, and what needs more is an overridden training_step"
-        ) from None
-
-
-def _device_of(tensors: list[Tensor]) -> torch.device | None:
-    """Where all of them are, if that is one device."""
-    devices = {x.device for x in tensors}
-    return devices.pop() if len(devices) == 1 else None
 
 
 def _can_join(tensors: tuple[Tensor, ...]) -> bool:
@@ -411,5 +382,14 @@ def _check(learner: Learner, loss: Any, autocast: Any, accumulate: Any) -> None:
         raise TypeError(f"the loss is an object, not a class: write {loss.__name__}()")
     if not callable(loss):
         raise TypeError(f"the loss is a function (output, target) -> number, but got {type(loss).__name__}")
-    if type(learner).training_step is Learner.training_step:
-        _check_signature(loss)
+    try:
+        inspect.signature(loss).bind(None, None)
+    except ValueError:  # it has no signature to look at
+        return
+    except TypeError as error:
+        if type(learner).training_step is not Learner.training_step:
+            return
+        raise TypeError(
+            f"the loss is called as loss(output, target), as those of PyTorch are, but {loss!r} takes other arguments "
+            f"({error}); loss(model, x, y) is for fluxpy.train, and what needs more is an overridden training_step"
+        ) from None

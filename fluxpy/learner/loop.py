@@ -3,19 +3,21 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import averaged, update, withgradient
 from .core import as_gradients, bind, in_order, note_loss, over_ranks, place, reads_at_once, training_mode
-from .data import Source, evaluation_mode, samples_of, split
+from .data import Source, evaluation_mode, kind, samples_of, split
 from .dispatcher import Dispatcher
-from .events import CancelTraining
+from .events import CancelEpoch, CancelTraining
 from .metrics import number
 from .progress import Step
 from .ranks import Ranks
-from .resume import present_rules, restore
+from .resume import load_callbacks, load_weights, present_rules
 from .rng import data_state, random_state, set_data_state, set_random_state
 from .window import Window, weight_of
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from .learner import Learner
 
 LOSS = "the loss"  # how messages about it begin
+# What is kept of a run, besides its model and state, before it has begun.
+NEW: dict[str, Any] = {"rules": None, "lengths": {}, "row": {}, "seconds": {}, "rng_at_start": None, "window": {}}
 
 
 class Loop:
@@ -31,9 +35,8 @@ class Loop:
     It keeps that of its last fit, which can be saved then too. Not the other way, or nothing would be freed at once.
     """
 
-    learner: "Learner"
+    learner: "Learner"  # while one of its calls runs
     ranks: Ranks
-    dispatcher: Dispatcher
 
     def __init__(
         self,
@@ -44,67 +47,72 @@ class Loop:
     ) -> None:
         self.train, self.valid = self.sources = train, valid
         self.callbacks = callbacks or []  # those of this fit only
+        self.dispatcher = Dispatcher()
         self.saved = saved  # the saved run to go on with, until that is done
-        self.rules: Any = None  # with which the fit began, by path; or as a saved run had them
-        self.lengths: dict[str, int | None] = {}  # how many batches each phase had
-        self.compared: set[str] = set()  # the phases whose data was compared with that of the saved run
-        # Of the epoch and the phase:
-        self.row: dict[str, Any] = {}  # what the history will have of the epoch
-        self.epoch_began = self.phase_began = 0.0  # by `time.monotonic`; earlier by what a saved run had spent on it
-        self.rng_at_start: dict[str, Any] | None = None  # with which the data of the phase was begun
-        self.window = Window()  # gradients that wait for an update
+        kept = saved or NEW
+        self.rules: Any = kept["rules"]  # with which the run began
+        self.lengths: dict[str, int | None] = dict(kept["lengths"])  # how many batches each phase had
+        self.uncompared = set(self.lengths)  # the phases of a saved run whose data was not seen yet
+        # Of the epoch and the phase, until they are done:
+        self.row: dict[str, Any] = dict(kept["row"])  # what the history will have of the epoch
+        self.spent: dict[str, float] = dict(kept["seconds"])  # what a saved run had spent on them
+        self.epoch_began = self.phase_began = 0.0  # by `time.monotonic`; earlier by what was spent
+        self.rng_at_start: dict[str, Any] | None = kept["rng_at_start"]  # with which the data of the phase was begun
+        self.window = Window(**kept["window"])  # gradients that wait for an update
         # Of the batch:
         self.predicted = False  # whether it has told its output, in validation
-        self.losses: list[float] = []  # on each process, where there are several
+        self.losses: list[float] = []  # on each of several processes
 
-    def of(self, learner: "Learner") -> "Loop":
-        """This, as that Learner's."""
+    @contextmanager
+    def of(self, learner: "Learner") -> Iterator[None]:
+        """A call of that Learner's, or one within another."""
+        if self.dispatcher.levels:
+            yield
+            return
         self.learner, self.ranks = learner, learner.ranks
         self.dispatcher = Dispatcher(learner, [*learner.callbacks, *self.callbacks])
-        return self
+        try:
+            yield
+        finally:
+            del self.learner
+            self.dispatcher = Dispatcher()
 
     # --- Epochs -------------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        saved = self.saved
-        loads = saved is not None and saved["hyperparameters"] == "load"
-        self.rules = saved["rules"] if saved is not None and loads else present_rules(self.learner.state)
-        self.lengths = {} if saved is None else dict(saved["lengths"])
+        learner = self.learner
+        self.rules = self.rules or present_rules(learner.state)
         try:
-            self.dispatcher.run("fit", self._epochs)
+            with self.dispatcher.level("fit"):
+                self.dispatcher.fire("fit_start")
+                self._restore("fit")
+                self.dispatcher.again = self.saved is not None
+                for epoch in range(learner.progress.epoch, learner.epoch_count):
+                    self._epoch(epoch)
         finally:
             self.saved, self.callbacks = None, []
-            del self.learner, self.dispatcher
 
-    def _epochs(self) -> None:
-        learner = self.learner
-        self._restore("fit")
-        self.dispatcher.again = self.saved is not None
-        for epoch in range(learner.progress.epoch, learner.epoch_count):
-            learner.epoch_index, learner.progress.within = epoch, "epoch"
-            self.epoch_began = time.monotonic() - self._spent("epoch")
-            self.dispatcher.run("epoch", self._epoch, self._end_epoch)
-
-    def _epoch(self) -> None:
-        progress = self.learner.progress
-        self.ranks.require_same_state(self.learner.state)
-        self.row = {} if self.saved is None else dict(self.saved["row"])
-        self._restore("epoch")
-        if progress.phase in ("start", "train"):
-            self._training()
-        if self.valid is not None and progress.phase == "validation":
-            self.validation(self.valid, self._open(self.valid, "validation"), "validation")
+    def _epoch(self, epoch: int) -> None:
+        learner, progress = self.learner, self.learner.progress
+        learner.epoch_index, progress.within = epoch, "epoch"
+        self.epoch_began = time.monotonic() - self.spent.pop("epoch", 0.0)
+        with self.dispatcher.level("epoch", self._end_epoch):
+            self.dispatcher.fire("epoch_start")
+            self.ranks.require_same_state(learner.state)
+            self._restore("epoch")
+            if progress.phase in ("start", "train"):
+                self._training()
+            if self.valid is not None and progress.phase == "validation":
+                self.validation(self.valid, self._open(self.valid, "validation"), "validation")
 
     def _end_epoch(self, done: bool) -> None:
         learner = self.learner
+        learner.phase, learner.training = None, False
         learner.history.append({"epoch": learner.epoch_index, "train": {}, "validation": {}} | self.row)
         learner.history.seconds.append(time.monotonic() - self.epoch_began)
         if done:
+            self.row, self.rng_at_start, self.window = {}, None, Window()
             learner.progress.end_epoch()
-
-    def _spent(self, on: str) -> float:
-        """The seconds that the saved run, with which this one goes on, had spent."""
-        return 0.0 if self.saved is None else self.saved["seconds"][on]
 
     def _restore(self, level: str) -> None:
         """Within this level the saved run goes on. Start events that it had fired were fired again, for callbacks to
@@ -112,7 +120,8 @@ class Loop:
         saved = self.saved
         if saved is None or saved["within"] != level:
             return
-        restore(self.learner, self.callbacks, saved)
+        load_weights(self.learner, saved)
+        load_callbacks([*self.learner.callbacks, *self.callbacks], saved["callbacks"])
         if (random := saved["random"]) is not None:
             set_random_state(random)
             if level in ("fit", "epoch"):  # otherwise the data was begun before, and is at its place
@@ -123,25 +132,20 @@ class Loop:
 
     def _open(self, source: Source, level: str) -> Iterator[Any]:
         """Begin an epoch of the data, in a resumed run with the random numbers with which it was begun before."""
-        learner, progress, saved = self.learner, self.learner.progress, self.saved
-        rng = None if saved is None else saved["rng_at_start"]
-        if rng is not None:
-            set_random_state(rng)
+        learner, progress, begun = self.learner, self.learner.progress, self.rng_at_start
+        if begun is not None:
+            set_random_state(begun)
         self.rng_at_start = random_state(())
         source.make(learner.epoch_index)
-        if rng is not None:
-            set_data_state(self.sources, rng["data"])
+        if begun is not None:
+            set_data_state(self.sources, begun["data"])
         source.tell_epoch(learner.epoch_index)
         self.rng_at_start["data"] = data_state(self.sources)
         self._start_phase("train" if level == "training" else level, source)
         progress.phase, progress.within = learner.phase or "", level
         self._compare(level, source)
-        self.window = Window()
-        if saved is not None:
-            pairs = zip(saved["window"]["sums"], bind(learner.state, learner.model).params, strict=False)
-            sums = [None if g is None else g.to(x.device, copy=True) for g, x in pairs]
-            self.window = Window(**saved["window"] | {"sums": sums})
-            learner.metrics.load_state_dict(saved["metrics"], learner.device)
+        if self.saved is not None:
+            learner.metrics.load_state_dict(self.saved["metrics"], learner.device)
             learner.batch_index, learner.step_index = max(progress.batch - 1, 0), max(progress.step - 1, 0)
         return source.batches(progress.batch, may_end=level == "validation" and not self.ranks.alone)
 
@@ -149,9 +153,9 @@ class Loop:
         """Keep how many batches the phase has. When a resumed run first comes to its data, warn of what is inexact."""
         before, now = self.lengths.get(level), self.learner.batch_count
         self.lengths[level] = now
-        if level in self.compared or not self.learner.progress.resumed:
+        if level not in self.uncompared:
             return
-        self.compared.add(level)
+        self.uncompared.remove(level)
         if None not in (before, now) and before != now and not source.each:
             self.ranks.warn(
                 f"{source.name} has {now} batches, but in the saved run it had {before}: the resumed run goes on with "
@@ -168,51 +172,37 @@ class Loop:
         assert source is not None
         batches = self._open(source, "training")
         learner.step_count = self.ranks.length("training_start", source.total(learner.epoch_count))
-
-        def body() -> None:
+        with self.dispatcher.level("training", self._end_phase):
+            self.dispatcher.fire("training_start")
             self._restore("training")
             training_mode(learner.model, learner.state)
             try:
-                for index, (batch, _) in enumerate(self.ranks.together(source, batches, True), progress.batch):
-                    learner.batch_index, learner.step_index = index, progress.step
-                    self._batch(batch, self._training_batch)
-            except CancelTraining:
+                self._batches(source, batches, progress.batch)
+            except (CancelTraining, CancelEpoch):
                 self._update_by_window()
                 raise
             self._update_by_window()  # of data whose length was not known
 
-        self._run_phase("training", body)
-
     def validation(self, source: Source, batches: Iterator[Any], phase: str | None) -> None:
         """The phase of a fit; or with None a call of `validate`."""
-        learner = self.learner
+        learner, done = self.learner, 0
         if phase is None:
             self._start_phase(None, source)
-
-        def body() -> None:
+        with self.dispatcher.level("validation", self._end_phase):
+            self.dispatcher.fire("validation_start")
             if phase is not None:
                 self._restore("validation")
+                done = learner.progress.batch
             with evaluation_mode(learner.model), averaged(learner.state, learner.model), torch.no_grad():
-                done = 0 if phase is None else learner.progress.batch
-                for index, (batch, counts) in enumerate(self.ranks.together(source, batches, False), done):
-                    learner.batch_index = index
-                    self._batch(batch, self._validation_batch, counts)
-
-        self._run_phase("validation", body)
+                self._batches(source, batches, done)
 
     def _start_phase(self, phase: str | None, source: Source) -> None:
         learner = self.learner
         learner.phase, learner.training, learner.nonfinite, learner.stats = phase, phase == "train", None, {}
         learner.batch_count = self.ranks.length("the length of the data", source.length(), longest=phase != "train")
         learner.batch_index, learner.seconds = 0, 0.0
-        self.phase_began = time.monotonic() - self._spent("phase")
+        self.phase_began = time.monotonic() - (0.0 if phase is None else self.spent.pop("phase", 0.0))
         learner.metrics.reset()
-
-    def _run_phase(self, level: str, body: Callable[[], None]) -> None:
-        try:
-            self.dispatcher.run(level, body, self._end_phase)
-        finally:
-            self.learner.phase, self.learner.training = None, False
 
     def _end_phase(self, done: bool) -> None:
         """The numbers of the phase are final."""
@@ -225,6 +215,7 @@ class Loop:
             learner.stats = dict.fromkeys(learner.metrics.names, math.nan)
         self.row[learner.phase] = learner.stats
         if done:
+            self.rng_at_start = None
             learner.progress.end_phase()
         if learner.training:
             stops = [getattr(c, "stops_on_nonfinite", False) for c in (*learner.callbacks, *self.callbacks)]
@@ -233,15 +224,21 @@ class Loop:
 
     # --- Batches ------------------------------------------------------------------------------------------------------
 
-    def _batch(self, batch: Any, body: Callable[[], None], counts: bool = True) -> None:
-        """One batch. Nothing of it is left afterwards."""
+    def _batches(self, source: Source, batches: Iterator[Any], done: int) -> None:
+        """The batches of a phase, of which so many are done. Nothing of one is left afterwards."""
         learner = self.learner
-        input, target = split(place(batch, learner.device))
-        learner.step = Step(input, target, samples_of(target, input), scored=counts)
-        try:
-            self.dispatcher.run("batch", body, self._end_batch)
-        finally:
-            learner.step = Step()
+        for index, (batch, counts) in enumerate(self.ranks.together(source, batches, learner.training), done):
+            learner.batch_index = index
+            if learner.training:
+                learner.step_index = learner.progress.step
+            input, target = split(place(batch, learner.device))
+            learner.step = Step(input, target, samples_of(target, input), scored=counts)
+            try:
+                with self.dispatcher.level("batch", self._end_batch):
+                    self.dispatcher.fire("batch_start")
+                    self._training_batch() if learner.training else self._validation_batch()
+            finally:
+                learner.step = Step()
 
     def _end_batch(self, done: bool) -> None:
         self.ranks.busy = False
@@ -251,9 +248,10 @@ class Loop:
     def _training_batch(self) -> None:
         learner, step = self.learner, self.learner.step
         f = self._forward(learner.training_step)
-        value, step.grads = withgradient(f, learner.model, step.input, step.target, state=learner.state)
+        (step.loss, step.output), step.grads = withgradient(
+            f, learner.model, step.input, step.target, state=learner.state
+        )
         self.ranks.busy = False
-        step.loss, step.output = value if isinstance(value, tuple) else (value, None)
         step.number = number(step.loss)
         if not self._is_finite(step):
             return
@@ -266,35 +264,29 @@ class Loop:
     def _validation_batch(self) -> None:
         learner, step = self.learner, self.learner.step
         self.predicted = False
-        value = self._forward(learner.validation_step)(learner.model, step.input, step.target)
-        step.loss, step.output = value if isinstance(value, tuple) else (value, step.output)
+        f = self._forward(learner.validation_step)
+        step.loss, step.output = f(learner.model, step.input, step.target)
         step.number = number(step.loss)
         if not self.predicted:
             learner.predicted(step.output)
         learner.metrics.update(step)
 
     def _forward(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """A step under the autocast that was asked for, and agreed on."""
-        if self.ranks.alone and self.learner.autocast is None:
-            return step
+        """A step under the autocast that was asked for, as (loss, output). After it all processes know each other's
+        losses, and whether to go on."""
+        learner, ranks = self.learner, self.learner.ranks
 
         def forward(*args: Any) -> Any:
-            with self.learner.casting():
-                return step(*args) if self.ranks.alone else self._agreed(step, args)
+            def act() -> Any:
+                with learner.casting():
+                    return loss_and_output(step(*args), learner.step.output)
+
+            ranks.busy = ranks.spread
+            value, self.losses = ranks.attempt("a step", act, lambda value: number_of(value[0]))
+            ranks.busy = learner.training
+            return value
 
         return forward
-
-    def _agreed(self, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """What a step gives. After it all processes know each other's losses, and whether to go on."""
-
-        def loss_of(value: Any) -> float:
-            loss = value[0] if isinstance(value, tuple) else value
-            return loss.item() if isinstance(loss, torch.Tensor) and reads_at_once(loss) else 0.0
-
-        self.ranks.busy = self.ranks.spread
-        value, self.losses = self.ranks.attempt("a step", lambda: step(*args), loss_of)
-        self.ranks.busy = self.learner.training
-        return value
 
     def _is_finite(self, step: Step) -> bool:
         """Whether the loss is. On a device nothing is read: there what is not finite holds back update and metrics."""
@@ -303,7 +295,7 @@ class Loop:
             step.scored = over_ranks(learner.state, learner.model, step.loss.detach()).isfinite()
             note_loss(learner.state, step.scored, LOSS)
             return True
-        losses = [step.number] if self.ranks.alone else self.losses
+        losses = self.losses or [step.number]
         bad = next((rank for rank, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None and learner.nonfinite is None:
             where = f"batch {learner.batch_index} of epoch {learner.epoch_index}"
@@ -318,7 +310,7 @@ class Loop:
         if isinstance(weight, torch.Tensor):
             weight = over_ranks(learner.state, learner.model, weight)
         else:
-            weight = self.ranks.mean("accumulate", weight)
+            weight = fmean(self.ranks.numbers("accumulate", weight))
         self.window.add(in_order(bind(learner.state, learner.model), step.grads), weight)
         if self.window.batches >= learner.accumulate or learner.batch_index + 1 == learner.batch_count:
             self._update_by_window()
@@ -337,3 +329,17 @@ class Loop:
         self.ranks.busy = self.ranks.spread
         update(learner.state, learner.model, learner.step.grads)
         self.ranks.busy = False
+
+
+def loss_and_output(value: Any, output: Any) -> tuple[Any, Any]:
+    """What a step returned. ValueError where the loss is not one number, or more comes than an output."""
+    loss, *more = value if isinstance(value, tuple) else (value, output)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or len(more) != 1:
+        got = f"a tuple of {len(value)}" if isinstance(value, tuple) and len(more) != 1 else kind(loss)
+        raise ValueError(f"a step returns the loss, one number in a tensor, or (loss, output), but this gave {got}")
+    return loss, more[0]
+
+
+def number_of(loss: torch.Tensor) -> float:
+    """A loss, where reading it costs nothing."""
+    return loss.item() if reads_at_once(loss) else 0.0

@@ -6,7 +6,6 @@ waiting for each other. Talks have a process group of their own, on the CPU: the
 taken for an operation of the model.
 """
 
-import math
 import warnings
 import weakref
 import zlib
@@ -15,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map_only
 
 from .. import assert_same_on_all_ranks
 from .core import Leaf, State, all_gather, bind, whole_tensor
 from .data import Source
 from .events import CANCELS, Cancel
-from .resume import mapped
 
 _END = object()
 # PyTorch's default group, and that of the talks beside it. Not held: a group that is still there when Python ends has
@@ -38,6 +37,7 @@ class Ranks:
         self.rank, self.size = rank, size
         self.alone, self.first = size == 1, rank == 0
         self.spread = spread  # whether parameters are spread over the processes
+        self.calls = 0  # of the Learner's, within each other
         self.busy = False  # whether the others may be waiting for this one in an operation of the model
         self.apart = False  # once an error passes: what comes then is not the same on all, so this one talks no more
 
@@ -60,14 +60,6 @@ class Ranks:
             self._raise(place, outcome)
         return [number for *_, number in heard]
 
-    def any(self, place: str, flag: bool) -> bool:
-        """Whether it is so on any of them."""
-        return any(self.numbers(place, flag))
-
-    def mean(self, place: str, number: float) -> float:
-        """The mean over all of them."""
-        return number if self.alone else math.fsum(self.numbers(place, number)) / self.size
-
     def length(self, place: str, number: int | None, longest: bool = False) -> int | None:
         """How many batches all have, or with `longest` any; None if one of them does not know."""
         found = [int(n) for n in self.numbers(place, -1 if number is None else number)]
@@ -83,8 +75,10 @@ class Ranks:
     def attempt(
         self, place: str, action: Callable[[], Any], number: Callable[[Any], float] = lambda value: 0.0
     ) -> tuple[Any, list[float]]:
-        """What each does, and the number that all have of it. An error or a cancel of one is one of all, but an error
-        where they may be waiting for this one."""
+        """What each does, and the numbers that several have of it. An error or a cancel of one is one of all, but not
+        an error where they may be waiting for this one."""
+        if self.alone:
+            return action(), []
         value: Any = None
         error: Exception | None = None
         try:
@@ -113,10 +107,12 @@ class Ranks:
         self.apart = not self.alone
 
     def __enter__(self) -> "Ranks":
+        self.calls += 1
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, where: Any) -> None:
         """All end a call together. An error that ends it is told."""
+        self.calls -= 1
         if error is None:
             self.numbers("the end of a call")
         else:
@@ -169,7 +165,7 @@ class Ranks:
         there is nothing in its place."""
         if not self.spread:
             return data
-        return mapped(data, lambda t: whole_tensor(t, self.first))
+        return tree_map_only(torch.Tensor, lambda t: whole_tensor(t, self.first), data)
 
     def warn(self, message: str) -> None:
         """A warning that all have, and the first gives."""

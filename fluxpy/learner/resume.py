@@ -1,21 +1,23 @@
 """What a run needs to go on exactly as it would have, as plain data and back."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from .. import leaves, load_state_dict, state_dict
 from . import events
-from .core import changed_rules, changes_of_rules, load_model, match_model, model_dict, plain_rules
+from .core import bind, changed_rules, changes_of_rules, copied, load_model, match_model, model_dict, plain_rules
 from .rng import random_state
 
 if TYPE_CHECKING:
     from .learner import Learner
     from .loop import Loop
 
-_VERSION = 3
+_VERSION = 4
 _OPTION = 'hyperparameters="keep" (of Checkpoint or load_state_dict)'
 
 
@@ -31,7 +33,7 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
     in_epoch, in_phase = progress.within != "fit", progress.within in ("training", "validation")
     own = {
         "random": random_state(run.sources),
-        "rng_at_start": run.rng_at_start if in_phase else None,
+        "rng_at_start": run.rng_at_start,
         "metrics": clones(learner.metrics.state_dict()) if in_phase else None,
     }
     every = learner.ranks.gather("state_dict", own)
@@ -46,7 +48,7 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
         "window": clones(vars(run.window)),
         "row": dict(run.row),
         "lengths": dict(run.lengths),
-        "rules": run.rules if isinstance(run.rules, list) else plain_rules(run.rules or present_rules(learner.state)),
+        "rules": run.rules or present_rules(learner.state),
         "history": history,
         "seconds": {
             "epoch": in_epoch * (now - run.epoch_began),
@@ -61,18 +63,25 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
 def load(learner: "Learner", saved: Any, hyperparameters: str | None) -> dict[str, Any]:
     """Model, state, history and callbacks as they were saved; ValueError where they do not fit, and nothing is done.
     What is left to go on with comes back."""
-    if not isinstance(saved, dict) or saved.get("version") != _VERSION or "position" not in saved:
+    if not isinstance(saved, dict) or not {"version", "position"} <= saved.keys():
         raise ValueError("load_state_dict takes what Learner.state_dict gave")
+    if saved["version"] != _VERSION:
+        raise ValueError(f"the run was saved in format {saved['version']}, but this fluxpy reads {_VERSION}")
     saved = _of_rank(saved, learner.ranks.rank, learner.ranks.size)
     saved["hyperparameters"] = hyperparameters or saved.get("hyperparameters", "load")
     names = learner.metrics.names
     sums = names if saved["metrics"] is None else saved["metrics"]["sums"]
     if set(sums) != set(names):
         raise ValueError(f"the saved run had the metrics {sorted(sums)}, this one has {sorted(names)}")
-    changes = changes_of_rules(plain_rules(present_rules(learner.state)), saved["rules"])
-    _load_weights(learner, saved)
-    if saved["hyperparameters"] == "load" and (changed := changed_rules(changes, _OPTION)):
+    changes = changes_of_rules(present_rules(learner.state), saved["rules"])
+    load_weights(learner, saved)
+    if saved["hyperparameters"] == "keep":
+        saved["rules"] = present_rules(learner.state)
+    elif changed := changed_rules(changes, _OPTION):
         learner.ranks.warn(changed)
+    params = bind(learner.state, learner.model).params
+    pairs = zip(saved["window"]["sums"], params, strict=False)
+    saved["window"] = saved["window"] | {"sums": [None if g is None else copied(g, x) for g, x in pairs]}
     learner.history = events.History((dict(row) for row in saved["history"]), saved["seconds"]["epochs"])
     load_callbacks(learner.callbacks, saved["callbacks"], learner.ranks.warn)
     return saved
@@ -92,48 +101,34 @@ def _of_rank(saved: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
     return saved | (every[rank] if rank < len(every) else {"random": None})
 
 
-def restore(learner: "Learner", callbacks: list[Any], saved: dict[str, Any]) -> None:
-    """Model, state and callbacks, with those of a fit, again as they were saved."""
-    _load_weights(learner, saved)
-    load_callbacks([*learner.callbacks, *callbacks], saved["callbacks"])
-
-
-def _load_weights(learner: "Learner", saved: dict[str, Any]) -> None:
+def load_weights(learner: "Learner", saved: dict[str, Any]) -> None:
+    """Model and state as they were saved; ValueError where they do not fit, and nothing is done."""
     pairs = match_model(learner.model, saved["model"])
     load_state_dict(learner.state, saved["state"], hyperparameters=saved["hyperparameters"])
     load_model(pairs)
 
 
-def present_rules(state: Any) -> dict[str, Any]:
-    """The rule of each leaf."""
-    return {path: leaf.rule for path, leaf in leaves(state)}
+def present_rules(state: Any) -> list[Any]:
+    """The rule of each leaf, as plain data."""
+    return plain_rules({path: leaf.rule for path, leaf in leaves(state)})
 
 
 def load_callbacks(callbacks: list[Any], saved: list[Any], warn: Callable[..., None] | None = None) -> None:
-    """Give callbacks their state back, by place and name. Those that have none are passed by."""
-    for i, callback in enumerate(callbacks):
+    """Give callbacks their state back, to the first of a name what the first of that name gave, and so on."""
+    found: dict[str, list[Any]] = defaultdict(list)
+    for name, state in saved:
+        found[name].append(state)
+    for callback in callbacks:
         name = events.name_of(callback)
+        state = found[name].pop(0) if found[name] else None
         if not isinstance(callback, events.Callback):
             continue
-        if i < len(saved) and saved[i][0] == name:
-            callback.load_state_dict(clones(saved[i][1]))
+        if state is not None:
+            callback.load_state_dict(clones(state))
         elif warn is not None and type(callback).load_state_dict is not events.Callback.load_state_dict:
-            was = repr(saved[i][0]) if i < len(saved) else "nothing"
-            where = f"the callback {name} was not saved at its place (there was {was})"
-            warn(f"{where}; it starts afresh")
+            warn(f"the callback {name} was not saved; it starts afresh")
 
 
 def clones(tree: Any) -> Any:
     """Plain data with its tensors copied."""
-    return mapped(tree, lambda t: t.detach().clone())
-
-
-def mapped(tree: Any, f: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Plain data with `f` of each of its tensors in its place."""
-    if isinstance(tree, torch.Tensor):
-        return f(tree)
-    if isinstance(tree, dict):
-        return {key: mapped(value, f) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(mapped(value, f) for value in tree)
-    return tree
+    return tree_map_only(torch.Tensor, lambda t: t.detach().clone(), tree)

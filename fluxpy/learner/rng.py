@@ -1,7 +1,8 @@
 """Random states as plain data: those of Python, NumPy and torch, of devices, and of the generators of data."""
 
+import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -42,43 +43,23 @@ def set_data_state(sources: Sources, states: list[Any]) -> None:
 
 
 def _state(generator: Any) -> Any:
-    """The state of a generator of torch, Python or NumPy as plain data."""
+    """The state of a generator of torch, Python or NumPy as plain data. JSON has room for whole numbers of 128 bits."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, np.random.Generator):
-        return _plain(generator.bit_generator.state)
-    if hasattr(generator, "getstate"):
-        version, numbers, gauss = generator.getstate()
-        return [version, torch.tensor(numbers), gauss]
-    kind, keys, *rest = generator.get_state(legacy=True)
-    return [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
+        state = generator.bit_generator.state
+    else:
+        state = generator.getstate() if hasattr(generator, "getstate") else generator.get_state(legacy=False)
+    return json.dumps(state, default=np.ndarray.tolist)
 
 
 def _set_state(generator: Any, state: Any) -> None:
     if isinstance(generator, torch.Generator):
         generator.set_state(state.cpu())
     elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = _like(generator.bit_generator.state, state)
+        generator.bit_generator.state = json.loads(state)
     elif hasattr(generator, "getstate"):
-        version, numbers, gauss = state
-        generator.setstate((version, tuple(numbers.tolist()), gauss))
+        version, numbers, gauss = json.loads(state)
+        generator.setstate((version, tuple(numbers), gauss))
     else:
-        kind, keys, *rest = state
-        generator.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-
-
-def _plain(state: Any) -> Any:
-    """The state of NumPy's bit generators: dicts of strings, arrays and numbers that may have 128 bits."""
-    if isinstance(state, Mapping):
-        return {name: _plain(value) for name, value in state.items()}
-    if isinstance(state, np.ndarray):
-        return [str(number) for number in state.tolist()]
-    return state if isinstance(state, str) else str(state)
-
-
-def _like(present: Any, saved: Any) -> Any:
-    if isinstance(present, Mapping):
-        return {name: _like(value, saved[name]) for name, value in present.items()}
-    if isinstance(present, np.ndarray):
-        return np.array([int(number) for number in saved], dtype=present.dtype)
-    return saved if isinstance(present, str) else int(saved)
+        generator.set_state(json.loads(state))

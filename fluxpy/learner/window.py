@@ -34,8 +34,9 @@ class Window:
         self.batches += 1
 
     def mean(self, like: list[Tensor]) -> list[Tensor | None]:
-        """In the dtypes of these parameters."""
-        return [None if g is None else (g / self.weight).to(x.dtype) for g, x in zip(self.sums, like, strict=True)]
+        """In the dtypes of these parameters; of batches in which nothing counts it is zero."""
+        weight = self.weight + (self.weight == 0)
+        return [None if g is None else (g / weight).to(x.dtype) for g, x in zip(self.sums, like, strict=True)]
 
 
 def weight_of(step: Any, loss: Any) -> Any:

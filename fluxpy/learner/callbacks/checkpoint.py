@@ -116,7 +116,7 @@ class Checkpoint(Callback):
             self._batches += 1
             # Of a phase that is being cancelled the next batch never comes.
             ends = self._signal is not None or learner.progress.cancelled is not None
-            if self._batches >= self.every and not learner.ranks.any("Checkpoint", ends):
+            if self._batches >= self.every and not any(learner.ranks.numbers("Checkpoint", ends)):
                 self._save(learner, self.last)
         self._stop_at_signal(learner)
 

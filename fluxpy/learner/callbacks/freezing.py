@@ -48,8 +48,8 @@ class ThawFromTop(Callback):
         self.patterns, self.first, self.epochs = patterns, first, epochs
 
     def on_epoch_start(self, learner: Learner) -> None:
-        for i, layer in enumerate(reversed(layers(learner.state, *self.patterns).values())):
-            FreezeUntil(_among(layer), self.first + i * self.epochs).on_epoch_start(learner)
+        for i, layer in enumerate(layers_from_top(learner.state, *self.patterns)):
+            FreezeUntil(layer, self.first + i * self.epochs).on_epoch_start(learner)
 
 
 def discriminative_rates(state: State, *patterns: str, factor: float) -> State:
@@ -64,31 +64,27 @@ def discriminative_rates(state: State, *patterns: str, factor: float) -> State:
     >>> state[0].weight.rule.lr, state[2].weight.rule.lr
     (0.05, 0.1)
     """
-    for i, layer in enumerate(reversed(layers(state, *patterns).values())):
+    for i, layer in enumerate(layers_from_top(state, *patterns)):
         if i:
-            adjust(select(state, _among([leaf for leaf in layer if leaf.rule is not None])), scale(factor**i))
+            adjust(select(state, layer), scale(factor**i))
     return state
 
 
-def layers(state: State, *patterns: str) -> dict[str, list[Leaf]]:
-    """The leaves by layer, in the order of the model; ValueError where a pattern matches none."""
-    found: dict[str, list[Leaf]] = {}
+def layers_from_top(state: State, *patterns: str) -> list[Callable[[str, Leaf], bool]]:
+    """Predicates for `select`, one for each layer, the last of the model first. ValueError where a pattern matches
+    none."""
+    found: dict[str, set[str]] = {}
     idle = dict.fromkeys(patterns)
-    for path, leaf in leaves(state):
+    for path, _ in leaves(state):
         parts = path.split(".")
         for pattern in patterns:
             wanted = pattern.split(".")
             if len(parts) >= len(wanted) and all(map(fnmatchcase, parts, wanted)):
-                found.setdefault(".".join(parts[: len(wanted)]), []).append(leaf)
+                found.setdefault(".".join(parts[: len(wanted)]), set()).add(path)
                 idle.pop(pattern, None)
                 break
     if idle or not patterns:
         names = ", ".join(map(repr, idle)) or "without a pattern"
         some = ", ".join(repr(path) for path, _ in list(leaves(state))[:3])
         raise ValueError(f"no layer matches {names}; a pattern names whole layers, as 'encoder.*'; the leaves: {some}")
-    return found
-
-
-def _among(chosen: list[Leaf]) -> Callable[[str, Leaf], bool]:
-    numbers = set(map(id, chosen))
-    return lambda _, leaf: id(leaf) in numbers
+    return [lambda path, _, layer=layer: path in layer for layer in reversed(found.values())]

@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ... import leaves
@@ -100,7 +101,7 @@ class _Watch(Callback):
 
     def on_batch_end(self, learner: Learner) -> None:
         loss = float(learner.step.loss) if learner.step.loss is not None else math.nan
-        loss = learner.ranks.mean("lr_find", loss)
+        loss = fmean(learner.ranks.numbers("lr_find", loss))
         if not math.isfinite(loss):
             raise CancelFit("the loss is not finite")
         self.rates.append(self.growth(learner.step_index))

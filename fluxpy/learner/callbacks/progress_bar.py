@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm.auto import tqdm
@@ -32,7 +33,7 @@ class ProgressBar(Callback):
         self.file, self.seconds = file, seconds
         self._out: Any = None  # where the present phase is shown
         self._terminal = False
-        self._guards: dict[str, _Guard] = {}  # what stands for sys.stdout and sys.stderr while a line is drawn
+        self._guards = ExitStack()  # of what stands for sys.stdout and sys.stderr while a line is drawn
         self._bar: Any = None  # in a notebook, of the whole fit
         self._draw_at = math.inf  # when to draw again
         self._started = 0.0
@@ -52,25 +53,25 @@ class ProgressBar(Callback):
         if self._bar is None and self._terminal:
             self._guard()
         if self._bar is not None or self._terminal:
-            self._draw(learner, _numbers(learner))
+            self._draw(learner)
 
     on_validation_start = on_training_start
 
     def on_batch_end(self, learner: "Learner") -> None:
         self._done = learner.batch_index + 1
         if time.monotonic() >= self._draw_at:
-            self._draw(learner, _numbers(learner))
+            self._draw(learner)
 
     def on_training_end(self, learner: "Learner") -> None:
         if self._bar is not None:
-            self._draw(learner, learner.stats)
+            self._draw(learner, last=True)
             if not learner.fitting:
                 self._close()
         elif self._terminal:
             try:
-                self._draw(learner, learner.stats, last=True)
+                self._draw(learner, last=True)
             finally:
-                self._unguard()
+                self._guards.close()
             print(file=self._out, flush=True)
         elif self._out is not None:
             print(self._line(learner, learner.stats, cells=4), file=self._out, flush=True)
@@ -85,8 +86,10 @@ class ProgressBar(Callback):
         self._bar.close()
         self._bar = None
 
-    def _draw(self, learner: "Learner", numbers: dict[str, float], last: bool = False) -> None:
-        """Put the present line in place of the one before."""
+    def _draw(self, learner: "Learner", last: bool = False) -> None:
+        """Put the present line in place of the one before, with the numbers so far. Of several processes those are of
+        this one, which can tell them without the others."""
+        numbers = learner.stats if last else learner.running() if learner.ranks.alone else learner.metrics.here()
         if self._bar is not None:
             self._bar.n = learner.progress.step if learner.fitting else self._done
             self._bar.set_description_str(_title(learner), refresh=False)
@@ -137,17 +140,10 @@ class ProgressBar(Callback):
     # --- What others print --------------------------------------------------------------------------------------------
 
     def _guard(self) -> None:
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
+        for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
             if stream is not None and stream.isatty():
-                self._guards[name] = _Guard(stream, self._make_way)
-                setattr(sys, name, self._guards[name])
-
-    def _unguard(self) -> None:
-        for name, guard in self._guards.items():
-            if getattr(sys, name) is guard:
-                setattr(sys, name, guard.stream)
-        self._guards = {}
+                guard: Any = _Guard(stream, self._make_way)
+                self._guards.enter_context(redirect(guard))
 
     def _make_way(self, text: str) -> None:
         """End the line that is drawn, before somebody else writes."""
@@ -176,11 +172,6 @@ class _Guard:
 def _title(learner: "Learner") -> str:
     phase = "train" if learner.training else "validation"
     return f"Epoch {learner.epoch_index + 1}/{learner.epoch_count} · {phase}" if learner.fitting else phase.capitalize()
-
-
-def _numbers(learner: "Learner") -> dict[str, float]:
-    """The numbers so far. Of several processes those of this one, which can tell them without the others."""
-    return learner.running() if learner.ranks.alone else learner.metrics.here()
 
 
 def _text(numbers: dict[str, float], width: int = 99) -> str:

@@ -54,9 +54,8 @@ class LearningRateScheduler(Callback):
             raise TypeError(f"a schedule is a callable, count -> value, as schedules.constant(0.1), but got {came}")
         self.member = member
         self._learner: Learner | None = None  # while a fit runs
-        self._filled: Any = self.schedule  # with the length of the fit
-        self._step = -1  # the batch for which the schedule was last asked,
-        self._value: Any = None  # and what it gave
+        self._filled: Any = self.schedule  # with the length of the fit, once that is known; asked once a batch
+        self._is_filled = False
         self._rules: list[tuple[Leaf, Any]] = []  # the rule of each leaf, as it was made to follow
 
     def __repr__(self) -> str:
@@ -66,7 +65,8 @@ class LearningRateScheduler(Callback):
         """The rate at the present batch of a leaf with this base rate; outside a fit the base rate."""
         if self._learner is None:
             return base
-        return base * self._now(self._learner) if self.name == "scale" else self._now(self._learner)
+        now = self._filled(self._learner.step_index)
+        return base * now if self.name == "scale" else now
 
     def on_fit_start(self, learner: Learner) -> None:
         if not any(rates(leaf, self.member) for _, leaf in leaves(learner.state)):
@@ -77,9 +77,9 @@ class LearningRateScheduler(Callback):
         self._learner = learner
 
     def on_training_start(self, learner: Learner) -> None:
-        if self._filled is self.schedule:  # a length that is known only now
+        if not self._is_filled:  # by a length that is known only now
             self._fill(learner)
-        self._now(learner)  # an error of the schedule comes before the first batch
+        self._filled(learner.step_index)  # an error of the schedule comes before the first batch
 
     def on_update_start(self, learner: Learner) -> None:
         if any(leaf.rule is not rule for leaf, rule in self._rules):
@@ -100,16 +100,11 @@ class LearningRateScheduler(Callback):
             self._follow(self._learner)
 
     def _fill(self, learner: Learner) -> None:
-        self._filled, self._step = self.schedule, -1
-        if isinstance(self.schedule, Schedule) and learner.step_count:
-            self._filled = self.schedule.with_total(learner.step_count)
-
-    def _now(self, learner: Learner) -> Any:
-        """What the schedule gives at the present batch."""
-        if self._step != learner.step_index:
-            self._value = self._filled(learner.step_index)
-            self._step = learner.step_index
-        return self._value
+        schedule: Any = self.schedule
+        self._is_filled = False
+        if isinstance(schedule, Schedule) and learner.step_count:
+            schedule, self._is_filled = schedule.with_total(learner.step_count), True
+        self._filled = functools.lru_cache(maxsize=1)(schedule)
 
     def _follow(self, learner: Learner) -> None:
         """Have the rates of all leaves follow, those adjusted meanwhile from their new base."""

@@ -109,7 +109,8 @@ class ReduceOnPlateau(Plateau):
 
     `monitor`, `min_delta` and `mode` as in `EarlyStopping`. No rate gets below `min_lr`, unless it was before. Ratios
     between subtrees survive; a schedule is scaled as a schedule, without a lowest rate. Under a `LearningRateScheduler`
-    it is the base rate that is multiplied.
+    it is the base rate that is multiplied. In a chain with several rates that differ, `member` says which, as in
+    `adjust`.
 
     >>> from fluxpy.learner import Learner, ReduceOnPlateau
     >>> data = [(torch.ones(4, 2), torch.ones(4, 1))]
@@ -128,22 +129,24 @@ class ReduceOnPlateau(Plateau):
         *,
         min_lr: float = 0.0,
         mode: str | None = None,
+        member: Any = None,
     ) -> None:
         super().__init__(monitor, patience, min_delta, mode)
         if not 0 < factor < 1:
             raise ValueError(f"factor={factor!r} is not allowed; it is between 0 and 1")
         if not min_lr >= 0:
             raise ValueError(f"min_lr={min_lr!r} is not allowed; it is the lowest rate, at least 0")
-        self.factor, self.min_lr = factor, min_lr
+        self.factor, self.min_lr, self.member = factor, min_lr, member
 
     def on_fit_start(self, learner: Learner) -> None:
         super().on_fit_start(learner)
-        if not any(rates(leaf) for _, leaf in leaves(learner.state)):
+        if not any(rates(leaf, self.member) for _, leaf in leaves(learner.state)):
             raise ValueError("ReduceOnPlateau: no leaf has a rule with the hyperparameter 'lr'")
+        adjust_rates(learner.state, lambda rate: rate, self.member)  # what cannot be adjusted is told now
 
     def stuck(self, learner: Learner) -> None:
         self.waited = 0
-        adjust_rates(learner.state, self._lowered)
+        adjust_rates(learner.state, self._lowered, self.member)
 
     def _lowered(self, rate: Any) -> Any:
         new = scale(self.factor).of(rate)
@@ -181,7 +184,7 @@ class StopOnNaN(Callback):
     def _stop(self, learner: Learner) -> None:
         if learner.nonfinite is not None:
             here = all(bool(x.isfinite().all()) for x in bind(learner.state, learner.model).local)
-            sound = not learner.ranks.any("StopOnNaN", not here)
+            sound = not any(learner.ranks.numbers("StopOnNaN", not here))
             raise CancelFit(f"{learner.nonfinite}{'' if sound else _CURE}")
 
 

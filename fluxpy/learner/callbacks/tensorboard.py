@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import leaves
 from ..core import Leaf, bind, hyperparameters, in_order, rates, rules_in, whole_tensor
 from ..learner import Learner
-from .statistics import Rows
+from .records import Rows
 
 
 class TensorBoardLogger(Rows):
@@ -98,7 +98,7 @@ class TensorBoardLogger(Rows):
         step, moment, tags, _ = rows[0]["tensorboard"]
         pairs = [(float(tags["batch/loss"]), samples) for *_, tags, samples in (row["tensorboard"] for row in rows)]
         samples = sum(n for _, n in pairs)
-        mean = sum(loss * n for loss, n in pairs) / samples
+        mean = sum(loss * n for loss, n in pairs) / max(samples, 1)
         return rows[0] | {"tensorboard": (step, moment, tags | {"batch/loss": mean}, samples)}
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
@@ -189,7 +189,7 @@ class Rates:
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self.known: list[tuple[Any, bool]] = []  # rule and frozenness of each leaf, when `named` was worked out
-        self.named: list[tuple[str, Any, Leaf]] = []  # subtree or path, its rate, and a leaf that has it
+        self.named: list[tuple[str, Any, Leaf]] = []  # tag of a subtree or path, its rate, and a leaf that has it
         self.written: dict[str, float] = {}
 
     def changed(self, state: Any) -> dict[str, float]:
@@ -197,21 +197,17 @@ class Rates:
         found = dict(leaves(state))
         now = [(leaf.rule, leaf.frozen) for leaf in found.values()]
         if now != self.known:
-            self.known, self.named = now, self._named(found)
-        changed: dict[str, float] = {}
-        for name, rate, leaf in self.named:
+            own = {path: rates(leaf)[-1] for path, leaf in found.items() if not leaf.frozen and rates(leaf)}
+            first = {name: next(iter(subtree)) for name, subtree in alike(own, self.depth).items()}
+            self.known, self.named = now, [(f"lr/{name}", own[path], found[path]) for name, path in first.items()]
+        used: dict[str, float] = {}
+        for tag, rate, leaf in self.named:
             # After the update: the rate it used is that of the count before.
             value: Any = rate(max(leaf.count - 1, 0)) if callable(rate) else rate
-            number = float(value)
-            if self.written.get(f"lr/{name}") != number:
-                changed[f"lr/{name}"] = number
+            used[tag] = float(value)
+        changed = {tag: rate for tag, rate in used.items() if self.written.get(tag) != rate}
         self.written |= changed
         return changed
-
-    def _named(self, found: dict[str, Leaf]) -> list[tuple[str, Any, Leaf]]:
-        own = {path: rates(leaf)[-1] for path, leaf in found.items() if not leaf.frozen and rates(leaf)}
-        subtrees = {name: next(iter(subtree)) for name, subtree in alike(own, self.depth).items()}
-        return [(name, own[path], found[path]) for name, path in subtrees.items()]
 
 
 def alike(values: Mapping[str, Any], depth: int) -> dict[str, dict[str, Any]]:
