@@ -19,8 +19,7 @@ def members_of(rule: Rule, member: Any) -> list[Rule]:
     else:
         raise TypeError(f"member is a rule class, as Momentum, or an index in the chain, but got {member!r}")
     if not found:
-        name = member.__name__ if isinstance(member, type) else member
-        raise ValueError(f"{title(rule)} has no member {name}")
+        raise ValueError(f"{title(rule)} has no member {getattr(member, '__name__', member)}")
     return found
 
 

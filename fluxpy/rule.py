@@ -473,4 +473,4 @@ def _items(rule: Rule) -> list[tuple[str, Any]]:
 
 
 def _holds_rules(value: Any) -> bool:
-    return isinstance(value[0] if isinstance(value, tuple) and value else value, Rule)
+    return isinstance(value, Rule) or (isinstance(value, tuple) and (not value or isinstance(value[0], Rule)))

@@ -132,6 +132,9 @@ MISTAKES = {
     "adjust by pattern and place": (lambda h: adjust(h.state, "head.*", 0.1), TypeError, r"adjust\(select\("),
     "scale by a word": (lambda h: adjust(h.state, scale("0.1")), TypeError, "scale takes a number, but got '0.1'"),
     "scale by a schedule": (lambda h: adjust(h.state, scale(len)), TypeError, "scale takes a number"),
+    "rules in place of rules": (
+        lambda h: adjust(setup(OptimiserChain(), h.model), rules=(Adam(),)), ValueError, "has no hyperparameter 'rules'"
+    ),
     "two numbers": (lambda h: adjust(h.state, 0.1, 0.9), TypeError, "one number by position, lr"),
     "thaw to a count": (lambda h: thaw(h.state, 3), TypeError, "one state"),
     "select a list": (lambda h: select(h.state, ["*bias", "head.*"]), TypeError, r"write select\(state, \*patterns\)"),

@@ -356,3 +356,20 @@ def test_a_users_elementwise_reducing_rule_is_not_run_leaf_by_leaf(name, behind,
     counted(Own, "apply")
     run.step(2)
     assert runs["steps"] <= 50 and runs["apply"] <= 50
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize("last", [Descent(1.0), RMSProp(0.1)], ids=repr)
+@every_layout
+def test_a_total_of_what_was_clipped_array_by_array(order, last, layout, monkeypatch):
+    """Some arrays are above the limit of the first clip and some below, whichever of them comes first."""
+    monkeypatch.setattr(fluxpy.engine.layout, "SIZE", 8)  # so that each array is worked on by itself
+    run = Run(OptimiserChain(ClipNorm(1.0), ClipGlobalNorm(0.5), last), layout, dict.fromkeys(order, (4, 3)))
+    start = values_of(run.model)
+    grads = {"a": torch.full((4, 3), 0.1, dtype=torch.float64), "b": torch.full((4, 3), 5.0, dtype=torch.float64)}
+    run.step(1, lambda _: grads)
+    clipped = {"a": grads["a"], "b": grads["b"] / grads["b"].norm()}
+    total = torch.cat([dx.flatten() for dx in clipped.values()]).norm()
+    for name, dx in clipped.items():
+        expected = by_hand(last, start[name], [dx * 0.5 / total])[0]
+        torch.testing.assert_close(run.model[name].detach(), expected, rtol=1e-12, atol=1e-13)

@@ -79,10 +79,10 @@ class Chunks:
     def run(self, start: Start, rule: Rule, totals: int | None = None) -> Prepare:
         """Run `rule` on the first chunk to its result, getting all totals that it needs on the way; the other chunks
         can then run too. With `totals`, stop once so many totals are known."""
-        first, count = self.all[0], 0
+        first, count, alike = self.all[0], 0, True
         while count != totals and isinstance(reduce := self.advance(first, start), Reduce):
             count += 1
-            parts = self._parts(reduce, start)
+            parts = self._parts(reduce, start, alike)
             if reduce.rule.over == "tree":
                 cohort = self.cohort
                 if cohort.model_order is not None:
@@ -92,6 +92,7 @@ class Chunks:
                 for chunk in self.all:
                     chunk.answers.append(answer)
             else:
+                alike = self.one  # after a total of each array some may have been scaled, and others not
                 if self.cohort.context.spread:
                     parts = yield Request(rule, reduce, parts, self.cohort.places, self.cohort.paths)
                 else:
@@ -121,10 +122,10 @@ class Chunks:
             chunk.running = steps
         return reduce  # pyright: ignore[reportPossiblyUnboundVariable]
 
-    def _parts(self, reduce: Reduce, start: Start) -> Tensor:
-        """What each leaf gives to a total, worked out leaf by leaf, so that it does not depend on the cohorts."""
+    def _parts(self, reduce: Reduce, start: Start, alike: bool) -> Tensor:
+        """What each leaf gives to a total, however they are grouped. `alike`: the first chunk tells if all have it."""
         first, rule, value = self.all[0], reduce.rule, reduce.tensor()
-        known = self._known(value)
+        known = self._known(value) if alike else None
         if known is not None:
             return rule.parts(known)
         found: list[Tensor] = []
