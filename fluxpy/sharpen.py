@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .distributed.parallel import modules_in
 from .gradient import Gradients, LossFunction, Model, Value, withgradient
 from .leaf import Leaf
-from .pytree import unwrap
 from .rules.clip import norm_of
 from .state import State
 from .tree import values_of, walk
@@ -43,7 +43,7 @@ def sharpened(
     params = walk(model)[1]
     found = [grads] if isinstance(grads, Tensor) else values_of(grads)
     pairs = [(x, g) for x, g in zip(params, found, strict=True) if g is not None]
-    with _moved(pairs, rho), _kept(_buffers(model)):
+    with _moved(pairs, rho), _kept_buffers(model):
         return value, withgradient(f, model, *args, state=state)[1]
 
 
@@ -73,6 +73,13 @@ def _kept(tensors: Sequence[Tensor]) -> Iterator[None]:
                 x.copy_(before)
 
 
-def _buffers(model: Any) -> list[Tensor]:
-    inner = unwrap(model)
-    return list(inner.buffers()) if isinstance(inner, nn.Module) else []
+@contextmanager
+def _kept_buffers(model: Any) -> Iterator[None]:
+    """Put the buffers of modules back at the end; a forward pass may have put others in their place."""
+    held = [(m, name, b) for m in modules_in(model) for name, b in m.named_buffers(recurse=False)]
+    with _kept([b for _, _, b in held]):
+        try:
+            yield
+        finally:
+            for module, name, buffer in held:
+                setattr(module, name, buffer)

@@ -72,7 +72,8 @@ def test_frozen_leaves_stay_where_they_are() -> None:
     torch.testing.assert_close([grads[2].weight, grads[2].bias], expected, rtol=0, atol=1e-12)
 
 
-def test_parameters_and_buffers_are_put_back_bit_for_bit() -> None:
+@pytest.mark.parametrize("inside", [False, True], ids=["a module", "modules in a tree"])
+def test_parameters_and_buffers_are_put_back_bit_for_bit(inside: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
     x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
@@ -80,9 +81,31 @@ def test_parameters_and_buffers_are_put_back_bit_for_bit() -> None:
     twin = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
     twin.load_state_dict(model.state_dict())
     twin(x)
-    sharpened(loss_of, model, 0.1, x, y)
+    if inside:
+        sharpened(lambda m: loss_of(m["net"][0], x, y), {"net": [model]}, 0.1)
+    else:
+        sharpened(loss_of, model, 0.1, x, y)
     assert all(map(torch.equal, before, model.parameters()))
     assert all(map(torch.equal, model.buffers(), twin.buffers()))  # as after one pass
+
+
+def test_a_buffer_that_the_pass_replaces_is_put_back() -> None:
+    class Centred(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.register_buffer("centre", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.centre = 0.9 * self.centre + 0.1 * y.detach().mean(0)
+            return y - self.centre
+
+    model, (x, y) = Centred().double(), batch()
+    twin = Centred().double()
+    twin.load_state_dict(model.state_dict())
+    twin(x)
+    sharpened(loss_of, model, 0.1, x, y)
+    assert torch.equal(model.centre, twin.centre)
 
 
 def test_put_back_where_the_second_pass_fails() -> None:
