@@ -3,9 +3,8 @@
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
-from operator import is_
+from collections.abc import Callable, Sequence
+from operator import getitem, is_
 from typing import Any
 
 import torch
@@ -58,15 +57,13 @@ class Binding:
     def watch(self, model: Any, forget: Callable[[], None]) -> "Binding":
         """From here on, `matches` can tell."""
         self.model: Callable[[], Any] = _reference(model, forget)
-        containers, self.containers = self.containers, []
-        dicts = [x for x in containers if isinstance(x, dict)]
-        self.filled, self.empty = [x for x in dicts if x], [x for x in dicts if not x]
-        self.lists = [x for x in containers if type(x) in (list, tuple)]
-        self.sizes = [*map(len, self.filled), *map(len, self.lists)]
         # Where some container cannot be looked into, a model never matches.
-        self.transparent = len(dicts) + len(self.lists) == len(containers)
-        self.views = [x.values() for x in self.filled]
-        self.keys, self.held = [*chain.from_iterable(self.filled)], [*self._held()]
+        self.transparent = all(isinstance(x, dict) or type(x) in (list, tuple) for x in self.containers)
+        self.known = _copies(self.containers) if self.transparent else []
+        # What another object may be equal to, by the containers and keys.
+        pairs = [(x, key) for x in self.containers if self.transparent for key in _may_equal(x)]
+        self.holders, self.keys = [x for x, _ in pairs], [key for _, key in pairs]
+        self.values = [*map(getitem, self.holders, self.keys)]
         return self
 
     @cached
@@ -104,25 +101,20 @@ class Binding:
                 stacklevel=stacklevel,
             )
 
-    def _held(self) -> Iterable[Any]:
-        """Everything in the containers, in one order."""
-        return chain(chain.from_iterable(self.views), *self.lists)
-
     def fork(
         self, spec: TreeSpec, model: Any, containers: dict[int, Any], plan: Any, forget: Callable[[], None]
     ) -> "Binding":
         """The binding of a copy of the model."""
-        if any(id(x) not in containers for x in (*self.filled, *self.empty, *self.lists)):
+        if any(id(x) not in containers for x in self.containers):
             other = Binding(spec, model).watch(model, forget)  # a wrapper was left out of the copy
         else:
             other = copy.copy(self)
             other.spec, other.model = spec, _reference(model, forget)
             other.indices, other.paths = list(spec.leaves), tuple(spec.leaves.values())
-            other.filled, other.empty, other.lists = (
-                [containers[id(x)] for x in held] for held in (self.filled, self.empty, self.lists)
-            )
-            other.views = [x.values() for x in other.filled]
-            other.held = [*other._held()]
+            other.containers = [containers[id(x)] for x in self.containers]
+            other.known = _copies(other.containers)
+            other.holders = [containers[id(x)] for x in self.holders]
+            other.values = [*map(getitem, other.holders, self.keys)]
         other.params, other.records, other.plan, other.buckets = plan.params, plan.records, plan, None
         other.local, other.__dict__["parallel"] = other.params, None  # a copy is without its wrappers
         other.off_at_setup = other._off_at_setup()
@@ -153,11 +145,30 @@ class Binding:
         return self.spread and self._holds()
 
     def _holds(self) -> bool:
-        if any(self.empty) or [*map(len, self.filled), *map(len, self.lists)] != self.sizes:
+        try:  # `==` asks for identity first, and of two tensors of several elements it raises
+            if self.containers != self.known:
+                return False
+        except Exception:
             return False
-        if self.spread and not all(map(is_, local_tensors(self.params), self.local)):
+        if not all(map(is_, map(getitem, self.holders, self.keys), self.values)):
             return False
-        return all(map(is_, self._held(), self.held)) and [*chain.from_iterable(self.filled)] == self.keys
+        return not self.spread or all(map(is_, local_tensors(self.params), self.local))
+
+
+def _copies(containers: Sequence[Any]) -> list[Any]:
+    return [dict(x) if isinstance(x, dict) else x[:] for x in containers]
+
+
+def _may_equal(container: Any) -> list[Any]:
+    """The keys of values to which another object may be equal: of all but tensors of several elements and modules."""
+    found: list[Any] = []
+    for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+        if isinstance(value, Tensor):
+            if value.numel() == 1:
+                found.append(key)
+        elif value is not None and not (isinstance(value, nn.Module) and type(value).__eq__ is object.__eq__):
+            found.append(key)
+    return found
 
 
 class Bindings(dict[int, Binding]):

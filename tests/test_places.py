@@ -13,6 +13,7 @@ from torch import nn
 import fluxpy
 from fluxpy import (
     AdamW,
+    Descent,
     Lion,
     flatten_parameters,
     leaves,
@@ -141,3 +142,59 @@ def test_layers_of_other_names_are_refused(rule):
         grads = {path: torch.ones_like(x) for path, x in fluxpy.trainables(model, path=True)}
         update(state, model, grads)
         assert not any(torch.equal(before[path], x) for path, x in fluxpy.trainables(model, path=True))
+
+
+class Alike(nn.Linear):
+    """Equal to all others."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Alike)
+
+    __hash__ = nn.Linear.__hash__
+
+
+def one():
+    return nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+
+def again(x):
+    return nn.Parameter(x.detach().clone())
+
+
+EQUAL = {  # a model, what exchanges its part, and that part
+    "a parameter of one element": (
+        lambda: nn.ParameterDict({"a": one()}),
+        lambda model: setattr(model, "a", again(model.a)),
+        lambda model: model.a,
+    ),
+    "a tensor of one element": (
+        lambda: {"a": one(), "b": one()},
+        lambda model: model.update(a=again(model["a"])),
+        lambda model: model["a"],
+    ),
+    "a list of such": (
+        lambda: {"a": [one()], "b": one()},
+        lambda model: model.update(a=[again(model["a"][0])]),
+        lambda model: model["a"][0],
+    ),
+    "a module": (
+        lambda: nn.ModuleDict({"a": Alike(1, 1, bias=False)}),
+        lambda model: model.update({"a": Alike(1, 1, bias=False)}),
+        lambda model: model.a.weight,
+    ),
+}
+
+
+@pytest.mark.parametrize("make, exchange, get", EQUAL.values(), ids=EQUAL)
+def test_an_equal_thing_in_the_model_is_another(make, exchange, get):
+    model = make()
+    state = setup(Descent(1.0), model)
+    for _ in range(3):
+        update(state, model, fluxpy.gradient(lambda m: get(m).sum(), model))
+    old, was = get(model), get(model).detach().clone()
+    exchange(model)
+    new, before = get(model), get(model).detach().clone()
+    assert new is not old
+    update(state, model, fluxpy.gradient(lambda m: get(m).sum(), model))
+    assert torch.equal(new, before - 1)
+    assert torch.equal(old, was)
