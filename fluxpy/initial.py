@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .engine.layout import clone_all
 from .leaf import Record
 from .pytree import HOLE, PLAIN, is_transforming
 
@@ -48,8 +49,9 @@ def _copy_one(entries: Sequence[Entry]) -> int:
         second.make_state(other, its_path)
     if watch.values_read or not _same(first, second):
         return 2
-    for record, _, _ in rest:
-        record.tensors, record.numbers = [t.clone() for t in second.tensors or ()], second.numbers
+    copies = [clone_all([t] * len(rest)) for t in second.tensors or ()]
+    for (record, _, _), *tensors in zip(rest, *copies, strict=True):
+        record.tensors, record.numbers = tensors, second.numbers
     return len(entries)
 
 
