@@ -3,7 +3,7 @@
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import getitem, is_
 from typing import Any
 
@@ -59,9 +59,10 @@ class Binding:
         self.model: Callable[[], Any] = _reference(model, forget)
         # Where some container cannot be looked into, a model never matches.
         self.transparent = all(isinstance(x, dict) or type(x) in (list, tuple) for x in self.containers)
-        self.known = _copies(self.containers) if self.transparent else []
+        self.containers = self.containers if self.transparent else []
+        self.known = _copies(self.containers)
         # What another object may be equal to, by the containers and keys.
-        pairs = [(x, key) for x in self.containers if self.transparent for key in _may_equal(x)]
+        pairs = [(x, key) for x in self.containers for key, value in _items(x) if _may_equal(value)]
         self.holders, self.keys = [x for x, _ in pairs], [key for _, key in pairs]
         self.values = [*map(getitem, self.holders, self.keys)]
         return self
@@ -159,16 +160,15 @@ def _copies(containers: Sequence[Any]) -> list[Any]:
     return [dict(x) if isinstance(x, dict) else x[:] for x in containers]
 
 
-def _may_equal(container: Any) -> list[Any]:
-    """The keys of values to which another object may be equal: of all but tensors of several elements and modules."""
-    found: list[Any] = []
-    for key, value in container.items() if isinstance(container, dict) else enumerate(container):
-        if isinstance(value, Tensor):
-            if value.numel() == 1:
-                found.append(key)
-        elif value is not None and not (isinstance(value, nn.Module) and type(value).__eq__ is object.__eq__):
-            found.append(key)
-    return found
+def _items(container: Any) -> Iterable[tuple[Any, Any]]:
+    return container.items() if isinstance(container, dict) else enumerate(container)
+
+
+def _may_equal(value: Any) -> bool:
+    """Whether another object may be equal to this one: to all but None, tensors of several elements and modules."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return value is not None and not (isinstance(value, nn.Module) and type(value).__eq__ is object.__eq__)
 
 
 class Bindings(dict[int, Binding]):

@@ -123,11 +123,8 @@ class Cohort:
         other.context, other.numbers, other.steps, other.owner = context, self.numbers.copy(), 0, None
         other.params = [params[place] for place in self.places]
         other.__dict__.pop("reals", None)
-        other.momenta = [self._copied(row) for row in self.momenta]
-        columns = map(list, zip(*other.momenta, strict=True)) if other.momenta else ([] for _ in self.records)
-        pairs = zip(self.records, columns, strict=True)
-        other.records = [record.copy(other.numbers, tensors) for record, tensors in pairs]
-        other.tensors = [record.tensors for record in other.records]
+        other.records = [record.copy(other.numbers, None) for record in self.records]
+        other.hold([self._copied(row) for row in self.momenta])
         return other
 
     def _copied(self, row: list[Tensor]) -> list[Tensor]:
