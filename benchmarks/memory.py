@@ -50,7 +50,8 @@ def _contender(row: str, problem: Problem) -> Contender | None:
 def rise(row: str, width: int, threads: int, device: str) -> float | None:
     """The temporaries of a first update, in sizes of the parameters."""
     torch.set_num_threads(threads)
-    warm = _contender(row, Problem(lambda: many(4), device))  # imports, thread pools, compiled kernels
+    # Imports, thread pools, compiled kernels: those of leaves that are each a chunk alone, as below.
+    warm = _contender(row, Problem(lambda: many(4, (400, 400)), device))
     if warm is None:
         return None
     warm.run(2)

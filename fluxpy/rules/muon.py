@@ -56,7 +56,7 @@ class Muon(Rule):
         ahead = average(self.momentum, m, dx) if self.nesterov else m
         matrix = ahead.flatten(1) if x.ndim > 3 else ahead
         rows, columns = matrix.shape[-2:]
-        step = orthogonal(matrix, self.ns_steps).to(x.dtype).reshape(x.shape)
+        step = orthogonal(matrix, self.ns_steps).to(x.dtype, memory_format=torch.contiguous_format).reshape(x.shape)
         match = self.adjust_lr_fn == "match_rms_adamw"
         scale = 0.2 * math.sqrt(max(rows, columns)) if match else math.sqrt(max(1, rows / max(columns, 1)))
         return m, plus(self.lr * scale * step, self.lr * self.weight_decay, x)
