@@ -126,9 +126,10 @@ class Record(SpreadRecord):
         return self.copy(numbers, None if self.tensors is None else [t.clone() for t in self.tensors])
 
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
-        other = Record(self.rule, self.frozen, self.shape, self.dtype, numbers)
-        other.tensors, other.pending = tensors, self.pending
+        other = object.__new__(Record)  # a pure update makes one for each leaf
+        other.rule, other.frozen, other.shape, other.dtype = self.rule, self.frozen, self.shape, self.dtype
         other.setup_rule, other.required_grad = self.setup_rule, self.required_grad
+        other.tensors, other.numbers, other.pending = tensors, numbers, self.pending
         other.sharding, other.spread_flags = self.sharding, self.spread_flags
         return other
 

@@ -133,6 +133,8 @@ def like_parameter(new: Tensor, old: Tensor) -> Tensor:
 
 def as_parameter(new: Tensor, old: Tensor) -> Tensor:
     """A tensor without history as a parameter in place of `old`."""
+    if type(old) is nn.Parameter and type(new) is Tensor:  # as its constructor does, in half the time
+        return Tensor._make_subclass(nn.Parameter, new, old.requires_grad)
     if isinstance(old, nn.Parameter):
         return nn.Parameter(new, requires_grad=old.requires_grad)
     return new.requires_grad_(old.requires_grad)

@@ -23,7 +23,7 @@ from .engine.plan import Plan, Route
 from .engine.reference import ReferenceUnit
 from .engine.step import FallBack, Unit, run_to_results
 from .grads import in_order
-from .leaf import Leaf, Record, miss_update
+from .leaf import Leaf, Record, miss_update, rules_of
 from .pytree import is_transforming, is_wrapped, memories, memory, unwritable
 from .rebuild import Copies, as_parameter, like_parameter, rebuild
 from .rule import tensors_of
@@ -329,19 +329,17 @@ def _tree(state: Any, binding: Binding, records: list[Record], context: Context)
 
 def _has_history(binding: Binding, grads: Sequence[Any]) -> bool:
     """Whether there is anything to differentiate through. An `nn.Parameter` that merely requires grad is not: the graph
-    of an ordinary loop would grow with every step."""
+    of an ordinary loop would grow with every step. So of these it is enough to know that they are leaves."""
     if not torch.is_grad_enabled():
         return False
-    records = binding.records
-    held = [t for record in records for t in record.tensors or ()]
-    held += [t for record in records if record.rule is not None and record.rule.traced for t in tensors_of(record.rule)]
-    if any([t.requires_grad for t in (*grads, *held) if t is not None]):
+    rules = [rule for rule in rules_of(binding.records) if rule is not None and rule.traced]
+    held = [t for record in binding.records for t in record.tensors or ()]
+    held += [t for rule in rules for t in tensors_of(rule)]
+    if any([t.requires_grad for t in (*grads, *held) if t is not None]) or not all([x.is_leaf for x in binding.params]):
         return True
-    # Of most parameters it is enough to know that they are leaves.
-    wrapped = not torch.compiler.is_compiling() and any([is_wrapped(x) for x in binding.params])
-    return wrapped or any(
-        [x.requires_grad and not (x.is_leaf and isinstance(x, torch.nn.Parameter)) for x in binding.params]
-    )
+    others = [x for x in binding.params if type(x) is not torch.nn.Parameter]
+    wrapped = not torch.compiler.is_compiling() and any(map(is_wrapped, others))
+    return wrapped or any([x.requires_grad and not isinstance(x, torch.nn.Parameter) for x in others])
 
 
 _MANY = 100  # updates to differentiate through

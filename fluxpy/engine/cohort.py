@@ -72,6 +72,11 @@ class Cohort:
         detached = [x.detach() for x in self.params]
         return [*map(torch.view_as_real, detached)] if detached[0].is_complex() else detached
 
+    def forget_reals(self) -> None:
+        """Let go of the memory that the parameters were in: they are elsewhere."""
+        self.__dict__.pop("reals", None)
+        self.owner = owned([t for row in self.momenta for t in row])
+
     @property
     def members(self) -> list[Member]:
         return [*map(Member, self.records, self.params, self.places, self.paths)]
@@ -139,7 +144,7 @@ class Cohort:
         if self.context.late is not None:
             self.context.late.undo += remembered(self.numbers, "skeleton", "fresh", "count")
         if self.steps == 1:  # of what steps once, as the copy that a pure update makes, it would not pay
-            self.owner = owned([t for row in self.momenta for t in row])
+            self.owner = owned([*self.reals, *(t for row in self.momenta for t in row)])
         self.steps += 1
         self.numbers.skeleton, self.numbers.fresh = skeleton, False
         self.numbers.count += moved

@@ -200,7 +200,7 @@ class CompiledUnit:
                 chunk.x.write(x)
         assert program is not None
         self.chunks.clear()
-        torch.autograd.graph.increment_version(self.cohort.params)
+        torch.autograd.graph.increment_version(self.cohort.reals)
         self.cohort.advance(self._whole_skeleton(program.skeleton), program.moved)
 
     def _whole_skeleton(self, skeleton: Skeleton) -> Skeleton:

@@ -125,7 +125,11 @@ def _first_alike(cohort: Cohort, rules: list[Rule]) -> list[int]:
 
 
 class FusedListUnit(_Fused):
-    """A cohort stepped by a kernel on lists of its tensors as they are."""
+    """A cohort stepped by a kernel on lists of its tensors as they are.
+
+    After the second step the kernel is given detached parameters. Of these the cohort is a second owner (see `owned`),
+    which `torch.utils.swap_tensors` does not allow of a parameter. Not so once one was found elsewhere in memory.
+    """
 
     laid_out = False
 
@@ -134,10 +138,19 @@ class FusedListUnit(_Fused):
         self.grads: Sequence[Tensor] = ()
         self.now: dict[int, dict[str, Any]] = {}
         self.whole = cohort.places == list(range(len(cohort.places)))  # whether these are the first of all leaves
+        self.stays, self.detached = True, False
         self.bind()
 
     def bind(self) -> None:
-        self.all_calls = self.calls(self.cohort.params, self.momenta)
+        self.detached = self.stays and self.cohort.steps > 1
+        self.params = self.cohort.reals if self.detached else self.cohort.params
+        self.all_calls = self.calls(self.params, self.momenta)
+
+    def relocated(self) -> None:
+        """The parameters are elsewhere in memory."""
+        self.stays = False
+        self.cohort.forget_reals()
+        self.bind()
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.now = self.options()
@@ -154,10 +167,12 @@ class FusedListUnit(_Fused):
 
     def commit(self) -> None:
         numbers, options = self.tick(), self.masked(self.now)
+        if self.stays and not self.detached and self.cohort.steps > 1:
+            self.bind()
         for run, places, leaf in self.all_calls:
             run([*self.grads] if places is None else [self.grads[i] for i in places], options[leaf])
         self.grads = ()
-        torch.autograd.graph.increment_version(self.cohort.params)
+        torch.autograd.graph.increment_version(self.params)
         self.cohort.advance(Skeleton(self.cohort.skeleton.spec, numbers), True)
 
 
@@ -278,7 +293,7 @@ class FusedUnit(_Fused):
                 self._run_kernel(chunk, dx, long, calls, options)
             chunk.clear()
         self.chunks.clear()
-        torch.autograd.graph.increment_version(self.cohort.params)
+        torch.autograd.graph.increment_version(self.cohort.reals)
         self.cohort.advance(Skeleton(self.cohort.skeleton.spec, numbers), moved)
 
     def _front_result(self, chunk: Chunk) -> tuple[Skeleton | None, Tensor | None]:

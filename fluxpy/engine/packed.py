@@ -278,7 +278,7 @@ class EagerUnit:
             chunk.clear()
         self.chunks.clear()
         if self.chunks.hidden_writes:
-            torch.autograd.graph.increment_version(self.cohort.params)
+            torch.autograd.graph.increment_version(self.cohort.reals)
         self.cohort.advance(skeleton, moved)
 
     def _write(self, chunk: Chunk) -> tuple[Any, bool]:

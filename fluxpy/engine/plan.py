@@ -73,6 +73,9 @@ class Route:
             if self.laid_out or memory.overlap:
                 return False
             self.addresses, self.memory = here, memory
+            for unit in self.units:
+                if isinstance(unit, fused.FusedListUnit):
+                    unit.relocated()
         # A gradient in the memory of a parameter would change while it is read.
         return not self.memory.meets(addresses(given))
 
