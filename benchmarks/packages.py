@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fluxpy
+from fluxpy.rule import is_packable
 
 from . import sides
 from .harness import Column, Meter, figure, ratios
@@ -17,8 +18,15 @@ from .sets import SETS, Problem, apart
 TITLE = "Rules beside their packages"
 NOTE = """One update: ratios to `schedulefree`, `prodigyopt`, `pytorch_optimizer`, and `torch.optim`'s Muon and
 Adafactor (foreach), with the same hyperparameters. Both sides must agree before they are timed. Muon has the matrices
-of the set alone; Lookahead is around AdamW, theirs around torch's fused one; Cautious is around Lion."""
-COLUMNS = {"mlp, 1 thread": ("mlp", 1), "gpt, 2 threads": ("gpt", 2), "many, 1 thread": ("many", 1)}
+of the set alone; Lookahead is around AdamW, theirs around torch's fused one; Cautious is around Lion. What is not
+elementwise is not compiled."""
+COMPILED = "gpt, 2 threads, ours with `compile=True`"
+COLUMNS = {
+    "mlp, 1 thread": ("mlp", 1),
+    "gpt, 2 threads": ("gpt", 2),
+    COMPILED: ("gpt", 2),
+    "many, 1 thread": ("many", 1),
+}
 TARGET = 1.0
 
 
@@ -70,11 +78,11 @@ def maker(pair: Pair) -> Callable[[list[Tensor]], Any] | None:
     return make
 
 
-def agree(problem: Problem, pair: Pair, make: Callable[[list[Tensor]], Any]) -> None:
+def agree(problem: Problem, pair: Pair, make: Callable[[list[Tensor]], Any], compile: bool) -> None:
     """Both go the same way: AssertionError where they do not."""
     theirs: list[Any] = list(problem.fresh().parameters())
     model, optimizer = problem.fresh(), make(theirs)
-    state = fluxpy.setup(pair.rule, model)
+    state = fluxpy.setup(pair.rule, model, compile=compile)
     for i in range(8):
         for p, q, g in zip(theirs, model.parameters(), problem.grads, strict=True):
             p.grad, q.grad = g * (1 + i % 3), g * (1 + i % 3)
@@ -90,15 +98,16 @@ def matrices_of(name: str) -> nn.Module:
 
 
 def measure(column: str, meter: Meter) -> Column:
-    name = "mlp" if meter.quick else COLUMNS[column][0]
+    name, compile = "mlp" if meter.quick else COLUMNS[column][0], column == COMPILED
     found: Column = {}
     for pair in PAIRS:
         make, row = maker(pair), type(pair.rule).__name__
-        if make is None or not meter.wants(row):
+        if make is None or not meter.wants(row) or (compile and not is_packable(pair.rule)):
             continue
         problem = Problem((lambda: matrices_of(name)) if pair.matrices else name, meter.device)
-        agree(problem, pair, make)
+        agree(problem, pair, make, compile)
         theirs = sides.of_torch(problem, make, check=False)
-        times = meter.compare({"theirs": theirs, "ours": sides.of_fluxpy(problem, pair.rule, check=False)})
+        ours = sides.of_fluxpy(problem, pair.rule, check=False, compile=compile)
+        times = meter.compare({"theirs": theirs, "ours": ours})
         found[row] = figure(ratios(times["ours"], times["theirs"]), target=None if meter.quick else TARGET)
     return found
