@@ -59,13 +59,15 @@ def measure(column: str, meter: Meter) -> Column:
 def _for_reference(problem: Problem, meter: Meter) -> Column:
     times = meter.compare(
         {
-            "torch, fused": sides.of_torch(problem, sides.fused),
-            "torch, foreach": sides.of_torch(problem, lambda p: torch.optim.AdamW(p, foreach=True)),
-            "torch, loop": sides.of_torch(problem, lambda p: torch.optim.AdamW(p, foreach=False)),
+            "torch, fused AdamW": sides.of_torch(problem, sides.fused),
+            "torch, foreach AdamW": sides.of_torch(problem, lambda p: torch.optim.AdamW(p, foreach=True)),
+            "torch, loop AdamW": sides.of_torch(problem, lambda p: torch.optim.AdamW(p, foreach=False)),
+            "torch's kernel alone": sides.kernel(problem),
+            "torch's kernel alone, on one long tensor": sides.kernel(problem, flat=True),
             "copy": sides.copying(problem),
         }
     )
-    base, copied = times.pop("torch, fused"), times.pop("copy")
-    found = {f"{name} AdamW": figure(ratios(seconds, base)) for name, seconds in times.items()}
+    base, copied = times.pop("torch, fused AdamW"), times.pop("copy")
+    found = {name: figure(ratios(seconds, base)) for name, seconds in times.items()}
     floor = [28 / 8 * t for t in copied]  # 28 bytes a number, where a copy moves 8
     return found | {"the bytes that AdamW must move, at the speed of a copy": figure(ratios(floor, base))}
