@@ -85,13 +85,8 @@ class Record(SpreadRecord):
 
     def make_state(self, x: Tensor, path: str) -> None:
         """Make a state for the parameter `x`."""
-        assert self.rule is not None
         sharding = self.sharding if self.needs_whole else None
-        x = x if sharding is None else sharding.whole(x)
-        self.tensors, skeleton = _new_state(self.rule, x, self.numbers.count, path)
-        if self.pending is not None:
-            state = skeleton.combine(self.tensors)
-            self.tensors, skeleton = partition(self.rule.restart(self.pending.bare(), state))
+        self.tensors, skeleton = self._new_parts(x if sharding is None else sharding.whole(x), path)
         self.spread_flags = None
         if sharding is not None:
             self.take_shown(self.tensors)
@@ -99,9 +94,15 @@ class Record(SpreadRecord):
 
     def fresh_state(self, x: Tensor, path: str) -> Any:
         """A new state for the parameter `x`, in step with the pending numbers."""
+        tensors, skeleton = self._new_parts(x, path)
+        return skeleton.combine(tensors)
+
+    def _new_parts(self, x: Tensor, path: str) -> tuple[list[Tensor], Skeleton]:
         assert self.rule is not None
-        state = init_state(self.rule, x, self.numbers.count, path)
-        return state if self.pending is None else self.rule.restart(self.pending.bare(), state)
+        tensors, skeleton = _new_state(self.rule, x, self.numbers.count, path)
+        if self.pending is None:
+            return tensors, skeleton
+        return partition(self.rule.restart(self.pending.bare(), skeleton.combine(tensors)))
 
     @property
     def waits(self) -> bool:
@@ -126,6 +127,7 @@ class Record(SpreadRecord):
         return self.copy(numbers, None if self.tensors is None else [t.clone() for t in self.tensors])
 
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
+        """A copy with these numbers and tensors."""
         other = object.__new__(Record)  # a pure update makes one for each leaf
         other.rule, other.frozen, other.shape, other.dtype = self.rule, self.frozen, self.shape, self.dtype
         other.setup_rule, other.required_grad = self.setup_rule, self.required_grad
@@ -201,15 +203,11 @@ class Leaf:
                 "torch.distributed.checkpoint"
             )
         tensors = None if record.tensors is None else [_compact(t) for t in record.tensors]
-        slots = "rule", "setup_rule", "frozen", "shape", "dtype", "numbers", "pending", "required_grad"
-        return *map(record.__getattribute__, slots), tensors, self._context
+        return record.copy(record.numbers, tensors), self._context
 
-    def __setstate__(self, held: Any) -> None:
-        rule, setup_rule, frozen, shape, dtype, numbers, pending, required_grad, tensors, context = held
-        self._record = Record(rule, frozen, shape, dtype)
-        self._record.setup_rule, self._record.required_grad = setup_rule, required_grad
-        self._record.numbers, self._record.pending, self._record.tensors = numbers, pending, tensors
-        self._context, self._bindings, self._placeholders = context, Bindings(), None
+    def __setstate__(self, held: tuple[Record, Context]) -> None:
+        self._record, self._context = held
+        self._bindings, self._placeholders = Bindings(), None
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.shape)) or "0-dim"
