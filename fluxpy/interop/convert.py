@@ -11,7 +11,7 @@ from ..leaf import Leaf, init_state, replace_leaf
 from ..parameters import trainables
 from ..rule import Rule, replace, rules_in, title, value_key
 from ..rules import Descent, WeightDecay
-from ..state import State, bind, leaf_list, leaves, setup
+from ..state import State, bind, leaf_list, leaves, require_state, setup
 from ..text import names_of
 from .groups import OPTIONS, Member, ParamGroup, ParamGroups
 from .twins import TWINS, options_of, read_state, rule_of, stepper_of, write_state
@@ -85,6 +85,7 @@ def to_torch(state: State | Leaf, model: Any, optimizer: torch.optim.Optimizer) 
     >>> optimizer.param_groups[0]["lr"]
     0.3
     """
+    require_state(state, "to_torch")
     name = _class_name(optimizer)
     binding = bind(state, model)
     pairs = zip(binding.params, leaves(state), strict=True)

@@ -10,7 +10,7 @@ from ..leaf import Leaf
 from ..pytree import entries_of, is_parameter, level, unwrap
 from ..rule import hyperparameters, rules_in, title
 from ..saving.record import read_leaf
-from ..state import State, bind, leaves
+from ..state import State, bind, leaves, require_state
 from ..tree import TreeSpec, check_model, walk
 from .compare import describe_change, require, same_bits
 
@@ -46,6 +46,7 @@ def snapshot(model: Any, state: State | Leaf | None = None) -> Snapshot:
     for path, x in _buffers(model):
         taken[path] = {"buffer": _copy(x)}
     if state is not None:
+        require_state(state, "snapshot")
         bind(state, model)  # raises where they do not belong together
         for path, leaf in leaves(state):
             taken[path] |= _describe(leaf)
