@@ -77,6 +77,24 @@ def level(x: Any) -> Level | None:
     return Level(kind, keys, list(children), lambda new: make(metadata, new))
 
 
+def modules_in(model: Any, wrappers: bool = True) -> list[nn.Module]:
+    """All modules of a model, each once, from the outside in, in an order that is the same on all processes. Without
+    `wrappers`, `torch.compile`'s and the like are looked through."""
+    found: list[nn.Module] = []
+    todo, seen = [model], dict[int, Any]()  # kept alive, so that no other object gets its identity
+    while todo:
+        x = todo.pop() if wrappers else unwrap(todo.pop())
+        if id(x) in seen or isinstance(x, Tensor):
+            continue
+        seen[id(x)] = x
+        if isinstance(x, nn.Module):
+            found.append(x)
+            todo += reversed(x._modules.values())
+        elif (inside := level(x)) is not None:
+            todo += reversed(inside.children)
+    return found
+
+
 class Structure:
     """How a pytree is put together of its leaves. One object for each structure, but where `torch.compile` makes one.
 
@@ -309,9 +327,9 @@ def unwritable(x: Tensor) -> bool:
 
 
 def memory(x: Tensor) -> int:
-    """What tensors that share memory have in common; of an empty tensor, itself."""
-    try:  # a meta tensor has none
-        return (not is_wrapped(x) and x.numel() and x.untyped_storage().data_ptr()) or id(x)
+    """What tensors that share memory have in common; of one that has none, as on the meta device, its identity."""
+    try:
+        return (not is_wrapped(x) and x.untyped_storage().data_ptr()) or id(x)
     except RuntimeError:  # a DTensor, which stands for others
         return id(x)
 

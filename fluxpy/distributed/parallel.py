@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..pytree import fsdp_module, level, put_back, tensors_in
+from ..pytree import fsdp_module, modules_in, put_back, tensors_in
 from ..text import names_of
 from .sharding import any_dtensor, is_dtensor
 
@@ -166,20 +166,6 @@ def _reduced(ddp: DistributedDataParallel) -> set[int]:
         return set(map(id, every))
     buckets: Any = ddp.reducer._get_zeros_like_grad_buckets()
     return {id(x) for bucket in buckets for x in bucket.parameters()}
-
-
-def modules_in(model: Any) -> dict[nn.Module, None]:
-    """All modules of a model, wrappers too, in an order that is the same on all processes."""
-    found: dict[nn.Module, None] = {}
-    todo, seen = [model], set[int]()
-    while todo:
-        x = todo.pop()
-        if isinstance(x, nn.Module):
-            found.update(dict.fromkeys(x.modules()))
-        elif id(x) not in seen and (inside := level(x)) is not None:
-            seen.add(id(x))
-            todo += inside.children
-    return found
 
 
 def reshard(model: Any) -> None:

@@ -11,11 +11,11 @@ from ..binding import Binding
 from ..context import Context
 from ..leaf import Numbers, Record
 from ..parameters import trainables
-from ..pytree import apart, is_transforming, partition
+from ..pytree import apart, is_transforming, modules_in, partition
 from ..rule import Rule, at, field_of, hyperparameters, rules_in
 from ..state import bind, leaves_of, tree_context
 from ..text import form
-from .modules import Cut, Resize, concerned, is_known, modules_in, own_tensors, set_size
+from .modules import Cut, Resize, concerned, is_known, own_tensors, set_size
 
 Undo: TypeAlias = Callable[[], None]
 
@@ -80,7 +80,7 @@ class Edit:
         found: dict[tuple[int, int], Cut] = {}
         resizes: list[Resize] = []
         covered: set[int] = set()
-        for module in modules_in(branch):
+        for module in modules_in(branch, wrappers=False):
             if is_known(module):
                 cuts, own = concerned(module, dim, self.verb)
                 found.update({(id(cut.x), cut.dim): cut for cut in cuts})

@@ -10,13 +10,13 @@ from torch import Tensor
 from ..grads import scatter
 from ..leaf import Record, record_of
 from ..parameters import trainables
-from ..pytree import partition
+from ..pytree import modules_in, partition
 from ..rebuild import Copies, like_parameter
 from ..rule import Rule, at, title
 from ..state import AnyState, bind, each_leaf, shape_of, tree_context
 from ..text import form, names_of
 from .edit import Change, Draft, Edit, perform, replace_state, require_one_process
-from .modules import Cut, Resize, modules_in, own_tensors, set_size
+from .modules import Cut, Resize, own_tensors, set_size
 
 Model = TypeVar("Model")
 
@@ -205,7 +205,7 @@ def made_rows(verb: str, model: Any, cuts: Sequence[Cut], resizes: Sequence[Resi
             setattr(copies.known[id(module)], key, value)
     wanted = {id(cut.x) for cut in cuts}
     # From the inside out, so that a module has the last word on what is inside it; and of ties the first place.
-    for module in reversed(list(modules_in(model))):
+    for module in reversed(modules_in(model, wrappers=False)):
         held = [*own_tensors(module).values(), *module._buffers.values()]
         if not any(id(x) in wanted for x in held):
             continue
