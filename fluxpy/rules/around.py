@@ -10,7 +10,7 @@ from torch import Tensor
 from ..fields import Hyper, hyper
 from ..rule import Assign, Reduce, ReducingRule, Rule, Run, Steps
 from .average import average, like, real, wide
-from .wrap import Wrapper, inner_accumulates, refuse_inner
+from .wrap import Wrapper, inner_accumulates, inner_elementwise, refuse_inner
 
 
 class Slow(NamedTuple):
@@ -39,15 +39,11 @@ class Lookahead(Wrapper):
     k: Hyper = hyper(default=6, allowed="1, 2, ...")
     alpha: Hyper = hyper(default=0.5, allowed="[0, 1]")
     delegates = keeps_shadow = assigns = True
-    accumulates = inner_accumulates
+    accumulates, elementwise = inner_accumulates, inner_elementwise
 
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_inner(self, self.rule)
-
-    @property
-    def elementwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.rule.elementwise
 
     def init(self, x: Tensor) -> Slow:
         return Slow(real(x).clone(), 0, self.rule.init_any(x))
@@ -78,9 +74,6 @@ class Lookahead(Wrapper):
         """The weights to evaluate with: the slow ones."""
         return like(state.slow, x)
 
-    def map_inner_states(self, f: Callable[..., Any], *states: Slow) -> Slow:
-        return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))
-
 
 class Cautious(Wrapper, ReducingRule):
     """Cautious [Liang et al. 2024]: the change of `rule`, without the elements that go against the gradient.
@@ -99,6 +92,7 @@ class Cautious(Wrapper, ReducingRule):
     rule: Rule
     over = "array"
     splittable = True
+    elementwise = inner_elementwise
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,10 +102,6 @@ class Cautious(Wrapper, ReducingRule):
                 "Cautious compares each change with its gradient, and a rule inside that gathers gradients has none "
                 "for most: write OptimiserChain(AccumGrad(n), Cautious(...))"
             )
-
-    @property
-    def elementwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.rule.elementwise
 
     def init(self, x: Tensor) -> Any:
         return self.rule.init_any(x)

@@ -78,9 +78,6 @@ class StochasticRounding(Wrapper):
 
     evaluation_any = evaluation
 
-    def map_inner_states(self, f: Callable[..., Any], *states: Rounded) -> Rounded:
-        return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))
-
 
 def _noise(x: Tensor, dx: Tensor | None, t: int, lost: int) -> Tensor:
     """As many random bits as are lost, for each element: `lowbias32` [C. Wellons, hash-prospector, 2018] of the bits of

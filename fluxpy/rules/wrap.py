@@ -33,6 +33,11 @@ class Wrapper(Rule):
     def restart(self, before: Any, state: Any) -> Any:
         return self.map_inner_states(lambda rule, b, s: rule.restart(b, s), before, state)
 
+    def map_inner_states(self, f: Callable[..., Any], *states: Any) -> Any:
+        """Of a wrapper around one rule, whose state has that rule's as `state`."""
+        (rule,) = self.inner
+        return states[-1]._replace(state=f(rule, *(s.state for s in states)))
+
     # Of the state, what belongs to the rules inside goes as they say, and the rest as that of any rule.
     def take(self, state: Any, x: Tensor, index: Tensor, dim: int) -> Any:
         own = super().take(self._own(state), x, index, dim)
@@ -297,9 +302,6 @@ class MixedPrecision(Wrapper):
         value = self.rule.evaluation_any(state.state, master)
         return x if value is master else value.to(x.dtype)
 
-    def map_inner_states(self, f: Callable[..., Any], *states: Master) -> Master:
-        return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))
-
 
 class Average(NamedTuple):
     """State of `Averaged`: the average, of how many steps it is, and the state of the rule that steps."""
@@ -358,6 +360,3 @@ class Averaged(Wrapper):
         return like(value, x)
 
     evaluation_any = evaluation
-
-    def map_inner_states(self, f: Callable[..., Any], *states: Average) -> Average:
-        return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))
