@@ -226,10 +226,8 @@ def _redistribute(binding: Binding) -> list[bool]:
     return [record.redistribute(sharding) for record, sharding in zip(binding.records, shardings, strict=True)]
 
 
-def _reference(model: Any, forget: Callable[[], None] | None) -> Callable[[], Any]:
-    if isinstance(model, nn.Module):
-        return weakref.ref(model, None if forget is None else lambda _: forget())
-    return lambda: model
+def _reference(model: Any, forget: Callable[[], None]) -> Callable[[], Any]:
+    return weakref.ref(model, lambda _: forget()) if isinstance(model, nn.Module) else lambda: model
 
 
 def parameters_at(spec: TreeSpec, model: Any) -> list[Tensor]:

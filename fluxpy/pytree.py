@@ -1,7 +1,7 @@
 """What a model is made of: parameters, modules and the containers of optree. Only this file imports optree."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
@@ -10,6 +10,8 @@ import optree
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, UntypedStorage, nn
+
+from .text import join
 
 NAMESPACE = "fluxpy"
 PLAIN = Tensor, nn.Parameter  # classes of tensors that keep nothing back
@@ -77,22 +79,26 @@ def level(x: Any) -> Level | None:
     return Level(kind, keys, list(children), lambda new: make(metadata, new))
 
 
-def modules_in(model: Any, wrappers: bool = True) -> list[nn.Module]:
-    """All modules of a model, each once, from the outside in, in an order that is the same on all processes. Without
-    `wrappers`, `torch.compile`'s and the like are looked through."""
-    found: list[nn.Module] = []
-    todo, seen = [model], dict[int, Any]()  # kept alive, so that no other object gets its identity
+def places(model: Any, wrappers: bool = False) -> Iterator[tuple[str, Any]]:
+    """(path, what is there) of each place in a model, from the outside in, in an order that is the same on all
+    processes; a container at the first of its places alone. With `wrappers`, what `unwrap` looks through has a place
+    of its own."""
+    todo, seen = [("", model)], dict[int, Any]()  # kept alive, so that no other object gets its identity
     while todo:
-        x = todo.pop() if wrappers else unwrap(todo.pop())
-        if id(x) in seen or isinstance(x, Tensor):
+        path, x = todo.pop()
+        x = x if wrappers else unwrap(x)
+        if id(x) in seen:
             continue
-        seen[id(x)] = x
-        if isinstance(x, nn.Module):
-            found.append(x)
-            todo += reversed(x._modules.values())
-        elif (inside := level(x)) is not None:
-            todo += reversed(inside.children)
-    return found
+        yield path, x
+        if (inside := level(x)) is not None:
+            seen[id(x)] = x
+            children = zip(reversed(inside.keys), reversed(inside.children), strict=True)
+            todo += [(join(path, key), child) for key, child in children]
+
+
+def modules_in(model: Any, wrappers: bool = True) -> list[nn.Module]:
+    """All modules of a model, each once, in the order of `places`."""
+    return [x for _, x in places(model, wrappers) if isinstance(x, nn.Module)]
 
 
 class Structure:

@@ -1,6 +1,5 @@
 """Parameters of 16 bits without a master copy: rounded at random, so that small steps are not lost."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from ..distributed.sharding import local_tensors
 from ..leaf import Leaf
-from ..pytree import entries_of, is_parameter, level, unwrap
+from ..pytree import entries_of, is_parameter, places
 from ..rule import hyperparameters, rules_in, title
 from ..saving.record import read_leaf
 from ..state import State, bind, leaves, require_state
+from ..text import join
 from ..tree import TreeSpec, check_model, walk
 from .compare import describe_change, require, same_bits
 
@@ -127,23 +128,12 @@ def _hyperparameters(rule: Any, taken: set[str]) -> dict[str, Any]:
 
 def _buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Tensors that are no parameters: buffers of modules, and integers and flags in containers."""
-    seen: set[int] = set()
-    todo = [("", model)]
-    while todo:
-        path, x = todo.pop()
-        x = unwrap(x)
+    for path, x in places(model):
         if isinstance(x, Tensor) and not is_parameter(x):
             yield path, x
-        inside = level(x)
-        if inside is None or id(x) in seen:
-            continue
-        seen.add(id(x))
-        start = f"{path}." if path else ""
-        if isinstance(x, nn.Module):
+        elif isinstance(x, nn.Module):
             for key, buffer in x.named_buffers(recurse=False, remove_duplicate=False):
-                yield f"{start}{key}", buffer
-        children = zip(reversed(inside.keys), reversed(inside.children), strict=True)
-        todo += [(f"{start}{key}", child) for key, child in children]
+                yield join(path, key), buffer
 
 
 def _copy(x: Any) -> Any:
