@@ -111,16 +111,21 @@ class Rule:
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         """`apply` as the engine runs it: a generator, so that rules which need a total can wait for it."""
-        if not (self.elementwise and x.is_complex()):
+        seen = self.as_seen(x)
+        if seen is x:
             return self.apply(state, x, dx)
         real: Any = None if dx is None else torch.view_as_real(dx.resolve_conj())
-        state, change = self.apply(state, torch.view_as_real(x.resolve_conj()), real)
+        state, change = self.apply(state, seen, real)
         return state, None if change is None else torch.view_as_complex(change)
         yield  # never reached: it makes this function a generator
 
+    def as_seen(self, x: Tensor) -> Tensor:
+        """The parameter as `init`, `apply` and `evaluation` see it: to an elementwise rule a complex one is real."""
+        return torch.view_as_real(x.resolve_conj()) if self.elementwise and x.is_complex() else x
+
     def init_any(self, x: Tensor) -> Any:
-        """`init` as the engine runs it: an elementwise rule sees a complex parameter as a real one."""
-        return self.init(torch.view_as_real(x.resolve_conj()) if self.elementwise and x.is_complex() else x)
+        """`init` as the engine runs it."""
+        return self.init(self.as_seen(x))
 
     def skip_frozen(self, state: Any) -> Any:
         """The state after an update in which the leaf was frozen. Changes numbers alone: the tensors may be missing.
@@ -142,12 +147,12 @@ class Rule:
         return x
 
     def evaluation_any(self, state: Any, x: Tensor) -> Tensor:
-        """`evaluation` as it is called: an elementwise rule sees a complex parameter as a real one."""
-        if not (self.elementwise and x.is_complex()):
-            return self.evaluation(state, x)
-        real = torch.view_as_real(x.resolve_conj())
-        value = self.evaluation(state, real)
-        return x if value is real else torch.view_as_complex(value)
+        """`evaluation` as it is called."""
+        seen = self.as_seen(x)
+        value = self.evaluation(state, seen)
+        if value is seen:
+            return x
+        return value if seen is x else torch.view_as_complex(value)
 
     def flushing(self) -> "Rule":
         """The rule that `flush` runs once in its place, without a gradient. Called only of one that `accumulates`."""
@@ -254,12 +259,9 @@ class ReducingRule(Rule):
     # True for a rule that takes a total as a number too, where the host may read it: cheaper than a tensor.
     takes_numbers: ClassVar[bool] = False
 
-    def init_any(self, x: Tensor) -> Any:
-        """`init`: the steps of a reducing rule see complex parameters as they are, and so does its state."""
-        return self.init(x)
-
-    def evaluation_any(self, state: Any, x: Tensor) -> Tensor:
-        return self.evaluation(state, x)
+    def as_seen(self, x: Tensor) -> Tensor:
+        """The steps of a reducing rule see complex parameters as they are, and so does its state."""
+        return x
 
     def part(self, value: Tensor) -> Tensor:
         """What one array gives to the total: a 0-dim tensor. Default: the sum of its elements."""

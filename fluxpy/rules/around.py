@@ -48,8 +48,6 @@ class Lookahead(Wrapper):
     def init(self, x: Tensor) -> Slow:
         return Slow(real(x).clone(), 0, self.rule.init_any(x))
 
-    init_any = init  # the rule inside sees complex parameters in its own way
-
     def steps(self, state: Slow, x: Tensor, dx: Any) -> Steps:
         run = Run(self.rule.steps(state.state, x, dx))
         while run.asks is not None:

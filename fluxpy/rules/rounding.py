@@ -55,8 +55,6 @@ class StochasticRounding(Wrapper):
     def init(self, x: Tensor) -> Rounded:
         return Rounded(0, self.rule.init_any(wide(x)))
 
-    init_any = init  # the rule inside sees complex parameters in its own way
-
     def steps(self, state: Rounded, x: Tensor, dx: Any) -> Steps:
         own, slope = wide(x), None if dx is None else wide(dx)
         run = Run(self.rule.steps(state.state, own, slope))
@@ -74,8 +72,6 @@ class StochasticRounding(Wrapper):
         own = wide(x)
         value = self.rule.evaluation_any(state.state, own)
         return x if value is own else value.to(x.dtype)
-
-    evaluation_any = evaluation
 
 
 def _noise(x: Tensor, dx: Tensor | None, t: int, lost: int) -> Tensor:

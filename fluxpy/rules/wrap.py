@@ -27,6 +27,10 @@ class Wrapper(Rule):
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         return run_alone(self, state, x, dx)
 
+    def as_seen(self, x: Tensor) -> Tensor:
+        """Each rule inside sees complex parameters in its own way."""
+        return x
+
     def skip_frozen(self, state: Any) -> Any:
         return self.map_inner_states(lambda rule, s: rule.skip_frozen(s), state)
 
@@ -148,8 +152,6 @@ class OptimiserChain(Wrapper):
     def init(self, x: Tensor) -> tuple[Any, ...]:
         return tuple(rule.init_any(x) for rule in self.rules)
 
-    init_any = init  # each member sees complex parameters in its own way
-
     def steps(self, state: tuple[Any, ...], x: Tensor, dx: Any) -> Steps:
         new = list(state)
         for i, rule in enumerate(self.rules):
@@ -167,8 +169,6 @@ class OptimiserChain(Wrapper):
         for rule, own in zip(self.rules, state, strict=True):
             x = rule.evaluation_any(own, x)
         return x
-
-    evaluation_any = evaluation
 
     @property
     def shadow_rule(self) -> Rule | None:
@@ -276,8 +276,6 @@ class MixedPrecision(Wrapper):
         master = x.detach().to(self.dtype, copy=True)
         return Master(master, self.rule.init_any(master))
 
-    init_any = init  # complex parameters are refused as such
-
     def steps(self, state: Master, x: Tensor, dx: Any) -> Steps:
         master = self.master_for(state.x, x)
         run = Run(self.rule.steps(state.state, master, None if dx is None else dx.to(self.dtype)))
@@ -338,8 +336,6 @@ class Averaged(Wrapper):
         start = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
         return Average(start, 0, self.rule.init_any(x))
 
-    init_any = init  # the rule inside sees complex parameters in its own way
-
     def steps(self, state: Average, x: Tensor, dx: Any) -> Steps:
         run = Run(self.rule.steps(state.state, x, dx))
         while run.asks is not None:
@@ -358,5 +354,3 @@ class Averaged(Wrapper):
     def evaluation(self, state: Average, x: Tensor) -> Tensor:
         value = state.x.to(real(x).dtype)
         return like(value, x)
-
-    evaluation_any = evaluation
