@@ -105,7 +105,7 @@ class Record(SpreadRecord):
         return partition(self.rule.restart(self.pending.bare(), skeleton.combine(tensors)))
 
     @property
-    def waits(self) -> bool:
+    def sits_out(self) -> bool:
         """Whether it is frozen and counts the updates that it misses."""
         return self.frozen and self.rule is not None and self.rule.accumulates
 

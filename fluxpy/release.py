@@ -67,7 +67,7 @@ class Bucket:
     def concerned(self) -> bool:
         """Whether a step changes anything: a rule may count updates without a gradient too."""
         pairs = zip(self.part.records, self.grads, strict=True)
-        return any(record.takes_part(dx) or record.waits for record, dx in pairs)
+        return any(record.takes_part(dx) or record.sits_out for record, dx in pairs)
 
     def step(self, context: Context) -> int:
         """How many leaves had a gradient."""

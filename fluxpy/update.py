@@ -254,7 +254,7 @@ def _reference_units(binding: Binding, context: Context, grads: Sequence[Any], *
 def _sit_out(binding: Binding, records: Sequence[Record]) -> None:
     """Tell accumulating rules of an update in which their leaves were frozen."""
     for record, x, path in zip(records, binding.local, binding.paths, strict=True):
-        if record.waits:
+        if record.sits_out:
             miss_update(record, x, path)
 
 

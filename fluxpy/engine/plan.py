@@ -113,7 +113,7 @@ class Plan:
         self.units: dict[int, CohortUnit] = {}  # by the identity of the cohort
         self.routes: dict[Any, Route] = {}
         self.route: Route | None = None
-        self.waiting: list[tuple[Record, tuple[Tensor, str]]] = []  # frozen leaves of rules that accumulate
+        self.sitting_out: list[tuple[Record, Tensor, str]] = []  # frozen leaves of rules that accumulate
         self.new_states: list[Any] = []  # leaves whose state was made for this update, and what they were before
         self.structure = self.hyper = -1
         self.addresses: list[int] = []  # where the parameters were when the cohorts were laid out
@@ -171,7 +171,7 @@ class Plan:
         other.records = [assigned.get(i) or r.clone(r.numbers.copy()) for i, r in enumerate(self.records)]
         other.totals = Totals(other.records) if context.spread else None
         other.hyper, other.structure, other.addresses = context.hyper, context.structure, addresses(params)
-        other.waiting = other.find_waiting()
+        other.sitting_out = other.find_sitting_out()
         where = {cohort.places[0]: cohort for cohort in other.cohorts}
         cohorts = [where[cohort.places[0]] for cohort in route.cohorts]
         own = [unit for unit in route.units if isinstance(unit, ReferenceUnit)]
@@ -188,7 +188,7 @@ class Plan:
         skipped, new_states, self.new_states = self.context.flag.skipped, self.new_states, []
         if skipped is not None:  # which only the device knows by now
             self.context.late = Late(skipped, [partial(_take_back, new_states)])
-        for record, (x, path) in self.waiting:
+        for record, x, path in self.sitting_out:
             key = id(record.rule), id(record.numbers), id(record.pending)
             if self.context.late is not None:
                 self.context.late.undo += remembered(record, "pending")
@@ -235,13 +235,13 @@ class Plan:
         for cohort in list(self.cohorts):
             if not cohort.holds():
                 self._drop(cohort)
-        self.waiting = self.find_waiting()
+        self.sitting_out = self.find_sitting_out()
         self.structure = self.context.structure
 
-    def find_waiting(self) -> list[tuple[Record, tuple[Tensor, str]]]:
+    def find_sitting_out(self) -> list[tuple[Record, Tensor, str]]:
         """The frozen leaves of rules that accumulate."""
-        pairs = zip(self.records, self.params, self.paths, strict=True)
-        return [(record, (x, path)) for record, x, path in pairs if record.waits]
+        leaves = zip(self.records, self.params, self.paths, strict=True)
+        return [leaf for leaf in leaves if leaf[0].sits_out]
 
     def _drop(self, cohort: Cohort) -> None:
         self.cohorts.remove(cohort)
