@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .binding import Binding
 from .context import Context, SkipUpdate, reads_at_once
+from .distributed.sharding import has_process_group
 from .engine.layout import SIZE, is_dense, views_like
 from .gradient import independent_loss, recorded, require_no_checkpoint
 from .leaf import Record
@@ -135,8 +136,7 @@ def _buckets(binding: Binding, context: Context) -> Buckets:
     if is_transforming():
         raise ValueError("release=True steps within the backward pass, which torch.func and torch.compile do not run")
     several = binding.spread or binding.parallel is not None
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if several or (distributed and torch.distributed.get_world_size() > 1):
+    if several or (has_process_group() and torch.distributed.get_world_size() > 1):
         raise ValueError("release=True would step before the ranks have averaged their gradients; leave it out")
     buckets: Buckets | None = binding.buckets
     if buckets is None or buckets.forms != [(x.shape, x.dtype, x.device) for x in binding.params]:

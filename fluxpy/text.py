@@ -77,9 +77,14 @@ ELSEWHERE = {
 }
 
 
+def dtype_name(dtype: object) -> str:
+    """A dtype without its module: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def form(shape: Iterable[int], dtype: object) -> str:
     """A tensor's form: `float32[2, 3]`."""
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+    return f"{dtype_name(dtype)}{list(shape)}"
 
 
 def named(x: object) -> str:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..pytree import fsdp_module, modules_in, put_back, tensors_in
 from ..text import names_of
-from .sharding import any_dtensor, is_dtensor
+from .sharding import any_dtensor, has_process_group, is_dtensor
 
 
 class Parallel:
@@ -178,7 +178,7 @@ def reshard(model: Any) -> None:
 def parallel_of(model: Any, params: Sequence[Tensor], paths: Sequence[str]) -> Parallel | None:
     """How a model runs on several processes; None of one that knows of none. ValueError for wrappers by which its
     parameters cannot be told apart, or whose gradients would not be averaged."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not has_process_group():
         return None
     replicas = []
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
@@ -203,6 +203,4 @@ def parallel_of(model: Any, params: Sequence[Tensor], paths: Sequence[str]) -> P
 
 def is_first_process() -> bool:
     """Whether this is the process that prints and writes for all."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return True
-    return torch.distributed.get_rank() == 0
+    return not has_process_group() or torch.distributed.get_rank() == 0

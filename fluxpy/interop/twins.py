@@ -32,6 +32,7 @@ from ..rules import (
     Rprop,
     WeightDecay,
 )
+from ..text import names_of
 from .groups import refuse_mode
 
 
@@ -92,7 +93,7 @@ def rule_of(name: str, group: dict[str, Any]) -> Rule:
         raise ValueError(f"{what} with {_written(twins[-1].wrong_modes(group))}: no rule has this mode")
     names = [f.name for f in fields(twin.rule)]
     if missing := [f for f in names if f not in group]:
-        raise ValueError(f"{what}: the param group lacks {_words(missing)}")
+        raise ValueError(f"{what}: the param group lacks {names_of(missing)}")
     rule = twin.rule(**{f: _own(group[f]) for f in names})
     penalty = 0 if "weight_decay" in names else group.get("weight_decay", 0)
     return OptimiserChain(WeightDecay(_own(penalty)), rule) if penalty else rule
@@ -197,7 +198,3 @@ def _own(value: Any) -> Any:
 
 def _written(options: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in options.items())
-
-
-def _words(names: list[str]) -> str:
-    return ", ".join(map(repr, names))

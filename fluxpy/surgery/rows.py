@@ -102,7 +102,9 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
         found = each_leaf(state, "surgery.reset")
         require_one_process("reset of rows", tree_context(state))
         tree_context(state).require_training_weights([record_of(leaf) for _, leaf in found], "surgery.reset")
-        values = {} if model is None else dict(zip(*_bound(state, model), strict=True))
+        binding = None if model is None else bind(state, model)
+        pairs = [] if binding is None else zip(binding.records, binding.params, strict=True)
+        values = {id(record): x.detach() for record, x in pairs}
         new = []
         for path, leaf in found:
             record = record_of(leaf)
@@ -266,12 +268,6 @@ def fitting(verb: str, path: str, x: Tensor, dim: int, rows: Tensor) -> Tensor:
 
 
 # --- Momenta of some rows -----------------------------------------------------------------------------------------
-
-
-def _bound(state: Any, model: Any) -> tuple[list[int], list[Tensor]]:
-    """The parameters of a model by the identity of their records."""
-    binding = bind(state, model)
-    return list(map(id, binding.records)), [x.detach() for x in binding.params]
 
 
 def _emptied(path: str, record: Record, x: Tensor | None, rows: Any, dim: int) -> Any:
