@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.utils._pytree as torch_pytree
@@ -25,15 +25,12 @@ class Opened(Skeleton):
         self.make = make
 
     def combine(self, tensors: Iterable[Any]) -> Any:
-        return self._combined(iter(tensors))
-
-    def _combined(self, source: Iterator[Any]) -> Any:
-        new = []
+        source, new = iter(tensors), []
         for part in self.parts:
             if part is HOLE:
                 part = next(source)
             elif isinstance(part, Opened):
-                part = part._combined(source)
+                part = part.combine(source)
             new.append(part)
         return self.make(new)
 

@@ -143,14 +143,14 @@ class Structure:
         if not isinstance(self.plan, int | tuple):
             return self.plan
         if self.plan not in Structure.specs:
-            example = build(self.plan, range(1_000_000))
+            example = put_together(self.plan, range(1_000_000))
             Structure.specs[self.plan] = optree.tree_structure(example, none_is_leaf=True, namespace=NAMESPACE)
         return Structure.specs[self.plan]
 
     def build(self, parts: list[Any]) -> Any:
         """The pytree of these leaves."""
         if torch.compiler.is_compiling():
-            return build(self.plan, parts)
+            return put_together(self.plan, parts)
         return optree.tree_unflatten(self.spec, parts) if self.flat is None else self.flat(parts)
 
     def __eq__(self, other: object) -> bool:
@@ -187,14 +187,14 @@ def take_apart(tree: Any, parts: list[Any]) -> Any:
     return len(parts) - 1
 
 
-def build(plan: Any, parts: Sequence[Any]) -> Any:
+def put_together(plan: Any, parts: Sequence[Any]) -> Any:
     """The pytree with a plan."""
     if isinstance(plan, int):
         return parts[plan]
     if not isinstance(plan, tuple):
         raise TypeError(f"torch.compile can follow rules whose state is made of tuples, lists and dicts, not {plan}")
     kind, keys, plans = plan
-    inside = [build(child, parts) for child in plans]
+    inside = [put_together(child, parts) for child in plans]
     if kind is dict:
         return dict(zip(keys, inside, strict=True))
     return kind(inside) if kind in (tuple, list) else kind(*inside)

@@ -9,6 +9,7 @@ import fnmatch
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar, overload
 
@@ -292,16 +293,12 @@ def _make_states(records: list[Record], new: list[int], old: Iterable[int], para
         record, path = records[index], names[index][0]
         if record.rule is not None and record.rule.accumulates:
             record.pending = windows.get(title_key(record.rule))
-            if record.pending is None and inner:
-                record.pending = _in_step(record.rule, first_numbers(record.rule, params[index], path), inner)
+            if record.pending is None and inner:  # each accumulating rule in step with its equal in other chains
+                in_step = partial(_map_windows, record.rule, f=lambda key, own: inner.get(key, own))
+                record.pending = first_numbers(record.rule, params[index], path).map(in_step)
         if not record.frozen:
             todo.append((record, params[index], path))
     make_states(todo)
-
-
-def _in_step(rule: Rule, numbers: Skeleton, windows: dict[Any, Any]) -> Skeleton:
-    """The numbers in which each accumulating rule is in step with its equal in other chains."""
-    return numbers.map(lambda s: _map_windows(rule, s, lambda key, own: windows.get(key, own)))
 
 
 def _map_windows(rule: Rule, state: Any, f: Callable[[Any, Any], Any]) -> Any:
