@@ -29,12 +29,12 @@ def in_order(binding: Binding, grads: Any) -> list[Any]:
     if is_compiling():
         return _scattered(binding, grads)
     parts, structure = flatten(grads)
-    if binding.form is not None and binding.form[0] is structure:
-        return [parts[i] for i in binding.form[1]]
+    if binding.grads_form is not None and binding.grads_form[0] is structure:
+        return [parts[i] for i in binding.grads_form[1]]
     found = _scattered(binding, grads)
     places = {id(part): i for i, part in enumerate(parts)}
     if len(places) == len(parts) == len(found) and all(dx is not None and id(dx) in places for dx in found):
-        binding.form = structure, [places[id(dx)] for dx in found]
+        binding.grads_form = structure, [places[id(dx)] for dx in found]
     return found
 
 

@@ -31,8 +31,8 @@ _SHARE = 32
 class Bucket:
     """Leaves that are stepped when the gradients of all of them are there. `part` is the binding for these alone.
 
-    One that waits is copied into a buffer, so that autograd's own memory is free at once. Where it stayed, the
-    allocator could not join the large gradients before and after it, and would fetch each from the system.
+    A gradient that waits is copied into a buffer, so that autograd's own memory is free at once. If it stayed where it
+    was, the allocator could not join the memory before and after it, and would ask the system for more.
     """
 
     def __init__(self, part: Binding, free: list[Tensor], size: int) -> None:

@@ -133,8 +133,8 @@ class Rule:
         return state
 
     def restart(self, before: Any, state: Any) -> Any:
-        """`state` as `init` made it, in the place of one that was reset or missing: what it keeps of the numbers in
-        `before`. Called only of a rule that `accumulates`."""
+        """`state`, new from `init`, with what it must keep of the numbers in `before`, the state that it replaces.
+        Called only of a rule that `accumulates`."""
         return state
 
     def evaluation(self, state: Any, x: Tensor) -> Tensor:
@@ -184,8 +184,8 @@ class Rule:
         )
 
     def map_inner_states(self, f: Callable[..., Any], *states: Any) -> Any:
-        """The last of `states`, which are of this rule, with `f(rule, *parts)` in place of what belongs to each rule
-        directly inside. Defined by rules around others whose states can be told apart."""
+        """The last of `states`, all of this rule, in which each rule directly inside has `f(rule, *its parts)` in place
+        of its part. Defined by rules around others whose state has a part for each."""
         return states[-1]
 
     @cached

@@ -20,7 +20,7 @@ from .sharding import any_dtensor, has_process_group, is_dtensor
 
 class Parallel:
     """How a model runs on several processes. `paths` and `params` are those of its parameters, in its order; `replicas`
-    are the wrappers that must be called. (Where the model is compiled, whether they were cannot be seen.)"""
+    are the wrappers that a loss must call. (Of a compiled model it cannot be seen whether it does.)"""
 
     def __init__(
         self,

@@ -22,8 +22,8 @@ _MOST_NUMBERS = 64  # of the state of rules before a kernel, for which it is kno
 
 
 class Call(NamedTuple):
-    """A call of the kernel, for the gradients at these places of a list (None: for all of them), with the options of
-    the rule of the leaf `leaf`."""
+    """A call of the kernel with the gradients at these places of a list (None: all of them), and with the options of
+    the rule of leaf number `leaf`."""
 
     run: Launch
     places: list[int] | None

@@ -126,7 +126,7 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
 
 
 def row_numbers(index: Any, size: int) -> Tensor:
-    """The rows that an index means, of so many: whole numbers from 0."""
+    """The rows that an index means, among `size`, as whole numbers from 0."""
     try:
         found = torch.as_tensor(list(range(size)[index]) if isinstance(index, slice) else index)
     except (TypeError, ValueError, RuntimeError) as error:
