@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 
 from .binding import Binding, describe, difference
 from .pytree import flatten, is_parameter, level, unwrap
-from .text import join, names_of, near
+from .text import bare_name, join, names_of, near
 from .tree import Mirror, TreeSpec, spec_of, values_of
 
 
@@ -104,8 +104,7 @@ class _Scattered:
         for key, inner in value.items():
             place = spec.find(key)
             if place is None and isinstance(key, str):  # perhaps the name that a wrapper gives it
-                bare = key.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-                place = spec.find(bare.removeprefix("module."))
+                place = spec.find(bare_name(key))
             if place is None:
                 known = near(key, (p for p, _ in spec.paths))
                 raise ValueError(f"{self.what} {_at(path)} have an unknown name {key!r}; {known}")

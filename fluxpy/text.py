@@ -109,6 +109,11 @@ def join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
+def bare_name(name: str) -> str:
+    """The name of a parameter without what wrappers put into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "").removeprefix("module.")
+
+
 def names_of(keys: Iterable[object]) -> str:
     """The first few names, and how many there are."""
     names = [repr(key) for key in keys]

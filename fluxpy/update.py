@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .binding import Binding, Bindings
 from .context import Context, SkipUpdate
-from .distributed.gathered import GatheredUnit
+from .distributed.gathered import unit_alone
 from .distributed.sharding import local_gradients
 from .distributed.totals import Totals
 from .engine.cohort import Member
@@ -245,7 +245,7 @@ def _reference_step(binding: Binding, context: Context, grads: Sequence[Any]) ->
 def _reference_units(binding: Binding, context: Context, grads: Sequence[Any], *, inplace: bool) -> list[ReferenceUnit]:
     """A unit for each leaf that steps."""
     return [
-        (GatheredUnit if record.needs_whole else ReferenceUnit)(record, x, place, path, context, inplace=inplace)
+        unit_alone(record, x, place, path, context, inplace=inplace)
         for place, (record, x, path) in enumerate(zip(binding.records, binding.local, binding.paths, strict=True))
         if record.takes_part(grads[place])
     ]

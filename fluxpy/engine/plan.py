@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..context import Context, Late, remembered
-from ..distributed.gathered import GatheredUnit
+from ..distributed.gathered import unit_alone
 from ..distributed.totals import Totals
 from ..initial import make_states
 from ..leaf import Record, miss_update
@@ -279,8 +279,7 @@ class Plan:
         for stack in stacks.values():
             (members if len(stack) >= _LEAST_STACK else alone).extend(stack)
         members.sort(key=_place)
-        kinds = [(GatheredUnit if m.record.needs_whole else ReferenceUnit, m) for m in sorted(alone, key=_place)]
-        return members, statics, [kind(*member, self.context) for kind, member in kinds]
+        return members, statics, [unit_alone(*member, self.context) for member in sorted(alone, key=_place)]
 
     def _static(self, record: Record, x: Tensor, dx: Tensor | None, known: dict[Any, Any]) -> Any:
         """The key that leaves share if they can go together, once the numbers in their states are equal too. It begins
