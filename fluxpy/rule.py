@@ -288,11 +288,6 @@ class ReducingRule(Rule):
         raise NotImplementedError(f"{type(self).__name__} must define steps(self, state, x, dx)")
 
 
-def total_of(reduce: Reduce, parts: Tensor) -> Tensor:
-    """The answer to a `Reduce` from the parts of all arrays."""
-    return parts[0] if reduce.rule.over == "array" else reduce.rule.combine(parts)
-
-
 def reducing(rule: Rule, over: Literal["array", "tree"] | None = None) -> list["ReducingRule"]:
     """The rules inside one that ask for a total, in the order of its steps; with `over`, for one over that."""
     return [inner for inner in rules_in(rule) if isinstance(inner, ReducingRule) and over in (None, inner.over)]
@@ -304,7 +299,8 @@ def run_alone(
     """Run `rule.steps` on one tensor that is its own whole tree: `(state, change)`."""
     run = Run(rule.steps(state, x, dx))
     while run.asks is not None:
-        answer = total_of(run.asks, run.asks.rule.parts([run.asks.tensor()]))
+        asking, parts = run.asks.rule, run.asks.rule.parts([run.asks.tensor()])
+        answer = parts[0] if asking.over == "array" else asking.combine(parts)
         if check is not None:
             check(run.asks, answer)
         run.tell(answer)

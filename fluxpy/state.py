@@ -184,10 +184,10 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     if not params:
         check_model(model, "setup(rule, model)")
         warnings.warn("setup found no parameters in this model", stacklevel=2)
-    names = names_by_number(spec)
-    rules = assign_rules(rule, names) if params else {}
-    kept = {} if keep is None else {path: leaf for path, leaf in paths_and_leaves(keep, "setup(..., keep=)")}
+    names, rules = spec.names, assign_rules(rule, spec.names) if params else {}
+    kept: dict[str, Leaf] = {}
     if keep is not None:
+        kept = dict(paths_and_leaves(keep, "setup(..., keep=)"))
         require_training_weights(keep, "setup(..., keep=)")
     context, bindings = Context(compile, len(params)), Bindings()
     context.spread = any_dtensor(params)
@@ -210,14 +210,6 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     if isinstance(model, nn.Module) and not (context.spread or is_compiling()):
         bindings.add(id(spec), spec, model, records, walked)  # so that the first update need not walk again
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
-
-
-def names_by_number(spec: TreeSpec) -> dict[int, list[str]]:
-    """All paths of each parameter."""
-    names: dict[int, list[str]] = {}
-    for path, index in spec.paths:
-        names.setdefault(index, []).append(path)
-    return names
 
 
 def _records(

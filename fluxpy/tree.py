@@ -103,6 +103,14 @@ class TreeSpec:
         return found
 
     @cached
+    def names(self) -> dict[int, list[str]]:
+        """Number -> all paths of each parameter."""
+        found: dict[int, list[str]] = {}
+        for path, index in self.paths:
+            found.setdefault(index, []).append(path)
+        return found
+
+    @cached
     def duplicate(self) -> str | None:
         """A path that two parameters have, if there is one."""
         return next((path for path, times in Counter(path for path, _ in self.paths).items() if times > 1), None)

@@ -12,7 +12,7 @@ from ..rule import hyperparameters, rules_in, title
 from ..saving.record import read_leaf
 from ..state import State, bind, leaves, require_state
 from ..text import join
-from ..tree import TreeSpec, check_model, walk
+from ..tree import check_model, walk
 from .compare import describe_change, require, same_bits
 
 
@@ -41,9 +41,9 @@ def snapshot(model: Any, state: State | Leaf | None = None) -> Snapshot:
     check_model(model, "snapshot(model, state)")
     spec, values = walk(model)
     taken = Snapshot({path: {"parameter": _copy(values[index])} for index, path in spec.leaves.items()})
-    for path, names in all_names(spec).items():
-        if len(names) > 1:
-            taken[path]["names"] = names
+    for first, *others in spec.names.values():
+        if others:
+            taken[first]["names"] = first, *others
     for path, x in _buffers(model):
         taken[path] = {"buffer": _copy(x)}
     if state is not None:
@@ -83,14 +83,6 @@ def require_equal(before: Any, after: Any, where: str) -> None:
     """Two snapshots (or models) are the same, bit for bit."""
     found = diff(before, after)
     require(not found, f"{where}: {found}")
-
-
-def all_names(spec: TreeSpec) -> dict[str, tuple[str, ...]]:
-    """First path -> all paths of each parameter."""
-    found: dict[int, tuple[str, ...]] = {}
-    for path, index in spec.paths:
-        found[index] = (*found.get(index, ()), path)
-    return {names[0]: names for names in found.values()}
 
 
 def _kind(entry: dict[str, Any]) -> str:
