@@ -235,8 +235,7 @@ def table(found: list[tuple[str, Leaf]], depth: int | None = None) -> Table:
         raise ValueError(f"summary: depth={depth!r} is not allowed; it must be a whole number, 0 or more, or None")
     cards = cards_of([leaf for _, leaf in found])
     named = dict.fromkeys(name for card in cards for name in card if name not in ("rule", "frozen"))
-    names = [name for name in named if name == "lr"] or ["lr"]
-    names += [name for name in named if name != "lr"]
+    names = ["lr", *(name for name in named if name != "lr")]
     branches: dict[str, list[tuple[Leaf, Card]]] = {}
     for (path, leaf), card in zip(found, cards, strict=True):
         branch = path if depth is None else ".".join(path.split(".")[:depth])
