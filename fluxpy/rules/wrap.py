@@ -301,6 +301,44 @@ class MixedPrecision(Wrapper):
         return x if value is master else value.to(x.dtype)
 
 
+class Shadowed(Wrapper):
+    """`rule`, with a shadow of the parameter beside it, which gives the weights to evaluate with.
+
+    The state is a named tuple (shadow, t, state), the last of them that of `rule`. A subclass writes `init` and
+    `shadow_step`, see `Rule.keeps_shadow`.
+    """
+
+    rule: Rule
+    delegates = keeps_shadow = assigns = True
+    accumulates, elementwise = inner_accumulates, inner_elementwise
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_inner(self, self.rule)
+
+    def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
+        run = Run(self.rule.steps(state.state, x, dx))
+        while run.asks is not None:
+            run.tell((yield run.asks))
+        inner, change = run.result
+        if change is None:
+            return state._replace(state=inner), None
+        shadow, t, _ = state
+        t, then = self.shadow_step(t)
+        if then is not None:
+            stepped = real(change.value if isinstance(change, Assign) else x - change)
+            shadow, becomes = then(shadow, stepped)
+            change = change if becomes is stepped else Assign(like(becomes, x))
+        return type(state)(shadow, t, inner), change
+
+    def shadow_step(self, t: int) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None]:
+        raise NotImplementedError
+
+    def evaluation(self, state: Any, x: Tensor) -> Tensor:
+        """The weights to evaluate with: the shadow."""
+        return like(state[0].to(real(x).dtype), x)
+
+
 class Average(NamedTuple):
     """State of `Averaged`: the average, of how many steps it is, and the state of the rule that steps."""
 
@@ -309,7 +347,7 @@ class Average(NamedTuple):
     state: Any
 
 
-class Averaged(Wrapper):
+class Averaged(Shadowed):
     """`rule`, with an exponential average of the parameter beside it: the weights to evaluate with, see `averaged`.
 
     After the first step the average is the parameter, and after each later one `decay · average + (1 - decay) · x`. A
@@ -322,35 +360,13 @@ class Averaged(Wrapper):
     parameter is. Last in a chain; `MixedPrecision(Averaged(...))` averages the master copy.
     """
 
-    rule: Rule
     decay: Hyper = hyper(default=0.999, allowed="[0, 1]")
-    delegates = keeps_shadow = assigns = True
-    accumulates, elementwise = inner_accumulates, inner_elementwise
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_inner(self, self.rule)
 
     def init(self, x: Tensor) -> Average:
         own = real(x).detach()
         start = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
         return Average(start, 0, self.rule.init_any(x))
 
-    def steps(self, state: Average, x: Tensor, dx: Any) -> Steps:
-        run = Run(self.rule.steps(state.state, x, dx))
-        while run.asks is not None:
-            run.tell((yield run.asks))
-        inner, change = run.result
-        if change is None:
-            return state._replace(state=inner), None
-        t, then = self.shadow_step(state.t)
-        new, _ = then(state.x, real(change.value if isinstance(change, Assign) else x - change))
-        return Average(new, t, inner), change
-
     def shadow_step(self, t: int) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
         decay = self.decay if t else 0.0
         return t + 1, lambda old, x: (average(decay, old, x if x.dtype == old.dtype else x.to(old.dtype)), x)
-
-    def evaluation(self, state: Average, x: Tensor) -> Tensor:
-        value = state.x.to(real(x).dtype)
-        return like(value, x)
