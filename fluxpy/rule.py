@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .cached import cached
-from .fields import Hyper, check, hyper, plain, validate
+from .fields import check, hyper, plain, validate
 from .pytree import is_wrapped, partition
 from .text import form, unknown
 
@@ -452,13 +452,6 @@ def _has_rows(rule: Rule, t: Tensor, x: Tensor) -> bool:
             "grow(self, state, x, rows, dim)"
         )
     return t.ndim > 0
-
-
-def eps_for(x: Tensor, eps: Hyper) -> Hyper:
-    """`eps`, at least 1e-7 in float16, where the usual 1e-8 is zero."""
-    if x.dtype != torch.float16:
-        return eps
-    return eps.clamp(min=1e-7) if isinstance(eps, Tensor) else max(eps, 1e-7)
 
 
 def field_of(rule: Rule, name: str) -> dataclasses.Field[Any]:
