@@ -436,10 +436,14 @@ def value_key(v: Any, loose: bool = False) -> Any:
 
 
 def tensors_of(rule: Rule) -> list[Tensor]:
-    """The tensors that stand for hyperparameters, of inner rules too."""
-    if not rule.traced:
-        return []
-    return [v for inner in rules_in(rule) for v in inner._elements if isinstance(v, Tensor)]
+    """The tensors that stand for hyperparameters, of inner rules too, in the order of `replace`."""
+    found: list[Tensor] = []
+    for v in rule._elements if rule.traced else ():
+        if isinstance(v, Tensor):
+            found.append(v)
+        elif isinstance(v, Rule):
+            found += tensors_of(v)
+    return found
 
 
 def _has_rows(rule: Rule, t: Tensor, x: Tensor) -> bool:
