@@ -22,9 +22,9 @@ from .tree import TreeSpec, explore
 class Binding:
     """A model that fits `spec`: its parameters and their paths, in the order of the model.
 
-    ValueError with the place where the model has another shape. `matches` says at next to no cost whether a model is
-    still this one, by looking whether each container still holds the same things. A module is not kept alive: when it
-    dies, `forget` is called. `records` are what the whole tree holds for each number; here, for each parameter.
+    ValueError names the place where the model has another shape. `matches` tells, at almost no cost, whether a model is
+    the same as before: each container must hold the same objects. A module is not kept alive; when it dies, `forget` is
+    called. The argument `records` is in the order of the tree's numbers, the attribute in that of the parameters.
     """
 
     def __init__(self, spec: TreeSpec, model: Any, records: Sequence[Any] = (), walked: Any = None) -> None:
@@ -51,17 +51,17 @@ class Binding:
         self.warned = False
         self.plan: Any = None  # how the engine steps these parameters
         self.buckets: Any = None  # how `release` steps them within a backward pass
-        self.form: Any = None  # the structure of the last gradients, and the place of each parameter's in it
+        self.grads_form: Any = None  # the structure of the last gradients, and where each parameter's is in it
         self.flips = 0  # how many flags contradicted the state at the last look
 
     def watch(self, model: Any, forget: Callable[[], None]) -> "Binding":
-        """From here on, `matches` can tell."""
+        """Remember what `matches` compares a model with."""
         self.model: Callable[[], Any] = _reference(model, forget)
-        # Where some container cannot be looked into, a model never matches.
+        # A model with a container that cannot be compared never matches.
         self.transparent = all(isinstance(x, dict) or type(x) in (list, tuple) for x in self.containers)
         self.containers = self.containers if self.transparent else []
         self.known = _copies(self.containers)
-        # What another object may be equal to, by the containers and keys.
+        # Equality is not enough for these objects: `matches` also asks for their identity.
         pairs = [(x, key) for x in self.containers for key, value in _items(x) if _may_equal(value)]
         self.holders, self.keys = [x for x, _ in pairs], [key for _, key in pairs]
         self.values = [*map(getitem, self.holders, self.keys)]
@@ -73,14 +73,14 @@ class Binding:
         return None if is_compiling() else parallel_of(self.model(), self.params, self.paths)
 
     def _off_at_setup(self) -> list[Tensor]:
-        """The parameters that did not require grad at `setup`: whoever sets such a flag later wants them to train."""
+        """The parameters that did not require grad at `setup`: whoever sets such a flag later means them to train."""
         return [x for x, record in zip(self.params, self.records, strict=False) if record.required_grad is False]
 
     def look_at_flags(self) -> None:
         """`warn_of_flags` where one of `off_at_setup` requires grad by now."""
         if any(x.requires_grad for x in self.off_at_setup):
             self.warn_of_flags(stacklevel=5)
-            # A set flag that did not warn agrees with the state; and only one warning is ever given.
+            # A flag that was set without a warning agrees with the state. There is only one warning.
             self.off_at_setup = [] if self.warned else [x for x in self.off_at_setup if not x.requires_grad]
 
     def warn_of_flags(self, stacklevel: int = 4) -> None:
@@ -132,7 +132,7 @@ class Binding:
         other.params, other.records = [self.params[i] for i in places], [self.records[i] for i in places]
         other.paths, other.indices = tuple(self.paths[i] for i in places), [self.indices[i] for i in places]
         other.local = [self.local[i] for i in places]
-        other.plan = other.buckets = other.form = None
+        other.plan = other.buckets = other.grads_form = None
         return other
 
     def matches(self, model: Any) -> bool:
@@ -172,12 +172,12 @@ def _may_equal(value: Any) -> bool:
 
 
 class Bindings(dict[int, Binding]):
-    """The models that views of one tree were used with, by the identity of the view's spec; the latest few."""
+    """The models that views of one tree were last used with, by the identity of the view's spec."""
 
     MOST = 16
 
     def add(self, key: int, spec: TreeSpec, model: Any, records: Sequence[Any], walked: Any = None) -> Binding:
-        """Bind a model. When a module dies all are forgotten: parts of it, and tensors, may be among the others."""
+        """Bind a model. When a module dies all bindings are forgotten: others may hold parts of it."""
         if len(self) >= self.MOST:
             self.clear()
         binding = self[key] = Binding(spec, model, records, walked).watch(model, self._forgetting())
@@ -189,8 +189,8 @@ class Bindings(dict[int, Binding]):
         self[key] = binding.fork(spec, model, containers, plan, self._forgetting())
 
     def redistribute(self, binding: Binding, context: Any, tree: Sequence[Any]) -> None:
-        """Bring a state to where the parameters are, which may be spread over processes by now, or no longer. `tree`
-        are all records of the tree, as far as they are known."""
+        """Move a state to where its parameters are: they may have been spread over processes since, or put together.
+        `tree` has the records of the tree, as far as they are known."""
         try:
             moved = _redistribute(binding)
         except BaseException:
@@ -226,10 +226,8 @@ def _redistribute(binding: Binding) -> list[bool]:
     return [record.redistribute(sharding) for record, sharding in zip(binding.records, shardings, strict=True)]
 
 
-def _reference(model: Any, forget: Callable[[], None] | None) -> Callable[[], Any]:
-    if isinstance(model, nn.Module):
-        return weakref.ref(model, None if forget is None else lambda _: forget())
-    return lambda: model
+def _reference(model: Any, forget: Callable[[], None]) -> Callable[[], Any]:
+    return weakref.ref(model, lambda _: forget()) if isinstance(model, nn.Module) else lambda: model
 
 
 def parameters_at(spec: TreeSpec, model: Any) -> list[Tensor]:

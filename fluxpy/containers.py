@@ -1,9 +1,9 @@
-"""Tensors in whatever users hand around: batches and outputs, in containers that optree does not know either."""
+"""The tensors in batches and outputs of any kind, also in containers that optree does not know."""
 
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.utils._pytree as torch_pytree
@@ -25,15 +25,12 @@ class Opened(Skeleton):
         self.make = make
 
     def combine(self, tensors: Iterable[Any]) -> Any:
-        return self._combined(iter(tensors))
-
-    def _combined(self, source: Iterator[Any]) -> Any:
-        new = []
+        source, new = iter(tensors), []
         for part in self.parts:
             if part is HOLE:
                 part = next(source)
             elif isinstance(part, Opened):
-                part = part._combined(source)
+                part = part.combine(source)
             new.append(part)
         return self.make(new)
 
@@ -59,7 +56,7 @@ def _open(tree: Any, tensors: list[Tensor], depth: int) -> Opened:
 
 
 def _part(x: Any, tensors: list[Tensor], depth: int) -> Any:
-    """What stands for `x` among the parts of a container. Its tensors are added to the list."""
+    """What stands for `x` among the parts of a container. Appends its tensors to the list."""
     if isinstance(x, Tensor):
         tensors.append(x)
         return HOLE
@@ -73,7 +70,7 @@ def _part(x: Any, tensors: list[Tensor], depth: int) -> Any:
 
 
 def _inside(x: Any) -> tuple[Any, list[Any], Make] | None:
-    """What a container that optree does not know is made of: what it is besides its children, those, and how."""
+    """A container that optree does not know, taken apart: its metadata, its children, and what makes it of others."""
     node = torch_pytree.SUPPORTED_NODES.get(type(x))
     if node is not None:
         children, context = node.flatten_fn(x)

@@ -91,8 +91,8 @@ def remembered(held: Any, *names: str) -> list[Callable[[], None]]:
 
 
 class Late:
-    """An update of which only the device knows whether it was skipped. The host counts on as if it was not; `undo`
-    takes that back. It keeps no model and no plan alive."""
+    """An update that the device may have skipped, which the host does not know yet. The host counts it; `undo` takes
+    that back. It keeps no model and no plan alive."""
 
     def __init__(self, skipped: Tensor, undo: list[Callable[[], None]]) -> None:
         self.skipped, self.undo, self.event = skipped, undo, None

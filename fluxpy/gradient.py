@@ -174,7 +174,7 @@ def _wanted(binding: Binding) -> "_Wanted":
 
 
 class _Wanted(NamedTuple):
-    """The parameters of a model, which of them train, and whose `requires_grad` must be the other one meanwhile."""
+    """The parameters of a model, which of them train, and whose `requires_grad` must be flipped for that."""
 
     spec: TreeSpec
     params: list[Tensor]
@@ -235,7 +235,7 @@ _WHY = (
 
 @contextmanager
 def _flipped(tensors: list[Tensor]) -> Iterator[None]:
-    """With the other `requires_grad`."""
+    """Within, these tensors have the opposite `requires_grad`."""
     if is_transforming():
         raise TypeError("inside torch.func transforms and torch.compile, take torch.func.grad of a function of tensors")
     old = [x.requires_grad for x in tensors]
@@ -273,7 +273,7 @@ def _backward(loss: Tensor, params: list[Tensor], create_graph: bool) -> tuple[T
 
 
 def require_no_checkpoint(loss: Tensor, hidden: Exception | None = None) -> None:
-    """RuntimeError where reentrant checkpointing may hide parameters, as it does for sure where that `hidden` came."""
+    """RuntimeError where reentrant checkpointing may hide parameters. `hidden` is the error that shows that it does."""
     if hidden or _has_checkpoint(loss):
         raise RuntimeError(
             "reentrant activation checkpointing hides parameters from the gradient; "
@@ -284,7 +284,7 @@ def require_no_checkpoint(loss: Tensor, hidden: Exception | None = None) -> None
 def _grad(loss: Tensor, params: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad`, None where the loss does not depend on a parameter.
 
-    Called at the engine below it: what it checks is known here, and costs a sixth of a small model's whole step.
+    Calls autograd's engine directly: what `grad` checks is known here, and costs a sixth of a small model's step.
     """
     if _ENGINE is None or is_transforming():
         return torch.autograd.grad(loss, params, allow_unused=True, create_graph=create_graph)

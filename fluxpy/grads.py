@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 
 from .binding import Binding, describe, difference
 from .pytree import flatten, is_parameter, level, unwrap
-from .text import join, names_of, near
+from .text import bare_name, join, names_of, near
 from .tree import Mirror, TreeSpec, spec_of, values_of
 
 
@@ -29,12 +29,12 @@ def in_order(binding: Binding, grads: Any) -> list[Any]:
     if is_compiling():
         return _scattered(binding, grads)
     parts, structure = flatten(grads)
-    if binding.form is not None and binding.form[0] is structure:
-        return [parts[i] for i in binding.form[1]]
+    if binding.grads_form is not None and binding.grads_form[0] is structure:
+        return [parts[i] for i in binding.grads_form[1]]
     found = _scattered(binding, grads)
     places = {id(part): i for i, part in enumerate(parts)}
     if len(places) == len(parts) == len(found) and all(dx is not None and id(dx) in places for dx in found):
-        binding.form = structure, [places[id(dx)] for dx in found]
+        binding.grads_form = structure, [places[id(dx)] for dx in found]
     return found
 
 
@@ -104,8 +104,7 @@ class _Scattered:
         for key, inner in value.items():
             place = spec.find(key)
             if place is None and isinstance(key, str):  # perhaps the name that a wrapper gives it
-                bare = key.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-                place = spec.find(bare.removeprefix("module."))
+                place = spec.find(bare_name(key))
             if place is None:
                 known = near(key, (p for p, _ in spec.paths))
                 raise ValueError(f"{self.what} {_at(path)} have an unknown name {key!r}; {known}")

@@ -1,4 +1,4 @@
-"""The first states of many leaves: where a rule makes the same for several parameters, one is made and copied."""
+"""The first states of many leaves: where a rule makes equal states for several parameters, one is made and copied."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
@@ -23,8 +23,8 @@ _READS_NO_VALUE |= {torch.ones, torch.ones_like, torch.zeros, torch.zeros_like}
 
 
 def make_states(todo: Iterable[Entry]) -> None:
-    """Make the states of leaves. Small parameters that are alike get copies of one state, where the rule made the same
-    for the first two of them and read no value of the second."""
+    """Make the states of leaves. Small parameters that are alike get copies of one state, if the rule made equal states
+    for the first two and did not read the values of the second."""
     alike: dict[Any, list[Entry]] = {}
     for r, x, path in todo:
         alike.setdefault((id(r.rule), r.numbers.count, r.shape, r.dtype, x.device), []).append((r, x, path))
@@ -42,7 +42,7 @@ def _may_share(entries: Sequence[Entry]) -> bool:
 
 
 def _copy_one(entries: Sequence[Entry]) -> int:
-    """Make two states and, where these show that all are the same, copy one to the other leaves; how many were made."""
+    """Make two states and, if all must be equal, copy one to the other leaves. Returns how many leaves have one."""
     (first, x, path), (second, other, its_path), *rest = entries
     first.make_state(x, path)
     with _ValueWatch() as watch:

@@ -25,9 +25,8 @@ from .text import OF_STATES, WORDS, note
 class Numbers:
     """How often leaves were stepped (`count`), and their states without the tensors (`skeleton`).
 
-    Held by exactly the leaves that a step of the engine steps together. The skeleton is None before a state was made.
-    `fresh` says that a rule made the states and no update has reached them since: one may have changed their tensors
-    and neither of the others.
+    Shared by exactly those leaves that the engine steps together. The skeleton is None before a state was made.
+    `fresh` is True while the states are as a rule made them: an update may change their tensors and nothing else here.
     """
 
     __slots__ = ("count", "fresh", "skeleton")
@@ -46,9 +45,9 @@ class Numbers:
 class Record(SpreadRecord):
     """The contents of a leaf. `tensors` are those of the rule's state, None where there is no state yet.
 
-    `pending` are the numbers with which a frozen or empty state goes on later: an accumulating rule counts the updates
-    that it misses meanwhile. `setup_rule` is the rule that `setup` was given, and `required_grad` the parameter's flag
-    at that time, None where that is not known.
+    `pending` are the numbers that a frozen or missing state will continue with: meanwhile an accumulating rule counts
+    the updates that it misses. `setup_rule` is the rule that `setup` was given, `required_grad` the parameter's flag at
+    that time, None where that is not known.
 
     Where the parameter is spread over processes, `sharding` says how, and `tensors` are local ones; `spread_flags` say
     which of them are spread like the parameter. The others are the same on all processes.
@@ -73,7 +72,7 @@ class Record(SpreadRecord):
 
     @property
     def untrained(self) -> bool:
-        """Whether it has a state, as its rule made it."""
+        """Whether its state is as its rule made it."""
         return self.tensors is not None and self.numbers.fresh
 
     @property
@@ -85,13 +84,8 @@ class Record(SpreadRecord):
 
     def make_state(self, x: Tensor, path: str) -> None:
         """Make a state for the parameter `x`."""
-        assert self.rule is not None
         sharding = self.sharding if self.needs_whole else None
-        x = x if sharding is None else sharding.whole(x)
-        self.tensors, skeleton = _new_state(self.rule, x, self.numbers.count, path)
-        if self.pending is not None:
-            state = skeleton.combine(self.tensors)
-            self.tensors, skeleton = partition(self.rule.restart(self.pending.bare(), state))
+        self.tensors, skeleton = self._new_parts(x if sharding is None else sharding.whole(x), path)
         self.spread_flags = None
         if sharding is not None:
             self.take_shown(self.tensors)
@@ -99,12 +93,18 @@ class Record(SpreadRecord):
 
     def fresh_state(self, x: Tensor, path: str) -> Any:
         """A new state for the parameter `x`, in step with the pending numbers."""
+        tensors, skeleton = self._new_parts(x, path)
+        return skeleton.combine(tensors)
+
+    def _new_parts(self, x: Tensor, path: str) -> tuple[list[Tensor], Skeleton]:
         assert self.rule is not None
-        state = init_state(self.rule, x, self.numbers.count, path)
-        return state if self.pending is None else self.rule.restart(self.pending.bare(), state)
+        tensors, skeleton = _new_state(self.rule, x, self.numbers.count, path)
+        if self.pending is None:
+            return tensors, skeleton
+        return partition(self.rule.restart(self.pending.bare(), skeleton.combine(tensors)))
 
     @property
-    def waits(self) -> bool:
+    def sits_out(self) -> bool:
         """Whether it is frozen and counts the updates that it misses."""
         return self.frozen and self.rule is not None and self.rule.accumulates
 
@@ -113,7 +113,7 @@ class Record(SpreadRecord):
         return not self.frozen and self.rule is not None and (dx is not None or self.rule.accumulates)
 
     def move(self, dtype: torch.dtype, tensors: list[Tensor] | None) -> None:
-        """Hold other tensors for a parameter that has another dtype by now; None: make a state at the next update."""
+        """Hold other tensors, for a parameter that has got another dtype. None: the next update makes a new state."""
         numbers = self.numbers.copy()  # no longer shared with those it stepped with
         if tensors is None and self.tensors is not None:
             if self.rule is not None and self.rule.accumulates and self.pending is None:
@@ -126,6 +126,7 @@ class Record(SpreadRecord):
         return self.copy(numbers, None if self.tensors is None else [t.clone() for t in self.tensors])
 
     def copy(self, numbers: Numbers, tensors: list[Tensor] | None) -> "Record":
+        """A copy with these numbers and tensors."""
         other = object.__new__(Record)  # a pure update makes one for each leaf
         other.rule, other.frozen, other.shape, other.dtype = self.rule, self.frozen, self.shape, self.dtype
         other.setup_rule, other.required_grad = self.setup_rule, self.required_grad
@@ -201,15 +202,11 @@ class Leaf:
                 "torch.distributed.checkpoint"
             )
         tensors = None if record.tensors is None else [_compact(t) for t in record.tensors]
-        slots = "rule", "setup_rule", "frozen", "shape", "dtype", "numbers", "pending", "required_grad"
-        return *map(record.__getattribute__, slots), tensors, self._context
+        return record.copy(record.numbers, tensors), self._context
 
-    def __setstate__(self, held: Any) -> None:
-        rule, setup_rule, frozen, shape, dtype, numbers, pending, required_grad, tensors, context = held
-        self._record = Record(rule, frozen, shape, dtype)
-        self._record.setup_rule, self._record.required_grad = setup_rule, required_grad
-        self._record.numbers, self._record.pending, self._record.tensors = numbers, pending, tensors
-        self._context, self._bindings, self._placeholders = context, Bindings(), None
+    def __setstate__(self, held: tuple[Record, Context]) -> None:
+        self._record, self._context = held
+        self._bindings, self._placeholders = Bindings(), None
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.shape)) or "0-dim"
@@ -294,8 +291,8 @@ KEEP: Any = object()  # stands for an argument that was not given
 def replace_leaf(
     leaf: Leaf, *, rule: Any = KEEP, state: Any = KEEP, frozen: Any = KEEP, count: Any = KEEP, pending: Any = KEEP
 ) -> None:
-    """Change what is given of a leaf. With `state=None` its next update makes new momenta, which go on with the
-    `pending` numbers; not given, with the place in its window that an accumulating rule has now."""
+    """Change what is given of a leaf. With `state=None` its next update makes new momenta, which continue with the
+    `pending` numbers; where these are not given, at the leaf's present place in the accumulation window."""
     record, context = record_of(leaf), leaf._context
     context.structure += 1
     if rule is not KEEP:
@@ -323,7 +320,7 @@ def replace_leaf(
 
 
 def pending_numbers(leaf: Leaf) -> Skeleton | None:
-    """The numbers that a leaf goes on with when it is stepped again, where these are not those in its state."""
+    """The numbers that a leaf will continue with, where these are not those in its state."""
     return record_of(leaf).pending
 
 
@@ -373,7 +370,8 @@ def _own(t: Tensor) -> Tensor:
 
 
 class _LeafShape:
-    """A leaf without its tensors, as pytree metadata: equal where the tensors lie alike, whatever the numbers are."""
+    """A leaf without its tensors, as pytree metadata. Equal where tensors are in the same places; numbers do not
+    count."""
 
     def __init__(self, leaf: Leaf) -> None:
         record = record_of(leaf)

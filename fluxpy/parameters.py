@@ -12,10 +12,9 @@ from .engine.layout import views_like
 from .gradient import Gradients
 from .grads import scatter
 from .leaf import Leaf
-from .pytree import level, map_tensors, unwrap, unwritable
+from .pytree import map_tensors, places, unwritable
 from .rebuild import like_parameter, rebuild
 from .state import State
-from .text import join
 from .tree import check_model, rooted, walk
 
 Model = TypeVar("Model")
@@ -96,20 +95,8 @@ def module_paths(model: Any, *types: type[nn.Module]) -> list[str]:
     if not types or not all(isinstance(kind, type) for kind in types):
         raise TypeError(f"module_paths takes the model and classes of modules, as torch.nn.LayerNorm, but got {types}")
     check_model(model, "module_paths(model, *types)")
-    found: list[str] = []
-    seen: set[int] = set()
-    todo: list[tuple[str, Any]] = [("", model)]
-    while todo:
-        path, x = todo.pop()
-        x = unwrap(x)
-        inside = level(x)
-        if inside is None or id(x) in seen:
-            continue
-        seen.add(id(x))
-        if isinstance(x, types) and next(x.parameters(), None) is not None:
-            found.append(glob.escape(path) + ".*" if path else "*")
-        todo += [(join(path, key), child) for key, child in zip(inside.keys, inside.children, strict=True)][::-1]
-    return found
+    found = [(path, x) for path, x in places(model) if isinstance(x, types) and next(x.parameters(), None) is not None]
+    return [glob.escape(path) + ".*" if path else "*" for path, _ in found]
 
 
 def destructure(model: Model) -> tuple[Tensor, Callable[[Tensor], Model]]:

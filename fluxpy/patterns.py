@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from .rule import Rule, rule_key
+from .rule import Rule, value_key
 from .text import named, names_of, near
 
 _GLOB = frozenset("*?[")
@@ -50,17 +50,13 @@ def _warn_of_late(late: dict[str, list[str]], rules: Mapping[str, Rule | None]) 
     """Warn of patterns for which earlier ones left nothing. A last `*` may find nothing left, and nothing is lost where
     those that took it have an equal rule."""
     for pattern, takers in late.items():
-        if pattern.strip("*") and any(not _equal(rules[taker], rules[pattern]) for taker in takers):
+        if pattern.strip("*") and any(value_key(rules[taker]) != value_key(rules[pattern]) for taker in takers):
             first = names_of(list(dict.fromkeys(takers)))
             warnings.warn(
                 f"setup: the pattern {pattern!r} has no effect: all that it matches is taken by {first} before it, and "
                 f"the first match wins. Put {pattern!r} first, or leave it out",
                 stacklevel=4,
             )
-
-
-def _equal(one: Rule | None, other: Rule | None) -> bool:
-    return one is other or (one is not None and other is not None and rule_key(one) == rule_key(other))
 
 
 def _rule(rule: Any, need: str) -> Rule:

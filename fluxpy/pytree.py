@@ -1,7 +1,7 @@
 """What a model is made of: parameters, modules and the containers of optree. Only this file imports optree."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
@@ -11,8 +11,10 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, UntypedStorage, nn
 
+from .text import join
+
 NAMESPACE = "fluxpy"
-PLAIN = Tensor, nn.Parameter  # classes of tensors that keep nothing back
+PLAIN = Tensor, nn.Parameter  # the classes of tensors that are no more than their numbers
 
 
 def is_parameter(x: Any) -> bool:
@@ -40,13 +42,13 @@ _SEQUENCES = nn.Sequential, nn.ModuleList, nn.ParameterList
 
 
 def fsdp_module() -> Any:
-    """The class of what `fully_shard` and `replicate` make of a module; in a program that never imported them, none."""
+    """The class that `fully_shard` and `replicate` give a module; `()` in a program that never imported them."""
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
 
 
 def put_back(module: Any) -> None:
-    """Let FSDP2 put parameters where they belong: after a forward pass without a backward one, whole tensors stand in
-    their places."""
+    """Let FSDP2 put the sharded parameters back into a module, which holds whole tensors after a forward pass without a
+    backward pass."""
     if isinstance(module, fsdp_module()):
         module.reshard()
 
@@ -77,22 +79,44 @@ def level(x: Any) -> Level | None:
     return Level(kind, keys, list(children), lambda new: make(metadata, new))
 
 
-class Structure:
-    """How a pytree is put together of its leaves. One object for each structure, but where `torch.compile` makes one.
+def places(model: Any, wrappers: bool = False) -> Iterator[tuple[str, Any]]:
+    """(path, what is there) of each place in a model, from the outside in, in an order that is the same on all
+    processes; a container at the first of its places alone. With `wrappers`, what `unwrap` looks through has a place
+    of its own."""
+    todo, seen = [("", model)], dict[int, Any]()  # kept alive, so that no other object gets its identity
+    while todo:
+        path, x = todo.pop()
+        x = x if wrappers else unwrap(x)
+        if id(x) in seen:
+            continue
+        yield path, x
+        if (inside := level(x)) is not None:
+            seen[id(x)] = x
+            children = zip(reversed(inside.keys), reversed(inside.children), strict=True)
+            todo += [(join(path, key), child) for key, child in children]
 
-    `plan` is nested tuples `(class, keys, children)` with a number for each leaf, which `torch.compile` can follow, or
-    the spec of optree where other containers than tuples, lists and dicts are in it.
+
+def modules_in(model: Any, wrappers: bool = True) -> list[nn.Module]:
+    """All modules of a model, each once, in the order of `places`."""
+    return [x for _, x in places(model, wrappers) if isinstance(x, nn.Module)]
+
+
+class Structure:
+    """The structure of a pytree, without its leaves. Equal ones are one object, except inside `torch.compile`.
+
+    `plan` is nested tuples `(class, keys, children)` with a number for each leaf, which `torch.compile` can follow; or
+    the spec of optree, if there are other containers than tuples, lists and dicts.
     """
 
     __slots__ = ("flat", "plan")
     known: ClassVar[dict[Any, "Structure"]] = {}  # by the spec of optree
     flats: ClassVar[dict[type, "Structure"]] = {}  # by that class
     specs: ClassVar[dict[Any, Any]] = {}  # of optree, by plan
-    MOST: ClassVar[int] = 10_000  # are kept: what users hand around may be different each time
+    MOST: ClassVar[int] = 10_000  # kept at a time: users may pass a new structure at each call
 
     def __init__(self, plan: Any) -> None:
         self.plan = plan
-        self.flat: Any = None  # what makes a named tuple that holds no containers: faster than optree
+        self.flat: Any = None  # for a named tuple of leaves alone, its constructor: faster than optree
 
     @staticmethod
     def of(spec: Any) -> "Structure":
@@ -119,14 +143,14 @@ class Structure:
         if not isinstance(self.plan, int | tuple):
             return self.plan
         if self.plan not in Structure.specs:
-            example = build(self.plan, range(1_000_000))
+            example = put_together(self.plan, range(1_000_000))
             Structure.specs[self.plan] = optree.tree_structure(example, none_is_leaf=True, namespace=NAMESPACE)
         return Structure.specs[self.plan]
 
     def build(self, parts: list[Any]) -> Any:
         """The pytree of these leaves."""
         if torch.compiler.is_compiling():
-            return build(self.plan, parts)
+            return put_together(self.plan, parts)
         return optree.tree_unflatten(self.spec, parts) if self.flat is None else self.flat(parts)
 
     def __eq__(self, other: object) -> bool:
@@ -137,7 +161,7 @@ class Structure:
 
 
 def flatten(tree: Any) -> tuple[list[Any], Structure]:
-    """The leaves of a pytree, and how it is put together."""
+    """The leaves of a pytree, and its structure."""
     if torch.compiler.is_compiling():
         parts: list[Any] = []
         return parts, Structure(take_apart(tree, parts))
@@ -151,7 +175,7 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
 
 
 def take_apart(tree: Any, parts: list[Any]) -> Any:
-    """The plan of a pytree; its leaves are added to `parts`."""
+    """The plan of a pytree. Appends its leaves to `parts`."""
     kind: Any = type(tree)
     if kind in (tuple, list) or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
         return kind, (), tuple([take_apart(child, parts) for child in tree])
@@ -163,14 +187,14 @@ def take_apart(tree: Any, parts: list[Any]) -> Any:
     return len(parts) - 1
 
 
-def build(plan: Any, parts: Sequence[Any]) -> Any:
-    """The pytree with a plan."""
+def put_together(plan: Any, parts: Sequence[Any]) -> Any:
+    """The pytree of a plan and its leaves."""
     if isinstance(plan, int):
         return parts[plan]
     if not isinstance(plan, tuple):
         raise TypeError(f"torch.compile can follow rules whose state is made of tuples, lists and dicts, not {plan}")
     kind, keys, plans = plan
-    inside = [build(child, parts) for child in plans]
+    inside = [put_together(child, parts) for child in plans]
     if kind is dict:
         return dict(zip(keys, inside, strict=True))
     return kind(inside) if kind in (tuple, list) else kind(*inside)
@@ -178,13 +202,13 @@ def build(plan: Any, parts: Sequence[Any]) -> Any:
 
 _LONE = Structure.of(optree.treespec_leaf(none_is_leaf=True, namespace=NAMESPACE))  # a leaf alone
 _LONE.flat = itemgetter(0)
-_LEAVES = {Tensor, int, float}  # which nobody makes a container
+_LEAVES = {Tensor, int, float}  # types that are never containers
 
 
 class Skeleton:
-    """A pytree without its tensors. Two are equal where the same tensors fit both; other data do not count.
+    """A pytree without its tensors. `parts` are its leaves in order, with `HOLE` in place of each tensor.
 
-    `parts` are the leaves of the pytree in order, with `HOLE` in place of each tensor.
+    Two are equal if they have the same structure, with tensors in the same places; their numbers do not count.
     """
 
     __slots__ = ("parts", "spec")
@@ -242,7 +266,7 @@ def partition(tree: Any) -> tuple[list[Tensor], Skeleton]:
 
 
 def skeleton_of(tree: Any) -> Skeleton:
-    """A pytree as a skeleton with everything still in it, tensors too."""
+    """The structure and the leaves of a pytree as a skeleton that still has the tensors in it."""
     parts, spec = flatten(tree)
     return Skeleton(spec, parts)
 
@@ -278,19 +302,19 @@ def register(cls: type, flatten: Any, unflatten: Any) -> None:
     )
 
 
-# Whether a `torch.func` transform is running over a tensor, whose numbers and memory cannot be seen then.
+# Whether a tensor is wrapped by a `torch.func` transform: its numbers and its memory cannot be seen.
 is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_transforming() -> bool:
-    """Whether a `torch.func` transform or `torch.compile` is looking on, so that nothing may be kept between steps."""
+    """Whether a `torch.func` transform or `torch.compile` is at work, so that nothing may be kept between steps."""
     if torch.compiler.is_compiling():
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_unseen(x: Tensor) -> bool:
-    """Whether the numbers and the memory of a tensor cannot be seen: a transform or `torch.compile` is looking on."""
+    """Whether a transform or `torch.compile` hides the numbers and the memory of a tensor."""
     return torch.compiler.is_compiling() or is_wrapped(x)
 
 
@@ -309,9 +333,9 @@ def unwritable(x: Tensor) -> bool:
 
 
 def memory(x: Tensor) -> int:
-    """What tensors that share memory have in common; of an empty tensor, itself."""
-    try:  # a meta tensor has none
-        return (not is_wrapped(x) and x.numel() and x.untyped_storage().data_ptr()) or id(x)
+    """What tensors that share memory have in common; of one that has none, as on the meta device, its identity."""
+    try:
+        return (not is_wrapped(x) and x.untyped_storage().data_ptr()) or id(x)
     except RuntimeError:  # a DTensor, which stands for others
         return id(x)
 
@@ -327,7 +351,7 @@ def memories(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def shares(x: Tensor, others: Iterable[Tensor]) -> bool:
-    """Whether a tensor is in the memory of others. `torch.compile`, which sees no memory, knows the same tensor."""
+    """Whether a tensor shares memory with others. `torch.compile` sees no memory: there, whether it is one of them."""
     if torch.compiler.is_compiling():
         return any(x is other for other in others)
     return memory(x) in set(map(memory, others))

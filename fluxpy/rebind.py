@@ -15,7 +15,7 @@ _MOST, _DEEPEST = 5_000, 8  # how far an object is looked into, for what is a pa
 
 
 class Rebinding:
-    """`known` has the new for each tensor and module of the model, by the identity of the old."""
+    """`known` has the copy of each tensor and module of the model, by the identity of the original."""
 
     def __init__(self, known: dict[int, Any]) -> None:
         self.known = known
@@ -58,7 +58,7 @@ class Rebinding:
         return isinstance(x, Tensor | nn.Module) and id(x) in self.known
 
     def holds(self, x: Any) -> bool:
-        """Whether a part of the model is reached from `x`, not too far away."""
+        """Whether a part of the model can be reached from `x` in a few steps."""
         todo, seen = [(x, 0)], {}
         while todo and len(seen) < _MOST:
             x, depth = todo.pop()

@@ -43,8 +43,8 @@ _NO_MODULE = (
 
 
 class Copies:
-    """A structural copy of a model with other parameters, `new` for `old`. (Not functions that call themselves: what
-    those hold dies by the garbage collector alone.)
+    """A structural copy of a model with other parameters, `new` for `old`. (A class, not functions that call
+    themselves: what closures hold dies by the garbage collector alone.)
 
     Modules are new, with cloned buffers; everything else that is no parameter is shared. A compiled or data-parallel
     wrapper is left out of the copy.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .binding import Binding
 from .context import Context, SkipUpdate, reads_at_once
+from .distributed.sharding import has_process_group
 from .engine.layout import SIZE, is_dense, views_like
 from .gradient import independent_loss, recorded, require_no_checkpoint
 from .leaf import Record
@@ -30,8 +31,8 @@ _SHARE = 32
 class Bucket:
     """Leaves that are stepped when the gradients of all of them are there. `part` is the binding for these alone.
 
-    One that waits is copied into a buffer, so that autograd's own memory is free at once. Where it stayed, the
-    allocator could not join the large gradients before and after it, and would fetch each from the system.
+    A gradient that waits is copied into a buffer, so that autograd's own memory is free at once. If it stayed where it
+    was, the allocator could not join the memory before and after it, and would ask the system for more.
     """
 
     def __init__(self, part: Binding, free: list[Tensor], size: int) -> None:
@@ -67,7 +68,7 @@ class Bucket:
     def concerned(self) -> bool:
         """Whether a step changes anything: a rule may count updates without a gradient too."""
         pairs = zip(self.part.records, self.grads, strict=True)
-        return any(record.takes_part(dx) or record.waits for record, dx in pairs)
+        return any(record.takes_part(dx) or record.sits_out for record, dx in pairs)
 
     def step(self, context: Context) -> int:
         """How many leaves had a gradient."""
@@ -135,8 +136,7 @@ def _buckets(binding: Binding, context: Context) -> Buckets:
     if is_transforming():
         raise ValueError("release=True steps within the backward pass, which torch.func and torch.compile do not run")
     several = binding.spread or binding.parallel is not None
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if several or (distributed and torch.distributed.get_world_size() > 1):
+    if several or (has_process_group() and torch.distributed.get_world_size() > 1):
         raise ValueError("release=True would step before the ranks have averaged their gradients; leave it out")
     buckets: Buckets | None = binding.buckets
     if buckets is None or buckets.forms != [(x.shape, x.dtype, x.device) for x in binding.params]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .cached import cached
-from .fields import Hyper, check, hyper, plain, validate
+from .fields import check, hyper, plain, validate
 from .pytree import is_wrapped, partition
 from .text import form, unknown
 
@@ -111,16 +111,21 @@ class Rule:
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         """`apply` as the engine runs it: a generator, so that rules which need a total can wait for it."""
-        if not (self.elementwise and x.is_complex()):
+        seen = self.as_seen(x)
+        if seen is x:
             return self.apply(state, x, dx)
         real: Any = None if dx is None else torch.view_as_real(dx.resolve_conj())
-        state, change = self.apply(state, torch.view_as_real(x.resolve_conj()), real)
+        state, change = self.apply(state, seen, real)
         return state, None if change is None else torch.view_as_complex(change)
         yield  # never reached: it makes this function a generator
 
+    def as_seen(self, x: Tensor) -> Tensor:
+        """The parameter as `init`, `apply` and `evaluation` see it: to an elementwise rule a complex one is real."""
+        return torch.view_as_real(x.resolve_conj()) if self.elementwise and x.is_complex() else x
+
     def init_any(self, x: Tensor) -> Any:
-        """`init` as the engine runs it: an elementwise rule sees a complex parameter as a real one."""
-        return self.init(torch.view_as_real(x.resolve_conj()) if self.elementwise and x.is_complex() else x)
+        """`init` as the engine runs it."""
+        return self.init(self.as_seen(x))
 
     def skip_frozen(self, state: Any) -> Any:
         """The state after an update in which the leaf was frozen. Changes numbers alone: the tensors may be missing.
@@ -128,8 +133,8 @@ class Rule:
         return state
 
     def restart(self, before: Any, state: Any) -> Any:
-        """`state` as `init` made it, in the place of one that was reset or missing: what it keeps of the numbers in
-        `before`. Called only of a rule that `accumulates`."""
+        """`state`, new from `init`, with what it must keep of the numbers in `before`, the state that it replaces.
+        Called only of a rule that `accumulates`."""
         return state
 
     def evaluation(self, state: Any, x: Tensor) -> Tensor:
@@ -142,12 +147,12 @@ class Rule:
         return x
 
     def evaluation_any(self, state: Any, x: Tensor) -> Tensor:
-        """`evaluation` as it is called: an elementwise rule sees a complex parameter as a real one."""
-        if not (self.elementwise and x.is_complex()):
-            return self.evaluation(state, x)
-        real = torch.view_as_real(x.resolve_conj())
-        value = self.evaluation(state, real)
-        return x if value is real else torch.view_as_complex(value)
+        """`evaluation` as it is called."""
+        seen = self.as_seen(x)
+        value = self.evaluation(state, seen)
+        if value is seen:
+            return x
+        return value if seen is x else torch.view_as_complex(value)
 
     def flushing(self) -> "Rule":
         """The rule that `flush` runs once in its place, without a gradient. Called only of one that `accumulates`."""
@@ -179,8 +184,8 @@ class Rule:
         )
 
     def map_inner_states(self, f: Callable[..., Any], *states: Any) -> Any:
-        """The last of `states`, which are of this rule, with `f(rule, *parts)` in place of what belongs to each rule
-        directly inside. Defined by rules around others whose states can be told apart."""
+        """The last of `states`, all of this rule, in which each rule directly inside has `f(rule, *its parts)` in place
+        of its part. Defined by rules around others whose state has a part for each."""
         return states[-1]
 
     @cached
@@ -254,12 +259,9 @@ class ReducingRule(Rule):
     # True for a rule that takes a total as a number too, where the host may read it: cheaper than a tensor.
     takes_numbers: ClassVar[bool] = False
 
-    def init_any(self, x: Tensor) -> Any:
-        """`init`: the steps of a reducing rule see complex parameters as they are, and so does its state."""
-        return self.init(x)
-
-    def evaluation_any(self, state: Any, x: Tensor) -> Tensor:
-        return self.evaluation(state, x)
+    def as_seen(self, x: Tensor) -> Tensor:
+        """The steps of a reducing rule see complex parameters as they are, and so does its state."""
+        return x
 
     def part(self, value: Tensor) -> Tensor:
         """What one array gives to the total: a 0-dim tensor. Default: the sum of its elements."""
@@ -286,11 +288,6 @@ class ReducingRule(Rule):
         raise NotImplementedError(f"{type(self).__name__} must define steps(self, state, x, dx)")
 
 
-def total_of(reduce: Reduce, parts: Tensor) -> Tensor:
-    """The answer to a `Reduce` from the parts of all arrays."""
-    return parts[0] if reduce.rule.over == "array" else reduce.rule.combine(parts)
-
-
 def reducing(rule: Rule, over: Literal["array", "tree"] | None = None) -> list["ReducingRule"]:
     """The rules inside one that ask for a total, in the order of its steps; with `over`, for one over that."""
     return [inner for inner in rules_in(rule) if isinstance(inner, ReducingRule) and over in (None, inner.over)]
@@ -302,7 +299,8 @@ def run_alone(
     """Run `rule.steps` on one tensor that is its own whole tree: `(state, change)`."""
     run = Run(rule.steps(state, x, dx))
     while run.asks is not None:
-        answer = total_of(run.asks, run.asks.rule.parts([run.asks.tensor()]))
+        asking, parts = run.asks.rule, run.asks.rule.parts([run.asks.tensor()])
+        answer = parts[0] if asking.over == "array" else asking.combine(parts)
         if check is not None:
             check(run.asks, answer)
         run.tell(answer)
@@ -438,10 +436,14 @@ def value_key(v: Any, loose: bool = False) -> Any:
 
 
 def tensors_of(rule: Rule) -> list[Tensor]:
-    """The tensors that stand for hyperparameters, of inner rules too."""
-    if not rule.traced:
-        return []
-    return [v for inner in rules_in(rule) for v in inner._elements if isinstance(v, Tensor)]
+    """The tensors that stand for hyperparameters, of inner rules too, in the order of `replace`."""
+    found: list[Tensor] = []
+    for v in rule._elements if rule.traced else ():
+        if isinstance(v, Tensor):
+            found.append(v)
+        elif isinstance(v, Rule):
+            found += tensors_of(v)
+    return found
 
 
 def _has_rows(rule: Rule, t: Tensor, x: Tensor) -> bool:
@@ -454,13 +456,6 @@ def _has_rows(rule: Rule, t: Tensor, x: Tensor) -> bool:
             "grow(self, state, x, rows, dim)"
         )
     return t.ndim > 0
-
-
-def eps_for(x: Tensor, eps: Hyper) -> Hyper:
-    """`eps`, at least 1e-7 in float16, where the usual 1e-8 is zero."""
-    if x.dtype != torch.float16:
-        return eps
-    return eps.clamp(min=1e-7) if isinstance(eps, Tensor) else max(eps, 1e-7)
 
 
 def field_of(rule: Rule, name: str) -> dataclasses.Field[Any]:

@@ -16,7 +16,7 @@ from dataclasses import KW_ONLY
 from itertools import pairwise
 from typing import Any, dataclass_transform
 
-import numpy as np
+from .fields import plain
 
 _SHAPES: dict[Any, Any] = {"linear": lambda t: t, "cosine": lambda t: (1 - math.cos(math.pi * t)) / 2}
 
@@ -40,7 +40,7 @@ class _Data:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            value = _plain(getattr(self, field.name))
+            value = plain(getattr(self, field.name))
             object.__setattr__(self, field.name, value)
             if field.name in _ALLOWED and not (value is None and field.default is None):
                 want, allows = _ALLOWED[field.name]
@@ -291,10 +291,3 @@ def _mix(start: float, end: float, t: float) -> float:
 
 def _wave(start: float, end: float, t: float) -> float:
     return _mix(start, end, _SHAPES["cosine"](min(t, 1.0)))
-
-
-def _plain(value: Any) -> Any:
-    """Lists become tuples and NumPy's numbers Python's own, so that a schedule can be saved and compared."""
-    if isinstance(value, list | tuple):
-        return tuple(map(_plain, value))
-    return value.item() if isinstance(value, np.generic) else value

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed.parallel import modules_in
 from .gradient import Gradients, LossFunction, Model, Value, withgradient
 from .leaf import Leaf
+from .pytree import modules_in
 from .rules.clip import norm_of
 from .state import State
 from .tree import values_of, walk

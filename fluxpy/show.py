@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .leaf import Leaf, record_of
 from .rule import Rule, at, field_of, hyperparameters, rules_in, title, value_key
-from .text import Table, form
+from .text import Table, dtype_name, form
 from .tree import Mirror, TreeSpec, spec_of, values_of
 
 # --- Cards --------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def _text(value: Any, digits: int) -> str:
             return form(value.shape, value.dtype)
     if callable(value):
         return "?"
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value).removeprefix("torch.")
+    return f"{value:.{digits}g}" if isinstance(value, float) else dtype_name(value)
 
 
 # --- The tree -----------------------------------------------------------------------------------------------------
@@ -235,8 +235,7 @@ def table(found: list[tuple[str, Leaf]], depth: int | None = None) -> Table:
         raise ValueError(f"summary: depth={depth!r} is not allowed; it must be a whole number, 0 or more, or None")
     cards = cards_of([leaf for _, leaf in found])
     named = dict.fromkeys(name for card in cards for name in card if name not in ("rule", "frozen"))
-    names = [name for name in named if name == "lr"] or ["lr"]
-    names += [name for name in named if name != "lr"]
+    names = ["lr", *(name for name in named if name != "lr")]
     branches: dict[str, list[tuple[Leaf, Card]]] = {}
     for (path, leaf), card in zip(found, cards, strict=True):
         branch = path if depth is None else ".".join(path.split(".")[:depth])
@@ -255,7 +254,7 @@ def _row(pairs: list[tuple[Leaf, Card]], names: list[str]) -> list[str]:
     partly = f"{frozen} of {len(leaves)}" if frozen else ""
     return [
         str(list(leaves[0].shape)) if len(leaves) == 1 else f"{len(leaves)} parameters",
-        _all_of([str(leaf.dtype).removeprefix("torch.") for leaf in leaves]),
+        _all_of([dtype_name(leaf.dtype) for leaf in leaves]),
         _all_of([card["rule"].replace("no rule", "none") for card in cards]),
         *(_all_of([card.get(name, "") for card in cards]) for name in names),
         "frozen" if frozen == len(leaves) else partly,

@@ -9,6 +9,7 @@ import fnmatch
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar, overload
 
@@ -93,7 +94,7 @@ def shape_of(state: State | Leaf) -> TreeSpec:
 
 def leaf_list(state: State | Leaf) -> list[Leaf]:
     """The leaves of the whole tree that a view is of, by the numbers in its spec."""
-    return values_of(state) if isinstance(state, State) else [state] if type(state) is Leaf else leaves_of(state, "it")
+    return values_of(state) if isinstance(state, State) else [state]
 
 
 def tree_context(state: State | Leaf) -> Context:
@@ -183,10 +184,10 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     if not params:
         check_model(model, "setup(rule, model)")
         warnings.warn("setup found no parameters in this model", stacklevel=2)
-    names = names_by_number(spec)
-    rules = assign_rules(rule, names) if params else {}
-    kept = {} if keep is None else {path: leaf for path, leaf in paths_and_leaves(keep, "setup(..., keep=)")}
+    names, rules = spec.names, assign_rules(rule, spec.names) if params else {}
+    kept: dict[str, Leaf] = {}
     if keep is not None:
+        kept = dict(paths_and_leaves(keep, "setup(..., keep=)"))
         require_training_weights(keep, "setup(..., keep=)")
     context, bindings = Context(compile, len(params)), Bindings()
     context.spread = any_dtensor(params)
@@ -209,14 +210,6 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     if isinstance(model, nn.Module) and not (context.spread or is_compiling()):
         bindings.add(id(spec), spec, model, records, walked)  # so that the first update need not walk again
     return leaves[0] if spec.kind == "leaf" else State(spec, leaves)
-
-
-def names_by_number(spec: TreeSpec) -> dict[int, list[str]]:
-    """All paths of each parameter."""
-    names: dict[int, list[str]] = {}
-    for path, index in spec.paths:
-        names.setdefault(index, []).append(path)
-    return names
 
 
 def _records(
@@ -292,16 +285,12 @@ def _make_states(records: list[Record], new: list[int], old: Iterable[int], para
         record, path = records[index], names[index][0]
         if record.rule is not None and record.rule.accumulates:
             record.pending = windows.get(title_key(record.rule))
-            if record.pending is None and inner:
-                record.pending = _in_step(record.rule, first_numbers(record.rule, params[index], path), inner)
+            if record.pending is None and inner:  # each accumulating rule in step with its equal in other chains
+                in_step = partial(_map_windows, record.rule, f=lambda key, own: inner.get(key, own))
+                record.pending = first_numbers(record.rule, params[index], path).map(in_step)
         if not record.frozen:
             todo.append((record, params[index], path))
     make_states(todo)
-
-
-def _in_step(rule: Rule, numbers: Skeleton, windows: dict[Any, Any]) -> Skeleton:
-    """The numbers in which each accumulating rule is in step with its equal in other chains."""
-    return numbers.map(lambda s: _map_windows(rule, s, lambda key, own: windows.get(key, own)))
 
 
 def _map_windows(rule: Rule, state: Any, f: Callable[[Any, Any], Any]) -> Any:
@@ -337,10 +326,8 @@ def require_state(state: Any, verb: str) -> None:
 def paths_and_leaves(state: Any, verb: str) -> Iterator[tuple[str, Leaf]]:
     """`(path, leaf)` of every place, a tied leaf at each of its places. TypeError names the verb."""
     require_state(state, verb)
-    if isinstance(state, Leaf):
-        return iter([("", state)])
-    values = values_of(state)
-    return ((path, values[index]) for path, index in spec_of(state).paths)
+    values = leaf_list(state)
+    return ((path, values[index]) for path, index in shape_of(state).paths)
 
 
 def leaves(state: State | Leaf) -> Iterator[tuple[str, Leaf]]:
@@ -350,9 +337,8 @@ def leaves(state: State | Leaf) -> Iterator[tuple[str, Leaf]]:
 
 def leaves_of(state: Any, verb: str) -> list[Leaf]:
     """The leaves under a view, a tied one once. TypeError names the verb."""
-    if not isinstance(state, State):
-        return [leaf for _, leaf in paths_and_leaves(state, verb)]
-    values, spec = values_of(state), spec_of(state)
+    require_state(state, verb)
+    values, spec = leaf_list(state), shape_of(state)
     if spec.kind == "slice":  # made anew by each state[:6], while its children are kept, with their paths
         return [values[index] for index in dict.fromkeys(chain.from_iterable(child.leaves for child in spec.children))]
     return [values[index] for index in spec.leaves]
@@ -360,10 +346,9 @@ def leaves_of(state: Any, verb: str) -> list[Leaf]:
 
 def each_leaf(state: Any, verb: str) -> list[tuple[str, Leaf]]:
     """What `leaves` gives, for a verb to name in its errors."""
-    if not isinstance(state, State):
-        return list(paths_and_leaves(state, verb))
-    values = values_of(state)
-    return [(path, values[index]) for index, path in spec_of(state).leaves.items()]
+    require_state(state, verb)
+    values = leaf_list(state)
+    return [(path, values[index]) for index, path in shape_of(state).leaves.items()]
 
 
 def select(state: State | Leaf, *what: str | Callable[[str, Leaf], bool]) -> State:
@@ -397,14 +382,12 @@ def select(state: State | Leaf, *what: str | Callable[[str, Leaf], bool]) -> Sta
         found |= some
     if not what:
         raise TypeError("select needs a pattern or a predicate: select(state, 'encoder.*')")
-    hits = [path for path, _ in places if path in found]
-    if isinstance(state, Leaf):
-        return State(TreeSpec("selection", ("",), (TreeSpec("leaf", index=0),)), [state])
-    numbers = dict(spec_of(state).paths)
-    first = {numbers[path]: path for path in reversed(hits)}
-    chosen = [(path, TreeSpec("leaf", index=i)) for i, path in reversed(first.items())]
-    paths, specs = zip(*chosen, strict=True)
-    return State(TreeSpec("selection", paths, specs), values_of(state))
+    first: dict[int, str] = {}  # by its number, the first name of each leaf that was found
+    for path, index in shape_of(state).paths:
+        if path in found:
+            first.setdefault(index, path)
+    specs = tuple(TreeSpec("leaf", index=index) for index in first)
+    return State(TreeSpec("selection", tuple(first.values()), specs), leaf_list(state))
 
 
 def value(leaf: Leaf, name: str, *, member: Any = None) -> Any:

@@ -77,9 +77,14 @@ ELSEWHERE = {
 }
 
 
+def dtype_name(dtype: object) -> str:
+    """A dtype without its module: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def form(shape: Iterable[int], dtype: object) -> str:
     """A tensor's form: `float32[2, 3]`."""
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+    return f"{dtype_name(dtype)}{list(shape)}"
 
 
 def named(x: object) -> str:
@@ -102,6 +107,11 @@ def named(x: object) -> str:
 def join(path: str, key: object) -> str:
     """The path of a child."""
     return f"{path}.{key}" if path else str(key)
+
+
+def bare_name(name: str) -> str:
+    """The name of a parameter without what wrappers put into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "").removeprefix("module.")
 
 
 def names_of(keys: Iterable[object]) -> str:

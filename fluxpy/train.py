@@ -198,19 +198,12 @@ def training_mode(model: Any, state: State | Leaf) -> None:
 def to_device(batch: Any, params: list[Tensor]) -> Any:
     """The batch with its tensors on the parameters' device; ValueError where these are on several."""
     devices = {x.device for x in params}
-    parts = batch if isinstance(batch, tuple | list) else (batch,)
-    if len(devices) == 1 and all(isinstance(part, Tensor) and part.device in devices for part in parts):
-        return batch
-    tensors, _ = open_data(batch)
-    if len(devices) > 1 and tensors:
+    if len(devices) > 1 and open_data(batch)[0]:
         raise ValueError(
             f"cannot tell the batch's device: the model's parameters are on {', '.join(sorted(map(str, devices)))}; "
             "write the loop with withgradient and update, and place the batch there"
         )
-    if all(t.device in devices for t in tensors) or not devices:
-        return batch
-    (device,) = devices
-    return place(batch, device)
+    return place(batch, devices.pop() if len(devices) == 1 else None)
 
 
 def place(batch: Any, device: torch.device | None) -> Any:

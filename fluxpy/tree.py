@@ -38,7 +38,7 @@ class TreeSpec:
         loose: bool = False,
     ) -> None:
         self.kind, self.keys, self.children, self.index = kind, keys, children, index
-        self.loose = loose  # paths alone count, as after a renaming: their order is that of the next model
+        self.loose = loose  # as after a renaming: only its paths count, and it takes the order of the next model
 
     @staticmethod
     def build(places: list[tuple[str, tuple[Any, ...], int]], loose: bool = False) -> "TreeSpec":
@@ -103,6 +103,14 @@ class TreeSpec:
         return found
 
     @cached
+    def names(self) -> dict[int, list[str]]:
+        """Number -> all paths of each parameter."""
+        found: dict[int, list[str]] = {}
+        for path, index in self.paths:
+            found.setdefault(index, []).append(path)
+        return found
+
+    @cached
     def duplicate(self) -> str | None:
         """A path that two parameters have, if there is one."""
         return next((path for path, times in Counter(path for path, _ in self.paths).items() if times > 1), None)
@@ -151,10 +159,10 @@ def walk(model: Any) -> tuple[TreeSpec, list[Tensor]]:
 
 
 def explore(model: Any) -> tuple[TreeSpec, list[Tensor], list[Any]]:
-    """`walk`, and all containers on the way: those of a module are its dicts of parameters and modules."""
+    """`walk`, and the containers that it went through; for a module, its dicts of parameters and of modules."""
     values, numbers, holders = list[Tensor](), dict[int, int](), list[Any]()
     places: list[tuple[str, tuple[Any, ...], int]] = []
-    todo, above = [iter([model])], list[int]()  # the containers that we are within: what is left, and their identity
+    todo, above = [iter([model])], list[int]()  # the containers that are open: what is left of each; their identities
     while todo:
         for top in todo[-1]:
             if is_parameter(top):
@@ -191,8 +199,7 @@ def explore(model: Any) -> tuple[TreeSpec, list[Tensor], list[Any]]:
 
 
 def check_model(x: Any, call: str) -> None:
-    """TypeError for what cannot be a model, whatever is in it; a number, a function or an empty list is one that has
-    no parameters."""
+    """TypeError for what is no model. A number, a function or an empty list is one, without parameters."""
     x, tree = unwrap(x), isinstance(x, Mirror)
     if not tree and (level(x) is not None or x is None or isinstance(x, _PLAIN)):
         return
@@ -329,8 +336,8 @@ def respec(tree: Mirror, spec: TreeSpec) -> None:
 
 
 def relaid(spec: TreeSpec, other: TreeSpec) -> TreeSpec | None:
-    """The shape `other` with the numbers of `spec`, which is loose; None unless both have parameters at the same paths,
-    and the same ties."""
+    """The shape `other` with the numbers of `spec`, if that is loose and both have the same paths and ties; else
+    None."""
     numbers, order = dict(spec.paths), dict[int, int]()
     if not spec.loose or numbers.keys() != dict(other.paths).keys():
         return None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .binding import Binding, Bindings
 from .context import Context, SkipUpdate
-from .distributed.gathered import GatheredUnit
+from .distributed.gathered import unit_alone
 from .distributed.sharding import local_gradients
 from .distributed.totals import Totals
 from .engine.cohort import Member
@@ -168,7 +168,7 @@ def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
 
 
 def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bool) -> tuple[Plan, Route, list[Any]]:
-    """The plan for a model, its route for these gradients, and the gradients, copied where they are in the memory of a
+    """The plan for a model, its route for these gradients, and the gradients: copies of those that share memory with a
     parameter."""
     plan = binding.plan
     if plan is None:
@@ -177,7 +177,7 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
     if route is None:
         binding.warn_of_flags()
         _check(binding, grads, inplace)
-        written = set(memories(binding.local))  # a gradient in there would change while it is read
+        written = set(memories(binding.local))  # a gradient that shares it would change while it is read
         if not written.isdisjoint(memories(g for g in grads if g is not None)):
             grads = [g.clone() if g is not None and memory(g) in written else g for g in grads]
         try:
@@ -190,7 +190,7 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
 
 
 def _run(plan: Plan, units: Sequence[Unit], grads: list[Any], context: Context) -> Sequence[Unit]:
-    """Take units to their results. Of a unit that cannot take its inputs, the leaves step one by one."""
+    """Take units to their results. The leaves of a unit that cannot take its inputs step one by one."""
     if plan.totals is not None:
         plan.totals.start()
     while True:
@@ -245,7 +245,7 @@ def _reference_step(binding: Binding, context: Context, grads: Sequence[Any]) ->
 def _reference_units(binding: Binding, context: Context, grads: Sequence[Any], *, inplace: bool) -> list[ReferenceUnit]:
     """A unit for each leaf that steps."""
     return [
-        (GatheredUnit if record.needs_whole else ReferenceUnit)(record, x, place, path, context, inplace=inplace)
+        unit_alone(record, x, place, path, context, inplace=inplace)
         for place, (record, x, path) in enumerate(zip(binding.records, binding.local, binding.paths, strict=True))
         if record.takes_part(grads[place])
     ]
@@ -254,7 +254,7 @@ def _reference_units(binding: Binding, context: Context, grads: Sequence[Any], *
 def _sit_out(binding: Binding, records: Sequence[Record]) -> None:
     """Tell accumulating rules of an update in which their leaves were frozen."""
     for record, x, path in zip(records, binding.local, binding.paths, strict=True):
-        if record.waits:
+        if record.sits_out:
             miss_update(record, x, path)
 
 
@@ -346,7 +346,7 @@ _MANY = 100  # updates to differentiate through
 
 
 def _watch_history(binding: Binding, fork: Context) -> None:
-    """Warn where the memory of an ordinary loop grows with each step, for gradients that nobody will ask for."""
+    """Warn of a loop whose memory grows with each step, for gradients that nobody seems to want."""
     before = None if is_transforming() else next((x for x in binding.params if x.grad_fn is not None), None)
     fork.recorded = 0 if before is None else fork.recorded + 1
     if fork.recorded == _MANY:
@@ -400,7 +400,7 @@ def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
 
 
 def _check_overlap(binding: Binding) -> None:
-    """ValueError where two parameters are in the same memory: each would be stepped, and both moved."""
+    """ValueError where two parameters share memory, which an update would step twice."""
     devices: dict[torch.device, list[int]] = {}
     for place, x in enumerate(binding.local):
         if x.numel() and not x.is_meta:

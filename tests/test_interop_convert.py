@@ -279,6 +279,8 @@ def test_modes_of_the_optimiser_that_is_filled() -> None:
     model = net()
     with pytest.raises(ValueError, match="Adam with {'maximize': True} does not do what a rule does"):
         to_torch(fluxpy.setup(Adam(), model), model, opt.Adam(model.parameters(), maximize=True))
+    with pytest.raises(TypeError, match="to_torch takes the state tree .*, but got the model"):
+        to_torch(model, model, opt.Adam(model.parameters()))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="does not have the parameters '0.weight', '0.bias', which train here"):
         to_torch(fluxpy.setup(Adam(), model), model, opt.Adam([*model[2].parameters(), *model[4].parameters()]))
     with pytest.raises(ValueError, match="parameters that are not in the model"):

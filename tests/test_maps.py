@@ -81,6 +81,9 @@ def test_select_by_several_comes_in_the_order_of_the_model():
     assert [path for path, _ in leaves(select(state, "again.weight", "blocks.0.norm.weight"))] == [
         "blocks.0.norm.weight"
     ]
+    tied = torch.ones(2)
+    state = setup(AdamW(), {"a": tied, "b": torch.ones(3), "c": tied})
+    assert [path for path, _ in leaves(select(state, "*"))] == ["a", "b"]
 
 
 # --- Gradients ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch.utils._pytree as torch_pytree
 from torch import nn
 
 import fluxpy
-from fluxpy import Adam, Descent, leaves, select, setup, update
+from fluxpy import Adam, Averaged, Descent, leaves, select, setup, update
 
 Pair = collections.namedtuple("Pair", "left right")
 
@@ -230,6 +230,9 @@ def test_the_state_is_a_pytree_of_its_tensors(model, state):
         optree.tree_map(torch.add, state, setup(Descent(), model), namespace="fluxpy")
     traced = setup(Descent(torch.tensor(0.1)), torch.ones(2))
     assert optree.tree_map(lambda t: t * 2, traced, namespace="fluxpy").rule.lr == torch.tensor(0.2)
+    traced = setup(Averaged(Adam(torch.tensor(0.1)), decay=torch.tensor(0.9)), torch.ones(2))  # the rule is first
+    rule = optree.tree_map(lambda t: t / 2, traced, namespace="fluxpy").rule
+    assert (rule.decay.item(), rule.rule.lr.item()) == pytest.approx((0.45, 0.05))
     grads = fluxpy.gradient(lambda m: m["a"].sum(), {"a": torch.ones(2), "b": torch.ones(1)})
     doubled = optree.tree_map(lambda g: 2 * g, grads, namespace="fluxpy")
     assert doubled["b"] is None and doubled["a"].tolist() == [2, 2]

@@ -13,7 +13,7 @@ from ..pytree import HOLE, entries_of
 from ..saving.format import Encoder
 from ..saving.record import read_leaf
 from ..state import State, each_leaf
-from .sharding import all_gather
+from .sharding import all_gather, has_process_group
 
 _DEVICES = {"nccl": "cuda", "xccl": "xpu"}  # of backends that take no tensors of the CPU
 
@@ -26,7 +26,7 @@ def assert_same_on_all_ranks(state: State | Leaf) -> None:
     once an epoch, say, or after verbs that depend on data. On one process it does nothing.
     """
     found = each_leaf(state, "assert_same_on_all_ranks")
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not has_process_group():
         return
     encoder = Encoder()
     mine = {path: _describe(encoder, leaf) for path, leaf in found}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..context import require_all_finite
+from ..context import Context, require_all_finite
 from ..engine.reference import ReferenceUnit
 from ..engine.step import Prepare, Request
 from ..leaf import Record
@@ -75,3 +75,8 @@ class GatheredUnit(ReferenceUnit):
     def drop(self) -> None:
         super().drop()
         self.asked, self.done = [], False
+
+
+def unit_alone(record: Record, x: Tensor, place: int, path: str, context: Context, **options: Any) -> ReferenceUnit:
+    """The unit of a leaf that steps by itself."""
+    return (GatheredUnit if record.needs_whole else ReferenceUnit)(record, x, place, path, context, **options)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..pytree import fsdp_module, level, put_back, tensors_in
+from ..pytree import fsdp_module, modules_in, put_back, tensors_in
 from ..text import names_of
-from .sharding import any_dtensor, is_dtensor
+from .sharding import any_dtensor, has_process_group, is_dtensor
 
 
 class Parallel:
     """How a model runs on several processes. `paths` and `params` are those of its parameters, in its order; `replicas`
-    are the wrappers that must be called. (Where the model is compiled, whether they were cannot be seen.)"""
+    are the wrappers that a loss must call. (Of a compiled model it cannot be seen whether it does.)"""
 
     def __init__(
         self,
@@ -168,20 +168,6 @@ def _reduced(ddp: DistributedDataParallel) -> set[int]:
     return {id(x) for bucket in buckets for x in bucket.parameters()}
 
 
-def modules_in(model: Any) -> dict[nn.Module, None]:
-    """All modules of a model, wrappers too, in an order that is the same on all processes."""
-    found: dict[nn.Module, None] = {}
-    todo, seen = [model], set[int]()
-    while todo:
-        x = todo.pop()
-        if isinstance(x, nn.Module):
-            found.update(dict.fromkeys(x.modules()))
-        elif id(x) not in seen and (inside := level(x)) is not None:
-            seen.add(id(x))
-            todo += inside.children
-    return found
-
-
 def reshard(model: Any) -> None:
     """Put the parameters of FSDP2 back in their places: after a forward pass without a backward one, whole tensors
     stand there."""
@@ -192,7 +178,7 @@ def reshard(model: Any) -> None:
 def parallel_of(model: Any, params: Sequence[Tensor], paths: Sequence[str]) -> Parallel | None:
     """How a model runs on several processes; None of one that knows of none. ValueError for wrappers by which its
     parameters cannot be told apart, or whose gradients would not be averaged."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not has_process_group():
         return None
     replicas = []
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
@@ -217,6 +203,4 @@ def parallel_of(model: Any, params: Sequence[Tensor], paths: Sequence[str]) -> P
 
 def is_first_process() -> bool:
     """Whether this is the process that prints and writes for all."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return True
-    return torch.distributed.get_rank() == 0
+    return not has_process_group() or torch.distributed.get_rank() == 0

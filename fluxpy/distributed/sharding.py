@@ -163,6 +163,11 @@ def _is_tensor(x: Any) -> bool:
     return isinstance(x, Tensor)
 
 
+def has_process_group() -> bool:
+    """Whether this process may have others to work with: it was started by `torchrun`, say."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def all_gather(sent: Tensor, group: Any = None) -> Tensor:
     """A tensor of one dimension, of all processes of a group one after another."""
     size = torch.distributed.get_world_size(group)

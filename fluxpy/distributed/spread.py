@@ -80,7 +80,7 @@ class SpreadRecord:
         return other
 
     def redistribute(self, sharding: Sharding | None) -> bool:
-        """Move the state to where the parameter is now; whether it was elsewhere."""
+        """Move the state to where the parameter is now. Returns whether it was elsewhere."""
         if sharding == self.sharding:
             self.sharding = sharding  # its parts may be on another device by now
             return False

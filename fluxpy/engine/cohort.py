@@ -54,7 +54,7 @@ class Cohort:
         # Which rows are of numbers.
         self.numeric = [is_number(row[0], self.params[0]) for row in self.momenta]
         order = sorted(range(len(self.places)), key=self.places.__getitem__)
-        # Indices that bring a value for each leaf into the order of the model; None where they are in it.
+        # The indices that put a value for each leaf into the order of the model; None where they are in that order.
         self.model_order: Tensor | None = None
         self.model_places, self.model_paths = self.places, self.paths
         if order != list(range(len(order))):
@@ -151,8 +151,8 @@ class Cohort:
 
 
 def arranged(members: Sequence[Member]) -> list[Member]:
-    """Members in the order of the model; of rules that ask for totals, where the parameters are not adjacent, those of
-    one shape together if they are many: many totals of one shape are one operation."""
+    """Members in the order of the model. If their rules ask for totals, and parameters are not adjacent in memory, many
+    of one shape come together: their totals are one operation."""
     ordered = sorted(members, key=attrgetter("place"))
     rule, first = ordered[0].record.rule, [real_view(member.x) for member in ordered[:2]]
     if rule is not None and reducing(rule) and len(first) > 1 and adjacent(first) is None:

@@ -28,8 +28,8 @@ _MOST = 32  # kernels of one chain; with more, its numbers are a part of the pro
 
 
 def bucket_key(rule: Rule, context: Context) -> Any:
-    """What rules must have in common to go together: everything but real numbers, where a kernel can take those for
-    each leaf. It cannot where a total is asked for of what rules with such numbers made of the gradient."""
+    """What rules must have in common to go together: everything but real numbers, where a kernel can take one for each
+    leaf. It cannot where a rule asks for a total of what others, with such numbers, made of the gradient."""
     members = [inner for inner in rules_in(rule) if not inner.inner]
     asks_later = any(map(reducing, members[1:])) or any(inner.inner for inner in reducing(rule))
     return rule_key(rule, loose=not asks_later and title_key(rule) not in context.not_shared)
@@ -107,7 +107,8 @@ class CompiledUnit:
         return self.now.steps(self.cohort.skeleton.combine(momenta), chunk.x.read(), dx)
 
     def _bad(self) -> list[Tensor]:
-        """The flag that keeps kernels from writing; on a device always one: another cohort may yet raise it."""
+        """The flag that keeps kernels from writing, if any. On a device there is always one: another cohort may raise
+        it after the kernels were made."""
         up = self.context.flag.up
         if up is None:
             return [] if reads_at_once(self.lowered) else [self.lowered]

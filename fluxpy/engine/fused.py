@@ -14,7 +14,7 @@ from .chunk import Chunk
 from .cohort import Cohort
 from .fused_kernels import KERNELS, Launch, Links, Lists, bucket_key, last_state, takes
 from .layout import Row, adjacent, views_like
-from .packed import Chunks, apart_from_written, fits, like_parameters, outcome_of, rule_now, write_state
+from .packed import Chunks, apart_from_written, fits, like_parameters, outcome_of, write_state
 from .step import FallBack, Prepare
 from .tape import inputs_used
 
@@ -22,8 +22,8 @@ _MOST_NUMBERS = 64  # of the state of rules before a kernel, for which it is kno
 
 
 class Call(NamedTuple):
-    """A call of the kernel, for the gradients at these places of a list (None: for all of them), with the options of
-    the rule of the leaf `leaf`."""
+    """A call of the kernel with the gradients at these places of a list (None: all of them), and with the options of
+    the rule of leaf number `leaf`."""
 
     run: Launch
     places: list[int] | None
@@ -41,17 +41,19 @@ class _Fused(ABC):
         self.x = cohort.params[0] if self.links.master is None else cohort.momenta[0][0]
         self.clock = torch.zeros((), dtype=torch.float32, device=self.x.device)
         self.keys = _first_alike(cohort, cohort.rules())
-        self.known: tuple[int, dict[int, dict[str, Any]]] | None = None
+        self.now: dict[int, dict[str, Any]] = {}  # the options of each call in this step, by its leaf
+        self.front = self.links.front  # the rules before the last, as they are in this step
+        self.hyper = -1  # of the context, when these were found
         numbers = [i for i, part in enumerate(cohort.skeleton.parts) if type(part) is int]
         counts = "t" in getattr(last_state(cohort.rule, cohort.records[0].state), "_fields", ())
         self.counter = numbers[-1] if counts else None
 
-    def options(self) -> dict[int, dict[str, Any]]:
-        """The options of each call by its leaf; kept while no hyperparameter changes."""
+    def take_hyperparameters(self) -> None:
+        """Find the options and the front of this step; they stay while no hyperparameter changes."""
         rule, hyper = self.cohort.rule, self.context.hyper
-        if self.known is not None and self.known[0] == hyper and not rule.scheduled:
-            return self.known[1]
-        found: dict[int, dict[str, Any]] = {}
+        if self.hyper == hyper and not rule.scheduled:
+            return
+        found: dict[int, Links] = {}
         for leaf in dict.fromkeys(self.keys):
             own = self.cohort.records[leaf].rule
             assert own is not None
@@ -61,9 +63,9 @@ class _Fused(ABC):
                 raise FallBack from error
             if now.traced:
                 raise FallBack
-            found[leaf] = Links.of(now).options(self.kernel, self.x)
-        self.known = hyper, found
-        return found
+            found[leaf] = Links.of(now)
+        self.now = {leaf: links.options(self.kernel, self.x) for leaf, links in found.items()}
+        self.front, self.hyper = found[0].front, hyper
 
     def adopt_rules(self) -> Any:
         """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
@@ -105,13 +107,13 @@ class _Fused(ABC):
             self.clock.fill_(numbers[self.counter])
         return numbers
 
-    def masked(self, options: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    def masked(self) -> dict[int, dict[str, Any]]:
         """The options with which a kernel does nothing where the finite flag is up."""
         bad = self.context.flag.up
         if bad is None:
-            return options
+            return self.now
         found = {"found_inf": bad.to(self.clock)}
-        return {leaf: own | found for leaf, own in options.items()}
+        return {leaf: own | found for leaf, own in self.now.items()}
 
 
 def _first_alike(cohort: Cohort, rules: list[Rule]) -> list[int]:
@@ -136,7 +138,6 @@ class FusedListUnit(_Fused):
     def __init__(self, cohort: Cohort) -> None:
         super().__init__(cohort, len(cohort.momenta))
         self.grads: Sequence[Tensor] = ()
-        self.now: dict[int, dict[str, Any]] = {}
         self.whole = cohort.places == list(range(len(cohort.places)))  # whether these are the first of all leaves
         self.stays, self.detached = True, False
         self.bind()
@@ -153,7 +154,7 @@ class FusedListUnit(_Fused):
         self.bind()
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
-        self.now = self.options()
+        self.take_hyperparameters()
         places = self.cohort.places
         self.grads = grads if self.whole and len(grads) == len(places) else [grads[place] for place in places]
         if self.cohort.odd:  # a kernel would read other strides as if they were the parameter's
@@ -166,7 +167,7 @@ class FusedListUnit(_Fused):
         self.grads = ()
 
     def commit(self) -> None:
-        numbers, options = self.tick(), self.masked(self.now)
+        numbers, options = self.tick(), self.masked()
         if self.stays and not self.detached and self.cohort.steps > 1:
             self.bind()
         for run, places, leaf in self.all_calls:
@@ -192,7 +193,6 @@ class FusedUnit(_Fused):
         inner = state if self.links.master is None else state.state
         size = 0 if self.links.front is None else len(self.links.front)
         self.front_skeleton = partition(inner[:size] if size else ())[1]
-        self.now: dict[int, dict[str, Any]] = {}
         self._look_at_front()
 
     def adopt_rules(self) -> Any:
@@ -242,10 +242,7 @@ class FusedUnit(_Fused):
         return False, self.calls(target.tensors, [row.tensors for row in momenta], chunk.low)
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
-        self.now = self.options()
-        self.front = self.links.front
-        if self.front is not None and self.cohort.rule.scheduled:
-            self.front = Links.of(rule_now(self.cohort)).front
+        self.take_hyperparameters()
         self.chunks.load([grads[place] for place in self.cohort.places])
         if self.front is not None:
             self.front_reads_x = self._reads_x(self.front)
@@ -277,7 +274,7 @@ class FusedUnit(_Fused):
         self.chunks.clear()
 
     def commit(self) -> None:
-        options, first = self.masked(self.now), self.front_rows.start
+        options, first = self.masked(), self.front_rows.start
         numbers, moved = self.cohort.skeleton.parts, True
         for i, (chunk, (long, calls)) in enumerate(zip(self.chunks.all, self.chunk_calls, strict=True)):
             front, dx = self._front_result(chunk)

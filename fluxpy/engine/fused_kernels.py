@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rule import Rule, eps_for, is_packable, rule_key
+from ..rule import Rule, is_packable, rule_key
 from ..rules.adam import Adam, AdamW, AMSGrad
 from ..rules.adaptive import AdaGrad
+from ..rules.average import eps_for
 from ..rules.decay import WeightDecay
 from ..rules.descent import Descent, Momentum, Nesterov
 from ..rules.wrap import OptimiserChain

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..context import Context, Late, remembered
-from ..distributed.gathered import GatheredUnit
+from ..distributed.gathered import unit_alone
 from ..distributed.totals import Totals
 from ..initial import make_states
 from ..leaf import Record, miss_update
@@ -37,7 +37,7 @@ _place = attrgetter("place")
 
 
 class Route:
-    """The units that one kind of update takes, and what must be as it was for that."""
+    """The units that step in one kind of update, and what must be unchanged for them to step again."""
 
     def __init__(self, plan: "Plan", cohorts: list[Cohort], alone: list[ReferenceUnit], grads: Sequence[Any]) -> None:
         self.params = params = plan.params
@@ -94,7 +94,7 @@ def _alike_but_for_numbers(cohorts: list[Cohort]) -> list[list[Cohort]]:
 
 
 def _has_twins(alike: list[list[Cohort]]) -> bool:
-    """Whether two cohorts could be one by now. They must be, or the rounding of a step would depend on the past."""
+    """Whether two cohorts have the same numbers by now. They must become one: rounding may not depend on the past."""
     return any(len({_numbers_key(cohort.records[0]) for cohort in found}) < len(found) for found in alike)
 
 
@@ -113,7 +113,7 @@ class Plan:
         self.units: dict[int, CohortUnit] = {}  # by the identity of the cohort
         self.routes: dict[Any, Route] = {}
         self.route: Route | None = None
-        self.waiting: list[tuple[Record, tuple[Tensor, str]]] = []  # frozen leaves of rules that accumulate
+        self.sitting_out: list[tuple[Record, Tensor, str]] = []  # frozen leaves of rules that accumulate
         self.new_states: list[Any] = []  # leaves whose state was made for this update, and what they were before
         self.structure = self.hyper = -1
         self.addresses: list[int] = []  # where the parameters were when the cohorts were laid out
@@ -141,7 +141,7 @@ class Plan:
         return route
 
     def make(self, grads: Sequence[Any]) -> Route:
-        """The route for these gradients, which were checked to fit the parameters."""
+        """A new route for these gradients, which are known to fit the parameters."""
         self.route = None
         here = addresses(self.params)
         if here != self.addresses:
@@ -171,7 +171,7 @@ class Plan:
         other.records = [assigned.get(i) or r.clone(r.numbers.copy()) for i, r in enumerate(self.records)]
         other.totals = Totals(other.records) if context.spread else None
         other.hyper, other.structure, other.addresses = context.hyper, context.structure, addresses(params)
-        other.waiting = other.find_waiting()
+        other.sitting_out = other.find_sitting_out()
         where = {cohort.places[0]: cohort for cohort in other.cohorts}
         cohorts = [where[cohort.places[0]] for cohort in route.cohorts]
         own = [unit for unit in route.units if isinstance(unit, ReferenceUnit)]
@@ -188,7 +188,7 @@ class Plan:
         skipped, new_states, self.new_states = self.context.flag.skipped, self.new_states, []
         if skipped is not None:  # which only the device knows by now
             self.context.late = Late(skipped, [partial(_take_back, new_states)])
-        for record, (x, path) in self.waiting:
+        for record, x, path in self.sitting_out:
             key = id(record.rule), id(record.numbers), id(record.pending)
             if self.context.late is not None:
                 self.context.late.undo += remembered(record, "pending")
@@ -235,13 +235,13 @@ class Plan:
         for cohort in list(self.cohorts):
             if not cohort.holds():
                 self._drop(cohort)
-        self.waiting = self.find_waiting()
+        self.sitting_out = self.find_sitting_out()
         self.structure = self.context.structure
 
-    def find_waiting(self) -> list[tuple[Record, tuple[Tensor, str]]]:
+    def find_sitting_out(self) -> list[tuple[Record, Tensor, str]]:
         """The frozen leaves of rules that accumulate."""
-        pairs = zip(self.records, self.params, self.paths, strict=True)
-        return [(record, (x, path)) for record, x, path in pairs if record.waits]
+        leaves = zip(self.records, self.params, self.paths, strict=True)
+        return [leaf for leaf in leaves if leaf[0].sits_out]
 
     def _drop(self, cohort: Cohort) -> None:
         self.cohorts.remove(cohort)
@@ -252,8 +252,8 @@ class Plan:
     # --- Forming cohorts ----------------------------------------------------------------------------------------------
 
     def _members(self, grads: Sequence[Any]) -> tuple[list[Member], dict[int, Any], list[ReferenceUnit]]:
-        """The leaves that step in cohorts, what they must have in common but numbers by their places, and the units of
-        those that step alone."""
+        """The leaves that step in cohorts; by their places, their keys (see `_static`); and the units of those that
+        step alone."""
         members: list[Member] = []
         statics: dict[int, Any] = {}
         alone: list[Member] = []
@@ -279,13 +279,12 @@ class Plan:
         for stack in stacks.values():
             (members if len(stack) >= _LEAST_STACK else alone).extend(stack)
         members.sort(key=_place)
-        kinds = [(GatheredUnit if m.record.needs_whole else ReferenceUnit, m) for m in sorted(alone, key=_place)]
-        return members, statics, [kind(*member, self.context) for kind, member in kinds]
+        return members, statics, [unit_alone(*member, self.context) for member in sorted(alone, key=_place)]
 
     def _static(self, record: Record, x: Tensor, dx: Tensor | None, known: dict[Any, Any]) -> Any:
-        """What leaves must have in common with this one to go together, but for numbers. First how they are stepped:
-        "compiled", "fused", "shadow", "eager" or "stack". None of one that steps by itself. `known` remembers what
-        depends on the rule and the dtypes alone."""
+        """The key that leaves share if they can go together, once the numbers in their states are equal too. It begins
+        with how they are stepped: "compiled", "fused", "shadow", "eager" or "stack". None for a leaf that steps alone.
+        `known` remembers what depends on the rule and the dtypes alone."""
         rule, tensors, skeleton = record.rule, record.tensors, record.numbers.skeleton
         assert rule is not None and tensors is not None and skeleton is not None
         if type(x) not in PLAIN or (dx is not None and type(dx) not in PLAIN):
@@ -307,8 +306,8 @@ class Plan:
         return (*static, x.shape, *[t.shape for t in tensors]) if fits_stacked(x, tensors) and not numbers else None
 
     def _kind(self, record: Record, rule: Rule, x: Tensor, form: tuple[bool, ...] | None) -> str | None:
-        """How leaves of this rule, like `x`, can be stepped; `form` says which tensors of the state are numbers, where
-        the others are like `x`."""
+        """How leaves of this rule with parameters like `x` are stepped; None for one by one. `form` says which tensors
+        of the state are numbers, see `packed_form`."""
         if not x.numel() or x.is_meta or rule.traced or title_key(rule) in self.context.reference_only:
             return None
         if not is_packable(rule):
@@ -386,7 +385,7 @@ def _take_back(new_states: list[Any]) -> None:
 
 
 def _whole(rule: Rule) -> Iterable[Rule]:
-    """The rules inside one that need whole arrays."""
+    """The rules inside one (or itself) that need whole arrays."""
     if is_packable(rule):
         return []
     return [r for inner in rule.inner for r in _whole(inner)] if rule.delegates else [rule]

@@ -104,7 +104,7 @@ class ShadowUnit:
             raise FallBack(fallback.reason and title_key(self.cohort.rule)) from fallback
 
     def drop(self) -> None:
-        """Let go of a step's gradients and results; an interrupt may have come after what steps had counted it."""
+        """Let go of a step's gradients, results and count: an interrupt may have come after the inner step."""
         self.inner.drop()
         own, parts = self.inner.cohort.numbers, self.cohort.skeleton.parts
         own.skeleton = Skeleton(self.inner.cohort.skeleton.spec, parts[: self.place] + parts[self.place + 2 :])

@@ -21,7 +21,7 @@ from ..rule import Reduce, Rule, reducing, rule_key
 
 class FallBack(Exception):
     """Raised where a unit cannot take its inputs: its leaves take this step on the reference path, which names the leaf
-    if it fails there too. `reason` is the key of a rule that need not be tried again."""
+    if it fails there too. `reason` is the key of a rule that is left to the reference path from now on."""
 
     def __init__(self, reason: Hashable = None) -> None:
         self.reason = reason
@@ -30,10 +30,10 @@ class FallBack(Exception):
 
 class Request(NamedTuple):
     """A total that a unit needs: what each of its leaves gives, stacked, and which leaves these are, in the order of
-    the model. `rule` is the whole rule, of which one inside asks.
+    the model. `rule` is the whole rule; the one inside that asks is in `reduce`.
 
-    Where leaves are spread over processes, also for the totals of single arrays, in any order: the answer has a row for
-    each leaf."""
+    Where leaves are spread over processes, units also ask so for the totals of single arrays, in any order; that answer
+    has a row for each leaf."""
 
     rule: Rule
     reduce: Reduce
@@ -66,8 +66,8 @@ class CohortUnit(Unit, Protocol):
 
 
 def place_of(reduce: Reduce, rule: Rule, last: int) -> int:
-    """The place of an asking rule in a chain, after the `last` one that asked: a leaf without a gradient may have
-    passed some by."""
+    """The place of the rule that asks among those of its chain, after the `last` that did. A leaf without a gradient
+    may have skipped some."""
     for place, inner in enumerate(reducing(rule, "tree")):
         if inner is reduce.rule and place > last:
             return place

@@ -6,7 +6,7 @@ The same operators with other numbers are the same program, so one kernel serves
 """
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ class Tape:
         for i in reversed(range(len(self.lines))):
             line = self.lines[i] if i + len(self.given) in needed or _writes(self.lines[i]) else None
             if line:
-                needed.update(place.at for place in _places((line.args, line.options)) if place.kind == "result")
+                needed |= _used(line)
             found.append(line)
         return tuple(reversed(found))
 
@@ -150,9 +150,7 @@ def inputs_used(rule: Rule, skeleton: Skeleton, tensors: Sequence[Tensor]) -> se
         used = {v.index for v in asked} | {v.index for _, v in entries_of(result) if isinstance(v, Traced)}
     except Exception:
         return None
-    for line in tape.lines:
-        used.update(place.at for place in _places((line.args, line.options)) if place.kind == "result")
-    return used
+    return used.union(*map(_used, tape.lines))
 
 
 def _keeps_numbers(rule: Rule, state: Any, x: Tensor) -> bool:
@@ -192,8 +190,7 @@ def _of_numbers_alone(tape: Tape, totals: set[int]) -> set[int]:
         return set()
     found = {i for i, t in enumerate(tape.given) if not t.ndim}
     for i, line in enumerate(tape.lines, len(tape.given)):
-        used = {place.at for place in _places((line.args, line.options)) if place.kind == "result"}
-        if i in totals or used <= found:
+        if i in totals or _used(line) <= found:
             found.add(i)
     return found
 
@@ -214,12 +211,11 @@ def _writes(line: Line) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or any(key == "out" for key, _ in line.options)
 
 
-def _places(v: Any) -> Iterator[Place]:
+def _used(v: Any) -> set[int]:
+    """The results that a line needs, or a part of one."""
     if isinstance(v, Place):
-        yield v
-    elif isinstance(v, tuple):
-        for x in v:
-            yield from _places(x)
+        return {v.at} if v.kind == "result" else set()
+    return set[int]().union(*map(_used, v)) if isinstance(v, tuple) else set()
 
 
 def run_line(line: Line, numbers: Any, result: Callable[[int], Tensor]) -> Tensor:

@@ -11,8 +11,8 @@ from ..leaf import Leaf, init_state, replace_leaf
 from ..parameters import trainables
 from ..rule import Rule, replace, rules_in, title, value_key
 from ..rules import Descent, WeightDecay
-from ..state import State, bind, leaf_list, leaves, setup
-from ..text import names_of
+from ..state import State, bind, leaf_list, leaves, require_state, setup
+from ..text import bare_name, names_of
 from .groups import OPTIONS, Member, ParamGroup, ParamGroups
 from .twins import TWINS, options_of, read_state, rule_of, stepper_of, write_state
 
@@ -85,6 +85,7 @@ def to_torch(state: State | Leaf, model: Any, optimizer: torch.optim.Optimizer) 
     >>> optimizer.param_groups[0]["lr"]
     0.3
     """
+    require_state(state, "to_torch")
     name = _class_name(optimizer)
     binding = bind(state, model)
     pairs = zip(binding.params, leaves(state), strict=True)
@@ -169,7 +170,7 @@ def _matched(
     members = [member for group in groups for member in group.members]
     saved = [(group, number) for group in packed for number in group["params"]]
     if all("param_names" in group or all(isinstance(name, str) for name in group["params"]) for group in packed):
-        names = [_bare(name) for group in packed for name in group.get("param_names", group["params"])]
+        names = [bare_name(name) for group in packed for name in group.get("param_names", group["params"])]
         where = dict(zip(names, saved, strict=True))
         if len(where) != len(names) or where.keys() != {member.path for member in members}:
             odd = sorted(where.keys() ^ {member.path for member in members})
@@ -187,10 +188,6 @@ def _matched(
             raise ValueError(f"load_state_dict: this dict has {len(saved)} parameters, but {len(members)} are here")
         found = [(member, *pair) for member, pair in zip(members, saved, strict=True)]
     return [(member, group, states.get(number, {})) for member, group, number in found]
-
-
-def _bare(name: str) -> str:
-    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _with_options(rule: Rule, group: dict[str, Any]) -> Rule:

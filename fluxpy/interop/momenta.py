@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..adjust import reset
 from ..leaf import Leaf, replace_leaf
-from ..pytree import skeleton_of
+from ..pytree import entries_of, skeleton_of
 from ..text import form, names_of
 from .groups import Member
 from .live import LiveDict
@@ -23,10 +23,8 @@ class LeafMomenta(LiveDict):
         self._leaf = leaf
 
     def parts(self) -> dict[str, Any]:
-        skeleton = skeleton_of(self._leaf.state)
-        if self._leaf.state is None:
-            return {}
-        return {place.removeprefix("."): part for place, part in zip(skeleton.places(), skeleton.parts, strict=True)}
+        state = self._leaf.state
+        return {} if state is None else {place.removeprefix("."): part for place, part in entries_of(state)}
 
     def __getitem__(self, name: str) -> Any:
         return self.parts()[name]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..leaf import init_state
-from ..pytree import skeleton_of
+from ..pytree import entries_of, skeleton_of
 from ..rule import Rule, hyperparameters
 from ..rules import (
     AdaDelta,
@@ -32,6 +32,7 @@ from ..rules import (
     Rprop,
     WeightDecay,
 )
+from ..text import names_of
 from .groups import refuse_mode
 
 
@@ -92,7 +93,7 @@ def rule_of(name: str, group: dict[str, Any]) -> Rule:
         raise ValueError(f"{what} with {_written(twins[-1].wrong_modes(group))}: no rule has this mode")
     names = [f.name for f in fields(twin.rule)]
     if missing := [f for f in names if f not in group]:
-        raise ValueError(f"{what}: the param group lacks {_words(missing)}")
+        raise ValueError(f"{what}: the param group lacks {names_of(missing)}")
     rule = twin.rule(**{f: _own(group[f]) for f in names})
     penalty = 0 if "weight_decay" in names else group.get("weight_decay", 0)
     return OptimiserChain(WeightDecay(_own(penalty)), rule) if penalty else rule
@@ -138,14 +139,13 @@ def read_state(rule: Rule, x: Tensor, saved: dict[str, Any], path: str) -> tuple
 
 
 def _read(twin: Twin, fresh: Any, saved: dict[str, Any], x: Tensor, path: str) -> Any:
-    skeleton = skeleton_of(fresh)
     parts = []
-    for place, part in zip(skeleton.places(), skeleton.parts, strict=True):
+    for place, part in entries_of(fresh):
         name = twin.parts[place.removeprefix(".")]
         if saved.get(name) is None:
             raise ValueError(f"the state of {path!r} has no {name!r}, which {twin.rule.__name__} needs")
         parts.append(_part(part, saved[name], x, f"{name!r} of {path!r}"))
-    return skeleton.spec.build(parts)
+    return skeleton_of(fresh).spec.build(parts)
 
 
 def _part(example: Any, value: Any, x: Tensor, what: str) -> Any:
@@ -175,9 +175,9 @@ def _graft(rule: Rule, state: Any, stepper: Rule, read: Any) -> Any:
 def write_state(rule: Rule, state: Any, count: int, x: Tensor) -> dict[str, Any]:
     """A state as torch has it."""
     inner, own = (rule[len(rule) - 1], state[-1]) if isinstance(rule, OptimiserChain) else (rule, state)
-    twin, skeleton = TWINS[type(inner)], skeleton_of(own)
+    twin = TWINS[type(inner)]
     saved: dict[str, Any] = {"step": torch.tensor(float(count))}
-    for place, part in zip(skeleton.places(), skeleton.parts, strict=True):
+    for place, part in entries_of(own):
         if not isinstance(part, Tensor):
             part = torch.tensor(float(part), dtype=torch.float64)  # torch makes of it what it needs
         elif x.is_complex():
@@ -197,7 +197,3 @@ def _own(value: Any) -> Any:
 
 def _written(options: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in options.items())
-
-
-def _words(names: list[str]) -> str:
-    return ", ".join(map(repr, names))

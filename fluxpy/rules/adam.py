@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ..fields import Hyper, hyper
-from ..rule import Rule, eps_for
-from .average import average, average_square, plus, root
+from ..rule import Rule
+from .average import average, average_square, eps_for, plus, root
 
 
 class Moments(NamedTuple):

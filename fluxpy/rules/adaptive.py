@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..fields import Hyper, hyper
-from ..rule import Rule, eps_for
-from .average import average, average_square, root
+from ..rule import Rule
+from .average import average, average_square, eps_for, root
 
 
 class Square(NamedTuple):

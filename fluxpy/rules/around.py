@@ -10,7 +10,7 @@ from torch import Tensor
 from ..fields import Hyper, hyper
 from ..rule import Assign, Reduce, ReducingRule, Rule, Run, Steps
 from .average import average, like, real, wide
-from .wrap import Wrapper, inner_accumulates, refuse_inner
+from .wrap import Shadowed, Wrapper, inner_elementwise, refuse_inner
 
 
 class Slow(NamedTuple):
@@ -21,7 +21,7 @@ class Slow(NamedTuple):
     state: Any
 
 
-class Lookahead(Wrapper):
+class Lookahead(Shadowed):
     """Lookahead [Zhang et al. 2019]: `k` steps of `rule`, then back to a point between where they began and ended.
 
     The slow weights are at first the parameter. After each `k` steps they go by `alpha` of the way to the parameter,
@@ -34,38 +34,12 @@ class Lookahead(Wrapper):
     Assign(value=tensor([1.]))
     """
 
-    rule: Rule
     _: KW_ONLY
     k: Hyper = hyper(default=6, allowed="1, 2, ...")
     alpha: Hyper = hyper(default=0.5, allowed="[0, 1]")
-    delegates = keeps_shadow = assigns = True
-    accumulates = inner_accumulates
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_inner(self, self.rule)
-
-    @property
-    def elementwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.rule.elementwise
 
     def init(self, x: Tensor) -> Slow:
         return Slow(real(x).clone(), 0, self.rule.init_any(x))
-
-    init_any = init  # the rule inside sees complex parameters in its own way
-
-    def steps(self, state: Slow, x: Tensor, dx: Any) -> Steps:
-        run = Run(self.rule.steps(state.state, x, dx))
-        while run.asks is not None:
-            run.tell((yield run.asks))
-        inner, change = run.result
-        if change is None:
-            return state._replace(state=inner), None
-        steps, then = self.shadow_step(state.steps)
-        if then is None:
-            return Slow(state.slow, steps, inner), change
-        slow, _ = then(state.slow, real(change.value if isinstance(change, Assign) else x - change))
-        return Slow(slow, steps, inner), Assign(like(slow, x))
 
     def shadow_step(self, t: int) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None]:
         return (t + 1, None) if t + 1 < self.k else (0, self._meet)
@@ -73,13 +47,6 @@ class Lookahead(Wrapper):
     def _meet(self, slow: Tensor, fast: Tensor) -> tuple[Tensor, Tensor]:
         slow = average(1 - self.alpha, slow, fast)
         return slow, slow
-
-    def evaluation(self, state: Slow, x: Tensor) -> Tensor:
-        """The weights to evaluate with: the slow ones."""
-        return like(state.slow, x)
-
-    def map_inner_states(self, f: Callable[..., Any], *states: Slow) -> Slow:
-        return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))
 
 
 class Cautious(Wrapper, ReducingRule):
@@ -99,6 +66,7 @@ class Cautious(Wrapper, ReducingRule):
     rule: Rule
     over = "array"
     splittable = True
+    elementwise = inner_elementwise
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,10 +76,6 @@ class Cautious(Wrapper, ReducingRule):
                 "Cautious compares each change with its gradient, and a rule inside that gathers gradients has none "
                 "for most: write OptimiserChain(AccumGrad(n), Cautious(...))"
             )
-
-    @property
-    def elementwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.rule.elementwise
 
     def init(self, x: Tensor) -> Any:
         return self.rule.init_any(x)

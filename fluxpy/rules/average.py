@@ -40,6 +40,13 @@ def root(v: Tensor) -> Tensor:
     return torch.where(zero, 0.0, torch.where(zero, 1.0, v).sqrt())
 
 
+def eps_for(x: Tensor, eps: Hyper) -> Hyper:
+    """`eps`, at least 1e-7 in float16, where the usual 1e-8 is zero."""
+    if x.dtype != torch.float16:
+        return eps
+    return eps.clamp(min=1e-7) if isinstance(eps, Tensor) else max(eps, 1e-7)
+
+
 def larger(a: Hyper, b: Hyper) -> Hyper:
     """`max(a, b)`, also of tensors."""
     if isinstance(a, float | int):

@@ -53,8 +53,6 @@ class Lowered(Wrapper):
 
         return _map_floats(lower, self.rule.init_any(_to(x, _wide(x))))
 
-    init_any = init  # the rule inside sees complex parameters in its own way
-
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         wide = _wide(x)
         real = wide.to_real()

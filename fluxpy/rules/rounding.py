@@ -1,6 +1,5 @@
 """Parameters of 16 bits without a master copy: rounded at random, so that small steps are not lost."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -56,8 +55,6 @@ class StochasticRounding(Wrapper):
     def init(self, x: Tensor) -> Rounded:
         return Rounded(0, self.rule.init_any(wide(x)))
 
-    init_any = init  # the rule inside sees complex parameters in its own way
-
     def steps(self, state: Rounded, x: Tensor, dx: Any) -> Steps:
         own, slope = wide(x), None if dx is None else wide(dx)
         run = Run(self.rule.steps(state.state, own, slope))
@@ -75,11 +72,6 @@ class StochasticRounding(Wrapper):
         own = wide(x)
         value = self.rule.evaluation_any(state.state, own)
         return x if value is own else value.to(x.dtype)
-
-    evaluation_any = evaluation
-
-    def map_inner_states(self, f: Callable[..., Any], *states: Rounded) -> Rounded:
-        return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))
 
 
 def _noise(x: Tensor, dx: Tensor | None, t: int, lost: int) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..fields import Hyper, hyper
-from ..rule import Rule, eps_for
-from .average import average_square, decayed, larger, like, plus, quotient, root
+from ..rule import Rule
+from .average import average_square, decayed, eps_for, larger, like, plus, quotient, root
 
 
 class Mean(NamedTuple):

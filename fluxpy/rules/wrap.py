@@ -27,11 +27,20 @@ class Wrapper(Rule):
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         return run_alone(self, state, x, dx)
 
+    def as_seen(self, x: Tensor) -> Tensor:
+        """Each rule inside sees complex parameters in its own way."""
+        return x
+
     def skip_frozen(self, state: Any) -> Any:
         return self.map_inner_states(lambda rule, s: rule.skip_frozen(s), state)
 
     def restart(self, before: Any, state: Any) -> Any:
         return self.map_inner_states(lambda rule, b, s: rule.restart(b, s), before, state)
+
+    def map_inner_states(self, f: Callable[..., Any], *states: Any) -> Any:
+        """Of a wrapper around one rule, whose state has that rule's as `state`."""
+        (rule,) = self.inner
+        return states[-1]._replace(state=f(rule, *(s.state for s in states)))
 
     # Of the state, what belongs to the rules inside goes as they say, and the rest as that of any rule.
     def take(self, state: Any, x: Tensor, index: Tensor, dim: int) -> Any:
@@ -143,8 +152,6 @@ class OptimiserChain(Wrapper):
     def init(self, x: Tensor) -> tuple[Any, ...]:
         return tuple(rule.init_any(x) for rule in self.rules)
 
-    init_any = init  # each member sees complex parameters in its own way
-
     def steps(self, state: tuple[Any, ...], x: Tensor, dx: Any) -> Steps:
         new = list(state)
         for i, rule in enumerate(self.rules):
@@ -162,8 +169,6 @@ class OptimiserChain(Wrapper):
         for rule, own in zip(self.rules, state, strict=True):
             x = rule.evaluation_any(own, x)
         return x
-
-    evaluation_any = evaluation
 
     @property
     def shadow_rule(self) -> Rule | None:
@@ -271,8 +276,6 @@ class MixedPrecision(Wrapper):
         master = x.detach().to(self.dtype, copy=True)
         return Master(master, self.rule.init_any(master))
 
-    init_any = init  # complex parameters are refused as such
-
     def steps(self, state: Master, x: Tensor, dx: Any) -> Steps:
         master = self.master_for(state.x, x)
         run = Run(self.rule.steps(state.state, master, None if dx is None else dx.to(self.dtype)))
@@ -297,8 +300,43 @@ class MixedPrecision(Wrapper):
         value = self.rule.evaluation_any(state.state, master)
         return x if value is master else value.to(x.dtype)
 
-    def map_inner_states(self, f: Callable[..., Any], *states: Master) -> Master:
-        return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))
+
+class Shadowed(Wrapper):
+    """`rule`, with a shadow of the parameter beside it, which gives the weights to evaluate with.
+
+    The state is a named tuple (shadow, t, state), the last of them that of `rule`. A subclass writes `init` and
+    `shadow_step`, see `Rule.keeps_shadow`.
+    """
+
+    rule: Rule
+    delegates = keeps_shadow = assigns = True
+    accumulates, elementwise = inner_accumulates, inner_elementwise
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_inner(self, self.rule)
+
+    def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
+        run = Run(self.rule.steps(state.state, x, dx))
+        while run.asks is not None:
+            run.tell((yield run.asks))
+        inner, change = run.result
+        if change is None:
+            return state._replace(state=inner), None
+        shadow, t, _ = state
+        t, then = self.shadow_step(t)
+        if then is not None:
+            stepped = real(change.value if isinstance(change, Assign) else x - change)
+            shadow, becomes = then(shadow, stepped)
+            change = change if becomes is stepped else Assign(like(becomes, x))
+        return type(state)(shadow, t, inner), change
+
+    def shadow_step(self, t: int) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None]:
+        raise NotImplementedError
+
+    def evaluation(self, state: Any, x: Tensor) -> Tensor:
+        """The weights to evaluate with: the shadow."""
+        return like(state[0].to(real(x).dtype), x)
 
 
 class Average(NamedTuple):
@@ -309,7 +347,7 @@ class Average(NamedTuple):
     state: Any
 
 
-class Averaged(Wrapper):
+class Averaged(Shadowed):
     """`rule`, with an exponential average of the parameter beside it: the weights to evaluate with, see `averaged`.
 
     After the first step the average is the parameter, and after each later one `decay · average + (1 - decay) · x`. A
@@ -322,42 +360,13 @@ class Averaged(Wrapper):
     parameter is. Last in a chain; `MixedPrecision(Averaged(...))` averages the master copy.
     """
 
-    rule: Rule
     decay: Hyper = hyper(default=0.999, allowed="[0, 1]")
-    delegates = keeps_shadow = assigns = True
-    accumulates, elementwise = inner_accumulates, inner_elementwise
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_inner(self, self.rule)
 
     def init(self, x: Tensor) -> Average:
         own = real(x).detach()
         start = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
         return Average(start, 0, self.rule.init_any(x))
 
-    init_any = init  # the rule inside sees complex parameters in its own way
-
-    def steps(self, state: Average, x: Tensor, dx: Any) -> Steps:
-        run = Run(self.rule.steps(state.state, x, dx))
-        while run.asks is not None:
-            run.tell((yield run.asks))
-        inner, change = run.result
-        if change is None:
-            return state._replace(state=inner), None
-        t, then = self.shadow_step(state.t)
-        new, _ = then(state.x, real(change.value if isinstance(change, Assign) else x - change))
-        return Average(new, t, inner), change
-
     def shadow_step(self, t: int) -> tuple[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
         decay = self.decay if t else 0.0
         return t + 1, lambda old, x: (average(decay, old, x if x.dtype == old.dtype else x.to(old.dtype)), x)
-
-    def evaluation(self, state: Average, x: Tensor) -> Tensor:
-        value = state.x.to(real(x).dtype)
-        return like(value, x)
-
-    evaluation_any = evaluation
-
-    def map_inner_states(self, f: Callable[..., Any], *states: Average) -> Average:
-        return states[-1]._replace(state=f(self.rule, *(s.state for s in states)))

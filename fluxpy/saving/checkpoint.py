@@ -140,11 +140,10 @@ def _is_checkpoint(data: Any) -> bool:
     """Whether this is laid out as `save` does it. The state is checked by `load_state_dict`."""
     if not isinstance(data, dict) or data.keys() != {"model", "state", "extra"} or not isinstance(data["extra"], dict):
         return False
-    if data["model"] is None:
-        return True
-    if not isinstance(data["model"], dict):
-        return False
-    return all(isinstance(name, str) and isinstance(t, Tensor) for name, t in data["model"].items())
+    model = data["model"]
+    if not isinstance(model, dict):
+        return model is None
+    return all(isinstance(name, str) and isinstance(t, Tensor) for name, t in model.items())
 
 
 def _dense(place: str, t: Tensor, shared: dict[int, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import schedules
 from ..pytree import HOLE, Skeleton, skeleton_of
 from ..rule import Rule
+from ..text import dtype_name
 from .record import LeafRecord
 
 SCALARS = (bool, int, float, str)  # bool first: it is a kind of int
@@ -23,10 +24,6 @@ SCHEDULES: dict[str, Any] = {
     for name, cls in vars(schedules).items()
     if dataclasses.is_dataclass(cls) and cls.__module__ == schedules.__name__ and dataclasses.fields(cls)
 }
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def plain_scalar(value: Any) -> Any:

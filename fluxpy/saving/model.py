@@ -11,6 +11,7 @@ from ..leaf import Leaf
 from ..pytree import level, unwrap, unwritable
 from ..state import State
 from ..text import form, join, names_of
+from .values import tensor_bytes
 
 MAX_DEPTH = 900
 
@@ -61,7 +62,7 @@ def match_tensors(own: dict[str, Tensor], saved: dict[str, Tensor]) -> tuple[lis
             continue
         first = tied.setdefault(id(target), saved[name])
         problem = _problem(target, saved[name])
-        if problem is None and first is not saved[name] and _bytes(first) != _bytes(saved[name]):
+        if problem is None and first is not saved[name] and tensor_bytes(first) != tensor_bytes(saved[name]):
             problem = "expected one tied tensor, got a tensor of its own with other values"
         if problem is not None:
             problems.append(f"{name!r}: {problem}")
@@ -83,8 +84,3 @@ def _problem(target: Tensor, saved: Tensor) -> str | None:
     if unwritable(target):
         return "cannot be written in place (it is expanded, or was made in inference mode)"
     return None
-
-
-def _bytes(t: Tensor) -> bytes:
-    """To compare: NaNs, too, are equal to themselves this way."""
-    return t.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

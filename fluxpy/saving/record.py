@@ -12,8 +12,8 @@ from ..rule import Rule
 
 @dataclass(slots=True)
 class LeafRecord:
-    """The contents of a leaf. `pending` are the numbers that the state goes on with after updates that the leaf missed:
-    its place in an accumulation window. `made` is the rule that the script gave, `rule` what has become of it."""
+    """The contents of a leaf. `pending` are the numbers that the state continues with after updates that the leaf
+    missed: its place in an accumulation window. `setup_rule` is what `setup` was given, `rule` what it is now."""
 
     rule: Rule | None
     setup_rule: Rule | None

@@ -84,3 +84,8 @@ def dense_copy(t: Tensor, device: torch.device | None, place: str) -> Tensor:
     if t.layout is not torch.strided or t.is_meta:
         raise malformed(place, "a dense tensor", t)
     return t.detach().to(device or t.device, copy=True)
+
+
+def tensor_bytes(x: Tensor) -> bytes:
+    """To compare: NaNs, too, are equal to themselves this way."""
+    return x.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

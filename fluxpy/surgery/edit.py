@@ -11,11 +11,11 @@ from ..binding import Binding
 from ..context import Context
 from ..leaf import Numbers, Record
 from ..parameters import trainables
-from ..pytree import apart, is_transforming, partition
+from ..pytree import apart, is_transforming, modules_in, partition
 from ..rule import Rule, at, field_of, hyperparameters, rules_in
 from ..state import bind, leaves_of, tree_context
 from ..text import form
-from .modules import Cut, Resize, concerned, is_known, modules_in, own_tensors, set_size
+from .modules import Cut, Resize, concerned, is_known, own_tensors, set_size
 
 Undo: TypeAlias = Callable[[], None]
 
@@ -80,7 +80,7 @@ class Edit:
         found: dict[tuple[int, int], Cut] = {}
         resizes: list[Resize] = []
         covered: set[int] = set()
-        for module in modules_in(branch):
+        for module in modules_in(branch, wrappers=False):
             if is_known(module):
                 cuts, own = concerned(module, dim, self.verb)
                 found.update({(id(cut.x), cut.dim): cut for cut in cuts})
@@ -169,7 +169,7 @@ def _require_changeable(x: Tensor, path: str, record: Record | None, verb: str) 
 
 
 def _require_no_rows(draft: Draft, dim: int) -> None:
-    """ValueError where a tensor that stands for a hyperparameter has a value for each row: it would not follow."""
+    """ValueError for a tensor, as a hyperparameter, that has a value for each row: it would keep the old rows."""
     rule, axis = None if draft.record is None else draft.record.rule, dim - draft.value.ndim
     for inner in [] if rule is None or not rule.traced else rules_in(rule):
         for name, value in hyperparameters(inner).items():
@@ -186,7 +186,7 @@ def _require_no_rows(draft: Draft, dim: int) -> None:
 
 
 def perform(writes: Iterable[Callable[[], Undo]], context: Context) -> None:
-    """Do writes that each give what takes it back. Where one raises, as the setter of a module may, none was done."""
+    """Do writes, each of which returns what undoes it. If one raises, as the setter of a module may, all are undone."""
     undo: list[Undo] = []
     try:
         for write in writes:
@@ -206,7 +206,7 @@ def _set(module: nn.Module, name: str, value: Any) -> Undo:
 
 
 def _writes(draft: Draft) -> list[Callable[[], Undo]]:
-    """What remains to be done for a draft."""
+    """The writes that carry out a draft."""
     x, record = draft.x, draft.record
     value = _laid_out(draft.value, x)
     if value.data_ptr() == x.data_ptr():
@@ -223,7 +223,7 @@ def _writes(draft: Draft) -> list[Callable[[], Undo]]:
 
 
 def replace_state(record: Record, shape: torch.Size, state: tuple[list[Tensor], Numbers] | None) -> Undo:
-    """Give a record another shape and, where it has one, state. Returns what takes it back."""
+    """Give a record another shape and, if there is one, another state. Returns what undoes it."""
     old = record.shape, record.tensors, record.numbers
 
     def back() -> None:
@@ -236,7 +236,7 @@ def replace_state(record: Record, shape: torch.Size, state: tuple[list[Tensor], 
 
 
 def _assign(x: Tensor, value: Tensor, grad: Tensor | None) -> Undo:
-    """Put other numbers into a tensor, of any shape. Returns what takes it back."""
+    """Put other numbers, of any shape, into a tensor. Returns what undoes it."""
     old, old_grad = x.detach(), x.grad
 
     def put(value: Tensor, grad: Tensor | None) -> None:

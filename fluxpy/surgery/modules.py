@@ -4,12 +4,9 @@ Only modules listed here are changed along a dimension by its name. Parameters o
 plain containers, are changed along the dimension as it is given.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-
-from ..pytree import level, unwrap
 
 _OUT_IN = {"weight": ("out_features", "in_features"), "bias": ("out_features",)}
 _BY_CHANNEL = {"weight": ("num_features",), "bias": ("num_features",)}
@@ -49,19 +46,6 @@ class Resize(NamedTuple):
     module: nn.Module
     name: str | int
     size: int
-
-
-def modules_in(model: Any) -> Iterator[nn.Module]:
-    """All modules of a model, each once, from the outside in."""
-    todo, seen = [model], set()
-    while todo:
-        x = unwrap(todo.pop())
-        if id(x) not in seen and not isinstance(x, Tensor):
-            seen.add(id(x))
-            if isinstance(x, nn.Module):
-                yield x
-            inside = level(x)
-            todo += reversed(inside.children if inside is not None else [])
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -30,13 +30,14 @@ def rename(state: State, names: Mapping[str, str]) -> State:
     spec = shape_of(state)
     if len(spec.leaves) != len(values_of(state)) or spec.kind in ("slice", "selection"):
         raise ValueError("rename takes the whole state: names of a view are not its own")
-    places = _places(spec)
+    inner = _inner(spec)
+    places = [(here.kind, keys, here.index) for keys, here in inner if not here.children]
     paths = [_joined(keys[:i]) for _, keys, _ in places for i in range(1, len(keys) + 1)]
     for old in names:
         if old not in paths:
             raise ValueError(f"rename: the state has no {old!r}; {near(old, dict.fromkeys(paths))}")
     moved = [(kind, _moved(keys, names), index) for kind, keys, index in places]
-    new = _spec_of(moved, {keys: kind for kind, keys, _ in _inner(spec)})
+    new = _spec_of(moved, {keys: here.kind for keys, here in inner})
     if new.duplicate is not None:
         raise ValueError(f"rename: two leaves would have the path {new.duplicate!r}")
     respec(state, new)
@@ -47,21 +48,14 @@ def _joined(keys: tuple[Any, ...]) -> str:
     return ".".join(map(str, keys))
 
 
-def _inner(spec: TreeSpec) -> list[Place]:
+def _inner(spec: TreeSpec) -> list[tuple[tuple[Any, ...], TreeSpec]]:
     """Every place, with the keys from the root down to it."""
     found, todo = [], [((), spec)]
     while todo:
         keys, here = todo.pop()
-        found.append((here.kind, keys, here.index))
+        found.append((keys, here))
         todo += [((*keys, key), child) for key, child in zip(reversed(here.keys), reversed(here.children), strict=True)]
     return found
-
-
-def _places(spec: TreeSpec) -> list[Place]:
-    """The places that have nothing below them."""
-    inner = _inner(spec)
-    above = {keys[:-1] for _, keys, _ in inner if keys}
-    return [place for place in inner if place[1] not in above]
 
 
 def _moved(keys: tuple[Any, ...], names: Mapping[str, str]) -> tuple[Any, ...]:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..leaf import init_state
-from ..pytree import level, partition, unwrap
+from ..pytree import level, modules_in, partition, unwrap
 from ..state import AnyState
 from ..text import near
 from .edit import Draft, Edit
-from .modules import input_of, is_known, modules_in, output_of, own_tensors
+from .modules import input_of, is_known, output_of, own_tensors
 from .rows import Growing, Taking, fitting, made_rows, row_numbers
 
 Model = TypeVar("Model")
@@ -39,7 +39,8 @@ def resize_embedding(
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(f"{verb}: size={size!r} must be a whole number, 0 or more")
         modules = [first] if head is None else [first, module_at(model, head, (nn.Linear,), verb)]
-        modules += [other for other in modules_in(model) if other not in modules and _is_tied(other, first)]
+        others = [other for other in modules_in(model, wrappers=False) if other not in modules]
+        modules += [other for other in others if _is_tied(other, first)]
         parts = [edit.places(module, 0) for module in modules]
         old = len(first.weight)
         new = size - old

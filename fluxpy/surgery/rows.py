@@ -10,13 +10,13 @@ from torch import Tensor
 from ..grads import scatter
 from ..leaf import Record, record_of
 from ..parameters import trainables
-from ..pytree import partition
+from ..pytree import modules_in, partition
 from ..rebuild import Copies, like_parameter
 from ..rule import Rule, at, title
 from ..state import AnyState, bind, each_leaf, shape_of, tree_context
 from ..text import form, names_of
 from .edit import Change, Draft, Edit, perform, replace_state, require_one_process
-from .modules import Cut, Resize, modules_in, own_tensors, set_size
+from .modules import Cut, Resize, own_tensors, set_size
 
 Model = TypeVar("Model")
 
@@ -102,7 +102,9 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
         found = each_leaf(state, "surgery.reset")
         require_one_process("reset of rows", tree_context(state))
         tree_context(state).require_training_weights([record_of(leaf) for _, leaf in found], "surgery.reset")
-        values = {} if model is None else dict(zip(*_bound(state, model), strict=True))
+        binding = None if model is None else bind(state, model)
+        pairs = [] if binding is None else zip(binding.records, binding.params, strict=True)
+        values = {id(record): x.detach() for record, x in pairs}
         new = []
         for path, leaf in found:
             record = record_of(leaf)
@@ -124,7 +126,7 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
 
 
 def row_numbers(index: Any, size: int) -> Tensor:
-    """The rows that an index means, of so many: whole numbers from 0."""
+    """The rows that an index means, among `size`, as whole numbers from 0."""
     try:
         found = torch.as_tensor(list(range(size)[index]) if isinstance(index, slice) else index)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -205,7 +207,7 @@ def made_rows(verb: str, model: Any, cuts: Sequence[Cut], resizes: Sequence[Resi
             setattr(copies.known[id(module)], key, value)
     wanted = {id(cut.x) for cut in cuts}
     # From the inside out, so that a module has the last word on what is inside it; and of ties the first place.
-    for module in reversed(list(modules_in(model))):
+    for module in reversed(modules_in(model, wrappers=False)):
         held = [*own_tensors(module).values(), *module._buffers.values()]
         if not any(id(x) in wanted for x in held):
             continue
@@ -266,12 +268,6 @@ def fitting(verb: str, path: str, x: Tensor, dim: int, rows: Tensor) -> Tensor:
 
 
 # --- Momenta of some rows -----------------------------------------------------------------------------------------
-
-
-def _bound(state: Any, model: Any) -> tuple[list[int], list[Tensor]]:
-    """The parameters of a model by the identity of their records."""
-    binding = bind(state, model)
-    return list(map(id, binding.records)), [x.detach() for x in binding.params]
 
 
 def _emptied(path: str, record: Record, x: Tensor | None, rows: Any, dim: int) -> Any:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..leaf import init_state
 from ..pytree import entries_of, partition, tensors_in
-from ..saving.format import dtype_name
+from ..text import dtype_name
 from .compare import contents, require
 from .trial import UPDATES, Trial, apply_once
 

@@ -12,7 +12,7 @@ from ..state import State, leaves, select, value
 from ..text import near
 from ..tree import walk
 from .compare import describe_change, same_bits
-from .snapshots import Snapshot, all_names
+from .snapshots import Snapshot
 
 
 def assert_hyper(state: State | Leaf, pattern: str = "*", /, **expected: Any) -> None:
@@ -111,7 +111,9 @@ def _parameters(x: Any) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
     if isinstance(x, Mapping) and x and all(isinstance(v, Tensor) for v in x.values()):
         return {str(name): v for name, v in x.items()}, {}
     spec, values = walk(x)
-    return {path: values[index] for index, path in spec.leaves.items()}, all_names(spec)
+    return {path: values[index] for index, path in spec.leaves.items()}, {
+        names[0]: tuple(names) for names in spec.names.values()
+    }
 
 
 def _assert_leaves(state: Any, pattern: str, problems: Callable[[Leaf], Iterable[str]]) -> None:

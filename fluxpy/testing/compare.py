@@ -6,17 +6,14 @@ import torch
 from torch import Tensor
 
 from ..pytree import entries_of, partition, tensors_in
-from ..saving.format import dtype_name
+from ..saving.values import tensor_bytes
+from ..text import dtype_name
 
 
 def require(condition: bool, message: str) -> None:
     """An `assert` that stays under `python -O`."""
     if not condition:
         raise AssertionError(message)
-
-
-def tensor_bytes(x: Tensor) -> bytes:
-    return x.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def same_bits(a: Any, b: Any) -> bool:

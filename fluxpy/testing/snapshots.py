@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from ..distributed.sharding import local_tensors
 from ..leaf import Leaf
-from ..pytree import entries_of, is_parameter, level, unwrap
+from ..pytree import entries_of, is_parameter, places
 from ..rule import hyperparameters, rules_in, title
 from ..saving.record import read_leaf
-from ..state import State, bind, leaves
-from ..tree import TreeSpec, check_model, walk
+from ..state import State, bind, leaves, require_state
+from ..text import join
+from ..tree import check_model, walk
 from .compare import describe_change, require, same_bits
 
 
@@ -40,12 +41,13 @@ def snapshot(model: Any, state: State | Leaf | None = None) -> Snapshot:
     check_model(model, "snapshot(model, state)")
     spec, values = walk(model)
     taken = Snapshot({path: {"parameter": _copy(values[index])} for index, path in spec.leaves.items()})
-    for path, names in all_names(spec).items():
-        if len(names) > 1:
-            taken[path]["names"] = names
+    for first, *others in spec.names.values():
+        if others:
+            taken[first]["names"] = first, *others
     for path, x in _buffers(model):
         taken[path] = {"buffer": _copy(x)}
     if state is not None:
+        require_state(state, "snapshot")
         bind(state, model)  # raises where they do not belong together
         for path, leaf in leaves(state):
             taken[path] |= _describe(leaf)
@@ -83,14 +85,6 @@ def require_equal(before: Any, after: Any, where: str) -> None:
     require(not found, f"{where}: {found}")
 
 
-def all_names(spec: TreeSpec) -> dict[str, tuple[str, ...]]:
-    """First path -> all paths of each parameter."""
-    found: dict[int, tuple[str, ...]] = {}
-    for path, index in spec.paths:
-        found[index] = (*found.get(index, ()), path)
-    return {names[0]: names for names in found.values()}
-
-
 def _kind(entry: dict[str, Any]) -> str:
     return "parameter" if "parameter" in entry else "buffer"
 
@@ -126,23 +120,12 @@ def _hyperparameters(rule: Any, taken: set[str]) -> dict[str, Any]:
 
 def _buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Tensors that are no parameters: buffers of modules, and integers and flags in containers."""
-    seen: set[int] = set()
-    todo = [("", model)]
-    while todo:
-        path, x = todo.pop()
-        x = unwrap(x)
+    for path, x in places(model):
         if isinstance(x, Tensor) and not is_parameter(x):
             yield path, x
-        inside = level(x)
-        if inside is None or id(x) in seen:
-            continue
-        seen.add(id(x))
-        start = f"{path}." if path else ""
-        if isinstance(x, nn.Module):
+        elif isinstance(x, nn.Module):
             for key, buffer in x.named_buffers(recurse=False, remove_duplicate=False):
-                yield f"{start}{key}", buffer
-        children = zip(reversed(inside.keys), reversed(inside.children), strict=True)
-        todo += [(f"{start}{key}", child) for key, child in children]
+                yield join(path, key), buffer
 
 
 def _copy(x: Any) -> Any:

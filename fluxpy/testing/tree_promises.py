@@ -13,8 +13,8 @@ import torch
 from ..adjust import adjust, freeze
 from ..rule import Rule, field_of, hyperparameters, reducing, rules_in, title_key
 from ..saving import load_state_dict, state_dict
-from ..saving.format import dtype_name
 from ..state import leaves, setup, tree_context, value
+from ..text import dtype_name
 from ..update import update
 from .compare import contents, require, require_close
 from .snapshots import require_equal, snapshot

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..leaf import init_state
 from ..rule import Assign, Rule, run_alone
-from ..saving.format import dtype_name
+from ..text import dtype_name
 from .compare import contents, write_counts
 
 UPDATES = 8
