@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..text import form, names_of
 
-
 NONE = type(None).__name__  # the "type" of what stands for None in plain data
 
 
