@@ -1,7 +1,7 @@
 """gradient and withgradient: the gradient of a function of a model, as a tree in the model's shape."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Concatenate, NamedTuple, TypeAlias, TypeVar, overload
 
 import torch
@@ -233,11 +233,18 @@ _WHY = (
 )
 
 
-@contextmanager
-def _flipped(tensors: list[Tensor]) -> Iterator[None]:
+def _flipped(tensors: list[Tensor]) -> AbstractContextManager[None]:
     """With the other `requires_grad`."""
     if is_transforming():
-        raise TypeError("inside torch.func transforms and torch.compile, take torch.func.grad of a function of tensors")
+        raise TypeError(
+            "requires_grad cannot be changed inside torch.func transforms and torch.compile: take torch.func.grad of a "
+            "function of tensors, or set requires_grad of each parameter before to what is to train"
+        )
+    return _flip(tensors)
+
+
+@contextmanager
+def _flip(tensors: list[Tensor]) -> Iterator[None]:
     old = [x.requires_grad for x in tensors]
     try:
         for x in tensors:

@@ -152,9 +152,12 @@ def walk(model: Any) -> tuple[TreeSpec, list[Tensor]]:
 
 def explore(model: Any) -> tuple[TreeSpec, list[Tensor], list[Any]]:
     """`walk`, and all containers on the way: those of a module are its dicts of parameters and modules."""
-    values, numbers, holders = list[Tensor](), dict[int, int](), list[Any]()
+    values: list[Tensor] = []
+    numbers: dict[int, int] = {}
+    holders: list[Any] = []
     places: list[tuple[str, tuple[Any, ...], int]] = []
-    todo, above = [iter([model])], list[int]()  # the containers that we are within: what is left, and their identity
+    above: list[int] = []  # the containers that we are within: their identity, and what is left
+    todo = [iter([model])]
     while todo:
         for top in todo[-1]:
             if is_parameter(top):
