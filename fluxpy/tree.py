@@ -152,12 +152,9 @@ def walk(model: Any) -> tuple[TreeSpec, list[Tensor]]:
 
 def explore(model: Any) -> tuple[TreeSpec, list[Tensor], list[Any]]:
     """`walk`, and all containers on the way: those of a module are its dicts of parameters and modules."""
-    values: list[Tensor] = []
-    numbers: dict[int, int] = {}
-    holders: list[Any] = []
+    values, numbers, holders = [], {}, []  # not list[Tensor](): torch.compile does not follow that
     places: list[tuple[str, tuple[Any, ...], int]] = []
-    above: list[int] = []  # the containers that we are within: their identity, and what is left
-    todo = [iter([model])]
+    todo, above = [iter([model])], []  # the containers that we are within: what is left, and their identity
     while todo:
         for top in todo[-1]:
             if is_parameter(top):
