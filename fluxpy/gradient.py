@@ -230,13 +230,10 @@ _WHY = (
 
 
 def _flips(params: list[Tensor], trains: list[bool]) -> list[Tensor]:
-    """Those whose `requires_grad` must change. A tensor with a history of its own stays as it is: its flag cannot be
-    cleared, and differentiating through it is wanted."""
+    """Those whose `requires_grad` must change; a tensor with a history keeps it, to be differentiated through."""
     flips = [x for x, wants in zip(params, trains, strict=True) if x.requires_grad != wants and x.is_leaf]
     if flips and is_transforming():
-        raise TypeError(
-            "torch.func and torch.compile cannot change requires_grad: set it before, or use torch.func.grad"
-        )
+        raise TypeError("inside torch.func and torch.compile, set requires_grad before, or use torch.func.grad")
     return flips
 
 
