@@ -30,6 +30,20 @@ class DataLoader(Generic[Batch]):
     (3, [[0, 1], [2, 3], [4]])
     """
 
+    if not TYPE_CHECKING:  # it would hide the types below
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            """What does not fit is refused in words of its own."""
+            if len(args) > 1 and isinstance(args[1], Tensor | np.ndarray | list):
+                raise TypeError("DataLoader takes all arrays in one tuple: DataLoader((x, y), batch_size=32)")
+            names = ("data", "batch_size", "shuffle", "drop_last", "generator")
+            if other := next((name for name in kwargs if name not in names), None):
+                raise TypeError(
+                    f"DataLoader has no argument {other!r}; {near(other, names)}. It is for arrays in memory; for data "
+                    "sets, workers and samplers there is torch.utils.data.DataLoader"
+                )
+            return super().__new__(cls)
+
     @overload
     def __init__(
         self,
@@ -74,20 +88,7 @@ class DataLoader(Generic[Batch]):
             raise ValueError(f"DataLoader: batch_size={batch_size} with drop_last gives no batch of {self._rows} rows")
         self.batch_size, self.shuffle, self.drop_last, self.generator = batch_size, shuffle, drop_last, generator
 
-    if not TYPE_CHECKING:  # it would hide the types below
-
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            """What does not fit is refused in words of its own."""
-            if len(args) > 1 and isinstance(args[1], Tensor | np.ndarray | list):
-                raise TypeError("DataLoader takes all arrays in one tuple: DataLoader((x, y), batch_size=32)")
-            names = ("data", "batch_size", "shuffle", "drop_last", "generator")
-            if other := next((name for name in kwargs if name not in names), None):
-                raise TypeError(
-                    f"DataLoader has no argument {other!r}; {near(other, names)}. It is for arrays in memory; for data "
-                    "sets, workers and samplers there is torch.utils.data.DataLoader"
-                )
-            return super().__new__(cls)
-
+    if not TYPE_CHECKING:
         __new__.__signature__ = inspect.signature(__init__)  # for help and editors
 
     def __len__(self) -> int:
