@@ -122,7 +122,7 @@ def _refuse_positions(verb: str, state: Any, rest: tuple[Any, ...]) -> None:
     raise TypeError(f"{verb} takes {takes}; got {', '.join(map(repr, rest))} besides")
 
 
-def freeze(state: AnyState, /, *refused: Never) -> AnyState:
+def freeze(state: AnyState, *refused: Never) -> AnyState:
     """Freeze the leaves under this view: until they thaw, neither parameter nor momenta nor counts move, bit for bit.
     A leaf that no update has stepped yet gives its momenta back until it thaws.
 
@@ -136,7 +136,7 @@ def freeze(state: AnyState, /, *refused: Never) -> AnyState:
     return state
 
 
-def thaw(state: AnyState, /, *refused: Never, count: int | None = None) -> AnyState:
+def thaw(state: AnyState, *refused: Never, count: int | None = None) -> AnyState:
     """Undo `freeze` under this view. Momenta go on from where they were; missing ones start at the next update.
 
     `count` sets the count that schedules see from here on: a part that thaws late can end with the others
@@ -156,7 +156,7 @@ def thaw(state: AnyState, /, *refused: Never, count: int | None = None) -> AnySt
     return state
 
 
-def reset(state: AnyState, /, *refused: Never) -> AnyState:
+def reset(state: AnyState, *refused: Never) -> AnyState:
     """Empty momenta and counts under this view; rules and frozenness stay. Schedules start over.
 
     An accumulation window goes on, in step with the leaves that are not reset; where all are, a new one begins.

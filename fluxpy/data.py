@@ -1,5 +1,6 @@
 """DataLoader: batches of arrays that are in memory."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
@@ -86,6 +87,9 @@ class DataLoader(Generic[Batch]):
         if drop_last and batch_size > self._rows:
             raise ValueError(f"DataLoader: batch_size={batch_size} with drop_last gives no batch of {self._rows} rows")
         self.batch_size, self.shuffle, self.drop_last, self.generator = batch_size, shuffle, drop_last, generator
+
+    if not TYPE_CHECKING:
+        __new__.__signature__ = inspect.signature(__init__)  # for help and editors
 
     def __len__(self) -> int:
         """The number of batches of an epoch."""

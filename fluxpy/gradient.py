@@ -131,9 +131,8 @@ def withgradient(
     spec, params = walk(model)
     trains = [x.requires_grad or not isinstance(x, torch.nn.Parameter) for x in params]
     # A tensor of a container trains even where it does not require grad; of a module, flags decide.
-    flips = [x for x, wants in zip(params, trains, strict=True) if wants and not x.requires_grad and x.is_leaf]
     parallel = parallel_of(model, params, tuple(spec.leaves.values()))
-    return _differentiate(f, model, args, _Wanted(spec, params, trains, flips, parallel), create_graph)
+    return _differentiate(f, model, args, _Wanted(spec, params, trains, _flips(params, trains), parallel), create_graph)
 
 
 def differentiate(
@@ -163,10 +162,7 @@ def independent_loss(binding: Binding) -> ValueError:
 
 def _wanted(binding: Binding) -> "_Wanted":
     trains = [not record.frozen for record in binding.records]
-    # A tensor with a history of its own stays as it is: its flag cannot be cleared, and differentiating through it is
-    # wanted.
-    pairs = zip(binding.params, trains, strict=True)
-    flips = [x for x, wants in pairs if x.requires_grad != wants and x.is_leaf]
+    flips = _flips(binding.params, trains)
     if len(flips) != binding.flips:
         binding.flips = len(flips)
         binding.warn_of_flags()
@@ -233,11 +229,17 @@ _WHY = (
 )
 
 
+def _flips(params: list[Tensor], trains: list[bool]) -> list[Tensor]:
+    """Those whose `requires_grad` must change; a tensor with a history keeps it, to be differentiated through."""
+    flips = [x for x, wants in zip(params, trains, strict=True) if x.requires_grad != wants and x.is_leaf]
+    if flips and is_transforming():
+        raise TypeError("inside torch.func and torch.compile, set requires_grad before, or use torch.func.grad")
+    return flips
+
+
 @contextmanager
 def _flipped(tensors: list[Tensor]) -> Iterator[None]:
     """Within, these tensors have the opposite `requires_grad`."""
-    if is_transforming():
-        raise TypeError("inside torch.func transforms and torch.compile, take torch.func.grad of a function of tensors")
     old = [x.requires_grad for x in tensors]
     try:
         for x in tensors:

@@ -160,9 +160,9 @@ def walk(model: Any) -> tuple[TreeSpec, list[Tensor]]:
 
 def explore(model: Any) -> tuple[TreeSpec, list[Tensor], list[Any]]:
     """`walk`, and the containers that it went through; for a module, its dicts of parameters and of modules."""
-    values, numbers, holders = list[Tensor](), dict[int, int](), list[Any]()
+    values, numbers, holders = [], {}, []  # not list[Tensor](): torch.compile does not follow that
     places: list[tuple[str, tuple[Any, ...], int]] = []
-    todo, above = [iter([model])], list[int]()  # the containers that are open: what is left of each; their identities
+    todo, above = [iter([model])], []  # the containers that are open: what is left of each; their identities
     while todo:
         for top in todo[-1]:
             if is_parameter(top):

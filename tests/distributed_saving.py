@@ -14,7 +14,6 @@ import torch.distributed.checkpoint as dcp
 from distributed_cases import Both, named, shard
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
 
 import fluxpy
@@ -152,9 +151,7 @@ def frozen_where_the_file_has_momenta(folder: str) -> None:
         dcp.save(both_dicts(run.model, run.state), checkpoint_id=place)
         other = Both(rule, shard, before=lambda m: m.inside.requires_grad_(False))
         d = both_dicts(other.model, other.state)
-        with pytest.raises(CheckpointException, match="Missing key.*inside.weight.state"):
-            dcp.load(d, checkpoint_id=place)
-        dcp.load(d, checkpoint_id=place, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+        dcp.load(d, checkpoint_id=place)
         before = fluxpy.testing.snapshot(other.model, other.state)  # DCP writes parameters where they are
         with pytest.raises(ValueError, match=r"leaves\['inside.weight'\]: the checkpoint has momenta.*thaw it"):
             fluxpy.load_state_dict(other.state, d["state"])

@@ -295,3 +295,24 @@ def test_a_window_that_waits_is_ended_where_fewer_batches_make_one(fewer):
     learner = Learner(net(), F.cross_entropy, Adam(), accumulate=5, callbacks=[change_it])
     learner.fit(DataLoader((x, y), batch_size=1))
     assert seen == [3, *range(3 + fewer, 12, fewer)]
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+def test_a_window_of_a_rule_ends_with_the_epoch_too(cancels):
+    """As by `flush` in a loop by hand: no gradient waits for the next epoch, or for ever."""
+    rule = fluxpy.OptimiserChain(fluxpy.AccumGrad(2), fluxpy.ClipGlobalNorm(0.1), Adam(0.05))
+    batches = list(zip(*(t.split(4) for t in arrays(12)), strict=True))
+    one, many = net(), net()
+    state = setup(rule, one)
+    for _ in range(2):
+        for x, y in batches:
+            fluxpy.trainstep(lambda m, x, y: F.cross_entropy(m(x), y), one, (x, y), state)
+        fluxpy.flush(state, one)
+
+    def end(learner, event):
+        if cancels and event == "batch_start" and learner.batch_index == 3:
+            raise CancelEpoch
+
+    learner = Learner(many, F.cross_entropy, rule, callbacks=[end])
+    learner.fit(batches + batches[:1] * cancels, epochs=2)
+    assert torch.equal(change(many), change(one)) and learner.state[0].weight.count == 4

@@ -110,6 +110,30 @@ def test_schedules_are_saved_whole(schedule: Any) -> None:
     assert contents(again) == contents(ours) and contents(fresh) == contents(state)
 
 
+def old_form(value: Any) -> Any:
+    """What version 2 had: None as it is."""
+    if isinstance(value, dict):
+        return None if value == {"type": "NoneType"} else {key: old_form(v) for key, v in value.items()}
+    return [old_form(v) for v in value] if isinstance(value, list) else value
+
+
+def test_a_state_dict_holds_plain_data_without_none_which_older_files_have() -> None:
+    nones = fluxpy.Adafactor(schedules.segments([Segment("linear", end=1.0)], total=9))
+    for rule in (*RULES.values(), nones):
+        params = model()
+        state = setup({"idle": None, "*": rule}, params)
+        fluxpy.freeze(state["frozen"])
+        step(state, params, 0, 1)
+        d = state_dict(state)
+        assert {type(part) for part in optree.tree_leaves(d, none_is_leaf=True)} <= {Tensor, int, float, str, bool}
+        older = old_form(d) | {"version": 2}
+        for entry in older["leaves"].values():
+            entry |= {key: entry.get(key) for key in ("state", "pending")}
+        other = setup({"idle": None, "*": rule}, params)
+        report = load_state_dict(other, older)
+        assert contents(other) == contents(state) and not report.changed
+
+
 def test_a_callable_stays_that_of_the_target_and_is_reported() -> None:
     def decay(count: int) -> float:
         return 0.1 / (1 + count)
@@ -314,7 +338,7 @@ deep: Any = 1.0
 for _ in range(5000):
     deep = [deep]
 BAD = {
-    "newer": (put("version", to=3), "of version 2 and no newer"),
+    "newer": (put("version", to=4), "of version 3 and no newer"),
     "bool version": (put("version", to=True), "what state_dict returns"),
     "leaves": (put("leaves", to=[]), "what state_dict returns"),
     "entry": (put(*LEAF, to=None), r"leaves\['a'\]: expected a dict of names"),

@@ -201,6 +201,11 @@ def test_a_graph_that_breaks_gives_the_same_numbers() -> None:
     compiled = torch.compile(fluxpy.trainstep, backend="eager")
     for _ in range(3):
         torch.testing.assert_close(compiled(squared, a, (), state_a), fluxpy.trainstep(squared, b, (), state_b))
+    torch.compiler.reset()
+    stateless = torch.compile(lambda s, m: update(s, m, fluxpy.gradient(squared, m)), backend="eager")
+    for _ in range(3):
+        stateless(state_a, a)
+        fluxpy.trainstep(squared, b, (), state_b)
     for x, y in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
 
@@ -217,6 +222,9 @@ def test_what_a_graph_cannot_do_is_said() -> None:
     state = setup(OptimiserChain(ClipNorm(1.0, nonfinite="skip"), Adam(0.1)), model)
     with pytest.raises(Exception, match="no number"):
         torch.compile(update, fullgraph=True, backend="eager")(state, model, grads)
+    fluxpy.freeze(state["0"])
+    with pytest.raises(TypeError, match="inside torch.func and torch.compile, set requires_grad before"):
+        torch.compile(fluxpy.trainstep, backend="eager")(squared, model, (), state)
 
 
 @follows

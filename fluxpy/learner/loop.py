@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import averaged, update, withgradient
+from .. import averaged, flush, update, withgradient
 from .core import as_gradients, bind, in_order, note_loss, over_ranks, place, reads_at_once, training_mode
 from .data import Source, evaluation_mode, kind, samples_of, split
 from .dispatcher import Dispatcher
@@ -179,9 +179,9 @@ class Loop:
             try:
                 self._batches(source, batches, progress.batch)
             except (CancelTraining, CancelEpoch):
-                self._update_by_window()
+                self._end_windows()
                 raise
-            self._update_by_window()  # of data whose length was not known
+            self._end_windows()
 
     def validation(self, source: Source, batches: Iterator[Any], phase: str | None) -> None:
         """The phase of a fit; or with None a call of `validate`."""
@@ -322,6 +322,13 @@ class Loop:
             mean = window.mean(bind(learner.state, learner.model).params)
             learner.step.grads = as_gradients(learner.state, learner.model, mean)
             self._update()
+
+    def _end_windows(self) -> None:
+        """Of data whose length was not known, and what `AccumGrad` holds: neither waits for another epoch."""
+        self._update_by_window()
+        self.ranks.busy = self.ranks.spread
+        flush(self.learner.state, self.learner.model)
+        self.ranks.busy = False
 
     def _update(self) -> None:
         learner = self.learner

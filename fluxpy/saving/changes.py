@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .values import describe, short_repr
+from .values import describe, is_none, short_repr
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the repr of a function, another one in each process
 
@@ -36,6 +36,8 @@ def _of_dicts(values: list[Any]) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
+    if is_none(a) or is_none(b):
+        return is_none(a) and is_none(b)
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a.cpu(), b.cpu())
     if isinstance(a, dict) and isinstance(b, dict):
@@ -50,6 +52,8 @@ def _same(a: Any, b: Any) -> bool:
 def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
         return describe(value)
+    if is_none(value):
+        return "None"
     if isinstance(value, dict) and isinstance(value.get("callable"), str):
         return value["callable"]
     if isinstance(value, dict) and isinstance(value.get("type"), str):

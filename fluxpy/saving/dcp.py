@@ -13,16 +13,17 @@ from torch import Tensor
 from ..distributed.sharding import is_dtensor, require_own_part
 from ..leaf import Leaf, record_of
 from ..pytree import skeleton_of
-from .format import part_names
+from .format import Encoder, part_names
 from .record import state_template
 from .values import malformed
 
 
 def for_checkpoint(entry: dict[str, Any], leaf: Leaf) -> dict[str, Any]:
     """An entry of `state_dict`, in that form."""
-    made = entry["state"] is not None
-    text = json.dumps({"made": made, "pending": entry["pending"]})
-    return entry | {"pending": text, "state": entry["state"] if made else _places(leaf)}
+    made = "state" in entry
+    text = json.dumps({"made": made, "pending": entry.get("pending")})
+    places = {} if made else _places(leaf)
+    return entry | {"pending": text} | places
 
 
 def from_checkpoint(entry: Any, place: str) -> Any:
@@ -53,17 +54,17 @@ def require_parts(leaf: Leaf, entry: dict[str, Any]) -> None:
                 sharding.require_fits(t, "a tensor of the state")
 
 
-def _places(leaf: Leaf) -> dict[str, Any] | None:
-    """Something in place of the momenta of a leaf that gets some at its next update."""
+def _places(leaf: Leaf) -> dict[str, Any]:
+    """The entry with something in place of the momenta of a leaf that gets some at its next update."""
     record = record_of(leaf)
     if record.frozen or record.rule is None:
-        return None
+        return {}
     try:
         skeleton = skeleton_of(state_template(record.rule, record.shape, record.dtype))
     except (RuntimeError, TypeError):  # an `init` that reads its parameter
-        return None
-    pairs = zip(part_names(skeleton), skeleton.parts, strict=True)
-    return {name: _place(record, part) if isinstance(part, Tensor) else part for name, part in pairs}
+        return {}
+    pairs, plain = zip(part_names(skeleton), skeleton.parts, strict=True), Encoder().part
+    return {"state": {name: _place(record, part) if isinstance(part, Tensor) else plain(part) for name, part in pairs}}
 
 
 def _place(record: Any, t: Tensor) -> Tensor:

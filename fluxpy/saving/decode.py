@@ -21,6 +21,7 @@ from .values import (
     describe,
     describe_rule,
     dtype_of,
+    is_none,
     malformed,
     may_replace,
     names_in_file,
@@ -80,10 +81,10 @@ class Decoder:
         new = dataclasses.replace(
             own, rule=None, setup_rule=None, state=None, frozen=entry["frozen"], count=entry["count"], pending=None
         )
-        if own.rule is None or entry["rule"] is None:
+        if own.rule is None or is_none(entry["rule"]):
             if own.rule is not None:
                 raise Misfit("rule", "expected a rule, got none (None)")
-            if entry["rule"] is not None or entry["state"] is not None or not entry["frozen"]:
+            if not is_none(entry["rule"]) or entry["state"] is not None or not entry["frozen"]:
                 raise Misfit("rule", "expected no rule (None), got one")
             return new, []
         new.rule, notes = self._rule(own.rule, entry["rule"], own.shape)
@@ -105,7 +106,7 @@ class Decoder:
         """The rule that the run was set up with; this script's, where that counts or the other is not to be had: it
         had a callable, in place of which there may be a number by now."""
         assert own.rule is not None
-        if self._keep or saved is None:
+        if self._keep or is_none(saved):
             return own.setup_rule
         try:
             return self._rule(own.setup_rule or own.rule, saved, own.shape)[0]
@@ -156,6 +157,7 @@ def _decode_part(name: str, saved: Any, example: Any, device: torch.device | Non
         if example is None:
             require_stored(saved, place)
         return dense_copy(saved, device, place)
+    saved = None if is_none(saved) else saved
     if not (saved is None or isinstance(saved, SCALARS)) or not (example is None or alike(saved, example)):
         raise malformed(place, describe(example), saved)
     return saved
@@ -201,7 +203,9 @@ class RuleDecoder:
 
     def _value(self, saved: Any, own: Any, place: str) -> Any:
         """A hyperparameter or an argument of a schedule. `own` is the present value at that place, None if unknown."""
-        if saved is None or isinstance(saved, SCALARS):
+        if is_none(saved):
+            return None
+        if isinstance(saved, SCALARS):
             return saved
         if isinstance(saved, list):
             known = own if isinstance(own, tuple) and len(own) == len(saved) else [None] * len(saved)

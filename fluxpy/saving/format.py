@@ -1,7 +1,7 @@
 """Rules, schedules and momenta as plain data. `decode` is the way back.
 
-Plain data is what `torch.load(..., weights_only=True)` takes: numbers, strings, None, tensors, lists and dicts. A rule
-or a schedule is a dict with its class's name as "type".
+Plain data is what `torch.load(..., weights_only=True)` takes: numbers, strings, tensors, lists and dicts. A rule, a
+schedule or None is a dict with its class's name as "type".
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from ..pytree import HOLE, Skeleton, skeleton_of
 from ..rule import Rule
 from ..text import dtype_name
 from .record import LeafRecord
+from .values import NONE
 
 SCALARS = (bool, int, float, str)  # bool first: it is a kind of int
 
@@ -48,30 +49,41 @@ class Encoder:
         self._part_names: dict[Any, list[str]] = {}
 
     def leaf(self, record: LeafRecord, names: list[str]) -> dict[str, Any]:
-        return {
+        entry = {
             "names": names,
             "shape": list(record.shape),
             "dtype": dtype_name(record.dtype),
             "rule": self.rule(record.rule),
             "setup": self.rule(record.setup_rule),
-            "state": None if record.state is None else self._state(record.state),
             "frozen": record.frozen,
             "count": record.count,
-            "pending": None if record.pending is None else self._numbers(record.pending),
         }
+        if record.state is not None:
+            entry["state"] = self._state(record.state)
+        if record.pending is not None:
+            entry["pending"] = self._numbers(record.pending)
+        return entry
 
     def rule(self, rule: Rule | None) -> Any:
         return self._value(rule)
 
+    def part(self, part: Any) -> Any:
+        """A part of a state."""
+        if isinstance(part, Tensor):
+            return part.detach().clone()
+        if part is None or isinstance(part, SCALARS):
+            return self._value(part)
+        raise ValueError(f"{reprlib.repr(part)} in the state cannot be saved; tensors, numbers and strings can")
+
     def _state(self, state: Any) -> dict[str, Any]:
         skeleton = skeleton_of(state)
         names = self._names(skeleton)
-        return {name: self._part(part) for name, part in zip(names, skeleton.parts, strict=True)}
+        return {name: self.part(part) for name, part in zip(names, skeleton.parts, strict=True)}
 
     def _numbers(self, skeleton: Skeleton) -> dict[str, Any]:
         """The parts of a state that are no tensors."""
         pairs = zip(self._names(skeleton), skeleton.parts, strict=True)
-        return {name: self._part(part) for name, part in pairs if part is not HOLE}
+        return {name: self.part(part) for name, part in pairs if part is not HOLE}
 
     def _names(self, skeleton: Skeleton) -> list[str]:
         names = self._part_names.get(skeleton.spec)
@@ -79,16 +91,9 @@ class Encoder:
             names = self._part_names[skeleton.spec] = part_names(skeleton)
         return names
 
-    def _part(self, part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return part.detach().clone()
-        if part is None or isinstance(part, SCALARS):
-            return self._value(part)
-        raise ValueError(f"{reprlib.repr(part)} in the state cannot be saved; tensors, numbers and strings can")
-
     def _value(self, value: Any) -> Any:
         if value is None:
-            return None
+            return {"type": NONE}
         if isinstance(value, SCALARS):
             return plain_scalar(value)
         if isinstance(value, torch.dtype):

@@ -15,9 +15,10 @@ from .dcp import for_checkpoint, from_checkpoint, require_parts
 from .decode import Decoder, Misfit
 from .format import Encoder
 from .record import LeafRecord, read_leaf, write_leaf
-from .values import malformed
+from .values import is_none, malformed
 
-VERSION = 2
+VERSION = 3
+READ = (2, VERSION)  # older files differ only in None, which stands there as it is
 
 ENTRY: dict[str, Any] = {
     "names": list,
@@ -25,11 +26,12 @@ ENTRY: dict[str, Any] = {
     "dtype": str,
     "rule": dict | None,
     "setup": dict | None,
-    "state": dict | None,
     "frozen": bool,
     "count": int,
+    "state": dict | None,
     "pending": dict | None,
 }
+OPTIONAL = {"state": None, "pending": None}
 
 NamedLeaf = tuple[Leaf, list[str]]  # a leaf with all its paths
 NamedEntry = tuple[str, dict[str, Any]]  # what was saved of a leaf, with its key
@@ -200,7 +202,7 @@ def _decode(
             report.loaded.append(path)
             if notes:
                 report.schedules[path] = "; ".join(notes)
-            if entry["setup"] is not None and (found := changes(encoder.rule(record.setup_rule), entry["setup"])):
+            if not is_none(entry["setup"]) and (found := changes(encoder.rule(record.setup_rule), entry["setup"])):
                 report.changed[path] = "; ".join(found)
     report.unexpected.extend(key for key in dict(entries.values()) if key not in used)
     return report, records
@@ -217,13 +219,14 @@ def _device(records: Any) -> torch.device | None:
 def _entries(d: Any, prefix: str, rename: Mapping[str, str]) -> dict[str, NamedEntry]:
     """What was saved, by the names that it has in this state."""
     version, leaves = (d.get("version"), d.get("leaves")) if isinstance(d, Mapping) else (None, None)
-    if type(version) is not int or version != VERSION or not isinstance(leaves, dict):
+    if type(version) is not int or version not in READ or not isinstance(leaves, dict):
         raise malformed("load_state_dict", f"what state_dict returns, of version {VERSION} and no newer", d)
     found: dict[str, NamedEntry] = {}
     for key, entry in leaves.items():
         if not isinstance(key, str):
             raise malformed("load_state_dict: leaves", "a string as name", key)
         place = f"load_state_dict: leaves[{key!r}]"
+        entry = OPTIONAL | entry if isinstance(entry, dict) else entry
         entry = from_checkpoint(entry, place)
         _check_entry(key, entry, place)
         for saved_name in entry["names"]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..text import form, names_of
 
+NONE = type(None).__name__  # the "type" of what stands for None in plain data
+
 
 class _ShortRepr(reprlib.Repr):
     """Tensors by their form, for torch copies some to print them: of an expanded one that may fill the memory."""
@@ -25,6 +27,13 @@ short_repr = _ShortRepr().repr  # for whatever comes from a file
 def malformed(place: str, expected: str, got: Any) -> ValueError:
     """The error for a value that no leaf can take."""
     return ValueError(f"{place}: expected {expected}, got {short_repr(got)}")
+
+
+def is_none(saved: Any) -> bool:
+    """Whether this stands for None, which older files have as it is."""
+    if isinstance(saved, dict) and saved.keys() == {"type"}:
+        return isinstance(saved["type"], str) and saved["type"] == NONE
+    return saved is None
 
 
 def describe_rule(saved: Any) -> str:
