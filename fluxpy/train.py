@@ -109,6 +109,7 @@ def _turn(
     _check_order(loss, model)
     require_state(state, "trainstep")
     binding, context = bind(state, model), tree_context(state)
+    require_parts_of_model(loss, binding.params)
     context.require_training_weights(binding.records, "trainstep")
     batch = to_device(batch, binding.params)
     args = batch if isinstance(batch, tuple | list) else (batch,)
@@ -138,6 +139,20 @@ def _check_order(loss: Any, model: Any) -> None:
     if isinstance(loss, nn.Module) and not isinstance(model, nn.Module) and callable(model):
         raise TypeError(
             "the loss comes first, then the model: train(loss, model, data, state), with loss(model, *batch)"
+        )
+
+
+def require_parts_of_model(loss: Any, params: Sequence[Tensor]) -> None:
+    """ValueError for a loss with parameters of its own, which no update would reach."""
+    own = {name: x for name, x in loss.named_parameters() if x.requires_grad} if isinstance(loss, nn.Module) else {}
+    known = {id(x) for x in params} if own else set()
+    lost = [name for name, x in own.items() if id(x) not in known]
+    if lost:
+        raise ValueError(
+            f"the loss {type(loss).__name__} has parameters that are not the model's, so nothing would train them: "
+            f"{', '.join(lost[:3])}{', ...' * (len(lost) > 3)}. Make it a part of the model before setup, as in "
+            "model.criterion = loss (an nn.Sequential would call it: put a module around both); or, where they are to "
+            "stay as they are, loss.requires_grad_(False)"
         )
 
 

@@ -249,6 +249,22 @@ def test_resume_has_every_row_once(tmp_path, first, per, event, epoch, batch, ki
     assert (tmp_path / "log.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
+def test_records_are_saved_by_column():
+    """As tensors, so that a file of very many is written at once; they come back as they were."""
+    recorder, other = StatisticsRecorder(), StatisticsRecorder()
+    learner = learn(recorder)
+    learner.fit(TRAIN, VALID)
+    kept = learner.state_dict()["callbacks"][0][1]
+    assert all(isinstance(column, torch.Tensor) and column.numel() == len(recorder.records) for column in kept.values())
+    other.load_state_dict(kept)
+    assert repr(other.records) == repr(recorder.records) and {row["phase"] for row in other.records} == {
+        "train",
+        "validation",
+    }
+    other.load_state_dict(StatisticsRecorder().state_dict())
+    assert other.records == []
+
+
 def test_resume_of_a_second_fit(tmp_path):
     saved = []
     logger = CSVLogger(tmp_path / "log.csv")

@@ -62,6 +62,8 @@ class Source:
                 "rest is not used. Other data to validate on: learner.validate(data), in a callback at epoch_end",
                 stacklevel=2,
             )
+        if any(self.length(epoch) == 0 for epoch in range(epochs - left, epochs)):
+            raise ValueError(f"{self.name} {_EMPTY}")
         if left > 1 and isinstance(self.data, Iterator):
             raise ValueError(
                 f"{self.name} is an iterator, which lasts for one epoch, but epochs={epochs}; pass what can be gone "
@@ -73,7 +75,7 @@ class Source:
         if self.each:
             self.loader = self.data[epoch]
         elif self.makes:
-            self.loader = self.data(epoch) if _takes_one(self.data) else self.data()
+            self.loader = self.data(epoch) if _takes_epoch(self.data) else self.data()
         if self.each or self.makes:
             require_batches(self.loader, f"what {self.name} has for epoch {epoch}")
 
@@ -101,7 +103,7 @@ class Source:
             return batches
         first = next(batches, _END)
         if first is _END:
-            raise ValueError(f"{self.name} has no batch: it is empty, or an iterator that was used up before")
+            raise ValueError(f"{self.name} {_EMPTY}")
         return chain([first], batches)
 
     def generators(self) -> list[Any]:
@@ -125,6 +127,7 @@ class Source:
 
 
 _END = object()
+_EMPTY = "has no batch: it is empty, or an iterator that was used up before"
 _GENERATORS = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 _DEEP, _MANY, _MOST = 5, 64, 2000  # how far, in how long lists and in how many objects generators are looked for
 
@@ -188,8 +191,11 @@ def evaluation_mode(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def move(model: Any, device: torch.device, held: bool) -> None:
-    """Put a model on a device, in place."""
+def move(model: Any, to: torch.device | str | None, held: bool) -> None:
+    """Put a model on a device, in place; nowhere if that is None."""
+    if to is None:
+        return
+    device = torch.device(to)
     tensors = trainables(model)
     if all(t.device.type == device.type and device.index in (None, t.device.index) for t in tensors):
         return
@@ -200,16 +206,19 @@ def move(model: Any, device: torch.device, held: bool) -> None:
     model.to(device)
 
 
-def _takes_one(make: Callable[..., Any]) -> bool:
+def _takes_epoch(make: Callable[..., Any]) -> bool:
+    """Whether its first argument is an epoch: one that it needs, or that is called so."""
     try:
-        inspect.signature(make).bind(0)
+        signature = inspect.signature(make)
+        signature.bind(0)
     except (TypeError, ValueError):
         return False
-    return True
+    first = next(iter(signature.parameters.values()))
+    return first.default is first.empty or first.name == "epoch"
 
 
 def _holds_batches(x: Any) -> bool:
     """Whether this is itself an iterable of batches, and no batch."""
     if isinstance(x, list):
-        return len(x) > 0 and all(isinstance(part, tuple | list | Mapping) for part in x)
+        return all(isinstance(part, tuple | list | Mapping) for part in x)
     return hasattr(x, "__iter__") and not isinstance(x, Tensor | np.ndarray | tuple | Mapping | str | bytes)

@@ -13,7 +13,7 @@ one of them cancels is cancelled after that.
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any, ClassVar, SupportsIndex, overload
 
@@ -160,8 +160,8 @@ def name_of(callback: Any) -> str:
     return getattr(callback, "__name__", type(callback).__name__)
 
 
-def checked(callbacks: Any) -> list[Any]:
-    """The callbacks as a list; TypeError for what cannot be one."""
+def checked(callbacks: Any, beside: Sequence[Any] = ()) -> list[Any]:
+    """The callbacks as a list; TypeError for what cannot be one, ValueError for one that is there already."""
     if callable(callbacks) or isinstance(callbacks, str):
         raise TypeError(f"callbacks= takes a list of callbacks: callbacks=[{name_of(callbacks)}]")
     found = list(callbacks)
@@ -170,6 +170,13 @@ def checked(callbacks: Any) -> list[Any]:
             raise TypeError(f"a callback is an object, not a class: write {callback.__name__}(...)")
         if not callable(callback):
             raise TypeError(f"a callback is a callable (learner, event) or a Callback, but got {callback!r}")
+    every = [*beside, *found]
+    for i, callback in enumerate(every):
+        if any(callback is other for other in every[:i]):
+            raise ValueError(
+                f"the callback {name_of(callback)} is given twice, and would act twice; those of "
+                "Learner(callbacks=...) act in every fit, those of fit(callbacks=...) in that one"
+            )
     return found
 
 

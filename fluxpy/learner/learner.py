@@ -8,14 +8,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import averaged, setup, summary
+from .. import averaged, setup, summary, trainables
 from . import events, resume
 from .callbacks.progress_bar import ProgressBar
 from .collection import Metrics, on_host
 from .core import (
     Leaf,
+    Rule,
     Rules,
     State,
     bind,
@@ -24,6 +25,7 @@ from .core import (
     leave_to_the_user,
     open_data,
     place,
+    require_parts_of_model,
     tree_as_html,
     why_it_failed,
 )
@@ -73,14 +75,14 @@ class Learner:
         accumulate: int = 1,
         default_callbacks: bool = True,
     ) -> None:
-        _check(self, loss, autocast, accumulate)
+        _check(self, (model, loss, rule_or_state), autocast, accumulate)
         has_state = isinstance(rule_or_state, State | Leaf)
-        if device is not None:
-            move(model, torch.device(device), has_state)
-        self.model, self.loss = model, cast(Any, loss)
-        self.autocast, self.accumulate = autocast, accumulate
+        move(model, device, has_state)
+        self.model, self.loss, self.autocast, self.accumulate = model, cast(Any, loss), autocast, accumulate
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
-        devices = {x.device for x in bind(self.state, model).params}
+        params = bind(self.state, model).params
+        require_parts_of_model(loss, params)
+        devices = {x.device for x in params}
         self.device = devices.pop() if len(devices) == 1 else None  # where batches go
         self.metrics = Metrics(metrics)
         self.callbacks = [*([ProgressBar()] if default_callbacks else []), *events.checked(callbacks)]
@@ -127,7 +129,7 @@ class Learner:
         if self._loop.dispatcher.levels:
             raise RuntimeError("fit is running; a callback cannot start another one")
         events.require_whole("epochs", epochs)
-        extra = events.checked(callbacks)
+        extra = events.checked(callbacks, self.callbacks)
         try:
             with self._meet(trains=True):
                 self._fit(train, valid, epochs, extra)
@@ -312,7 +314,9 @@ class Learner:
 
     def explain(self, callbacks: Iterable[Any] = ()) -> str:
         """Which callbacks act at which event, in their order, as text."""
-        chosen = events.acting_order([*self.callbacks, *(events.checked(callbacks) or self._loop.callbacks)])
+        chosen = events.acting_order(
+            [*self.callbacks, *(events.checked(callbacks, self.callbacks) or self._loop.callbacks)]
+        )
         lines = []
         for event in EVENTS:
             acting = [events.name_of(c) for c in chosen if events.listener(c, event) is not None]
@@ -358,7 +362,10 @@ class Learner:
                 "find the rate with the model under DistributedDataParallel, or with a small one on one process"
             )
         other = copy.copy(self)
-        other.model, other.state = copy.deepcopy((self.model, self.state))
+        copies: dict[int, Any] = {}
+        other.model, other.state = copy.deepcopy((self.model, self.state), copies)
+        if isinstance(self.loss, nn.Module):  # it may be a part of the model
+            other.loss = copy.deepcopy(self.loss, copies)
         other.callbacks, other.metrics = [], Metrics()
         other.history, other.progress, other.step, other.stats = History(), Progress(), Step(), {}
         other._loop = Loop()
@@ -371,7 +378,20 @@ def _can_join(tensors: tuple[Tensor, ...]) -> bool:
     return first.ndim > 0 and all(t.shape[1:] == first.shape[1:] and t.dtype == first.dtype for t in tensors)
 
 
-def _check(learner: Learner, loss: Any, autocast: Any, accumulate: Any) -> None:
+def _check_order(model: Any, loss: Any, rule: Any) -> None:
+    """TypeError where they stand in other places."""
+    rules = any(isinstance(x, Rule | State | Leaf | torch.optim.Optimizer) for x in (model, loss))
+    modules = isinstance(model, nn.Module) and isinstance(loss, nn.Module)
+    if rules or inspect.isroutine(model) or (modules and trainables(loss) and not trainables(model)):
+        raise TypeError(
+            "Learner(model, loss, rule) takes the model first, then loss(output, target), then a rule or a state, but "
+            f"got {', '.join(map(events.name_of, (model, loss, rule)))}"
+        )
+
+
+def _check(learner: Learner, given: tuple[Any, Any, Any], autocast: Any, accumulate: Any) -> None:
+    _check_order(*given)
+    _, loss, _ = given
     if autocast not in (None, torch.bfloat16):
         hint = "" if autocast != torch.float16 else ": float16 needs its loss scaled, or small gradients are lost"
         raise ValueError(f"autocast={autocast!r} is not allowed{hint}; it is torch.bfloat16 or None")

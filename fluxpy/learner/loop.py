@@ -59,6 +59,7 @@ class Loop:
         self.epoch_began = self.phase_began = 0.0  # by `time.monotonic`; earlier by what was spent
         self.rng_at_start: dict[str, Any] | None = kept["rng_at_start"]  # with which the data of the phase was begun
         self.window = Window(**kept["window"])  # gradients that wait for an update
+        self.nonfinite: str | None = kept.get("nonfinite")  # what was not in the saved part of the phase
         # Of the batch:
         self.predicted = False  # whether it has told its output, in validation
         self.losses: list[float] = []  # on each of several processes
@@ -111,7 +112,7 @@ class Loop:
         learner.history.append({"epoch": learner.epoch_index, "train": {}, "validation": {}} | self.row)
         learner.history.seconds.append(time.monotonic() - self.epoch_began)
         if done:
-            self.row, self.rng_at_start, self.window = {}, None, Window()
+            self.row, self.rng_at_start, self.window, self.nonfinite = {}, None, Window(), None
             learner.progress.end_epoch()
 
     def _restore(self, level: str) -> None:
@@ -211,7 +212,7 @@ class Loop:
         learner.stats, learner.seconds = learner.running(), time.monotonic() - self.phase_began
         if learner.phase is None:
             return
-        if learner.nonfinite is not None and not learner.stats:  # no batch had a loss
+        if (learner.nonfinite or self.nonfinite) and not learner.stats:  # no batch had a loss
             learner.stats = dict.fromkeys(learner.metrics.names, math.nan)
         self.row[learner.phase] = learner.stats
         if done:
@@ -219,8 +220,10 @@ class Loop:
             learner.progress.end_phase()
         if learner.training:
             stops = [getattr(c, "stops_on_nonfinite", False) for c in (*learner.callbacks, *self.callbacks)]
-            if learner.check_finite() is not None and not any(stops):
-                self.ranks.warn(f"{learner.nonfinite}; the fit goes on, the callback StopOnNaN would end it")
+            found = next(filter(None, (self.nonfinite, learner.check_finite())), None)
+            if found is not None and not any(stops):
+                self.ranks.warn(f"{found}; the fit goes on, the callback StopOnNaN would end it")
+            self.nonfinite = None if done else self.nonfinite
 
     # --- Batches ------------------------------------------------------------------------------------------------------
 

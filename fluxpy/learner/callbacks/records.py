@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from ..collection import on_host
 from ..events import Callback, require_one_of, require_whole
 from ..learner import Learner
@@ -96,6 +98,9 @@ class Rows(Callback):
         return rows[0]
 
 
+_KEPT = {"epoch": torch.int64, "batch": torch.int64, "phase": torch.bool}  # other columns are metrics
+
+
 class StatisticsRecorder(Rows):
     """Keeps the metrics of each batch (running values) or, with `per="epoch"`, of each phase, in `records`.
 
@@ -131,11 +136,19 @@ class StatisticsRecorder(Rows):
             self.records = []
 
     def state_dict(self) -> dict[str, Any]:
+        """By column, as tensors: a file has room for very many, and takes them at once."""
         super().state_dict()
-        return {"records": self.records}
+        names = dict.fromkeys(name for row in self.records for name in row)
+        columns = {name: [row[name] for row in self.records] for name in names}
+        if names:
+            columns["phase"] = [phase == "train" for phase in columns["phase"]]
+        return {name: torch.tensor(column, dtype=_KEPT.get(name, torch.float64)) for name, column in columns.items()}
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
-        self.records = d["records"]
+        columns = {name: column.tolist() for name, column in d.items()}
+        if columns:
+            columns["phase"] = ["train" if training else "validation" for training in columns["phase"]]
+        self.records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 class CSVLogger(Rows):
