@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import fluxpy
 from fluxpy import Adam, DataLoader, Momentum, OptimiserChain, RMSProp, setup, value
-from fluxpy.learner import Checkpoint, EarlyStopping, Learner, LearningRateScheduler, lr_find
+from fluxpy.learner import Callback, Checkpoint, EarlyStopping, Learner, LearningRateScheduler, lr_find
 
 X, Y = torch.randn(16, 4), torch.randint(0, 2, (16,))
 
@@ -66,8 +66,13 @@ def twice(callback):
 ORDER = r"Learner\(model, loss, rule\) takes the model first.* but got "
 MISTAKES = {
     "a loss of the model": (lambda: learner(loss=lambda m, x, y: m(x).sum()), r"loss\(output, target\).*fluxpy.train"),
-    "a callback for the fit too": (lambda: twice(EarlyStopping()), r"EarlyStopping is given twice.*fit\(callbacks="),
-    "a callback twice": (lambda: learner(callbacks=[print, print]), "the callback print is given twice"),
+    "a callback for the fit too": (lambda: twice(EarlyStopping()), r"EarlyStopping would act twice.*fit\(callbacks="),
+    "no callbacks": (lambda: learner(callbacks=None), r"callbacks= takes a list of callbacks: callbacks=\[\]"),
+    "an event without the Learner": (
+        lambda: type("Own", (Callback,), {"on_epoch_end": lambda self: None}),
+        r"Own: write def on_epoch_end\(self, learner\)",
+    ),
+    "data first": (lambda: lr_find(data(), learner()), r"lr_find\(learner, data\), but got DataLoader"),
     "the loss first": (lambda: Learner(cross_entropy, nn.Linear(4, 2), Adam()), ORDER + "cross_entropy, Linear, Adam"),
     "a loss module first": (lambda: Learner(nn.CrossEntropyLoss(), nn.Linear(4, 2), Adam()), ORDER + "Cross.*, Linear"),
     "the rule second": (lambda: Learner(nn.Linear(4, 2), Adam(), nn.CrossEntropyLoss), ORDER + "Linear, Adam, Cross"),
@@ -170,6 +175,25 @@ def test_a_loss_for_a_step_of_ones_own_may_take_more():
 def test_batches_of_arrays_and_doubles(batch, note):
     with pytest.raises((TypeError, RuntimeError)) as raised:
         learner().fit([batch])
+    with pytest.raises(AssertionError, match=note):
+        raise AssertionError(raised.value.__notes__[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "note"),
+    [
+        (
+            Output(),
+            (X, Y),
+            r"the model's output as it is, a SimpleNamespace: lambda.*cross_entropy\(output.logits, target",
+        ),
+        (nn.Linear(4, 2), (X, Y, X), "of a batch of 3 the last is the target, and the model gets the others"),
+    ],
+)
+def test_an_error_says_what_model_and_loss_get(model, batch, note):
+    with pytest.raises(TypeError) as raised:
+        learner(model).fit([batch])
+    assert len(raised.value.__notes__) == 1
     with pytest.raises(AssertionError, match=note):
         raise AssertionError(raised.value.__notes__[0])
 

@@ -160,14 +160,15 @@ def samples_of(*parts: Any) -> int:
 
 def call(model: Any, input: Any) -> Any:
     """The output: a tuple is several arguments, a dict keywords."""
-    if isinstance(input, tuple) and type(input) is tuple:
-        return model(*input)
-    if not isinstance(input, Mapping):
-        return model(input)
     try:
-        return model(**input)
+        if isinstance(input, Mapping):
+            return model(**input)
+        return model(*input) if type(input) is tuple else model(input)
     except TypeError as error:
-        error.add_note(f"of a batch that is a dict the model gets keywords: {', '.join(map(str, input))}")
+        if isinstance(input, Mapping):
+            error.add_note(f"of a batch that is a dict the model gets keywords: {', '.join(map(str, input))}")
+        elif type(input) is tuple:
+            error.add_note(f"of a batch of {len(input) + 1} the last is the target, and the model gets the others")
         raise
 
 

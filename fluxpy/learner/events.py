@@ -12,6 +12,7 @@ one of them cancels is cancelled after that.
 """
 
 import difflib
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral
@@ -119,10 +120,15 @@ class Callback:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in vars(cls):
+        for name, method in vars(cls).items():
             if name.startswith("on_") and name[3:] not in EVENTS:
                 known = [f"on_{event}" for event in EVENTS]
                 raise TypeError(f"{cls.__name__}.{name}: no such event; {near(name, known)} All: {', '.join(known)}")
+            if name.startswith("on_") and inspect.isfunction(method):
+                try:
+                    inspect.signature(method).bind(None, None)
+                except TypeError as error:
+                    raise TypeError(f"{cls.__name__}: write def {name}(self, learner); {error}") from None
 
     def __call__(self, learner: Any, event: str) -> None:
         """Run `on_<event>(learner)`, if there is one."""
@@ -161,21 +167,20 @@ def name_of(callback: Any) -> str:
 
 
 def checked(callbacks: Any, beside: Sequence[Any] = ()) -> list[Any]:
-    """The callbacks as a list; TypeError for what cannot be one, ValueError for one that is there already."""
-    if callable(callbacks) or isinstance(callbacks, str):
-        raise TypeError(f"callbacks= takes a list of callbacks: callbacks=[{name_of(callbacks)}]")
+    """The callbacks as a list; TypeError for what cannot be one, ValueError for one of those beside them."""
+    if callable(callbacks) or isinstance(callbacks, str) or not isinstance(callbacks, Iterable):
+        some = "" if callbacks is None else name_of(callbacks)
+        raise TypeError(f"callbacks= takes a list of callbacks: callbacks=[{some}]")
     found = list(callbacks)
     for callback in found:
         if isinstance(callback, type):
             raise TypeError(f"a callback is an object, not a class: write {callback.__name__}(...)")
         if not callable(callback):
             raise TypeError(f"a callback is a callable (learner, event) or a Callback, but got {callback!r}")
-    every = [*beside, *found]
-    for i, callback in enumerate(every):
-        if any(callback is other for other in every[:i]):
+        if any(callback is other for other in beside):
             raise ValueError(
-                f"the callback {name_of(callback)} is given twice, and would act twice; those of "
-                "Learner(callbacks=...) act in every fit, those of fit(callbacks=...) in that one"
+                f"the callback {name_of(callback)} would act twice: it is one of Learner(callbacks=...), which act in "
+                "every fit; fit(callbacks=...) are others, for that fit alone"
             )
     return found
 

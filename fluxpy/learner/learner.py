@@ -257,9 +257,12 @@ class Learner:
             output = self.predicted(call(model, input))
             return self.loss(output, self.step.target), output
         except (TypeError, RuntimeError) as error:
-            args, params = (self.step.output, target, input), bind(self.state, self.model).params
-            for note in why_it_failed(error, None, args, "loss(output, target)", params):
+            output, params = self.step.output, bind(self.state, self.model).params
+            for note in why_it_failed(error, None, (output, target, input), "loss(output, target)", params):
                 error.add_note(note)
+            if not isinstance(output, Tensor | None):
+                example = "lambda output, target: cross_entropy(output.logits, target)"
+                error.add_note(f"the loss gets the model's output as it is, a {type(output).__name__}: {example}")
             raise
 
     def validation_step(self, model: Any, input: Any, target: Any) -> Any:

@@ -229,7 +229,7 @@ class Loop:
 
     def _batches(self, source: Source, batches: Iterator[Any], done: int) -> None:
         """The batches of a phase, of which so many are done. Nothing of one is left afterwards."""
-        learner = self.learner
+        learner, index = self.learner, done - 1
         for index, (batch, counts) in enumerate(self.ranks.together(source, batches, learner.training), done):
             learner.batch_index = index
             if learner.training:
@@ -242,6 +242,11 @@ class Loop:
                     self._training_batch() if learner.training else self._validation_batch()
             finally:
                 learner.step = Step()
+        if learner.batch_count not in (None, index + 1) and self.ranks.alone:
+            self.ranks.warn(
+                f"{source.name} says that it has {learner.batch_count} batches, and gave {index + 1}: what goes by "
+                "their number, as schedules over the fit, was off"
+            )
 
     def _end_batch(self, done: bool) -> None:
         self.ranks.busy = False

@@ -62,6 +62,8 @@ def lr_find(
     if all have one, else `adjust(learner.state, scale(result.suggestion / fastest))`. Where a chain has several rates
     that differ, `member` says which grows, as in `adjust`. Each batch reads the loss.
     """
+    if not isinstance(learner, Learner):
+        raise TypeError(f"the Learner comes first: lr_find(learner, data), but got {type(learner).__name__}")
     if learner.fitting:
         raise RuntimeError("lr_find cannot run within a fit")
     if not 0 < start < end or steps < 5:

@@ -208,6 +208,7 @@ class CSVLogger(Rows):
         super().on_fit_end(learner)
         if self._file is not None:
             self._file.close()
+            self._file = None  # so that this can be copied
 
     def state_dict(self) -> dict[str, Any]:
         super().state_dict()

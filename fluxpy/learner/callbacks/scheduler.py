@@ -109,7 +109,7 @@ class LearningRateScheduler(Callback):
     def _follow(self, learner: Learner) -> None:
         """Have the rates of all leaves follow, those adjusted meanwhile from their new base."""
         for path, leaf in leaves(learner.state):
-            _check(path, leaf, self.member)
+            _check(path, leaf, self)
         of = functools.cache(lambda base: ScheduledRate(base, self))  # equal ones are the same object
         adjust_rates(learner.state, lambda rate: of(_base(rate)), self.member)
         self._rules = [(leaf, leaf.rule) for _, leaf in leaves(learner.state)]
@@ -149,9 +149,14 @@ class ScheduledRate(float):
         return float, (float(self),)
 
 
-def _check(path: str, leaf: Leaf, member: Any) -> None:
+def _check(path: str, leaf: Leaf, scheduler: LearningRateScheduler) -> None:
     """ValueError where it cannot be told what the rate of this leaf follows from."""
-    found = rates(leaf, member)
+    found = rates(leaf, scheduler.member)
+    if any(_scheduled(rate) not in (None, scheduler) for rate in found):
+        raise ValueError(
+            f"LearningRateScheduler: {path!r} follows another one already; put both schedules into one, as "
+            "scale=lambda n: warm_up(n) * decay(n)"
+        )
     if any(_base(rate) is None for rate in found):
         raise ValueError(
             f"LearningRateScheduler: {path!r} has lr={found[-1]!r} already; give it a number as its base rate, or "
@@ -162,6 +167,11 @@ def _check(path: str, leaf: Leaf, member: Any) -> None:
             f"LearningRateScheduler: {path!r} has several rates, {found}, whose product is its step; say which is to "
             "follow, by its class or its index in the chain: LearningRateScheduler(..., member=Momentum)"
         )
+
+
+def _scheduled(value: Any) -> LearningRateScheduler | None:
+    """What a rate follows, also where `adjust` scaled that."""
+    return _scheduled(value.schedule) if isinstance(value, scaled) else getattr(value, "scheduler", None)
 
 
 def _base(value: Any) -> float | None:
