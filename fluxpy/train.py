@@ -165,7 +165,7 @@ def why_it_failed(
     if (
         loss is not None
         and isinstance(error, TypeError | AttributeError)
-        and (not _takes(loss, args) or any(text in str(error) for text in (f"not {kind}", f"'{kind}' object has no")))
+        and (not takes(loss, *args) or any(text in str(error) for text in (f"not {kind}", f"'{kind}' object has no")))
     ):
         example = "lambda m, x, y: cross_entropy(m(x), y)" if "model" in called_as else "cross_entropy(output, target)"
         yield f"the loss is called as {called_as}, as in: {example}"
@@ -177,7 +177,7 @@ def why_it_failed(
         yield "the batch is float64, as NumPy's numbers are, and the model is not: X.astype('float32'), or x.float()"
 
 
-def _takes(f: Any, args: Sequence[Any]) -> bool:
+def takes(f: Any, *args: Any) -> bool:
     """Whether a function can be called with these arguments, as far as can be told."""
     try:
         inspect.signature(f.forward if isinstance(f, nn.Module) else f).bind(*args)

@@ -1,5 +1,6 @@
 """The Learner: events, cancels, errors, data, resume."""
 
+import functools
 import io
 import random
 import re
@@ -313,6 +314,7 @@ def test_what_makes_data_gets_the_epoch_only_for_what_can_be_one():
     Learner(net(), F.cross_entropy, Adam()).fit(make, other, epochs=2)
     Learner(net(), F.cross_entropy, Adam()).fit(lambda n: seen.append(n) or batches(), epochs=2)
     assert seen == [0, True, 1, True, 0, 1]
+    Learner(net(), F.cross_entropy, Adam()).fit(functools.partial(DataLoader, arrays(8), batch_size=4), epochs=2)
 
 
 def test_several_data_sets_are_not_taken_for_one_a_list_too_long_is_told():

@@ -28,7 +28,7 @@ from ..show import tree_as_html
 from ..state import Rules, State, bind, select, tree_context
 from ..text import html_table, near
 from ..tracebacks import leave_to_the_user
-from ..train import place, require_parts_of_model, training_mode, why_it_failed
+from ..train import place, require_parts_of_model, takes, training_mode, why_it_failed
 from ..update import check_finite
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import trainables
-from .core import modules_in, open_data, require_batches
+from .core import modules_in, open_data, require_batches, takes
 
 TARGETS = ("target", "targets", "label", "labels", "y")
 
@@ -210,12 +210,9 @@ def move(model: Any, to: torch.device | str | None, held: bool) -> None:
 def _takes_epoch(make: Callable[..., Any]) -> bool:
     """Whether its first argument is an epoch: one that it needs, or that is called so."""
     try:
-        signature = inspect.signature(make)
-        signature.bind(0)
-    except (TypeError, ValueError):
+        return next(iter(inspect.signature(make).parameters), None) == "epoch" or not takes(make)
+    except ValueError:  # it has no signature to look at
         return False
-    first = next(iter(signature.parameters.values()))
-    return first.default is first.empty or first.name == "epoch"
 
 
 def _holds_batches(x: Any) -> bool:

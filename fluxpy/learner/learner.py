@@ -26,6 +26,7 @@ from .core import (
     open_data,
     place,
     require_parts_of_model,
+    takes,
     tree_as_html,
     why_it_failed,
 )
@@ -75,15 +76,15 @@ class Learner:
         accumulate: int = 1,
         default_callbacks: bool = True,
     ) -> None:
-        _check(self, (model, loss, rule_or_state), autocast, accumulate)
+        _check(self, model, loss, rule_or_state)
         has_state = isinstance(rule_or_state, State | Leaf)
         move(model, device, has_state)
-        self.model, self.loss, self.autocast, self.accumulate = model, cast(Any, loss), autocast, accumulate
+        self.model, self.loss = model, cast(Any, loss)
+        self.autocast, self.accumulate = _options(autocast, accumulate)
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
         params = bind(self.state, model).params
         require_parts_of_model(loss, params)
-        devices = {x.device for x in params}
-        self.device = devices.pop() if len(devices) == 1 else None  # where batches go
+        self.device = params[0].device if len({x.device for x in params}) == 1 else None  # where batches go
         self.metrics = Metrics(metrics)
         self.callbacks = [*([ProgressBar()] if default_callbacks else []), *events.checked(callbacks)]
         self.ranks = ranks_of(self.state, model)  # the processes that run it
@@ -317,9 +318,7 @@ class Learner:
 
     def explain(self, callbacks: Iterable[Any] = ()) -> str:
         """Which callbacks act at which event, in their order, as text."""
-        chosen = events.acting_order(
-            [*self.callbacks, *(events.checked(callbacks, self.callbacks) or self._loop.callbacks)]
-        )
+        chosen = events.acting_order([*self.callbacks, *(events.checked(callbacks) or self._loop.callbacks)])
         lines = []
         for event in EVENTS:
             acting = [events.name_of(c) for c in chosen if events.listener(c, event) is not None]
@@ -381,8 +380,18 @@ def _can_join(tensors: tuple[Tensor, ...]) -> bool:
     return first.ndim > 0 and all(t.shape[1:] == first.shape[1:] and t.dtype == first.dtype for t in tensors)
 
 
-def _check_order(model: Any, loss: Any, rule: Any) -> None:
-    """TypeError where they stand in other places."""
+def _options(autocast: Any, accumulate: Any) -> Any:
+    """These; ValueError for others than there can be."""
+    if autocast not in (None, torch.bfloat16):
+        hint = "" if autocast != torch.float16 else ": float16 needs its loss scaled, or small gradients are lost"
+        raise ValueError(f"autocast={autocast!r} is not allowed{hint}; it is torch.bfloat16 or None")
+    events.require_whole("accumulate", accumulate)
+    return autocast, accumulate
+
+
+def _check(learner: Learner, model: Any, loss: Any, rule: Any) -> None:
+    """TypeError where they stand in other places, or the loss is none."""
+    own = type(learner).training_step is not Learner.training_step  # it needs no loss, or calls it in its own way
     rules = any(isinstance(x, Rule | State | Leaf | torch.optim.Optimizer) for x in (model, loss))
     modules = isinstance(model, nn.Module) and isinstance(loss, nn.Module)
     if rules or inspect.isroutine(model) or (modules and trainables(loss) and not trainables(model)):
@@ -390,29 +399,12 @@ def _check_order(model: Any, loss: Any, rule: Any) -> None:
             "Learner(model, loss, rule) takes the model first, then loss(output, target), then a rule or a state, but "
             f"got {', '.join(map(events.name_of, (model, loss, rule)))}"
         )
-
-
-def _check(learner: Learner, given: tuple[Any, Any, Any], autocast: Any, accumulate: Any) -> None:
-    _check_order(*given)
-    _, loss, _ = given
-    if autocast not in (None, torch.bfloat16):
-        hint = "" if autocast != torch.float16 else ": float16 needs its loss scaled, or small gradients are lost"
-        raise ValueError(f"autocast={autocast!r} is not allowed{hint}; it is torch.bfloat16 or None")
-    events.require_whole("accumulate", accumulate)
-    if loss is None and type(learner).training_step is not Learner.training_step:
-        return  # which needs none
     if isinstance(loss, type):
         raise TypeError(f"the loss is an object, not a class: write {loss.__name__}()")
-    if not callable(loss):
+    if not callable(loss) and not (own and loss is None):
         raise TypeError(f"the loss is a function (output, target) -> number, but got {type(loss).__name__}")
-    try:
-        inspect.signature(loss).bind(None, None)
-    except ValueError:  # it has no signature to look at
-        return
-    except TypeError as error:
-        if type(learner).training_step is not Learner.training_step:
-            return
+    if not own and not takes(loss, None, None):
         raise TypeError(
-            f"the loss is called as loss(output, target), as those of PyTorch are, but {loss!r} takes other arguments "
-            f"({error}); loss(model, x, y) is for fluxpy.train, and what needs more is an overridden training_step"
-        ) from None
+            f"the loss is called as loss(output, target), as those of PyTorch are, but {loss!r} takes other arguments; "
+            "loss(model, x, y) is for fluxpy.train, and what needs more is an overridden training_step"
+        )
