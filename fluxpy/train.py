@@ -119,7 +119,7 @@ def _turn(
             return value, value[0] if isinstance(value, tuple) else value
         value, grads = differentiate(loss, model, args, binding)
     except (TypeError, RuntimeError, AttributeError) as error:
-        for note in why_it_failed(error, loss, (model, *args), "loss(model, *batch)", binding.params):
+        for note in why_it_failed(error, loss, (model, *args), binding.params):
             error.add_note(note)
         raise
     number = value[0] if isinstance(value, tuple) else value
@@ -156,19 +156,19 @@ def require_parts_of_model(loss: Any, params: Sequence[Tensor]) -> None:
         )
 
 
-def why_it_failed(
-    error: Exception, loss: Any, args: Sequence[Any], called_as: str, params: Sequence[Tensor]
-) -> Iterator[str]:
-    """What may be behind an error from within a loss that was called so: another signature, batches of NumPy arrays,
-    or batches in float64."""
+def why_it_failed(error: Exception, loss: Any, args: Sequence[Any], params: Sequence[Tensor]) -> Iterator[str]:
+    """What may be behind an error from within a loss, which is called as loss(model, *batch), or if it is None, as
+    loss(output, target): another signature, another output, batches of NumPy arrays, or batches in float64."""
     kind = type(args[0]).__name__
+    if loss is None and not isinstance(args[0], Tensor | None):
+        example = "lambda output, target: cross_entropy(output.logits, target)"
+        yield f"the loss gets the output as it is, of type {kind}: {example}"
     if (
         loss is not None
         and isinstance(error, TypeError | AttributeError)
         and (not takes(loss, *args) or any(text in str(error) for text in (f"not {kind}", f"'{kind}' object has no")))
     ):
-        example = "lambda m, x, y: cross_entropy(m(x), y)" if "model" in called_as else "cross_entropy(output, target)"
-        yield f"the loss is called as {called_as}, as in: {example}"
+        yield "the loss is called as loss(model, *batch), as in: lambda m, x, y: cross_entropy(m(x), y)"
     inside = [part for arg in args for part in (arg if isinstance(arg, tuple | list) else (arg,))]
     if any(isinstance(part, np.ndarray) for part in inside):
         yield "the batch has NumPy arrays: fluxpy.DataLoader((X, Y)) gives tensors, torch.from_numpy(x) one"

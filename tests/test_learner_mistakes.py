@@ -185,7 +185,7 @@ def test_batches_of_arrays_and_doubles(batch, note):
         (
             Output(),
             (X, Y),
-            r"the model's output as it is, a SimpleNamespace: lambda.*cross_entropy\(output.logits, target",
+            r"the output as it is, of type SimpleNamespace: lambda.*cross_entropy\(output.logits, target",
         ),
         (nn.Linear(4, 2), (X, Y, X), "of a batch of 3 the last is the target, and the model gets the others"),
     ],

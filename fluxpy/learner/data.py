@@ -20,11 +20,7 @@ TARGETS = ("target", "targets", "label", "labels", "y")
 
 
 class Source:
-    """Batches for each epoch.
-
-    From an iterable of batches (a list, a `DataLoader`, any object that can be gone through again and again); from a
-    list or tuple of such, one for each epoch; or from a callable that gives one: `make()` or `make(epoch)`.
-    """
+    """Batches for each epoch, of any data that `Learner.fit` takes."""
 
     def __init__(self, data: Any, name: str) -> None:
         self.data, self.name = data, name
@@ -62,7 +58,7 @@ class Source:
                 "rest is not used. Other data to validate on: learner.validate(data), in a callback at epoch_end",
                 stacklevel=2,
             )
-        if any(self.length(epoch) == 0 for epoch in range(epochs - left, epochs)):
+        if any(self.length(epoch) == 0 for epoch in (range(epochs - left, epochs) if self.each else (0,))):
             raise ValueError(f"{self.name} {_EMPTY}")
         if left > 1 and isinstance(self.data, Iterator):
             raise ValueError(
@@ -192,11 +188,8 @@ def evaluation_mode(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def move(model: Any, to: torch.device | str | None, held: bool) -> None:
-    """Put a model on a device, in place; nowhere if that is None."""
-    if to is None:
-        return
-    device = torch.device(to)
+def move(model: Any, device: torch.device, held: bool) -> None:
+    """Put a model on a device, in place."""
     tensors = trainables(model)
     if all(t.device.type == device.type and device.index in (None, t.device.index) for t in tensors):
         return

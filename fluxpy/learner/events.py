@@ -201,12 +201,10 @@ class History(list[dict[str, Any]]):
     `seconds` says how long each epoch took. `stop_reason` says why the fit ended early; None where it ran to its end.
     """
 
-    stop_reason: str | None
-
     def __init__(self, rows: Iterable[dict[str, Any]] = (), seconds: Iterable[float] = ()) -> None:
         super().__init__(rows)
         self.seconds = list(seconds)
-        self.stop_reason = None
+        self.stop_reason: str | None = None
 
     @overload
     def __getitem__(self, key: SupportsIndex, /) -> dict[str, Any]: ...

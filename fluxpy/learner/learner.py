@@ -11,25 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import averaged, setup, summary, trainables
-from . import events, resume
+from . import core, events, resume
 from .callbacks.progress_bar import ProgressBar
 from .collection import Metrics, on_host
-from .core import (
-    Leaf,
-    Rule,
-    Rules,
-    State,
-    bind,
-    check_finite,
-    html_table,
-    leave_to_the_user,
-    open_data,
-    place,
-    require_parts_of_model,
-    takes,
-    tree_as_html,
-    why_it_failed,
-)
 from .data import Source, call, evaluation_mode, kind, move, split
 from .events import EVENTS, History
 from .loop import LOSS, Loop
@@ -67,7 +51,7 @@ class Learner:
         self,
         model: Any,
         loss: Callable[[Any, Any], Tensor] | None,
-        rule_or_state: Rules | State | Leaf,
+        rule_or_state: core.Rules | core.State | core.Leaf,
         *,
         metrics: Any = (),
         callbacks: Iterable[Any] = (),
@@ -76,14 +60,14 @@ class Learner:
         accumulate: int = 1,
         default_callbacks: bool = True,
     ) -> None:
-        _check(self, model, loss, rule_or_state)
-        has_state = isinstance(rule_or_state, State | Leaf)
-        move(model, device, has_state)
-        self.model, self.loss = model, cast(Any, loss)
-        self.autocast, self.accumulate = _options(autocast, accumulate)
+        _check(self, (model, loss, rule_or_state), autocast, accumulate)
+        has_state = isinstance(rule_or_state, core.State | core.Leaf)
+        if device is not None:
+            move(model, torch.device(device), has_state)
+        self.model, self.loss, self.autocast, self.accumulate = model, cast(Any, loss), autocast, accumulate
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
-        params = bind(self.state, model).params
-        require_parts_of_model(loss, params)
+        params = core.bind(self.state, model).params
+        core.require_parts_of_model(loss, params)
         self.device = params[0].device if len({x.device for x in params}) == 1 else None  # where batches go
         self.metrics = Metrics(metrics)
         self.callbacks = [*([ProgressBar()] if default_callbacks else []), *events.checked(callbacks)]
@@ -135,7 +119,7 @@ class Learner:
             with self._meet(trains=True):
                 self._fit(train, valid, epochs, extra)
         except Exception as error:
-            leave_to_the_user(error)
+            core.leave_to_the_user(error)
             raise
         return self.history
 
@@ -228,8 +212,8 @@ class Learner:
         with ranks, evaluation_mode(self.model), averaged(self.state, self.model), torch.no_grad(), self.casting():
             source.make(0)
             for batch, counts in ranks.together(source, source.batches(), trains=False):
-                input, _ = split(place(batch, self.device))
-                tensors, opened = open_data(call(self.model, input))
+                input, _ = split(core.place(batch, self.device))
+                tensors, opened = core.open_data(call(self.model, input))
                 if counts:
                     outputs.append([t.cpu() for t in tensors])
                     others.append(opened)
@@ -258,12 +242,9 @@ class Learner:
             output = self.predicted(call(model, input))
             return self.loss(output, self.step.target), output
         except (TypeError, RuntimeError) as error:
-            output, params = self.step.output, bind(self.state, self.model).params
-            for note in why_it_failed(error, None, (output, target, input), "loss(output, target)", params):
+            output, params = self.step.output, core.bind(self.state, self.model).params
+            for note in core.why_it_failed(error, None, (output, target, input), params):
                 error.add_note(note)
-            if not isinstance(output, Tensor | None):
-                example = "lambda output, target: cross_entropy(output.logits, target)"
-                error.add_note(f"the loss gets the model's output as it is, a {type(output).__name__}: {example}")
             raise
 
     def validation_step(self, model: Any, input: Any, target: Any) -> Any:
@@ -282,7 +263,7 @@ class Learner:
         """The autocast that was asked for, if one was."""
         if self.autocast is None:
             return nullcontext()
-        kind = self.device or bind(self.state, self.model).params[0].device
+        kind = self.device or core.bind(self.state, self.model).params[0].device
         return torch.autocast(kind.type, self.autocast)
 
     def running(self) -> dict[str, float]:
@@ -296,7 +277,7 @@ class Learner:
     def check_finite(self) -> str | None:
         """Read from the device whether a loss was not finite: `nonfinite`. On the CPU that is known at once."""
         try:
-            check_finite(self.state)
+            core.check_finite(self.state)
         except FloatingPointError as error:
             if not str(error).startswith(LOSS):
                 raise
@@ -311,19 +292,16 @@ class Learner:
             ("callbacks", ", ".join(map(events.name_of, self.callbacks)) or "none"),
             ("epochs done", self.progress.epoch),
         ]
-        alone = isinstance(self.state, Leaf)
-        state = f"<pre>{html.escape(summary(self.state))}</pre>" if alone else tree_as_html(self.state)
+        alone = isinstance(self.state, core.Leaf)
+        state = f"<pre>{html.escape(summary(self.state))}</pre>" if alone else core.tree_as_html(self.state)
         past = events.history_as_html(self.history) if self.history else ""
-        return html_table(["Learner", ""], about) + state + past
+        return core.html_table(["Learner", ""], about) + state + past
 
     def explain(self, callbacks: Iterable[Any] = ()) -> str:
         """Which callbacks act at which event, in their order, as text."""
         chosen = events.acting_order([*self.callbacks, *(events.checked(callbacks) or self._loop.callbacks)])
-        lines = []
-        for event in EVENTS:
-            acting = [events.name_of(c) for c in chosen if events.listener(c, event) is not None]
-            lines.append(f"{event:<26}{', '.join(acting) or '-'}")
-        return "\n".join(lines)
+        acting = {e: [events.name_of(c) for c in chosen if events.listener(c, e) is not None] for e in EVENTS}
+        return "\n".join(f"{event:<26}{', '.join(names) or '-'}" for event, names in acting.items())
 
     # --- Saving -------------------------------------------------------------------------------------------------------
 
@@ -368,9 +346,7 @@ class Learner:
         other.model, other.state = copy.deepcopy((self.model, self.state), copies)
         if isinstance(self.loss, nn.Module):  # it may be a part of the model
             other.loss = copy.deepcopy(self.loss, copies)
-        other.callbacks, other.metrics = [], Metrics()
-        other.history, other.progress, other.step, other.stats = History(), Progress(), Step(), {}
-        other._loop = Loop()
+        other.callbacks, other.metrics, other._loop = [], Metrics(), Loop()
         return other
 
 
@@ -380,30 +356,25 @@ def _can_join(tensors: tuple[Tensor, ...]) -> bool:
     return first.ndim > 0 and all(t.shape[1:] == first.shape[1:] and t.dtype == first.dtype for t in tensors)
 
 
-def _options(autocast: Any, accumulate: Any) -> Any:
-    """These; ValueError for others than there can be."""
+def _check(learner: Learner, given: tuple[Any, Any, Any], autocast: Any, accumulate: Any) -> None:
     if autocast not in (None, torch.bfloat16):
         hint = "" if autocast != torch.float16 else ": float16 needs its loss scaled, or small gradients are lost"
         raise ValueError(f"autocast={autocast!r} is not allowed{hint}; it is torch.bfloat16 or None")
     events.require_whole("accumulate", accumulate)
-    return autocast, accumulate
-
-
-def _check(learner: Learner, model: Any, loss: Any, rule: Any) -> None:
-    """TypeError where they stand in other places, or the loss is none."""
+    model, loss, _ = given
     own = type(learner).training_step is not Learner.training_step  # it needs no loss, or calls it in its own way
-    rules = any(isinstance(x, Rule | State | Leaf | torch.optim.Optimizer) for x in (model, loss))
+    rules = any(isinstance(x, core.Rule | core.State | core.Leaf | torch.optim.Optimizer) for x in (model, loss))
     modules = isinstance(model, nn.Module) and isinstance(loss, nn.Module)
     if rules or inspect.isroutine(model) or (modules and trainables(loss) and not trainables(model)):
         raise TypeError(
             "Learner(model, loss, rule) takes the model first, then loss(output, target), then a rule or a state, but "
-            f"got {', '.join(map(events.name_of, (model, loss, rule)))}"
+            f"got {', '.join(map(events.name_of, given))}"
         )
     if isinstance(loss, type):
         raise TypeError(f"the loss is an object, not a class: write {loss.__name__}()")
     if not callable(loss) and not (own and loss is None):
         raise TypeError(f"the loss is a function (output, target) -> number, but got {type(loss).__name__}")
-    if not own and not takes(loss, None, None):
+    if not own and not core.takes(loss, None, None):
         raise TypeError(
             f"the loss is called as loss(output, target), as those of PyTorch are, but {loss!r} takes other arguments; "
             "loss(model, x, y) is for fluxpy.train, and what needs more is an overridden training_step"

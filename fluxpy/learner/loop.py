@@ -113,7 +113,8 @@ class Loop:
         learner.history.seconds.append(time.monotonic() - self.epoch_began)
         if done:
             self.row, self.rng_at_start, self.window, self.nonfinite = {}, None, Window(), None
-            learner.progress.end_epoch()
+            progress = learner.progress
+            progress.epoch, progress.phase, progress.batch, progress.within = progress.epoch + 1, "start", 0, "fit"
 
     def _restore(self, level: str) -> None:
         """Within this level the saved run goes on. Start events that it had fired were fired again, for callbacks to
@@ -217,7 +218,9 @@ class Loop:
         self.row[learner.phase] = learner.stats
         if done:
             self.rng_at_start = None
-            learner.progress.end_phase()
+            progress = learner.progress
+            progress.phase, progress.batch = "validation" if progress.phase == "train" else "end", 0
+            progress.within = "epoch"
         if learner.training:
             stops = [getattr(c, "stops_on_nonfinite", False) for c in (*learner.callbacks, *self.callbacks)]
             found = next(filter(None, (self.nonfinite, learner.check_finite())), None)
@@ -243,15 +246,14 @@ class Loop:
             finally:
                 learner.step = Step()
         if learner.batch_count not in (None, index + 1) and self.ranks.alone:
-            self.ranks.warn(
-                f"{source.name} says that it has {learner.batch_count} batches, and gave {index + 1}: what goes by "
-                "their number, as schedules over the fit, was off"
-            )
+            said = f"says that it has {learner.batch_count} batches, and gave {index + 1}"
+            self.ranks.warn(f"{source.name} {said}: what goes by their number, as schedules over the fit, was off")
 
     def _end_batch(self, done: bool) -> None:
         self.ranks.busy = False
         if self.learner.phase is not None and self.dispatcher.error is None:
-            self.learner.progress.end_batch(self.learner.training)
+            self.learner.progress.batch += 1
+            self.learner.progress.step += self.learner.training
 
     def _training_batch(self) -> None:
         learner, step = self.learner, self.learner.step
@@ -290,7 +292,9 @@ class Loop:
                     return loss_and_output(step(*args), learner.step.output)
 
             ranks.busy = ranks.spread
-            value, self.losses = ranks.attempt("a step", act, lambda value: number_of(value[0]))
+            value, self.losses = ranks.attempt(
+                "a step", act, lambda value: value[0].item() if reads_at_once(value[0]) else 0.0
+            )
             ranks.busy = learner.training
             return value
 
@@ -353,8 +357,3 @@ def loss_and_output(value: Any, output: Any) -> tuple[Any, Any]:
         got = f"a tuple of {len(value)}" if isinstance(value, tuple) and len(more) != 1 else kind(loss)
         raise ValueError(f"a step returns the loss, one number in a tensor, or (loss, output), but this gave {got}")
     return loss, more[0]
-
-
-def number_of(loss: torch.Tensor) -> float:
-    """A loss, where reading it costs nothing."""
-    return loss.item() if reads_at_once(loss) else 0.0

@@ -30,10 +30,8 @@ class LRFind:
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw loss over learning rate into a file, by its suffix a PNG, SVG or PDF. Needs matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plot needs matplotlib: pip install matplotlib") from error
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot(xscale="log", xlabel="learning rate", ylabel="loss (smoothed)")
         axes.plot(self.rates, self.losses)

@@ -98,9 +98,6 @@ class Rows(Callback):
         return rows[0]
 
 
-_KEPT = {"epoch": torch.int64, "batch": torch.int64, "phase": torch.bool}  # other columns are metrics
-
-
 class StatisticsRecorder(Rows):
     """Keeps the metrics of each batch (running values) or, with `per="epoch"`, of each phase, in `records`.
 
@@ -138,17 +135,14 @@ class StatisticsRecorder(Rows):
     def state_dict(self) -> dict[str, Any]:
         """By column, as tensors: a file has room for very many, and takes them at once."""
         super().state_dict()
-        names = dict.fromkeys(name for row in self.records for name in row)
-        columns = {name: [row[name] for row in self.records] for name in names}
-        if names:
-            columns["phase"] = [phase == "train" for phase in columns["phase"]]
-        return {name: torch.tensor(column, dtype=_KEPT.get(name, torch.float64)) for name, column in columns.items()}
+        rows = [row | {"phase": row["phase"] == "train"} for row in self.records]
+        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+        kinds = {float: torch.float64}  # not the default, which has fewer digits
+        return {name: torch.tensor(column, dtype=kinds.get(type(column[0]))) for name, column in columns.items()}
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
-        columns = {name: column.tolist() for name, column in d.items()}
-        if columns:
-            columns["phase"] = ["train" if training else "validation" for training in columns["phase"]]
-        self.records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        rows = [dict(zip(d, row, strict=True)) for row in zip(*(column.tolist() for column in d.values()), strict=True)]
+        self.records = [row | {"phase": "train" if row["phase"] else "validation"} for row in rows]
 
 
 class CSVLogger(Rows):

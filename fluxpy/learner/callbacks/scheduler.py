@@ -69,9 +69,15 @@ class LearningRateScheduler(Callback):
         return base * now if self.name == "scale" else now
 
     def on_fit_start(self, learner: Learner) -> None:
-        if not any(rates(leaf, self.member) for _, leaf in leaves(learner.state)):
+        found = {path: rates(leaf, self.member) for path, leaf in leaves(learner.state)}
+        if not any(found.values()):
             what = "" if self.member is None else f" in its member {self.member!r}"
             raise ValueError(f"LearningRateScheduler: no leaf has a rule with the hyperparameter 'lr'{what}")
+        if taken := [path for path, own in found.items() if any(isinstance(rate, ScheduledRate) for rate in own)]:
+            raise ValueError(
+                f"LearningRateScheduler: {taken[0]!r} follows another one already; put both schedules into one, as "
+                "scale=lambda n: warm_up(n) * decay(n)"
+            )
         self._fill(learner)
         self._follow(learner)
         self._learner = learner
@@ -109,7 +115,7 @@ class LearningRateScheduler(Callback):
     def _follow(self, learner: Learner) -> None:
         """Have the rates of all leaves follow, those adjusted meanwhile from their new base."""
         for path, leaf in leaves(learner.state):
-            _check(path, leaf, self)
+            _check(path, leaf, self.member)
         of = functools.cache(lambda base: ScheduledRate(base, self))  # equal ones are the same object
         adjust_rates(learner.state, lambda rate: of(_base(rate)), self.member)
         self._rules = [(leaf, leaf.rule) for _, leaf in leaves(learner.state)]
@@ -149,14 +155,9 @@ class ScheduledRate(float):
         return float, (float(self),)
 
 
-def _check(path: str, leaf: Leaf, scheduler: LearningRateScheduler) -> None:
+def _check(path: str, leaf: Leaf, member: Any) -> None:
     """ValueError where it cannot be told what the rate of this leaf follows from."""
-    found = rates(leaf, scheduler.member)
-    if any(_scheduled(rate) not in (None, scheduler) for rate in found):
-        raise ValueError(
-            f"LearningRateScheduler: {path!r} follows another one already; put both schedules into one, as "
-            "scale=lambda n: warm_up(n) * decay(n)"
-        )
+    found = rates(leaf, member)
     if any(_base(rate) is None for rate in found):
         raise ValueError(
             f"LearningRateScheduler: {path!r} has lr={found[-1]!r} already; give it a number as its base rate, or "
@@ -167,11 +168,6 @@ def _check(path: str, leaf: Leaf, scheduler: LearningRateScheduler) -> None:
             f"LearningRateScheduler: {path!r} has several rates, {found}, whose product is its step; say which is to "
             "follow, by its class or its index in the chain: LearningRateScheduler(..., member=Momentum)"
         )
-
-
-def _scheduled(value: Any) -> LearningRateScheduler | None:
-    """What a rate follows, also where `adjust` scaled that."""
-    return _scheduled(value.schedule) if isinstance(value, scaled) else getattr(value, "scheduler", None)
 
 
 def _base(value: Any) -> float | None:
