@@ -57,9 +57,10 @@ def train(
     """
     _refuse(refused, data, state)
     _check_order(loss, model)
-    parallel = bind(state, model).parallel
-    if parallel is not None:
-        parallel.require_same_length(data)
+    binding = bind(state, model)
+    require_parts_of_model(loss, binding.params)  # `trainstep` takes such: others may train them meanwhile
+    if binding.parallel is not None:
+        binding.parallel.require_same_length(data)
     training_mode(model, state)
     losses: list[Tensor] = []
     watched, drawn = is_first_process() and (_watched() if progress is None else progress), 0.0
@@ -109,7 +110,6 @@ def _turn(
     _check_order(loss, model)
     require_state(state, "trainstep")
     binding, context = bind(state, model), tree_context(state)
-    require_parts_of_model(loss, binding.params)
     context.require_training_weights(binding.records, "trainstep")
     batch = to_device(batch, binding.params)
     args = batch if isinstance(batch, tuple | list) else (batch,)

@@ -128,6 +128,16 @@ def test_what_a_step_returns_is_told(gives, answer, call):
 
 
 def test_what_may_look_like_a_mistake_is_taken():
+    class Adversarial(nn.Module):  # the other network, which its own state trains meanwhile
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(2, 1)
+
+        def forward(self, model, x, y):
+            return self.other(model(x)).mean()
+
+    model = nn.Linear(4, 2)
+    fluxpy.trainstep(Adversarial(), model, (X, Y), setup(Adam(), model))
     with pytest.warns(UserWarning, match="no parameters"):
         baseline = learner(nn.Identity(), nn.CrossEntropyLoss(), Adam())
     assert baseline.validate([(X[:, :2], Y)])["loss"] == pytest.approx(float(cross_entropy(X[:, :2], Y)))

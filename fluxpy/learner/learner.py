@@ -25,7 +25,8 @@ class Learner:
     """Trains a model: `Learner(model, loss, rule_or_state, metrics=["accuracy"]).fit(train, valid, epochs=12)`.
 
     `loss(output, target)` gives the mean loss of a batch. A batch is `(input, target)`, or a dict with a `target`,
-    `label` or `y`. For anything else override `training_step`; `loss` may be None then. `device` is where the model and
+    `label` or `y`. For anything else override `training_step`; `loss` may be None then. A loss with parameters of its
+    own must be a part of the model. `device` is where the model and
     the batches go; by default where the model is. `callbacks` are run in their order, after the default ones: any
     callable `(learner, event)`, or a `Callback`. `metrics` are names, functions `(output, target) -> number` or
     objects as those of torchmetrics, in a list or a dict by name; the loss is always among them.
