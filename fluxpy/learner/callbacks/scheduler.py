@@ -102,8 +102,7 @@ class LearningRateScheduler(Callback):
         return {}
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
-        if self._learner is not None:  # the rates were put back to their bases
-            self._follow(self._learner)
+        self.state_dict()  # the rates were put back to their bases
 
     def _fill(self, learner: Learner) -> None:
         schedule: Any = self.schedule
