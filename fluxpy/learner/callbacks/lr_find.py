@@ -106,8 +106,7 @@ class _Watch(Callback):
             raise CancelFit("the loss is not finite")
         self.rates.append(self.growth(learner.step_index))
         self.losses.append(loss)
-        last = self.losses[-self.width :]
-        mean = sum(last) / len(last)
+        mean = fmean(self.losses[-self.width :])
         self.lowest = mean if len(self.losses) <= self.width else min(self.lowest, mean)
         if mean > self.lowest + (self.stop_at - 1) * abs(self.lowest) and len(self.losses) > 2 * self.width:
             raise CancelFit("the loss grows")
@@ -117,8 +116,7 @@ class _Watch(Callback):
     def result(self) -> LRFind:
         """With the losses smoothed, each over its neighbours on both sides, and the steepest fall before the lowest."""
         n, width = len(self.losses), self.width
-        near = [self.losses[max(0, i - width) : i + width + 1] for i in range(n)]
-        smooth = [sum(part) / len(part) for part in near]
+        smooth = [fmean(self.losses[max(0, i - width) : i + width + 1]) for i in range(n)]
         low = smooth.index(min(smooth)) if smooth else 0
         falls = {i: smooth[i + width] - smooth[i - width] for i in range(width, min(low, n - width))}
         if not falls or min(falls.values()) >= 0:
