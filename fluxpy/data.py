@@ -40,8 +40,8 @@ class DataLoader(Generic[Batch]):
             names = ("data", "batch_size", "shuffle", "drop_last", "generator")
             if other := next((name for name in kwargs if name not in names), None):
                 raise TypeError(
-                    "DataLoader, which is for arrays in memory (for data sets, workers and samplers there is torch."
-                    f"utils.data.DataLoader), has no argument {other!r}; {near(other, names)}"
+                    f"DataLoader has no argument {other!r} (it is for arrays in memory; for data sets, workers and "
+                    f"samplers there is torch.utils.data.DataLoader); {near(other, names)}"
                 )
             return super().__new__(cls)
 
