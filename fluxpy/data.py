@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -39,8 +40,8 @@ class DataLoader(Generic[Batch]):
             names = ("data", "batch_size", "shuffle", "drop_last", "generator")
             if other := next((name for name in kwargs if name not in names), None):
                 raise TypeError(
-                    f"DataLoader has no argument {other!r}; {near(other, names)}. It is for arrays in memory; for data "
-                    "sets, workers and samplers there is torch.utils.data.DataLoader"
+                    f"DataLoader has no argument {other!r} (it is for arrays in memory; for data sets, workers and "
+                    f"samplers there is torch.utils.data.DataLoader); {near(other, names)}"
                 )
             return super().__new__(cls)
 
@@ -82,11 +83,14 @@ class DataLoader(Generic[Batch]):
         self._rows = next(iter(rows.values()))
         if self._rows == 0:
             raise ValueError("DataLoader: the arrays are empty (0 rows); there is no batch to give")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(f"DataLoader: batch_size={batch_size!r} is not allowed; it must be a whole number above 0")
         if drop_last and batch_size > self._rows:
             raise ValueError(f"DataLoader: batch_size={batch_size} with drop_last gives no batch of {self._rows} rows")
-        self.batch_size, self.shuffle, self.drop_last, self.generator = batch_size, shuffle, drop_last, generator
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(f"DataLoader: write generator=torch.Generator().manual_seed(0), not {generator!r}")
+        self.batch_size, self.generator = int(batch_size), generator
+        self.shuffle, self.drop_last = bool(shuffle), bool(drop_last)
 
     if not TYPE_CHECKING:
         __new__.__signature__ = inspect.signature(__init__)  # for help and editors

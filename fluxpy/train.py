@@ -57,9 +57,10 @@ def train(
     """
     _refuse(refused, data, state)
     _check_order(loss, model)
-    parallel = bind(state, model).parallel
-    if parallel is not None:
-        parallel.require_same_length(data)
+    binding = bind(state, model)
+    require_parts_of_model(loss, binding.params)  # `trainstep` takes such: others may train them meanwhile
+    if binding.parallel is not None:
+        binding.parallel.require_same_length(data)
     training_mode(model, state)
     losses: list[Tensor] = []
     watched, drawn = is_first_process() and (_watched() if progress is None else progress), 0.0
@@ -118,7 +119,7 @@ def _turn(
             return value, value[0] if isinstance(value, tuple) else value
         value, grads = differentiate(loss, model, args, binding)
     except (TypeError, RuntimeError, AttributeError) as error:
-        for note in why_it_failed(error, loss, (model, *args), "loss(model, *batch)", binding.params):
+        for note in why_it_failed(error, loss, (model, *args), binding.params):
             error.add_note(note)
         raise
     number = value[0] if isinstance(value, tuple) else value
@@ -141,19 +142,33 @@ def _check_order(loss: Any, model: Any) -> None:
         )
 
 
-def why_it_failed(
-    error: Exception, loss: Any, args: Sequence[Any], called_as: str, params: Sequence[Tensor]
-) -> Iterator[str]:
-    """What may be behind an error from within a loss that was called so: another signature, batches of NumPy arrays,
-    or batches in float64."""
+def require_parts_of_model(loss: Any, params: Sequence[Tensor]) -> None:
+    """ValueError for a loss with parameters of its own, which no update would reach."""
+    own = {name: x for name, x in loss.named_parameters() if x.requires_grad} if isinstance(loss, nn.Module) else {}
+    known = {id(x) for x in params} if own else set()
+    lost = [name for name, x in own.items() if id(x) not in known]
+    if lost:
+        raise ValueError(
+            f"the loss {type(loss).__name__} has parameters that are not the model's, so nothing would train them: "
+            f"{', '.join(lost[:3])}{', ...' * (len(lost) > 3)}. Make it a part of the model before setup, as in "
+            "model.criterion = loss (an nn.Sequential would call it: put a module around both); or, where they are to "
+            "stay as they are, loss.requires_grad_(False)"
+        )
+
+
+def why_it_failed(error: Exception, loss: Any, args: Sequence[Any], params: Sequence[Tensor]) -> Iterator[str]:
+    """What may be behind an error from within a loss, which is called as loss(model, *batch), or if it is None, as
+    loss(output, target): another signature, another output, batches of NumPy arrays, or batches in float64."""
     kind = type(args[0]).__name__
+    if loss is None and not isinstance(args[0], Tensor | None):
+        example = "lambda output, target: cross_entropy(output.logits, target)"
+        yield f"the loss gets the output as it is, of type {kind}: {example}"
     if (
         loss is not None
         and isinstance(error, TypeError | AttributeError)
-        and (not _takes(loss, args) or any(text in str(error) for text in (f"not {kind}", f"'{kind}' object has no")))
+        and (not takes(loss, *args) or any(text in str(error) for text in (f"not {kind}", f"'{kind}' object has no")))
     ):
-        example = "lambda m, x, y: cross_entropy(m(x), y)" if "model" in called_as else "cross_entropy(output, target)"
-        yield f"the loss is called as {called_as}, as in: {example}"
+        yield "the loss is called as loss(model, *batch), as in: lambda m, x, y: cross_entropy(m(x), y)"
     inside = [part for arg in args for part in (arg if isinstance(arg, tuple | list) else (arg,))]
     if any(isinstance(part, np.ndarray) for part in inside):
         yield "the batch has NumPy arrays: fluxpy.DataLoader((X, Y)) gives tensors, torch.from_numpy(x) one"
@@ -162,7 +177,7 @@ def why_it_failed(
         yield "the batch is float64, as NumPy's numbers are, and the model is not: X.astype('float32'), or x.float()"
 
 
-def _takes(f: Any, args: Sequence[Any]) -> bool:
+def takes(f: Any, *args: Any) -> bool:
     """Whether a function can be called with these arguments, as far as can be told."""
     try:
         inspect.signature(f.forward if isinstance(f, nn.Module) else f).bind(*args)

@@ -113,9 +113,15 @@ def test_arrays_that_torch_cannot_share_are_copied(make: Callable[[np.ndarray], 
         ((np.array(["a", "b"]),), TypeError, "array"),
         (("text",), TypeError, "str"),
         ((torch.eye(3).to_sparse(),), TypeError, "a tensor of torch.sparse_coo"),
+        ((X, 4, True, False, 5), TypeError, r"write generator=torch.Generator\(\).manual_seed\(0\), not 5"),
         ((np.ma.array([1.0, 2.0], mask=[0, 1]),), TypeError, "mask would be lost"),
     ],
 )
 def test_what_is_wrong_is_said(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         DataLoader(*arguments)
+
+
+def test_numbers_and_flags_of_numpy() -> None:
+    loader = DataLoader(X, batch_size=np.int64(4), shuffle=np.bool_(True))
+    assert len(loader) == 3 and repr(loader).count("shuffled") == 1 and sum(map(len, loader)) == 10

@@ -1,5 +1,6 @@
 """The Learner: events, cancels, errors, data, resume."""
 
+import functools
 import io
 import random
 import re
@@ -13,7 +14,16 @@ from torch.nn import functional as F
 
 import fluxpy
 from fluxpy import Adam, DataLoader, Descent, freeze, setup
-from fluxpy.learner import EVENTS, Callback, CancelBatch, CancelEpoch, CancelFit, CancelTraining, CancelValidation
+from fluxpy.learner import (
+    EVENTS,
+    Callback,
+    CancelBatch,
+    CancelEpoch,
+    CancelFit,
+    CancelTraining,
+    CancelValidation,
+    StopOnNaN,
+)
 from fluxpy.learner import Learner as _Learner
 from fluxpy.learner.events import Event
 
@@ -279,6 +289,34 @@ def test_data_that_cannot_be_trained_on(data, error, message):
         Learner(net(), F.cross_entropy, Adam()).fit(data, epochs=2)
 
 
+@pytest.mark.parametrize(
+    "empty",
+    [[], (), [DataLoader(arrays(4), batch_size=4), []], torch.utils.data.DataLoader([], batch_size=4)],
+)
+def test_validation_data_without_a_batch_is_refused_before_any_batch_of_training(empty):
+    learner = Learner(net(), F.cross_entropy, Adam())
+    with pytest.raises(ValueError, match="the validation data has no batch"):
+        learner.fit(batches(), empty, epochs=2)
+    assert learner.state[0].weight.count == 0 and not learner.history
+
+
+def test_what_makes_data_gets_the_epoch_only_for_what_can_be_one():
+    seen = []
+
+    def make(epoch=-1, rows=8):
+        seen.append(epoch)
+        return batches()
+
+    def other(shuffle=True):
+        seen.append(shuffle)
+        return batches()
+
+    Learner(net(), F.cross_entropy, Adam()).fit(make, other, epochs=2)
+    Learner(net(), F.cross_entropy, Adam()).fit(lambda n: seen.append(n) or batches(), epochs=2)
+    assert seen == [0, True, 1, True, 0, 1]
+    Learner(net(), F.cross_entropy, Adam()).fit(functools.partial(DataLoader, arrays(8), batch_size=4), epochs=2)
+
+
 def test_several_data_sets_are_not_taken_for_one_a_list_too_long_is_told():
     learner = Learner(net(), F.cross_entropy, Adam())
     with pytest.warns(UserWarning, match=r"the validation data is a list of 2, .* learner.validate\(data\)"):
@@ -348,6 +386,35 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_warns():
     assert np.isfinite(history[0]["train"]["loss"]) and all(x.isfinite().all() for x in learner.model.parameters())
     assert learner.metrics.batches == 2
     assert next(leaf for _, leaf in fluxpy.leaves(learner.state)).count == 2
+
+
+@pytest.mark.parametrize("saved_at", [1, 2])
+@pytest.mark.parametrize("finite", [[2, 3], []])
+def test_a_resumed_run_still_tells_of_a_loss_that_was_not_finite(saved_at, finite):
+    data, saves = batches(4), []
+    data = [(x if i in finite else x * float("nan"), y) for i, (x, y) in enumerate(data)]
+
+    def save(learner, event):
+        if event == "batch_end" and learner.batch_index == saved_at:
+            saves.append(learner.state_dict())
+
+    with pytest.warns(UserWarning, match="batch 0 of epoch 0"):
+        whole = Learner(net(), F.cross_entropy, Adam(), callbacks=[save]).fit(data, data[2:] if finite else None)
+    learner = Learner(net(), F.cross_entropy, Adam())
+    learner.load_state_dict(saves[0])
+    with pytest.warns(UserWarning, match="the loss of batch 0 of epoch 0 is nan") as warned:
+        history = learner.fit(data, data[2:] if finite else None)
+    assert str(history) == str(whole) and len(warned) == 1
+
+
+def test_a_run_that_stopped_at_nan_goes_on_and_stops_at_the_next():
+    data = [(x * float("nan") if i in (0, 2) else x, y) for i, (x, y) in enumerate(batches(4))]
+    learner = Learner(net(), F.cross_entropy, Adam(), callbacks=[StopOnNaN()])
+    assert "batch 0" in learner.fit(data).stop_reason
+    learner.load_state_dict(learner.state_dict())
+    assert "batch 2" in learner.fit(data).stop_reason and learner.state[0].weight.count == 1
+    learner.load_state_dict(learner.state_dict())
+    assert learner.fit(data).stop_reason is None and learner.state[0].weight.count == 2
 
 
 def test_an_epoch_without_a_finite_loss_has_none():

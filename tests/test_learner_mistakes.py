@@ -1,5 +1,6 @@
 """What users of the Learner write by mistake is answered by what to write instead; rates of one member of a chain."""
 
+import copy
 import traceback
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import fluxpy
 from fluxpy import Adam, DataLoader, Momentum, OptimiserChain, RMSProp, setup, value
-from fluxpy.learner import Checkpoint, EarlyStopping, Learner, LearningRateScheduler, lr_find
+from fluxpy.learner import Callback, Checkpoint, EarlyStopping, Learner, LearningRateScheduler, lr_find
 
 X, Y = torch.randn(16, 4), torch.randint(0, 2, (16,))
 
@@ -21,6 +22,26 @@ def data():
 
 def learner(model=None, loss=cross_entropy, rule=None, **options):
     return Learner(model or nn.Linear(4, 2), loss, rule or Adam(), default_callbacks=False, **options)
+
+
+class Tempered(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_t = nn.Parameter(torch.zeros(()))
+
+    def forward(self, output, target):
+        return cross_entropy(output * self.log_t.exp(), target)
+
+
+class Body(nn.Module):
+    def __init__(self, criterion):
+        super().__init__()
+        self.layer, self.criterion = nn.Linear(4, 2), criterion
+
+    def forward(self, x):
+        return self.layer(x)
 
 
 class Output(nn.Module):
@@ -34,8 +55,35 @@ class Output(nn.Module):
         return SimpleNamespace(logits=self.layer(x))
 
 
+def state_second(model):
+    return Learner(model, setup(Adam(), model), cross_entropy)
+
+
+def twice(callback):
+    learner(callbacks=[callback]).fit(data(), callbacks=[callback])
+
+
+ORDER = r"Learner\(model, loss, rule\) takes the model first.* but got "
 MISTAKES = {
     "a loss of the model": (lambda: learner(loss=lambda m, x, y: m(x).sum()), r"loss\(output, target\).*fluxpy.train"),
+    "a callback for the fit too": (lambda: twice(EarlyStopping()), r"EarlyStopping would act twice.*fit\(callbacks="),
+    "no callbacks": (lambda: learner(callbacks=None), r"callbacks= takes a list of callbacks: callbacks=\[\]"),
+    "an event without the Learner": (
+        lambda: type("Own", (Callback,), {"on_epoch_end": lambda self: None}),
+        r"Own: write def on_epoch_end\(self, learner\)",
+    ),
+    "data first": (lambda: lr_find(data(), learner()), r"lr_find\(learner, data\), but got DataLoader"),
+    "the loss first": (lambda: Learner(cross_entropy, nn.Linear(4, 2), Adam()), ORDER + "cross_entropy, Linear, Adam"),
+    "a loss module first": (lambda: Learner(nn.CrossEntropyLoss(), nn.Linear(4, 2), Adam()), ORDER + "Cross.*, Linear"),
+    "the rule second": (lambda: Learner(nn.Linear(4, 2), Adam(), nn.CrossEntropyLoss), ORDER + "Linear, Adam, Cross"),
+    "the rule first": (lambda: Learner(Adam(), nn.Linear(4, 2), cross_entropy), ORDER + "Adam, Linear, cross_entropy"),
+    "a state second": (lambda: state_second(nn.Linear(4, 2)), ORDER + "Linear, State, cross_entropy"),
+    "a function as model": (lambda: learner(lambda x: x), ORDER + "<lambda>"),
+    "a loss that nobody trains": (lambda: learner(loss=Tempered()), r"Tempered.*log_t.*criterion = loss.*grad_\(F"),
+    "the same in train": (
+        lambda: fluxpy.train(Tempered(), model := nn.Linear(4, 2), data(), setup(Adam(), model)),
+        "Tempered.*log_t.*model.criterion = loss",
+    ),
     "val_loss": (lambda: learner(callbacks=[EarlyStopping("val_loss")]), "write 'loss'.*or 'validation.loss'"),
     "val_accuracy": (lambda: Checkpoint("run", monitor="val_accuracy"), "'validation.accuracy'"),
     "a patience in its place": (lambda: EarlyStopping(3), "monitor is the name of a metric, but got 3.*patience=3"),
@@ -79,6 +127,42 @@ def test_what_a_step_returns_is_told(gives, answer, call):
         getattr(Own(nn.Linear(4, 2), cross_entropy, Adam(), default_callbacks=False), call)(data())
 
 
+def test_what_may_look_like_a_mistake_is_taken():
+    class Adversarial(nn.Module):  # the other network, which its own state trains meanwhile
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(2, 1)
+
+        def forward(self, model, x, y):
+            return self.other(model(x)).mean()
+
+    model = nn.Linear(4, 2)
+    fluxpy.trainstep(Adversarial(), model, (X, Y), setup(Adam(), model))
+    with pytest.warns(UserWarning, match="no parameters"):
+        baseline = learner(nn.Identity(), nn.CrossEntropyLoss(), Adam())
+    assert baseline.validate([(X[:, :2], Y)])["loss"] == pytest.approx(float(cross_entropy(X[:, :2], Y)))
+    learner(loss=Tempered().requires_grad_(False)).fit(data())
+
+
+def test_a_loss_that_is_a_part_of_the_model_trains():
+    """As in a loop by hand; a copy of the Learner trains a copy of it."""
+    torch.manual_seed(0)
+    model = Body(Tempered()).double()
+    other = copy.deepcopy(model)
+    batches = [(x.double(), y) for x, y in data()] * 5
+    run = learner(model, model.criterion, Adam(0.1))
+    trial = run.trial()
+    assert trial.loss is trial.model.criterion is not model.criterion
+    run.fit(batches)
+    adam = torch.optim.Adam(other.parameters(), 0.1)
+    for x, y in batches:
+        adam.zero_grad()
+        other.criterion(other(x), y).backward()
+        adam.step()
+    torch.testing.assert_close(model.criterion.log_t, other.criterion.log_t, rtol=1e-10, atol=0)
+    assert abs(model.criterion.log_t) > 0.1
+
+
 def test_an_error_in_a_metric_names_it():
     with pytest.raises(TypeError) as raised:
         learner(metrics={"nothing": lambda output, target: None}).fit(data())
@@ -101,6 +185,25 @@ def test_a_loss_for_a_step_of_ones_own_may_take_more():
 def test_batches_of_arrays_and_doubles(batch, note):
     with pytest.raises((TypeError, RuntimeError)) as raised:
         learner().fit([batch])
+    with pytest.raises(AssertionError, match=note):
+        raise AssertionError(raised.value.__notes__[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "note"),
+    [
+        (
+            Output(),
+            (X, Y),
+            r"the output as it is, of type SimpleNamespace: lambda.*cross_entropy\(output.logits, target",
+        ),
+        (nn.Linear(4, 2), (X, Y, X), "of a batch of 3 the last is the target, and the model gets the others"),
+    ],
+)
+def test_an_error_says_what_model_and_loss_get(model, batch, note):
+    with pytest.raises(TypeError) as raised:
+        learner(model).fit([batch])
+    assert len(raised.value.__notes__) == 1
     with pytest.raises(AssertionError, match=note):
         raise AssertionError(raised.value.__notes__[0])
 

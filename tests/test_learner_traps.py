@@ -1,5 +1,6 @@
 """What was wrong without a word, or failed late: each of these was."""
 
+import copy
 import dataclasses
 import math
 from collections import OrderedDict, UserDict
@@ -11,8 +12,28 @@ from torch import nn
 from torch.nn import functional as F
 
 import fluxpy
-from fluxpy import Adam, DataLoader, Descent, setup, train, update, withgradient
-from fluxpy.learner import CancelFit, Checkpoint, StopOnNaN
+from fluxpy import (
+    Adam,
+    DataLoader,
+    Descent,
+    Momentum,
+    OptimiserChain,
+    RMSProp,
+    setup,
+    train,
+    update,
+    withgradient,
+)
+from fluxpy.learner import (
+    CancelFit,
+    Checkpoint,
+    CSVLogger,
+    EarlyStopping,
+    LearningRateScheduler,
+    StatisticsRecorder,
+    StopOnNaN,
+    TensorBoardLogger,
+)
 from fluxpy.learner import Learner as _Learner
 
 
@@ -414,3 +435,67 @@ def test_a_file_of_a_learner_still_says_what_setup_was_given(tmp_path):
     model, state = fresh(Adam(0.1))
     fluxpy.load(tmp_path / "last.flux", model=model, state=state)  # without a word
     assert fluxpy.value(state[0].weight, "lr") == 0.01
+
+
+class Says:
+    """Batches that say how many they are."""
+
+    def __init__(self, batches, says):
+        self.batches, self.says = batches, says
+
+    def __len__(self):
+        return self.says
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("phase", ["training", "validation"])
+@pytest.mark.parametrize("says", [2, 7, 5])
+def test_data_that_has_not_as_many_batches_as_it_says_is_told(phase, says):
+    batches = list(DataLoader(arrays(), batch_size=4))
+    other = Says(batches, says)
+    learner = Learner(net(), F.cross_entropy, Adam())
+    data = (other, batches) if phase == "training" else (batches, other)
+    if says == 5:
+        learner.fit(*data)
+        return
+    with pytest.warns(UserWarning, match=f"the {phase} data says that it has {says} batches, and gave 5") as warned:
+        history = learner.fit(*data)
+    assert len(warned) == 1 and learner.state[0].weight.count == 5
+    whole = Learner(net(), F.cross_entropy, Adam()).fit(batches, batches)
+    assert history == whole
+
+    def stop(learner, event):
+        if event == "batch_end" and learner.batch_index == 1:
+            raise CancelFit
+
+    learner.fit(*data, callbacks=[stop])  # one that was cut short is no other
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_a_learner_with_its_callbacks_can_be_copied_after_a_fit(tmp_path, fitted):
+    """Those of the box hold no file and no stream then."""
+    callbacks = [CSVLogger(tmp_path / "log.csv"), StatisticsRecorder(), TensorBoardLogger(tmp_path), StopOnNaN()]
+    callbacks += [Checkpoint(tmp_path), EarlyStopping(restore_best=True), LearningRateScheduler(scale=lambda n: 1.0)]
+    learner = _Learner(net(), F.cross_entropy, Adam(), callbacks=callbacks)
+    data = DataLoader(arrays(), batch_size=4)
+    if fitted:
+        learner.fit(data)
+    other = copy.deepcopy(learner)
+    learner.fit(data, epochs=2)
+    assert other.state[0].weight.count == 5 * fitted and other.callbacks[0] is not learner.callbacks[0]
+
+
+def test_two_schedulers_of_one_rate_are_refused():
+    """The last one counted, without a word."""
+    both = [LearningRateScheduler(scale=lambda n: 0.5), LearningRateScheduler(scale=lambda n: 0.1)]
+    learner = Learner(net(), F.cross_entropy, Adam(0.1), callbacks=both[:1])
+    data = DataLoader(arrays(), batch_size=4)
+    with pytest.raises(ValueError, match="'0.weight' follows another one already; put both schedules into one"):
+        learner.fit(data, callbacks=both[1:])
+    assert learner.state[0].weight.rule.lr == 0.1
+    learner.fit(data)
+    rule = OptimiserChain(RMSProp(1.0), Momentum(0.01))
+    both = [LearningRateScheduler(scale=lambda n: 0.5, member=member) for member in (RMSProp, Momentum)]
+    Learner(net(), F.cross_entropy, rule, callbacks=both).fit(data)

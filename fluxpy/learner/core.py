@@ -18,7 +18,7 @@ from ..gradient import Gradients
 from ..grads import in_order
 from ..leaf import Leaf
 from ..members import members_of
-from ..rule import hyperparameters, rules_in
+from ..rule import Rule, hyperparameters, rules_in
 from ..saving.checkpoint import write_checkpoint
 from ..saving.file import read as read_file
 from ..saving.file import remove_leftovers
@@ -28,7 +28,7 @@ from ..show import tree_as_html
 from ..state import Rules, State, bind, select, tree_context
 from ..text import html_table, near
 from ..tracebacks import leave_to_the_user
-from ..train import place, training_mode, why_it_failed
+from ..train import place, require_parts_of_model, takes, training_mode, why_it_failed
 from ..update import check_finite
 
 

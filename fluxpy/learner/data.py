@@ -14,17 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import trainables
-from .core import modules_in, open_data, require_batches
+from .core import modules_in, open_data, require_batches, takes
 
 TARGETS = ("target", "targets", "label", "labels", "y")
 
 
 class Source:
-    """Batches for each epoch.
-
-    From an iterable of batches (a list, a `DataLoader`, any object that can be gone through again and again); from a
-    list or tuple of such, one for each epoch; or from a callable that gives one: `make()` or `make(epoch)`.
-    """
+    """Batches for each epoch, of any data that `Learner.fit` takes."""
 
     def __init__(self, data: Any, name: str) -> None:
         self.data, self.name = data, name
@@ -62,6 +58,8 @@ class Source:
                 "rest is not used. Other data to validate on: learner.validate(data), in a callback at epoch_end",
                 stacklevel=2,
             )
+        if any(self.length(epoch) == 0 for epoch in (range(epochs - left, epochs) if self.each else (0,))):
+            raise ValueError(f"{self.name} {_EMPTY}")
         if left > 1 and isinstance(self.data, Iterator):
             raise ValueError(
                 f"{self.name} is an iterator, which lasts for one epoch, but epochs={epochs}; pass what can be gone "
@@ -73,7 +71,7 @@ class Source:
         if self.each:
             self.loader = self.data[epoch]
         elif self.makes:
-            self.loader = self.data(epoch) if _takes_one(self.data) else self.data()
+            self.loader = self.data(epoch) if _takes_epoch(self.data) else self.data()
         if self.each or self.makes:
             require_batches(self.loader, f"what {self.name} has for epoch {epoch}")
 
@@ -101,7 +99,7 @@ class Source:
             return batches
         first = next(batches, _END)
         if first is _END:
-            raise ValueError(f"{self.name} has no batch: it is empty, or an iterator that was used up before")
+            raise ValueError(f"{self.name} {_EMPTY}")
         return chain([first], batches)
 
     def generators(self) -> list[Any]:
@@ -125,6 +123,7 @@ class Source:
 
 
 _END = object()
+_EMPTY = "has no batch: it is empty, or an iterator that was used up before"
 _GENERATORS = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 _DEEP, _MANY, _MOST = 5, 64, 2000  # how far, in how long lists and in how many objects generators are looked for
 
@@ -157,14 +156,15 @@ def samples_of(*parts: Any) -> int:
 
 def call(model: Any, input: Any) -> Any:
     """The output: a tuple is several arguments, a dict keywords."""
-    if isinstance(input, tuple) and type(input) is tuple:
-        return model(*input)
-    if not isinstance(input, Mapping):
-        return model(input)
     try:
-        return model(**input)
+        if isinstance(input, Mapping):
+            return model(**input)
+        return model(*input) if type(input) is tuple else model(input)
     except TypeError as error:
-        error.add_note(f"of a batch that is a dict the model gets keywords: {', '.join(map(str, input))}")
+        if isinstance(input, Mapping):
+            error.add_note(f"of a batch that is a dict the model gets keywords: {', '.join(map(str, input))}")
+        elif type(input) is tuple:
+            error.add_note(f"of a batch of {len(input) + 1} the last is the target, and the model gets the others")
         raise
 
 
@@ -200,16 +200,16 @@ def move(model: Any, device: torch.device, held: bool) -> None:
     model.to(device)
 
 
-def _takes_one(make: Callable[..., Any]) -> bool:
+def _takes_epoch(make: Callable[..., Any]) -> bool:
+    """Whether its first argument is an epoch: one that it needs, or that is called so."""
     try:
-        inspect.signature(make).bind(0)
-    except (TypeError, ValueError):
+        return next(iter(inspect.signature(make).parameters), None) == "epoch" or not takes(make)
+    except ValueError:  # it has no signature to look at
         return False
-    return True
 
 
 def _holds_batches(x: Any) -> bool:
     """Whether this is itself an iterable of batches, and no batch."""
     if isinstance(x, list):
-        return len(x) > 0 and all(isinstance(part, tuple | list | Mapping) for part in x)
+        return all(isinstance(part, tuple | list | Mapping) for part in x)
     return hasattr(x, "__iter__") and not isinstance(x, Tensor | np.ndarray | tuple | Mapping | str | bytes)

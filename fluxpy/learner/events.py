@@ -12,12 +12,13 @@ one of them cancels is cancelled after that.
 """
 
 import difflib
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any, ClassVar, SupportsIndex, overload
 
-from .core import html_table, near
+from .core import html_table, near, takes
 
 EVENTS = (
     "fit_start",
@@ -119,10 +120,12 @@ class Callback:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in vars(cls):
+        for name, method in vars(cls).items():
             if name.startswith("on_") and name[3:] not in EVENTS:
                 known = [f"on_{event}" for event in EVENTS]
                 raise TypeError(f"{cls.__name__}.{name}: no such event; {near(name, known)} All: {', '.join(known)}")
+            if name.startswith("on_") and inspect.isfunction(method) and not takes(method, None, None):
+                raise TypeError(f"{cls.__name__}: write def {name}(self, learner)")
 
     def __call__(self, learner: Any, event: str) -> None:
         """Run `on_<event>(learner)`, if there is one."""
@@ -160,16 +163,22 @@ def name_of(callback: Any) -> str:
     return getattr(callback, "__name__", type(callback).__name__)
 
 
-def checked(callbacks: Any) -> list[Any]:
-    """The callbacks as a list; TypeError for what cannot be one."""
-    if callable(callbacks) or isinstance(callbacks, str):
-        raise TypeError(f"callbacks= takes a list of callbacks: callbacks=[{name_of(callbacks)}]")
+def checked(callbacks: Any, beside: Sequence[Any] = ()) -> list[Any]:
+    """The callbacks as a list; TypeError for what cannot be one, ValueError for one of those beside them."""
+    if callable(callbacks) or isinstance(callbacks, str) or not isinstance(callbacks, Iterable):
+        some = "" if callbacks is None else name_of(callbacks)
+        raise TypeError(f"callbacks= takes a list of callbacks: callbacks=[{some}]")
     found = list(callbacks)
     for callback in found:
         if isinstance(callback, type):
             raise TypeError(f"a callback is an object, not a class: write {callback.__name__}(...)")
         if not callable(callback):
             raise TypeError(f"a callback is a callable (learner, event) or a Callback, but got {callback!r}")
+        if any(callback is other for other in beside):
+            raise ValueError(
+                f"the callback {name_of(callback)} would act twice: it is one of Learner(callbacks=...), which act in "
+                "every fit; fit(callbacks=...) are others, for that fit alone"
+            )
     return found
 
 
@@ -192,12 +201,10 @@ class History(list[dict[str, Any]]):
     `seconds` says how long each epoch took. `stop_reason` says why the fit ended early; None where it ran to its end.
     """
 
-    stop_reason: str | None
-
     def __init__(self, rows: Iterable[dict[str, Any]] = (), seconds: Iterable[float] = ()) -> None:
         super().__init__(rows)
         self.seconds = list(seconds)
-        self.stop_reason = None
+        self.stop_reason: str | None = None
 
     @overload
     def __getitem__(self, key: SupportsIndex, /) -> dict[str, Any]: ...

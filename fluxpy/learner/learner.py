@@ -8,25 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import averaged, setup, summary
-from . import events, resume
+from .. import averaged, setup, summary, trainables
+from . import core, events, resume
 from .callbacks.progress_bar import ProgressBar
 from .collection import Metrics, on_host
-from .core import (
-    Leaf,
-    Rules,
-    State,
-    bind,
-    check_finite,
-    html_table,
-    leave_to_the_user,
-    open_data,
-    place,
-    tree_as_html,
-    why_it_failed,
-)
 from .data import Source, call, evaluation_mode, kind, move, split
 from .events import EVENTS, History
 from .loop import LOSS, Loop
@@ -38,7 +25,8 @@ class Learner:
     """Trains a model: `Learner(model, loss, rule_or_state, metrics=["accuracy"]).fit(train, valid, epochs=12)`.
 
     `loss(output, target)` gives the mean loss of a batch. A batch is `(input, target)`, or a dict with a `target`,
-    `label` or `y`. For anything else override `training_step`; `loss` may be None then. `device` is where the model and
+    `label` or `y`. For anything else override `training_step`; `loss` may be None then. A loss with parameters of its
+    own must be a part of the model. `device` is where the model and
     the batches go; by default where the model is. `callbacks` are run in their order, after the default ones: any
     callable `(learner, event)`, or a `Callback`. `metrics` are names, functions `(output, target) -> number` or
     objects as those of torchmetrics, in a list or a dict by name; the loss is always among them.
@@ -64,7 +52,7 @@ class Learner:
         self,
         model: Any,
         loss: Callable[[Any, Any], Tensor] | None,
-        rule_or_state: Rules | State | Leaf,
+        rule_or_state: core.Rules | core.State | core.Leaf,
         *,
         metrics: Any = (),
         callbacks: Iterable[Any] = (),
@@ -73,15 +61,15 @@ class Learner:
         accumulate: int = 1,
         default_callbacks: bool = True,
     ) -> None:
-        _check(self, loss, autocast, accumulate)
-        has_state = isinstance(rule_or_state, State | Leaf)
+        _check(self, (model, loss, rule_or_state), autocast, accumulate)
+        has_state = isinstance(rule_or_state, core.State | core.Leaf)
         if device is not None:
             move(model, torch.device(device), has_state)
-        self.model, self.loss = model, cast(Any, loss)
-        self.autocast, self.accumulate = autocast, accumulate
+        self.model, self.loss, self.autocast, self.accumulate = model, cast(Any, loss), autocast, accumulate
         self.state: Any = rule_or_state if has_state else setup(rule_or_state, model)  # the one tree
-        devices = {x.device for x in bind(self.state, model).params}
-        self.device = devices.pop() if len(devices) == 1 else None  # where batches go
+        params = core.bind(self.state, model).params
+        core.require_parts_of_model(loss, params)
+        self.device = params[0].device if len({x.device for x in params}) == 1 else None  # where batches go
         self.metrics = Metrics(metrics)
         self.callbacks = [*([ProgressBar()] if default_callbacks else []), *events.checked(callbacks)]
         self.ranks = ranks_of(self.state, model)  # the processes that run it
@@ -127,12 +115,12 @@ class Learner:
         if self._loop.dispatcher.levels:
             raise RuntimeError("fit is running; a callback cannot start another one")
         events.require_whole("epochs", epochs)
-        extra = events.checked(callbacks)
+        extra = events.checked(callbacks, self.callbacks)
         try:
             with self._meet(trains=True):
                 self._fit(train, valid, epochs, extra)
         except Exception as error:
-            leave_to_the_user(error)
+            core.leave_to_the_user(error)
             raise
         return self.history
 
@@ -225,8 +213,8 @@ class Learner:
         with ranks, evaluation_mode(self.model), averaged(self.state, self.model), torch.no_grad(), self.casting():
             source.make(0)
             for batch, counts in ranks.together(source, source.batches(), trains=False):
-                input, _ = split(place(batch, self.device))
-                tensors, opened = open_data(call(self.model, input))
+                input, _ = split(core.place(batch, self.device))
+                tensors, opened = core.open_data(call(self.model, input))
                 if counts:
                     outputs.append([t.cpu() for t in tensors])
                     others.append(opened)
@@ -255,8 +243,8 @@ class Learner:
             output = self.predicted(call(model, input))
             return self.loss(output, self.step.target), output
         except (TypeError, RuntimeError) as error:
-            args, params = (self.step.output, target, input), bind(self.state, self.model).params
-            for note in why_it_failed(error, None, args, "loss(output, target)", params):
+            output, params = self.step.output, core.bind(self.state, self.model).params
+            for note in core.why_it_failed(error, None, (output, target, input), params):
                 error.add_note(note)
             raise
 
@@ -276,7 +264,7 @@ class Learner:
         """The autocast that was asked for, if one was."""
         if self.autocast is None:
             return nullcontext()
-        kind = self.device or bind(self.state, self.model).params[0].device
+        kind = self.device or core.bind(self.state, self.model).params[0].device
         return torch.autocast(kind.type, self.autocast)
 
     def running(self) -> dict[str, float]:
@@ -290,7 +278,7 @@ class Learner:
     def check_finite(self) -> str | None:
         """Read from the device whether a loss was not finite: `nonfinite`. On the CPU that is known at once."""
         try:
-            check_finite(self.state)
+            core.check_finite(self.state)
         except FloatingPointError as error:
             if not str(error).startswith(LOSS):
                 raise
@@ -305,19 +293,16 @@ class Learner:
             ("callbacks", ", ".join(map(events.name_of, self.callbacks)) or "none"),
             ("epochs done", self.progress.epoch),
         ]
-        alone = isinstance(self.state, Leaf)
-        state = f"<pre>{html.escape(summary(self.state))}</pre>" if alone else tree_as_html(self.state)
+        alone = isinstance(self.state, core.Leaf)
+        state = f"<pre>{html.escape(summary(self.state))}</pre>" if alone else core.tree_as_html(self.state)
         past = events.history_as_html(self.history) if self.history else ""
-        return html_table(["Learner", ""], about) + state + past
+        return core.html_table(["Learner", ""], about) + state + past
 
     def explain(self, callbacks: Iterable[Any] = ()) -> str:
         """Which callbacks act at which event, in their order, as text."""
         chosen = events.acting_order([*self.callbacks, *(events.checked(callbacks) or self._loop.callbacks)])
-        lines = []
-        for event in EVENTS:
-            acting = [events.name_of(c) for c in chosen if events.listener(c, event) is not None]
-            lines.append(f"{event:<26}{', '.join(acting) or '-'}")
-        return "\n".join(lines)
+        acting = {e: [events.name_of(c) for c in chosen if events.listener(c, e) is not None] for e in EVENTS}
+        return "\n".join(f"{event:<26}{', '.join(names) or '-'}" for event, names in acting.items())
 
     # --- Saving -------------------------------------------------------------------------------------------------------
 
@@ -358,10 +343,11 @@ class Learner:
                 "find the rate with the model under DistributedDataParallel, or with a small one on one process"
             )
         other = copy.copy(self)
-        other.model, other.state = copy.deepcopy((self.model, self.state))
-        other.callbacks, other.metrics = [], Metrics()
-        other.history, other.progress, other.step, other.stats = History(), Progress(), Step(), {}
-        other._loop = Loop()
+        copies: dict[int, Any] = {}
+        other.model, other.state = copy.deepcopy((self.model, self.state), copies)
+        if isinstance(self.loss, nn.Module):  # it may be a part of the model
+            other.loss = copy.deepcopy(self.loss, copies)
+        other.callbacks, other.metrics, other._loop = [], Metrics(), Loop()
         return other
 
 
@@ -371,25 +357,26 @@ def _can_join(tensors: tuple[Tensor, ...]) -> bool:
     return first.ndim > 0 and all(t.shape[1:] == first.shape[1:] and t.dtype == first.dtype for t in tensors)
 
 
-def _check(learner: Learner, loss: Any, autocast: Any, accumulate: Any) -> None:
+def _check(learner: Learner, given: tuple[Any, Any, Any], autocast: Any, accumulate: Any) -> None:
     if autocast not in (None, torch.bfloat16):
         hint = "" if autocast != torch.float16 else ": float16 needs its loss scaled, or small gradients are lost"
         raise ValueError(f"autocast={autocast!r} is not allowed{hint}; it is torch.bfloat16 or None")
     events.require_whole("accumulate", accumulate)
-    if loss is None and type(learner).training_step is not Learner.training_step:
-        return  # which needs none
+    model, loss, _ = given
+    own = type(learner).training_step is not Learner.training_step  # it needs no loss, or calls it in its own way
+    rules = any(isinstance(x, core.Rule | core.State | core.Leaf | torch.optim.Optimizer) for x in (model, loss))
+    modules = isinstance(model, nn.Module) and isinstance(loss, nn.Module)
+    if rules or inspect.isroutine(model) or (modules and trainables(loss) and not trainables(model)):
+        raise TypeError(
+            "Learner(model, loss, rule) takes the model first, then loss(output, target), then a rule or a state, but "
+            f"got {', '.join(map(events.name_of, given))}"
+        )
     if isinstance(loss, type):
         raise TypeError(f"the loss is an object, not a class: write {loss.__name__}()")
-    if not callable(loss):
+    if not callable(loss) and not (own and loss is None):
         raise TypeError(f"the loss is a function (output, target) -> number, but got {type(loss).__name__}")
-    try:
-        inspect.signature(loss).bind(None, None)
-    except ValueError:  # it has no signature to look at
-        return
-    except TypeError as error:
-        if type(learner).training_step is not Learner.training_step:
-            return
+    if not own and not core.takes(loss, None, None):
         raise TypeError(
-            f"the loss is called as loss(output, target), as those of PyTorch are, but {loss!r} takes other arguments "
-            f"({error}); loss(model, x, y) is for fluxpy.train, and what needs more is an overridden training_step"
-        ) from None
+            f"the loss is called as loss(output, target), as those of PyTorch are, but {loss!r} takes other arguments; "
+            "loss(model, x, y) is for fluxpy.train, and what needs more is an overridden training_step"
+        )

@@ -59,6 +59,7 @@ class Loop:
         self.epoch_began = self.phase_began = 0.0  # by `time.monotonic`; earlier by what was spent
         self.rng_at_start: dict[str, Any] | None = kept["rng_at_start"]  # with which the data of the phase was begun
         self.window = Window(**kept["window"])  # gradients that wait for an update
+        self.nonfinite: str | None = kept.get("nonfinite")  # what was not in the saved part of the phase
         # Of the batch:
         self.predicted = False  # whether it has told its output, in validation
         self.losses: list[float] = []  # on each of several processes
@@ -111,8 +112,9 @@ class Loop:
         learner.history.append({"epoch": learner.epoch_index, "train": {}, "validation": {}} | self.row)
         learner.history.seconds.append(time.monotonic() - self.epoch_began)
         if done:
-            self.row, self.rng_at_start, self.window = {}, None, Window()
-            learner.progress.end_epoch()
+            self.row, self.rng_at_start, self.window, self.nonfinite = {}, None, Window(), None
+            progress = learner.progress
+            progress.epoch, progress.phase, progress.batch, progress.within = progress.epoch + 1, "start", 0, "fit"
 
     def _restore(self, level: str) -> None:
         """Within this level the saved run goes on. Start events that it had fired were fired again, for callbacks to
@@ -211,22 +213,26 @@ class Loop:
         learner.stats, learner.seconds = learner.running(), time.monotonic() - self.phase_began
         if learner.phase is None:
             return
-        if learner.nonfinite is not None and not learner.stats:  # no batch had a loss
+        if (learner.nonfinite or self.nonfinite) and not learner.stats:  # no batch had a loss
             learner.stats = dict.fromkeys(learner.metrics.names, math.nan)
         self.row[learner.phase] = learner.stats
         if done:
             self.rng_at_start = None
-            learner.progress.end_phase()
+            progress = learner.progress
+            progress.phase, progress.batch = "validation" if progress.phase == "train" else "end", 0
+            progress.within = "epoch"
         if learner.training:
             stops = [getattr(c, "stops_on_nonfinite", False) for c in (*learner.callbacks, *self.callbacks)]
-            if learner.check_finite() is not None and not any(stops):
-                self.ranks.warn(f"{learner.nonfinite}; the fit goes on, the callback StopOnNaN would end it")
+            found = next(filter(None, (self.nonfinite, learner.check_finite())), None)
+            if found is not None and not any(stops):
+                self.ranks.warn(f"{found}; the fit goes on, the callback StopOnNaN would end it")
+            self.nonfinite = None if done else self.nonfinite
 
     # --- Batches ------------------------------------------------------------------------------------------------------
 
     def _batches(self, source: Source, batches: Iterator[Any], done: int) -> None:
         """The batches of a phase, of which so many are done. Nothing of one is left afterwards."""
-        learner = self.learner
+        learner, index = self.learner, done - 1
         for index, (batch, counts) in enumerate(self.ranks.together(source, batches, learner.training), done):
             learner.batch_index = index
             if learner.training:
@@ -239,11 +245,15 @@ class Loop:
                     self._training_batch() if learner.training else self._validation_batch()
             finally:
                 learner.step = Step()
+        if learner.batch_count not in (None, index + 1) and self.ranks.alone:
+            said = f"says that it has {learner.batch_count} batches, and gave {index + 1}"
+            self.ranks.warn(f"{source.name} {said}: what goes by their number, as schedules over the fit, was off")
 
     def _end_batch(self, done: bool) -> None:
         self.ranks.busy = False
         if self.learner.phase is not None and self.dispatcher.error is None:
-            self.learner.progress.end_batch(self.learner.training)
+            self.learner.progress.batch += 1
+            self.learner.progress.step += self.learner.training
 
     def _training_batch(self) -> None:
         learner, step = self.learner, self.learner.step
@@ -282,7 +292,9 @@ class Loop:
                     return loss_and_output(step(*args), learner.step.output)
 
             ranks.busy = ranks.spread
-            value, self.losses = ranks.attempt("a step", act, lambda value: number_of(value[0]))
+            value, self.losses = ranks.attempt(
+                "a step", act, lambda value: value[0].item() if reads_at_once(value[0]) else 0.0
+            )
             ranks.busy = learner.training
             return value
 
@@ -345,8 +357,3 @@ def loss_and_output(value: Any, output: Any) -> tuple[Any, Any]:
         got = f"a tuple of {len(value)}" if isinstance(value, tuple) and len(more) != 1 else kind(loss)
         raise ValueError(f"a step returns the loss, one number in a tensor, or (loss, output), but this gave {got}")
     return loss, more[0]
-
-
-def number_of(loss: torch.Tensor) -> float:
-    """A loss, where reading it costs nothing."""
-    return loss.item() if reads_at_once(loss) else 0.0

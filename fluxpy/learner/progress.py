@@ -22,16 +22,6 @@ class Progress:
     resumed: bool = False  # whether the fit goes on with a saved run
     cancelled: str | None = None  # the level that a cancel is ending: "batch", "training", "epoch", ...
 
-    def end_batch(self, training: bool) -> None:
-        self.batch += 1
-        self.step += training
-
-    def end_phase(self) -> None:
-        self.phase, self.batch, self.within = "validation" if self.phase == "train" else "end", 0, "epoch"
-
-    def end_epoch(self) -> None:
-        self.epoch, self.phase, self.batch, self.within = self.epoch + 1, "start", 0, "fit"
-
     def position(self) -> dict[str, int | str]:
         """What is saved of it."""
         return {"epoch": self.epoch, "phase": self.phase, "batch": self.batch, "step": self.step}

@@ -89,10 +89,6 @@ class Ranks:
             error = raised
         return value, self.numbers(place, number(value) if error is None else 0.0, error)
 
-    def by_first(self, place: str, action: Callable[[], None]) -> None:
-        """Have the first do something; none goes on before it is done."""
-        self.attempt(place, action if self.first else lambda: None)
-
     def leave(self, place: str, error: BaseException) -> None:
         """An error passes. The others are told, if they will surely listen; where they may wait for this process in an
         operation of the model, they hear of it when it ends."""

@@ -46,6 +46,7 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
         "within": progress.within,
         **every[0],
         "window": clones(vars(run.window)),
+        "nonfinite": run.nonfinite or learner.nonfinite if in_phase else None,
         "row": dict(run.row),
         "lengths": dict(run.lengths),
         "rules": run.rules or present_rules(learner.state),

@@ -46,12 +46,8 @@ def weight_of(step: Any, loss: Any) -> Any:
     if step.weight is not None:
         return step.weight
     target = step.target
-    if (
-        not isinstance(target, Tensor)
-        or target.is_floating_point()
-        or target.is_complex()
-        or target.dtype == torch.bool
-    ):
+    kind = target.dtype if isinstance(target, Tensor) else torch.bool
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
         return step.samples
     counts = counted(target, getattr(loss, "ignore_index", -100))
     if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and loss.weight is not None:

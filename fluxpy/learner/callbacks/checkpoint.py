@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,7 +166,8 @@ class Checkpoint(Callback):
             model, state = run.pop("model"), run.pop("state")
             run.pop("hyperparameters", None)
             extra = {"run": run, "fits": self._fits, "weights": "training"}
-        learner.ranks.by_first(f"Checkpoint of {path.name}", lambda: write_checkpoint(path, model, state, extra))
+        write = partial(write_checkpoint, path, model, state, extra)
+        learner.ranks.attempt(f"Checkpoint of {path.name}", write if learner.ranks.first else lambda: None)
         if path == self.last:
             self._batches, self._place = 0, learner.progress.position()
 

@@ -30,10 +30,8 @@ class LRFind:
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw loss over learning rate into a file, by its suffix a PNG, SVG or PDF. Needs matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plot needs matplotlib: pip install matplotlib") from error
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot(xscale="log", xlabel="learning rate", ylabel="loss (smoothed)")
         axes.plot(self.rates, self.losses)
@@ -62,6 +60,8 @@ def lr_find(
     if all have one, else `adjust(learner.state, scale(result.suggestion / fastest))`. Where a chain has several rates
     that differ, `member` says which grows, as in `adjust`. Each batch reads the loss.
     """
+    if not isinstance(learner, Learner):
+        raise TypeError(f"the Learner comes first: lr_find(learner, data), but got {type(learner).__name__}")
     if learner.fitting:
         raise RuntimeError("lr_find cannot run within a fit")
     if not 0 < start < end or steps < 5:
@@ -106,8 +106,7 @@ class _Watch(Callback):
             raise CancelFit("the loss is not finite")
         self.rates.append(self.growth(learner.step_index))
         self.losses.append(loss)
-        last = self.losses[-self.width :]
-        mean = sum(last) / len(last)
+        mean = fmean(self.losses[-self.width :])
         self.lowest = mean if len(self.losses) <= self.width else min(self.lowest, mean)
         if mean > self.lowest + (self.stop_at - 1) * abs(self.lowest) and len(self.losses) > 2 * self.width:
             raise CancelFit("the loss grows")
@@ -117,8 +116,7 @@ class _Watch(Callback):
     def result(self) -> LRFind:
         """With the losses smoothed, each over its neighbours on both sides, and the steepest fall before the lowest."""
         n, width = len(self.losses), self.width
-        near = [self.losses[max(0, i - width) : i + width + 1] for i in range(n)]
-        smooth = [sum(part) / len(part) for part in near]
+        smooth = [fmean(self.losses[max(0, i - width) : i + width + 1]) for i in range(n)]
         low = smooth.index(min(smooth)) if smooth else 0
         falls = {i: smooth[i + width] - smooth[i - width] for i in range(width, min(low, n - width))}
         if not falls or min(falls.values()) >= 0:

@@ -75,6 +75,7 @@ class ProgressBar(Callback):
             print(file=self._out, flush=True)
         elif self._out is not None:
             print(self._line(learner, learner.stats, cells=4), file=self._out, flush=True)
+        self._out = None  # so that this can be copied
 
     on_validation_end = on_training_end
 

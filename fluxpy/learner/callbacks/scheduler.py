@@ -69,9 +69,15 @@ class LearningRateScheduler(Callback):
         return base * now if self.name == "scale" else now
 
     def on_fit_start(self, learner: Learner) -> None:
-        if not any(rates(leaf, self.member) for _, leaf in leaves(learner.state)):
+        found = {path: rates(leaf, self.member) for path, leaf in leaves(learner.state)}
+        if not any(found.values()):
             what = "" if self.member is None else f" in its member {self.member!r}"
             raise ValueError(f"LearningRateScheduler: no leaf has a rule with the hyperparameter 'lr'{what}")
+        if taken := [path for path, own in found.items() if any(isinstance(rate, ScheduledRate) for rate in own)]:
+            raise ValueError(
+                f"LearningRateScheduler: {taken[0]!r} follows another one already; put both schedules into one, as "
+                "scale=lambda n: warm_up(n) * decay(n)"
+            )
         self._fill(learner)
         self._follow(learner)
         self._learner = learner
@@ -96,8 +102,7 @@ class LearningRateScheduler(Callback):
         return {}
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
-        if self._learner is not None:  # the rates were put back to their bases
-            self._follow(self._learner)
+        self.state_dict()  # the rates were put back to their bases
 
     def _fill(self, learner: Learner) -> None:
         schedule: Any = self.schedule

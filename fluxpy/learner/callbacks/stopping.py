@@ -168,9 +168,9 @@ class StopOnNaN(Callback):
         self.every = every
 
     def on_batch_end(self, learner: Learner) -> None:
-        if learner.training and (learner.batch_index + 1) % self.every == 0:
-            learner.check_finite()
         if learner.training:
+            if (learner.batch_index + 1) % self.every == 0:
+                learner.check_finite()
             self._stop(learner)
 
     def on_training_end(self, learner: Learner) -> None:
