@@ -252,10 +252,10 @@ class Master(NamedTuple):
 class MixedPrecision(Wrapper):
     """`rule`, run on a master copy of the parameter in `dtype`; the parameter becomes the rounded master.
 
-    A copy is never narrower than its parameter: that of a float64 one is in float64, and of one in float16 with
-    `dtype=torch.bfloat16` in float32. For parameters in bfloat16 or float16, where a small step would be lost to rounding. Must be outermost. Where
-    somebody wrote to the parameter since the last step (loaded weights, an average), the master follows, element by
-    element. Complex parameters are refused. [Micikevicius et al. 2018]
+    For parameters in bfloat16 or float16, where a small step would be lost to rounding, and in float16 squares of
+    gradients too. A master is never narrower than its parameter: that of a float64 one is in float64. Must be
+    outermost. Where somebody wrote to the parameter since the last step (loaded weights, an average), the master
+    follows, element by element. Complex parameters are refused. [Micikevicius et al. 2018]
     """
 
     rule: Rule
