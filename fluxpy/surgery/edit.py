@@ -111,8 +111,9 @@ class Edit:
                 error.add_note(f"in {self.verb} of {draft.path!r}, along dim {dim}")
                 raise
         done = {id(module) for module, _, _ in resizes}
-        others = [module for module in self.modules if id(module) not in done]
-        for module, name, size in [*resizes, *(r for cut in cuts for module in others for r in follows(module, cut))]:
+        others = [other for other in self.modules if id(other) not in done]
+        tied = [resize for cut in cuts for other in others for resize in follows(other, cut)]
+        for module, name, size in [*resizes, *tied]:
             for key, value in set_size(module, name, change.size(size)).items():
                 self.attributes.append((module, key, value))
             padding = getattr(module, "padding_idx", None)
