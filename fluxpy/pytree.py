@@ -364,7 +364,7 @@ def apart(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> list[Tensor]:
     taken, found = set(map(memory, others)), []
     for t in tensors:
         place = memory(t)
-        if place in taken or overlaps_itself(t):
+        if place in taken or overlaps_itself(t) or (place == id(t) and t._is_view()):  # of what, no memory tells
             t = t.clone(memory_format=torch.contiguous_format)
             place = memory(t)
         found.append(t)

@@ -185,3 +185,24 @@ def test_a_change_that_is_a_tensor_of_the_step(rule):
             own[name], change = rule.apply(own[name], x, given[name])
             expected[name] = x - change
             torch.testing.assert_close(model[name].detach(), expected[name], rtol=0, atol=0)
+
+
+class Starting(Rule):
+    """The state is at first the parameter itself, which an elementwise rule sees as a real one."""
+
+    elementwise = True
+
+    def init(self, x):
+        return x
+
+    def apply(self, state, x, dx):
+        return state + dx, dx
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3,)])
+def test_a_state_that_begins_as_the_parameter_is_no_view_of_it(shape, device):
+    """Also where there is no memory by which to tell; or momenta would require grad."""
+    x = torch.ones(shape, dtype=torch.complex64, device=device, requires_grad=True)
+    state = setup(Starting(), {"x": x})["x"].state
+    assert state.shape == (*shape, 2) and not state._is_view() and not state.requires_grad

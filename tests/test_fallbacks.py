@@ -97,6 +97,7 @@ OTHER: dict[str, Callable[[Tensor], Any]] = {
     "dtype": lambda x: x.double(),
     "device": lambda x: x.to("meta"),
     "layout": lambda x: x.to_sparse(),
+    "sign": torch._neg_view,
     "class": lambda x: nn.Parameter(x, requires_grad=False),
     "nothing": lambda _: None,
     "a number": lambda _: 1.0,

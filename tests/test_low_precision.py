@@ -21,6 +21,7 @@ from fluxpy import (
     WeightDecay,
     flatten_parameters,
     flush,
+    leaves,
     setup,
     trainstep,
     update,
@@ -113,6 +114,34 @@ def test_a_compiled_master_copy_gathers_what_the_parameter_would_round_away(name
 
 
 # --- Rules that round on purpose ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["apart", "flat", "pure"])
+@pytest.mark.parametrize("dtype, master, copy", [
+    (torch.float64, torch.float32, torch.float64),
+    (torch.float64, torch.bfloat16, torch.float64),
+    (torch.float32, torch.bfloat16, torch.float32),
+    (torch.float16, torch.bfloat16, torch.float32),
+])  # fmt: skip
+def test_a_master_copy_is_never_narrower_than_its_parameter(dtype, master, copy, way):
+    """Of what the parameter holds nothing is rounded away: the steps are those of the rule in the copy's dtype."""
+    model, wide = model_of(dtype=dtype), model_of(dtype=dtype).to(copy)
+    if way == "flat":
+        flatten_parameters(model)
+    state, other = setup(MixedPrecision(Adam(0.1), dtype=master), model), setup(Adam(0.1), wide)
+    for turn in range(5):
+        grads = grads_of(model, turn)
+        state, model = update(state, model, grads, inplace=way != "pure")
+        update(other, wide, {name: dx.to(copy) for name, dx in grads.items()})
+    for _, leaf in leaves(state):
+        assert leaf.state.x.dtype == leaf.state.state.m.dtype == copy
+    assert_close(model, wide.to(dtype), 1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32])
+def test_a_master_copy_has_16_bits_at_least(dtype):
+    with pytest.raises(ValueError, match="floating-point dtype of 16 bits or more"):
+        MixedPrecision(Adam(), dtype=dtype)
 
 
 class Coarse(Rule):

@@ -16,6 +16,7 @@ from helpers import (
     every_layout,
     few_chains,
     grads_of,
+    needs_compiler,
     tensors_of,
     transposed,
     values_of,
@@ -23,7 +24,10 @@ from helpers import (
 from torch import nn
 
 from fluxpy import (
+    AdamW,
+    Lion,
     flatten_parameters,
+    gradient,
     leaves,
     setup,
     update,
@@ -154,12 +158,14 @@ PLACES = {
     "two changed": lambda g: laid(g, ["d", "b", "c", "a", "e"]),
     "with gaps": lambda g: laid(g, list(g), gap=3),
     "transposed": lambda g: {k: transposed(v) for k, v in g.items()},
+    "negated": lambda g: {k: torch._neg_view(v) for k, v in g.items()},
+    "negated in part": lambda g: {k: v if k in "bd" else torch._neg_view(v) for k, v in laid(g, list(g)).items()},
     "expanded": lambda g: {k: v.reshape(-1)[:1].expand(v.numel()).view(v.shape) for k, v in g.items()},
 }
 
 
 def apart(grads):
-    return {name: t.clone(memory_format=torch.contiguous_format) for name, t in grads.items()}
+    return {name: t.resolve_neg().clone(memory_format=torch.contiguous_format) for name, t in grads.items()}
 
 
 @every_layout
@@ -172,6 +178,29 @@ def test_gradients_may_lie_anywhere_from_step_to_step(rule, layout):
         run.step(1, PLACES[name])
         twin.step(1, lambda grads, name=name: apart(PLACES[name](grads)))
         run.equals(twin, room=1e-12)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+@pytest.mark.parametrize("rule", [AdamW(0.1), Lion(0.1)])
+def test_a_gradient_that_autograd_leaves_negated(rule, shape):
+    """As that of an imaginary part. A compiled kernel would take what is in memory, the fused ones refuse it."""
+    w = torch.randn(shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+
+    def loss(model):
+        return (torch.complex(model["re"], model["im"]).conj() * w).real.sum() + model["other"].sum()
+
+    ends = []
+    for compile in (False, True):
+        model = {"re": torch.ones(shape), "im": torch.ones(shape), "other": torch.ones(4)}
+        state = setup(rule, model, compile=compile)
+        for _ in range(2):
+            grads = gradient(loss, model)
+            assert grads["im"].is_neg()
+            update(state, model, grads)
+        ends.append(model["im"])
+        assert torch.equal((model["im"] - 1).sign(), -w.imag.sign())
+    torch.testing.assert_close(*ends)
 
 
 @every_layout

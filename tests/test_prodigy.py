@@ -8,11 +8,12 @@ from typing import Any
 import prodigyopt
 import pytest
 import torch
-from helpers import Run, assert_close, grads_of, model_of, values_of
+from helpers import Run, assert_close, grads_of, model_of, needs_compiler, values_of
 from torch import Tensor, nn
 
 import fluxpy
 from fluxpy import ClipGlobalNorm, MixedPrecision, OptimiserChain, Prodigy
+from fluxpy.testing.tree_promises import leaf_by_leaf
 
 RULE = Prodigy(d0=1e-3)
 
@@ -80,6 +81,32 @@ def test_gradients_of_zero_leave_the_estimate() -> None:
     for _ in range(3):
         fluxpy.update(state, model, {"w": torch.zeros(3)})
     assert model["w"].tolist() == [1, 1, 1] and state["w"].state.d == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("way", ["apart", "flat", "pure", "reference", pytest.param("compiled", marks=needs_compiler)])
+def test_a_gradient_that_is_not_finite_ends_the_search(way: str, bad: float) -> None:
+    """As in the package: those elements are lost, all others go on at the estimate that there was."""
+    model = model_of()
+    twin = {name: nn.Parameter(x) for name, x in values_of(model).items()}
+    optimizer = of_package(twin.values(), d0=1e-3)
+    if way == "flat":
+        fluxpy.flatten_parameters(model)
+    state = fluxpy.setup(RULE, model, compile=way == "compiled")
+    state = leaf_by_leaf(state, RULE) if way == "reference" else state
+    for turn in range(12):
+        grads = slopes(model)
+        for name, p in twin.items():
+            p.grad = slopes(twin)[name]
+        if turn == 8:
+            for dx in grads["a"], twin["a"].grad:
+                dx.view(-1)[3] = bad
+        state, model = fluxpy.update(state, model, grads, inplace=way != "pure")
+        optimizer.step()
+    for name, x in model.items():
+        torch.testing.assert_close(x, twin[name], rtol=1e-9, atol=1e-10, equal_nan=True)
+        assert int(x.isnan().sum()) == (name == "a")
+        assert state[name].state.d.item() == pytest.approx(optimizer.param_groups[0]["d"], rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

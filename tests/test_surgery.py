@@ -332,6 +332,25 @@ def test_what_is_tied_is_changed_once_and_stays_tied() -> None:
     update(state, model, grads_of(model))
 
 
+@pytest.mark.parametrize("place", ["in", "out", "in.weight"])
+def test_what_is_tied_outside_of_the_branch_has_its_new_sizes(place: str) -> None:
+    model = nn.ModuleDict({"in": nn.Embedding(4, 2, padding_idx=0), "out": nn.Linear(2, 4, bias=False)})
+    model["out"].weight = model["in"].weight
+    state = setup(Momentum(), model)
+    branch = model.get_parameter(place) if "." in place else model[place]
+    surgery.take(state[place], branch, [3, 1, 0])
+    assert (model["in"].num_embeddings, model["in"].padding_idx, model["out"].out_features) == (3, 2, 3)
+    rows = torch.ones(2, 2) if "." in place else {"weight": torch.ones(2, 2)}
+    surgery.grow(state[place], branch, rows)
+    surgery.take(state[place], branch, [0], dim=1)
+    assert (model["in"].num_embeddings, model["in"].embedding_dim) == model["in"].weight.shape == (5, 1)
+    assert (model["out"].out_features, model["out"].in_features) == (5, 1)
+    with pytest.raises(ValueError, match="row 2 is the padding of an embedding"):
+        surgery.take(state[place], branch, [0, 1])
+    assert model["in"].num_embeddings == model["out"].out_features == len(model["in"].weight) == 5
+    update(state, model, grads_of(model))
+
+
 @pytest.mark.parametrize("start", range(4))
 @pytest.mark.parametrize("layout", ["apart", "flat"])
 def test_in_the_middle_of_a_window(start: int, layout: str) -> None:

@@ -37,4 +37,4 @@ def _describe(t: Any) -> Any:
     if not isinstance(t, Tensor):
         return None
     strides = t.stride() if t.layout == torch.strided else None
-    return type(t), t.dtype, t.shape, t.device, t.layout, strides
+    return type(t), t.dtype, t.shape, t.device, t.layout, strides, t.is_neg()

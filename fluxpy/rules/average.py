@@ -48,9 +48,9 @@ def eps_for(x: Tensor, eps: Hyper) -> Hyper:
 
 
 def larger(a: Hyper, b: Hyper) -> Hyper:
-    """`max(a, b)`, also of tensors."""
+    """`max(a, b)`, also of tensors; NaN where one of them is."""
     if isinstance(a, float | int):
-        return max(a, b) if isinstance(b, float | int) else larger(b, a)
+        return (a if a >= b or a != a else b) if isinstance(b, float | int) else larger(b, a)
     return a.clamp(min=b) if isinstance(b, float | int) else torch.maximum(a, b)
 
 
@@ -59,6 +59,11 @@ def quotient(a: Hyper, b: Hyper) -> Hyper:
     if isinstance(b, float | int):
         return a / b if b else 0.0
     return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+
+
+def known(a: Hyper) -> Hyper:
+    """`a`, also a tensor; zero where it is NaN."""
+    return (a if a == a else 0.0) if isinstance(a, float | int) else torch.where(a == a, a, 0.0)
 
 
 def smaller(a: Hyper, b: Hyper) -> Hyper:

@@ -22,7 +22,8 @@ class Lowered(Wrapper):
 
     An average whose step is below half the resolution of `dtype` stalls. Bfloat16 resolves 1 in 128 to 1 in 256:
     with `betas=(0.9, 0.999)` the second moment still rises under large gradients, but it does not fall under small
-    ones, and steps become too small. A `beta2` of 0.99 or less averages as it should.
+    ones, and steps become too small. A `beta2` of 0.99 or less averages as it should. Float16 resolves more, but there
+    squares of small gradients are zero, and what is divided by their root explodes: it is for momenta alone.
 
     >>> leaf = setup(Lowered(Adam(betas=(0.9, 0.99))), torch.zeros(2))
     >>> leaf.state.v.dtype

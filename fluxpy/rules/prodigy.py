@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Reduce, ReducingRule, Steps
-from .average import decayed, larger, like, plus, plus_square, quotient, real, root, wide
+from .average import decayed, known, larger, like, plus, plus_square, quotient, real, root, wide
 from .clip import norm_of, norms_of
 
 
@@ -84,8 +84,8 @@ class Prodigy(ReducingRule):
 
     Leaves that are not stepped have no part in the sums. One that comes later (thawed, new) takes over the largest
     estimate of all that step with it. Leaves share it whatever their hyperparameters, at the same place in their
-    chains. Four numbers are kept for each of a parameter's, in float32 where that is
-    bfloat16 or float16.
+    chains. A gradient that holds a NaN spoils those elements alone, and the estimate grows no more. Four numbers are
+    kept for each of a parameter's, in float32 where that is bfloat16 or float16.
 
     Numbers of `prodigyopt.Prodigy` with its defaults: no bias correction, decoupled decay.
     """
@@ -115,7 +115,7 @@ class Prodigy(ReducingRule):
         s = plus(fade * state.s, weight, dx)
         length = _beside((yield Reduce(_LENGTH, s)), state.d)
         m, v = plus(beta1 * state.m, (1 - beta1) * d, dx), plus_square(beta2 * state.v, (1 - beta2) * d * d, dx)
-        d = larger(d, self.d_coef * quotient(agreement, length))
+        d = larger(d, self.d_coef * known(quotient(agreement, length)))
         change = rate * decayed(m / (root(v) + d * self.eps), self.weight_decay, x)
         return Distance(m, v, s, state.x0, r, larger(state.d, d)), like(change, given).to(given.dtype)
 

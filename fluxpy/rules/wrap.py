@@ -243,7 +243,7 @@ class WindowEnd(AccumGrad):
 
 
 class Master(NamedTuple):
-    """State of `MixedPrecision`: the parameter in `dtype`, and the state of the rule that steps it."""
+    """State of `MixedPrecision`: the parameter in `dtype` or a wider one, and the state of the rule that steps it."""
 
     x: Tensor
     state: Any
@@ -252,9 +252,10 @@ class Master(NamedTuple):
 class MixedPrecision(Wrapper):
     """`rule`, run on a master copy of the parameter in `dtype`; the parameter becomes the rounded master.
 
-    For parameters in bfloat16 or float16, where a small step would be lost to rounding. Must be outermost. Where
-    somebody wrote to the parameter since the last step (loaded weights, an average), the master follows, element by
-    element. Complex parameters are refused. [Micikevicius et al. 2018]
+    For parameters in bfloat16 or float16, where a small step would be lost to rounding, and in float16 squares of
+    gradients too. A master is never narrower than its parameter: that of a float64 one is in float64. Must be
+    outermost. Where somebody wrote to the parameter since the last step (loaded weights, an average), the master
+    follows, element by element. Complex parameters are refused. [Micikevicius et al. 2018]
     """
 
     rule: Rule
@@ -267,18 +268,20 @@ class MixedPrecision(Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_outermost(self, self.rule)
-        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise ValueError(f"MixedPrecision: dtype={self.dtype!r} is not allowed; it must be a floating-point dtype")
+        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point and self.dtype.itemsize > 1):
+            allowed = "it must be a floating-point dtype of 16 bits or more"
+            raise ValueError(f"MixedPrecision: dtype={self.dtype!r} is not allowed; {allowed}")
 
     def init(self, x: Tensor) -> Master:
         if x.is_complex():
             raise ValueError("MixedPrecision takes real parameters, but this one is complex")
-        master = x.detach().to(self.dtype, copy=True)
+        narrow = x.dtype.itemsize == 1  # of these PyTorch gives no common dtype
+        master = x.detach().to(self.dtype if narrow else torch.promote_types(x.dtype, self.dtype), copy=True)
         return Master(master, self.rule.init_any(master))
 
     def steps(self, state: Master, x: Tensor, dx: Any) -> Steps:
         master = self.master_for(state.x, x)
-        run = Run(self.rule.steps(state.state, master, None if dx is None else dx.to(self.dtype)))
+        run = Run(self.rule.steps(state.state, master, None if dx is None else dx.to(master.dtype)))
         while run.asks is not None:
             run.tell((yield run.asks))
         inner, change = run.result
@@ -289,10 +292,10 @@ class MixedPrecision(Wrapper):
 
     def master_for(self, master: Tensor, x: Tensor) -> Tensor:
         """The master copy of `x`: as it was, but where somebody wrote to the parameter."""
-        new = torch.where(master.to(x.dtype) != x, x.to(self.dtype), master)
+        new = torch.where(master.to(x.dtype) != x, x.to(master.dtype), master)
         if not torch.is_grad_enabled() or master.requires_grad:
             return new
-        wide = x.to(self.dtype)  # a copy without a history has that of the parameter: what is added is zero
+        wide = x.to(master.dtype)  # a copy without a history has that of the parameter: what is added is zero
         return new.detach() + (wide - wide.detach())
 
     def evaluation(self, state: Master, x: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from ..leaf import Numbers, Record
 from ..parameters import trainables
 from ..pytree import apart, is_transforming, modules_in, partition
 from ..rule import Rule, at, field_of, hyperparameters, rules_in
-from ..state import bind, leaves_of, tree_context
+from ..state import bind, leaves_of, tree_bindings, tree_context
 from ..text import form
-from .modules import Cut, Resize, concerned, is_known, own_tensors, set_size
+from .modules import Cut, Resize, concerned, follows, is_known, own_tensors, set_size
 
 Undo: TypeAlias = Callable[[], None]
 
@@ -74,6 +74,9 @@ class Edit:
         self.attributes: list[tuple[nn.Module, str, Any]] = []
         triples = zip(self.binding.params, self.binding.records, self.binding.paths, strict=True)
         self.known = {id(x): (x, record, path) for x, record, path in triples}
+        # Of a branch, others may hold the same parameters: all models that the state was used with.
+        models = [binding.model() for binding in tree_bindings(state).values()]
+        self.modules = [module for module in modules_in(models, wrappers=False) if is_known(module)]
 
     def places(self, branch: Any, dim: int | str) -> tuple[list[Cut], list[Resize]]:
         """What of a branch of the model changes along a dimension, ties once."""
@@ -107,7 +110,10 @@ class Edit:
             except Exception as error:
                 error.add_note(f"in {self.verb} of {draft.path!r}, along dim {dim}")
                 raise
-        for module, name, size in resizes:
+        done = {id(module) for module, _, _ in resizes}
+        others = [other for other in self.modules if id(other) not in done]
+        tied = [resize for cut in cuts for other in others for resize in follows(other, cut)]
+        for module, name, size in [*resizes, *tied]:
             for key, value in set_size(module, name, change.size(size)).items():
                 self.attributes.append((module, key, value))
             padding = getattr(module, "padding_idx", None)

@@ -96,6 +96,14 @@ def concerned(module: nn.Module, dim: int | str, verb: str) -> tuple[list[Cut], 
     return cuts, _resizes(module, name, cuts, verb)
 
 
+def follows(module: nn.Module, cut: Cut) -> list[Resize]:
+    """The attribute of a module that follows its weight, if this is it: where a parameter changes by itself, or in
+    another module that it is tied to."""
+    names = (_names_of(module) or {}).get("weight", ())
+    own = own_tensors(module).get("weight") is cut.x and cut.dim < len(names)
+    return [Resize(module, names[cut.dim], cut.x.shape[cut.dim])] if own else []
+
+
 def _resizes(module: Any, name: Any, cuts: list[Cut], verb: str) -> list[Resize]:
     """The attributes that follow. A depthwise convolution has as many groups as channels; other groups are refused."""
     if isinstance(name, int):
