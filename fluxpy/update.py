@@ -180,7 +180,8 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
         written = set(memories(binding.local))  # a gradient that shares it would change while it is read
         if not written.isdisjoint(memories(g for g in grads if g is not None)):
             grads = [g.clone() if g is not None and memory(g) in written else g for g in grads]
-        grads = [None if g is None else g.resolve_neg() for g in grads]  # kernels go by what is in memory
+        if any([g is not None and g.is_neg() for g in grads]):  # kernels go by what is in memory
+            grads = [None if g is None else g.resolve_neg() for g in grads]
         try:
             route = plan.find(grads) or plan.make(grads)
         except BaseException:
@@ -404,12 +405,12 @@ def _check_overlap(binding: Binding) -> None:
     """ValueError where two parameters share memory, which an update would step twice."""
     devices: dict[torch.device, list[int]] = {}
     for place, x in enumerate(binding.local):
-        if x.numel() and not x.is_meta:
+        if x.numel():
             devices.setdefault(x.device, []).append(place)
-    for places in devices.values():
+    for places in [places for device, places in devices.items() if device.type != "meta"]:
         here = [binding.local[place] for place in places]
         # Of a tensor with gaps only the first element is looked at: others may lie in the gaps.
-        sizes = [x.nbytes if is_dense(x) else x.element_size() for x in here]
+        sizes = [x.nbytes if x.is_contiguous() or is_dense(x) else x.element_size() for x in here]
         pair = Extents(addresses(here), sizes).overlap
         if pair is not None:
             other, path = (binding.paths[places[i]] for i in pair)

@@ -48,7 +48,7 @@ class Route:
         self.odd = [_odd(cohort, grads) for cohort in cohorts]
         self.alike = _alike_but_for_numbers(cohorts)
         self.addresses = plan.addresses
-        self.extents = [*map(extent, params)]
+        self.extents = [x.nbytes if x.is_contiguous() else extent(x) for x in params]
         self.memory = Extents(self.addresses, self.extents)
         self.laid_out = any(unit.laid_out for unit in self.units)
 
@@ -259,14 +259,14 @@ class Plan:
         alone: list[Member] = []
         stacks: dict[Any, list[Member]] = {}
         known: dict[Any, Any] = {}
-        every = [*zip(self.records, self.params, self.paths, grads, strict=True)]
-        new = [(r, x, path) for r, x, path, dx in every if r.tensors is None and r.takes_part(dx)]
+        every = zip(self.records, self.params, range(len(grads)), self.paths, strict=True)
+        live = [Member(*leaf) for leaf, dx in zip(every, grads, strict=True) if leaf[0].takes_part(dx)]
+        new = [(record, x, path) for record, x, _, path in live if record.tensors is None]
         self.new_states += [(record, record.numbers, record.pending) for record, _, _ in new]
         make_states(new)
-        for place, (record, x, path, dx) in enumerate(every):
-            if not record.takes_part(dx):
-                continue
-            member = Member(record, x, place, path)
+        for member in live:
+            record, x, place, _ = member
+            dx = grads[place]
             static = None if record.needs_whole else self._static(record, x, dx, known)
             if static is None or (dx is None and static[0] == "compiled"):
                 alone.append(member)
