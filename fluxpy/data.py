@@ -12,8 +12,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .text import form, html_table, near
 
-# Bytes of rows that are picked at once: few enough to stay in the cache until they are used.
-_BLOCK = 1 << 20
+# Bytes of rows that are picked at once: few enough to stay in the cache until they are used, and for glibc to keep the
+# memory of one block for the next (of a megabyte each, it gave all back at each block, which took three times as long).
+_BLOCK = 1 << 19
 
 # A batch has the type of the data where that is tensors; of NumPy arrays it is for the user to know.
 Batch = TypeVar("Batch", bound=Tensor | tuple[Tensor, ...] | list[Tensor] | dict[Any, Tensor], covariant=True)
