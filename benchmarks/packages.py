@@ -45,7 +45,7 @@ class Pair(NamedTuple):
 PAIRS = (
     Pair(fluxpy.ScheduleFreeAdamW(1e-3), "schedulefree", "AdamWScheduleFree"),
     Pair(fluxpy.ScheduleFreeSGD(1e-3), "schedulefree", "SGDScheduleFree"),
-    Pair(fluxpy.Prodigy(), "prodigyopt", "Prodigy"),
+    Pair(fluxpy.Prodigy(), "prodigyopt", "Prodigy", room=0.01),  # its first steps are so small that float32 shows
     Pair(fluxpy.Adafactor(), "torch.optim", "Adafactor"),
     Pair(fluxpy.Muon(), "torch.optim", "Muon", matrices=True, room=0.05),  # it computes in bfloat16
     Pair(fluxpy.AdEMAMix(), "pytorch_optimizer", "AdEMAMix", options={"weight_decouple": True}),
