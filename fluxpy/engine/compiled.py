@@ -19,7 +19,7 @@ from ..rule import Assign, Rule, Steps, reducing, replace, rule_key, rules_in, t
 from .chunk import Chunk
 from .cohort import Cohort
 from .kernels import Recipe, to_device, wide_dtype
-from .layout import Row
+from .layout import SIZE, Row
 from .packed import Chunks, rule_now
 from .step import FallBack, Prepare
 from .tape import Tape, Traced, drive
@@ -51,6 +51,9 @@ class CompiledUnit:
     def __init__(self, cohort: Cohort) -> None:
         self.cohort, self.context = cohort, cohort.context
         self.chunks = Chunks(cohort, split=False, long=True)
+        # Totals are of what the rule's own steps give, for which large leaves are cut.
+        cut = bool(reducing(cohort.rule)) and max(cohort.sizes) > SIZE
+        self.asking = Chunks(cohort, split=True, long=True) if cut else self.chunks
         self.kernels = set[Any]()
         self.totals = 0
         if self.master is not None:
@@ -95,10 +98,13 @@ class CompiledUnit:
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.now = rule_now(self.cohort)
         self.chunks.load([grads[place] for place in self.cohort.places])
-        first = self.chunks.all[0]
+        first, others = self.chunks.all[0], ()
+        if self.asking is not self.chunks:
+            self.asking.load(self.chunks.given)
+            others = self.chunks.all
         if not self.programs or self.now.accumulates:  # such a rule asks for no total until its window is full
             self.totals = self._count_totals(first)
-        yield from self.chunks.run(self._start, self.now, self.totals)
+        yield from self.asking.run(self._start, self.now, self.totals, others)
         self.programs = {single: self._program(chunk) for single, chunk in self._kinds().items()}
 
     def _start(self, chunk: Chunk, dx: Any) -> Steps:
@@ -182,6 +188,7 @@ class CompiledUnit:
     def drop(self) -> None:
         """Let go of a step's gradients and results."""
         self.chunks.clear()
+        self.asking.clear()
 
     def commit(self) -> None:
         program, bad = None, self._bad()
@@ -200,7 +207,7 @@ class CompiledUnit:
             if self.master is not None and program.moved:
                 chunk.x.write(x)
         assert program is not None
-        self.chunks.clear()
+        self.drop()
         torch.autograd.graph.increment_version(self.cohort.reals)
         self.cohort.advance(self._whole_skeleton(program.skeleton), program.moved)
 

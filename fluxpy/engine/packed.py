@@ -76,9 +76,9 @@ class Chunks:
         for chunk in self.all:
             chunk.clear()
 
-    def run(self, start: Start, rule: Rule, totals: int | None = None) -> Prepare:
+    def run(self, start: Start, rule: Rule, totals: int | None = None, others: Sequence[Chunk] = ()) -> Prepare:
         """Run `rule` on the first chunk to its result, getting all totals that it needs on the way; the other chunks
-        can then run too. With `totals`, stop once so many totals are known."""
+        can then run too, and `others` of the same cohort. With `totals`, stop once so many totals are known."""
         first, count, alike = self.all[0], 0, True
         while count != totals and isinstance(reduce := self.advance(first, start), Reduce):
             count += 1
@@ -89,7 +89,7 @@ class Chunks:
                     parts = parts[cohort.model_order]
                 total = yield Request(rule, reduce, parts, cohort.model_places, cohort.model_paths)
                 answer = self._answer(total, reduce)
-                for chunk in self.all:
+                for chunk in (*self.all, *others):
                     chunk.answers.append(answer)
             else:
                 alike = self.one  # after a total of each array some may have been scaled, and others not
@@ -97,7 +97,7 @@ class Chunks:
                     parts = yield Request(rule, reduce, parts, self.cohort.places, self.cohort.paths)
                 else:
                     require_all_finite(parts, reduce, self.cohort.context, self.cohort.paths)
-                for chunk in self.all:
+                for chunk in (*self.all, *others):
                     chunk.answers.append(self._repeated(chunk, parts, reduce))
         if totals is None:
             first.result = reduce  # pyright: ignore[reportPossiblyUnboundVariable]

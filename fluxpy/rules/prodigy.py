@@ -10,7 +10,6 @@ from torch import Tensor
 from ..fields import Hyper, hyper
 from ..rule import Reduce, ReducingRule, Steps
 from .average import decayed, known, larger, like, plus, plus_square, quotient, real, root, wide
-from .clip import norm_of, norms_of
 
 
 class Distance(NamedTuple):
@@ -44,10 +43,12 @@ class _Length(ReducingRule):
     takes_numbers = splittable = True
 
     def part(self, value: Tensor) -> Tensor:
-        return norm_of(real(value), 1.0)
+        return real(value).abs().sum()  # a fifth of the time of a 1-norm
 
     def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
-        return norms_of(real(values) if isinstance(values, Tensor) else list(map(real, values)), 1.0)
+        if not isinstance(values, Tensor):
+            return super().parts(values)
+        return real(values).abs().reshape(len(values), -1).sum(1)
 
 
 class _Largest(ReducingRule):
