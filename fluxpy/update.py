@@ -410,7 +410,7 @@ def _check_overlap(binding: Binding) -> None:
     for places in [places for device, places in devices.items() if device.type != "meta"]:
         here = [binding.local[place] for place in places]
         # Of a tensor with gaps only the first element is looked at: others may lie in the gaps.
-        sizes = [x.nbytes if x.is_contiguous() or is_dense(x) else x.element_size() for x in here]
+        sizes = [x.nbytes if is_dense(x) else x.element_size() for x in here]
         pair = Extents(addresses(here), sizes).overlap
         if pair is not None:
             other, path = (binding.paths[places[i]] for i in pair)

@@ -139,12 +139,11 @@ class FusedListUnit(_Fused):
         super().__init__(cohort, len(cohort.momenta))
         self.grads: Sequence[Tensor] = ()
         self.whole = cohort.places == list(range(len(cohort.places)))  # whether these are the first of all leaves
-        self.stays, self.detached = True, False
+        self.stays = True  # whether the parameters were always at one place
         self.bind()
 
     def bind(self) -> None:
-        self.detached = self.stays and self.cohort.steps > 1
-        self.params = self.cohort.reals if self.detached else self.cohort.params
+        self.params = self.cohort.reals if self.stays and self.cohort.steps > 1 else self.cohort.params
         self.all_calls = self.calls(self.params, self.momenta)
 
     def relocated(self) -> None:
@@ -168,7 +167,7 @@ class FusedListUnit(_Fused):
 
     def commit(self) -> None:
         numbers, options = self.tick(), self.masked()
-        if self.stays and not self.detached and self.cohort.steps > 1:
+        if self.cohort.steps == 2:
             self.bind()
         for run, places, leaf in self.all_calls:
             run([*self.grads] if places is None else [self.grads[i] for i in places], options[leaf])

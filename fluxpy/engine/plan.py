@@ -48,7 +48,7 @@ class Route:
         self.odd = [_odd(cohort, grads) for cohort in cohorts]
         self.alike = _alike_but_for_numbers(cohorts)
         self.addresses = plan.addresses
-        self.extents = [x.nbytes if x.is_contiguous() else extent(x) for x in params]
+        self.extents = [*map(extent, params)]
         self.memory = Extents(self.addresses, self.extents)
         self.laid_out = any(unit.laid_out for unit in self.units)
 

@@ -37,18 +37,10 @@ class _Sum(ReducingRule):
         return real(values).reshape(len(values), -1).sum(1) if isinstance(values, Tensor) else super().parts(values)
 
 
-class _Length(ReducingRule):
-    """The sum of the moduli over the tree, whatever the hyperparameters of those who ask are."""
+class _TotalSum(_Sum):
+    """The sum over the tree, whatever the hyperparameters of those who ask are."""
 
-    takes_numbers = splittable = True
-
-    def part(self, value: Tensor) -> Tensor:
-        return real(value).abs().sum()  # a fifth of the time of a 1-norm
-
-    def parts(self, values: Sequence[Tensor] | Tensor) -> Tensor:
-        if not isinstance(values, Tensor):
-            return super().parts(values)
-        return real(values).abs().reshape(len(values), -1).sum(1)
+    over = "tree"
 
 
 class _Largest(ReducingRule):
@@ -73,7 +65,7 @@ class _TotalNumber(_Largest):
         return parts.sum(0)
 
 
-_SUM, _LENGTH, _LARGEST, _TOTAL_NUMBER = _Sum(), _Length(), _Largest(), _TotalNumber()
+_SUM, _TOTAL_SUM, _LARGEST, _TOTAL_NUMBER = _Sum(), _TotalSum(), _Largest(), _TotalNumber()
 
 
 class Prodigy(ReducingRule):
@@ -114,7 +106,8 @@ class Prodigy(ReducingRule):
         r = fade * state.r + weight * (yield Reduce(_SUM, lambda: dx * (state.x0 - x)))
         agreement = _beside((yield Reduce(_TOTAL_NUMBER, r)), state.d)
         s = plus(fade * state.s, weight, dx)
-        length = _beside((yield Reduce(_LENGTH, s)), state.d)
+        # Not a 1-norm, which takes PyTorch five times as long.
+        length = _beside((yield Reduce(_TOTAL_SUM, lambda: s.abs())), state.d)
         m, v = plus(beta1 * state.m, (1 - beta1) * d, dx), plus_square(beta2 * state.v, (1 - beta2) * d * d, dx)
         d = larger(d, self.d_coef * known(quotient(agreement, length)))
         change = rate * decayed(m / (root(v) + d * self.eps), self.weight_decay, x)
