@@ -55,13 +55,21 @@ def module_of(name: str) -> ModuleType:
 
 
 def measure(name: str, column: str, given: argparse.Namespace) -> Column:
-    """One column, by a process whose thread pools are its own."""
+    """One column, by a process whose thread pools are its own; by one for each row that a table wants alone."""
+    rows = [row for row in getattr(module_of(name), "ALONE", ()) if given.only.lower() in row.lower()]
+    found: Column = {}
+    for only in rows or [given.only]:
+        found |= _by_process(name, column, given, only)
+    return found
+
+
+def _by_process(name: str, column: str, given: argparse.Namespace, only: str) -> Column:
     threads = str(module_of(name).COLUMNS[column][1])
     pools = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
         command = [sys.executable, "-m", __package__ or "benchmarks", name, "--device", given.device]
-        command += ["--worker", column, str(file), "--only", given.only]
+        command += ["--worker", column, str(file), "--only", only]
         command += ["--quick"] if given.quick else []
         pools |= getattr(module_of(name), "ENVIRONMENT", {}).get(column, {})
         done = subprocess.run(command, env=os.environ | pools, stdout=sys.stderr)

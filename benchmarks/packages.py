@@ -19,7 +19,8 @@ TITLE = "Rules beside their packages"
 NOTE = """One update: ratios to `schedulefree`, `prodigyopt`, `pytorch_optimizer`, and `torch.optim`'s Muon and
 Adafactor (foreach), with the same hyperparameters. Both sides must agree before they are timed. Muon has the matrices
 of the set alone; Lookahead is around AdamW, theirs around torch's fused one; Cautious is around Lion. What is not
-elementwise is not compiled."""
+elementwise is not compiled. Each row is measured by a process of its own: what large temporary tensors cost depends on
+what the process had before."""
 COMPILED = "gpt, 2 threads, ours with `compile=True`"
 COLUMNS = {
     "mlp, 1 thread": ("mlp", 1),
@@ -56,6 +57,8 @@ PAIRS = (
     # Theirs adds one to the elements that move.
     Pair(fluxpy.Cautious(fluxpy.Lion()), "pytorch_optimizer", "Lion", options={"cautious": True}, room=0.05),
 )
+
+ALONE = tuple(type(pair.rule).__name__ for pair in PAIRS)
 
 
 def maker(pair: Pair) -> Callable[[list[Tensor]], Any] | None:
