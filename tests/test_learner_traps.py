@@ -499,3 +499,56 @@ def test_two_schedulers_of_one_rate_are_refused():
     rule = OptimiserChain(RMSProp(1.0), Momentum(0.01))
     both = [LearningRateScheduler(scale=lambda n: 0.5, member=member) for member in (RMSProp, Momentum)]
     Learner(net(), F.cross_entropy, rule, callbacks=both).fit(data)
+
+
+def test_a_checkpoint_says_where_the_script_freezes_other_leaves(tmp_path):
+    def run(n, *frozen):
+        checkpoint = Checkpoint(tmp_path)
+        learner = Learner(net(), F.cross_entropy, Adam(0.1), callbacks=[checkpoint, stop_after(n)])
+        for i in frozen:
+            fluxpy.freeze(learner.state[i])
+        learner.fit(DataLoader(arrays(), batch_size=2), epochs=2)
+        return learner
+
+    learner = run(3, 0)
+    saved = learner.state_dict()
+    fluxpy.thaw(learner.state)
+    learner.load_state_dict(saved)  # without a word: what its own callbacks thawed meanwhile is no other script
+    run(5, 0)
+    with pytest.warns(UserWarning, match="other frozen leaves") as caught:
+        learner = run(7, 2)
+    text = str(caught[0].message)
+    assert len(caught) == 1
+    assert "frozen now, not then: '2.bias', '2.weight'" in text and "frozen then, not now: '0.bias', '0.weight'" in text
+    assert [learner.state[i].weight.frozen for i in (0, 2)] == [True, False]
+    fresh = Learner(net(), F.cross_entropy, Adam(0.1))
+    with pytest.warns(UserWarning, match="frozen then, not now: '0.bias', '0.weight'"):
+        fresh.load_state_dict(saved)
+    fluxpy.thaw(fresh.state)  # as the message says
+    before = fresh.model[0].weight.clone()
+    fresh.fit(DataLoader(arrays(), batch_size=2), epochs=2)
+    assert not torch.equal(before, fresh.model[0].weight)
+
+
+@pytest.mark.parametrize("n", [3, 10, 14])  # within the first epoch, at its end, within the second
+def test_what_is_changed_after_loading_counts(n):
+    def begun():
+        return Learner(net(), F.cross_entropy, Adam(0.1))
+
+    first = begun()
+    first.fit(DataLoader(arrays(), batch_size=2), epochs=2, callbacks=[stop_after(n - 1)])
+    saved = first.state_dict()
+    learner = begun()
+    learner.load_state_dict(saved)
+    fluxpy.adjust(learner.state, 0.01)
+    fluxpy.freeze(learner.state[2])
+    with torch.no_grad():
+        learner.model[0].bias.zero_()
+    again = begun()
+    again.load_state_dict(learner.state_dict())  # of what was changed, too
+    for run in (learner, again):
+        still = run.model[2].weight.clone()
+        run.fit(DataLoader(arrays(), batch_size=2), epochs=3)
+        assert fluxpy.value(run.state[0].weight, "lr") == 0.01 and run.state[0].weight.count == 30
+        assert run.state[2].weight.frozen and torch.equal(run.model[2].weight, still)
+    assert torch.equal(learner.model[0].weight, again.model[0].weight)

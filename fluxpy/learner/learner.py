@@ -332,7 +332,7 @@ class Learner:
         if self._loop.dispatcher.levels:
             raise RuntimeError("load_state_dict cannot be called while a fit is running")
         self._meet()
-        self._loop = Loop(saved=resume.load(self, d, hyperparameters))
+        self._loop = Loop(saved=resume.load(self, d, hyperparameters, self._loop))
 
     def trial(self) -> "Learner":
         """A Learner to try things with: the same loss and steps, its own copy of model and state, neither callbacks nor

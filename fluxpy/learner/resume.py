@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import leaves, load_state_dict, state_dict
 from . import events
-from .core import bind, changed_rules, changes_of_rules, copied, load_model, match_model, model_dict, plain_rules
+from .core import bind, changed_rules, changes_of_rules, copied, load_model, match_model, model_dict, names_of, plain_rules
 from .rng import random_state
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
         [events.name_of(callback), clones(callback.state_dict()) if isinstance(callback, events.Callback) else {}]
         for callback in (*learner.callbacks, *run.callbacks)
     ]
-    if run.saved is not None:  # nothing was done since it was loaded
-        return clones(run.saved) | {"callbacks": callbacks or clones(run.saved["callbacks"])}
+    if run.saved is not None:  # no batch was taken since it was loaded
+        saved = run.saved if run.dispatcher.levels else as_now(learner, run.saved)
+        return learner.ranks.whole(clones(saved) | {"callbacks": callbacks or clones(saved["callbacks"])})
     progress, now = learner.progress, time.monotonic()
     in_epoch, in_phase = progress.within != "fit", progress.within in ("training", "validation")
     own = {
@@ -49,7 +50,8 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
         "nonfinite": run.nonfinite or learner.nonfinite if in_phase else None,
         "row": dict(run.row),
         "lengths": dict(run.lengths),
-        "rules": run.rules or present_rules(learner.state),
+        "rules": present_rules(learner.state) if run.rules is None else run.rules,
+        "frozen": present_frozen(learner.state) if run.rules is None else run.frozen,
         "history": history,
         "seconds": {
             "epoch": in_epoch * (now - run.epoch_began),
@@ -61,9 +63,9 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
     return learner.ranks.whole(saved if len(every) == 1 else saved | {"ranks": every})
 
 
-def load(learner: "Learner", saved: Any, hyperparameters: str | None) -> dict[str, Any]:
+def load(learner: "Learner", saved: Any, hyperparameters: str | None, last: "Loop") -> dict[str, Any]:
     """Model, state, history and callbacks as they were saved; ValueError where they do not fit, and nothing is done.
-    What is left to go on with comes back."""
+    What is left to go on with comes back. `last` is the Learner's last run."""
     if not isinstance(saved, dict) or not {"version", "position"} <= saved.keys():
         raise ValueError("load_state_dict takes what Learner.state_dict gave")
     if saved["version"] != _VERSION:
@@ -75,10 +77,13 @@ def load(learner: "Learner", saved: Any, hyperparameters: str | None) -> dict[st
     if set(sums) != set(names):
         raise ValueError(f"the saved run had the metrics {sorted(sums)}, this one has {sorted(names)}")
     changes = changes_of_rules(present_rules(learner.state), saved["rules"])
+    frozen = present_frozen(learner.state) if last.frozen is None else last.frozen
     load_weights(learner, saved)
     if saved["hyperparameters"] == "keep":
         saved["rules"] = present_rules(learner.state)
     elif changed := changed_rules(changes, _OPTION):
+        learner.ranks.warn(changed)
+    if changed := _changed_frozen(frozen, saved.get("frozen", frozen)):
         learner.ranks.warn(changed)
     params = bind(learner.state, learner.model).params
     pairs = zip(saved["window"]["sums"], params, strict=False)
@@ -86,6 +91,12 @@ def load(learner: "Learner", saved: Any, hyperparameters: str | None) -> dict[st
     learner.history = events.History((dict(row) for row in saved["history"]), saved["seconds"]["epochs"])
     load_callbacks(learner.callbacks, saved["callbacks"], learner.ranks.warn)
     return saved
+
+
+def as_now(learner: "Learner", saved: dict[str, Any]) -> dict[str, Any]:
+    """A run that was loaded, with model and state as they are by now: a script may have changed them since."""
+    now = {"model": model_dict(learner.model, learner.state), "state": state_dict(learner.state)}
+    return saved | now | {"hyperparameters": "load"}
 
 
 def _of_rank(saved: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
@@ -112,6 +123,20 @@ def load_weights(learner: "Learner", saved: dict[str, Any]) -> None:
 def present_rules(state: Any) -> list[Any]:
     """The rule of each leaf, as plain data."""
     return plain_rules({path: leaf.rule for path, leaf in leaves(state)})
+
+
+def present_frozen(state: Any) -> list[str]:
+    """The paths of the frozen leaves."""
+    return [path for path, leaf in leaves(state) if leaf.frozen]
+
+
+def _changed_frozen(now: list[str], saved: list[str]) -> str | None:
+    """What to warn of where this run began with other leaves frozen than the saved one."""
+    told = {"frozen now, not then": set(now) - set(saved), "frozen then, not now": set(saved) - set(now)}
+    lines = [f"{what}: {names_of(sorted(paths))}" for what, paths in told.items() if paths]
+    first = "the saved run began with other frozen leaves than this one; those of the file count"
+    last = "freeze and thaw others in a callback, or after Learner.load_state_dict"
+    return "\n  ".join([first, *lines, last]) if lines else None
 
 
 def load_callbacks(callbacks: list[Any], saved: list[Any], warn: Callable[..., None] | None = None) -> None:
