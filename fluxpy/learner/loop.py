@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LOSS = "the loss"  # how messages about it begin
 # What is kept of a run, besides its model and state, before it has begun.
-NEW: dict[str, Any] = {"rules": None, "frozen": None, "lengths": {}, "row": {}, "seconds": {}, "rng_at_start": None, "window": {}}
+NEW: dict[str, Any] = {"rules": None, "lengths": {}, "row": {}, "seconds": {}, "rng_at_start": None, "window": {}}
 
 
 class Loop:

@@ -10,7 +10,17 @@ from torch.utils._pytree import tree_map_only
 
 from .. import leaves, load_state_dict, state_dict
 from . import events
-from .core import bind, changed_rules, changes_of_rules, copied, load_model, match_model, model_dict, names_of, plain_rules
+from .core import (
+    bind,
+    changed_rules,
+    changes_of_rules,
+    copied,
+    load_model,
+    match_model,
+    model_dict,
+    names_of,
+    plain_rules,
+)
 from .rng import random_state
 
 if TYPE_CHECKING:
