@@ -1,6 +1,5 @@
 """Context: what all leaves of one state tree share. A copy of a tree, or the result of a pure update, has its own."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +37,8 @@ class FiniteFlag:
         self.kinds: dict[tuple[str, tuple[str, ...]], int] = {}  # what can go wrong, and at which paths, numbered
 
     def copy(self) -> "FiniteFlag":
-        other = copy.copy(self)
+        other = FiniteFlag()  # not copy.copy, which torch.compile does not follow before PyTorch 2.13
+        other.bad, other.skipped, other.up, other.first = self.bad, self.skipped, self.up, self.first
         other.kinds = dict(self.kinds)
         return other
 
@@ -133,8 +133,8 @@ class Context:
         """A context for another tree, with the same options."""
         other = Context(self.compile, self.size if size is None else size)
         other.updates, other.recorded, other.flag = self.updates, self.recorded, self.flag.copy()
-        other.reference_only, other.uncompiled = set(self.reference_only), set(self.uncompiled)
-        other.not_shared, other.spread = set(self.not_shared), self.spread
+        other.reference_only, other.uncompiled = self.reference_only.copy(), self.uncompiled.copy()
+        other.not_shared, other.spread = self.not_shared.copy(), self.spread
         return other
 
     def settle(self) -> None:

@@ -177,7 +177,7 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
 def take_apart(tree: Any, parts: list[Any]) -> Any:
     """The plan of a pytree. Appends its leaves to `parts`."""
     kind: Any = type(tree)
-    if kind in (tuple, list) or (issubclass(kind, tuple) and hasattr(kind, "_fields")):
+    if kind in (tuple, list) or (issubclass(kind, tuple) and hasattr(tree, "_fields")):
         return kind, (), tuple([take_apart(child, parts) for child in tree])
     if kind is dict:
         return kind, tuple(sorted(tree)), tuple([take_apart(tree[key], parts) for key in sorted(tree)])

@@ -32,6 +32,7 @@ from fluxpy import (
 )  # fmt: skip
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+since_2_13 = pytest.mark.skipif(torch.__version__ < "2.13", reason="older versions of PyTorch refuse it, or we do")
 
 
 class Scaled(Rule):

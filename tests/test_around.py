@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SHAPES, Own, Run, Whole, needs_compiler, transposed, without
+from helpers import SHAPES, Own, Run, Whole, needs_compiler, since_2_13, transposed, without
 from test_engine import Pair, paths_of
 
 import fluxpy
@@ -87,6 +87,7 @@ def transposed_all(grads: dict[str, Any]) -> dict[str, Any]:
     return {name: transposed(dx) for name, dx in grads.items()}
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # of PyTorch before 2.13
 def test_within_a_window_only_the_kernel_runs() -> None:
     """No pass over the slow weights, nor over the parameters."""
     model = {str(i): torch.randn(40, 40) for i in range(20)}
@@ -108,6 +109,7 @@ def operators(step: Any) -> list[str]:
 
 
 @needs_compiler
+@since_2_13
 def test_compiled() -> None:
     """Also with rates that differ, of which none may change another's share."""
     pair = Pair(CASES["lookahead, cautious"][0], "compiled", [(4, 3), (7,), (5, 2)]).step(5).check(1e-11)

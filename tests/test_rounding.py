@@ -19,6 +19,7 @@ from helpers import (
     image,
     model_of,
     needs_compiler,
+    since_2_13,
     without,
 )
 from test_engine import paths_of
@@ -122,7 +123,7 @@ def assert_same_bits(x: Tensor, expected: np.ndarray) -> None:
     assert same.all(), (np.flatnonzero(~same)[:5], found[~same][:5], expected[~same][:5])
 
 
-WAYS = ["reference", "apart", "flat", "pure", pytest.param("compiled", marks=needs_compiler)]
+WAYS = ["reference", "apart", "flat", "pure", pytest.param("compiled", marks=[needs_compiler, since_2_13])]
 
 
 @every_half
@@ -364,6 +365,7 @@ def test_weights_to_evaluate_with() -> None:
 
 
 @needs_compiler
+@since_2_13
 def test_compiled_with_a_kernel_for_all_steps() -> None:
     """The number of the step is an input, not a part of the program. Where a rule's own arithmetic differs in its last
     bit from that of the compiler, an element in tens of thousands is rounded the other way."""
@@ -393,6 +395,7 @@ def test_a_whole_step_under_torch_compile() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own forward mode
+@since_2_13
 def test_slopes_go_straight_through() -> None:
     """As if nothing were rounded: backward, forward, and with vmap over both."""
     rule, start = StochasticRounding(Momentum(0.1, 0.5)), torch.tensor([1.0, -0.7, 0.3], dtype=BF16)

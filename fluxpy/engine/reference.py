@@ -134,7 +134,7 @@ class ReferenceUnit:
             self.news = [mask(old, t) for old, t in zip(self.olds, self.news, strict=True)] if self.olds else self.news
         if self.inplace and self.olds:
             self.news = [old if old is t else old.copy_(t) for old, t in zip(self.olds, self.news, strict=True)]
-        count = self.record.numbers.count + self.moved
+        count = self.record.numbers.count + int(self.moved)
         if self.inplace and record.numbers is not self.own:
             self.context.structure += 1  # another plan may have the leaf in a cohort
         record.tensors, record.numbers, record.pending = self.news, Numbers(count, self.skeleton), None
