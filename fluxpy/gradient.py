@@ -151,13 +151,8 @@ def recorded(f: Callable[..., Any], model: Any, args: Iterable[Any], binding: Bi
         value = f(model, *args)
         loss = _loss(value)
         if not loss.requires_grad:
-            raise independent_loss(binding)
+            raise independent_loss(wanted.trains)
         yield loss, _detached(value)
-
-
-def independent_loss(binding: Binding) -> ValueError:
-    """The error for a loss that depends on no parameter that trains."""
-    return _independent_loss([not record.frozen for record in binding.records])
 
 
 def _wanted(binding: Binding) -> "_Wanted":
@@ -198,12 +193,9 @@ def _differentiate(
         else:
             value, found = parallel.differentiate(lambda: f(model, *args), _loss, args, trains, create_graph)
     if all(g is None for g in found):
-        raise _independent_loss(trains)
-    grads: list[Tensor | None] = list(found)
-    if len(places) < len(params):
-        grads = [None] * len(params)
-        for i, g in zip(places, found, strict=True):
-            grads[i] = g
+        raise independent_loss(trains)
+    source = iter(found)
+    grads = [next(source) if wants else None for wants in trains]
     return _detached(value), grads[0] if spec.kind == "leaf" else Gradients(spec, grads)
 
 
@@ -218,7 +210,8 @@ def _detached(value: Any) -> Any:
     return opened.combine(map(_detached, tensors)) if tensors else value
 
 
-def _independent_loss(trains: list[bool]) -> ValueError:
+def independent_loss(trains: list[bool]) -> ValueError:
+    """The error for a loss that depends on no parameter that trains."""
     why = _WHY if any(trains) else "all of them are frozen; thaw some, or let some require grad"
     return ValueError(f"the loss depends on no parameter of the model: {why}")
 

@@ -196,7 +196,7 @@ def _backward(loss: Tensor, buckets: Buckets, binding: Binding, context: Context
         with _grads_aside(params, take), context.in_parts():
             torch.autograd.backward(loss, inputs=params)
             if not seen:
-                raise independent_loss(binding)
+                raise independent_loss([trains(record) for record in binding.records])
             for bucket in buckets.all:
                 if not bucket.done and bucket.concerned:
                     stepped += bucket.step(context)
