@@ -226,9 +226,9 @@ def _records(
         else:
             taken[index] = before
             record = before.clone(numbers.setdefault(id(before.numbers), before.numbers.copy()))
-        if isinstance(x, nn.Parameter):  # one that does not require grad is frozen
+        if isinstance(x, nn.Parameter) and record.required_grad is not False:  # what was thawed since stays so
             record.required_grad = x.requires_grad
-            record.frozen = record.frozen or not x.requires_grad
+            record.frozen = record.frozen or not x.requires_grad  # one that does not require grad is frozen
         records.append(record)
     return records, taken
 
