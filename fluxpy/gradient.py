@@ -130,7 +130,6 @@ def withgradient(
         return differentiate(f, model, args, bind(state, model), create_graph)
     spec, params = walk(model)
     trains = [x.requires_grad or not isinstance(x, torch.nn.Parameter) for x in params]
-    # A tensor of a container trains even where it does not require grad; of a module, flags decide.
     parallel = parallel_of(model, params, tuple(spec.leaves.values()))
     return _differentiate(f, model, args, _Wanted(spec, params, trains, _flips(params, trains), parallel), create_graph)
 
@@ -254,16 +253,14 @@ def _loss(value: Any) -> Tensor:
 def _backward(loss: Tensor, params: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
     if not loss.requires_grad:
         return (None,) * len(params)
-    found: tuple[Tensor | None, ...] = (None,)
-    hidden = None
     try:
         found = _grad(loss, params, create_graph)
     except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        hidden = error
-    if hidden or any(g is None for g in found):
-        require_no_checkpoint(loss, hidden)
+        if "use_reentrant" in str(error):
+            require_no_checkpoint(loss, error)
+        raise
+    if any(g is None for g in found):
+        require_no_checkpoint(loss)
     return found
 
 

@@ -204,9 +204,7 @@ def _backward(loss: Tensor, buckets: Buckets, binding: Binding, context: Context
         if stepped:
             error.add_note(f"release=True: {stepped} of {len(params)} parameters were stepped before this")
         if stepped and "modified by an inplace operation" in str(error):
-            error.add_note(
-                "release=True: the loss also uses a parameter detached, which was stepped by then: clone it"
-            )
+            error.add_note("release=True: the loss also uses a parameter detached, which was stepped by then: clone it")
         if isinstance(error, SkipUpdate):
             raise RuntimeError("release=True steps leaf by leaf, so that the whole update cannot be skipped") from error
         raise
