@@ -5,7 +5,6 @@ import logging
 import threading
 import types
 import weakref
-import weakref
 from collections.abc import Callable
 from typing import Any
 
