@@ -31,6 +31,7 @@ from .state import AnyState, State, bind, require_state, shape_of, tree_context
 from .text import form
 
 Model = TypeVar("Model")
+_MANY = 100  # updates to differentiate through
 
 
 def update(state: AnyState, model: Model, grads: Any = None, *, inplace: bool = True) -> tuple[AnyState, Model]:
@@ -346,9 +347,6 @@ def _has_history(binding: Binding, grads: Sequence[Any]) -> bool:
     others = [x for x in binding.params if type(x) is not torch.nn.Parameter]
     wrapped = not torch.compiler.is_compiling() and any(map(is_wrapped, others))
     return wrapped or any([x.requires_grad and not isinstance(x, torch.nn.Parameter) for x in others])
-
-
-_MANY = 100  # updates to differentiate through
 
 
 def _watch_history(binding: Binding, fork: Context) -> None:
