@@ -98,7 +98,7 @@ def prune(state: AnyState, model: Model, layer: str, keep: Any, readers: Sequenc
             if size % outputs or (size != outputs and not isinstance(module, nn.Linear)):
                 raise ValueError(f"prune: {path!r} reads {size} features, but {layer!r} has {outputs} outputs")
             index = row_numbers(keep, outputs)
-            each = torch.arange(size // outputs)
+            each = torch.arange(size // outputs, device=index.device)
             change = Taking("prune", (index[:, None] * len(each) + each).flatten())
             edit.cut([cut for cut in cuts if (id(cut.x), cut.dim) not in done], resizes, change)
             done |= {(id(cut.x), cut.dim) for cut in cuts}
