@@ -130,7 +130,7 @@ class DataLoader(Generic[Batch]):
         batches = max(1, min(_BLOCK // max(bytes_of_batch, 1), len(starts)))
         for i in range(0, len(starts), batches):
             rows = slice(starts[i], starts[min(i + batches, len(starts)) - 1] + size)
-            yield from map(self._batch, zip(*(t.index_select(0, o[rows]).split(size) for t, o in pairs), strict=True))
+            yield from map(self._batch, zip(*(_picked(t, o[rows]).split(size) for t, o in pairs), strict=True))
 
     def _batch(self, tensors: Sequence[Tensor]) -> Any:
         if isinstance(self._like, Mapping):
@@ -139,6 +139,13 @@ class DataLoader(Generic[Batch]):
             make: Any = getattr(self._like, "_make", tuple)  # a namedtuple stays one
             return make(tensors)
         return tensors[0] if self._like is None else list(tensors)
+
+
+_UNSIGNED = torch.uint16, torch.uint32, torch.uint64  # of which index_select, the faster way, takes none
+
+
+def _picked(t: Tensor, rows: Tensor) -> Tensor:
+    return t[rows] if t.dtype in _UNSIGNED else t.index_select(0, rows)
 
 
 def require_batches(data: Any, name: str) -> None:

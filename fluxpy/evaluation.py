@@ -12,6 +12,7 @@ from .binding import Binding
 from .context import Context
 from .distributed.parallel import reshard
 from .leaf import Leaf, Record
+from .pytree import uncast
 from .rule import at
 from .state import State, bind, require_state, tree_context
 from .text import form, names_of
@@ -123,7 +124,7 @@ def _evaluation(record: Record, x: Tensor, path: str) -> Tensor | None:
     if rule is None or record.frozen or not rule.evaluates or record.tensors is None or record.untrained:
         return None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncast():
             now = at(rule, max(count - 1, 0))  # with the hyperparameters of the last step
             value = now.evaluation_any(record.state, x)
     except Exception as error:

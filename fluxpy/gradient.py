@@ -130,7 +130,6 @@ def withgradient(
         return differentiate(f, model, args, bind(state, model), create_graph)
     spec, params = walk(model)
     trains = [x.requires_grad or not isinstance(x, torch.nn.Parameter) for x in params]
-    # A tensor of a container trains even where it does not require grad; of a module, flags decide.
     parallel = parallel_of(model, params, tuple(spec.leaves.values()))
     return _differentiate(f, model, args, _Wanted(spec, params, trains, _flips(params, trains), parallel), create_graph)
 
@@ -151,13 +150,8 @@ def recorded(f: Callable[..., Any], model: Any, args: Iterable[Any], binding: Bi
         value = f(model, *args)
         loss = _loss(value)
         if not loss.requires_grad:
-            raise independent_loss(binding)
+            raise independent_loss(wanted.trains)
         yield loss, _detached(value)
-
-
-def independent_loss(binding: Binding) -> ValueError:
-    """The error for a loss that depends on no parameter that trains."""
-    return _independent_loss([not record.frozen for record in binding.records])
 
 
 def _wanted(binding: Binding) -> "_Wanted":
@@ -198,12 +192,9 @@ def _differentiate(
         else:
             value, found = parallel.differentiate(lambda: f(model, *args), _loss, args, trains, create_graph)
     if all(g is None for g in found):
-        raise _independent_loss(trains)
-    grads: list[Tensor | None] = list(found)
-    if len(places) < len(params):
-        grads = [None] * len(params)
-        for i, g in zip(places, found, strict=True):
-            grads[i] = g
+        raise independent_loss(trains)
+    source = iter(found)
+    grads = [next(source) if wants else None for wants in trains]
     return _detached(value), grads[0] if spec.kind == "leaf" else Gradients(spec, grads)
 
 
@@ -218,7 +209,8 @@ def _detached(value: Any) -> Any:
     return opened.combine(map(_detached, tensors)) if tensors else value
 
 
-def _independent_loss(trains: list[bool]) -> ValueError:
+def independent_loss(trains: list[bool]) -> ValueError:
+    """The error for a loss that depends on no parameter that trains."""
     why = _WHY if any(trains) else "all of them are frozen; thaw some, or let some require grad"
     return ValueError(f"the loss depends on no parameter of the model: {why}")
 
@@ -261,16 +253,14 @@ def _loss(value: Any) -> Tensor:
 def _backward(loss: Tensor, params: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
     if not loss.requires_grad:
         return (None,) * len(params)
-    found: tuple[Tensor | None, ...] = (None,)
-    hidden = None
     try:
         found = _grad(loss, params, create_graph)
     except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        hidden = error
-    if hidden or any(g is None for g in found):
-        require_no_checkpoint(loss, hidden)
+        if "use_reentrant" in str(error):
+            require_no_checkpoint(loss, error)
+        raise
+    if any(g is None for g in found):
+        require_no_checkpoint(loss)
     return found
 
 

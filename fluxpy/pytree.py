@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
@@ -311,6 +311,13 @@ def is_transforming() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def uncast() -> Iterator[None]:
+    """Within, no autocast narrows arithmetic: it is for losses, not for rules and weights."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def is_unseen(x: Tensor) -> bool:

@@ -2,8 +2,10 @@
 
 import functools
 import types
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,8 @@ class Rebinding:
             return types.MethodType(self.of(x.__func__), self.of(x.__self__))
         if kind is types.FunctionType:
             return self.made.get(id(x)) or self._function(x)
+        if kind is weakref.ref:
+            return weakref.ref(self.of(x()))
         if kind is functools.partial:
             return functools.partial(self.of(x.func), *self.of(x.args), **self.of(x.keywords))
         raise TypeError(f"holds a part of the model in an object of {kind.__module__}.{kind.__qualname__}")
@@ -78,15 +82,16 @@ def _inside(x: Any) -> Iterable[Any]:
         return ()
     if isinstance(x, _CONTAINERS):
         return x
-    if isinstance(x, dict):
+    if isinstance(x, dict | types.MappingProxyType):
         return list(x.values())
+    if isinstance(x, weakref.ref):  # not to the hooks that a handle would remove
+        return (x(),) if isinstance(x(), Tensor | nn.Module | types.MethodType) else ()
     if isinstance(x, types.MethodType):
         return x.__self__, x.__func__
     if isinstance(x, types.CellType):
-        try:
+        with suppress(ValueError):  # it may be empty yet
             return (x.cell_contents,)
-        except ValueError:  # empty yet
-            return ()
+        return ()
     if isinstance(x, types.FunctionType):
         return *(x.__closure__ or ()), x.__defaults__, x.__kwdefaults__, x.__dict__
     if isinstance(x, functools.partial):

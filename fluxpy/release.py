@@ -196,13 +196,15 @@ def _backward(loss: Tensor, buckets: Buckets, binding: Binding, context: Context
         with _grads_aside(params, take), context.in_parts():
             torch.autograd.backward(loss, inputs=params)
             if not seen:
-                raise independent_loss(binding)
+                raise independent_loss([trains(record) for record in binding.records])
             for bucket in buckets.all:
                 if not bucket.done and bucket.concerned:
                     stepped += bucket.step(context)
     except BaseException as error:
         if stepped:
             error.add_note(f"release=True: {stepped} of {len(params)} parameters were stepped before this")
+        if stepped and "modified by an inplace operation" in str(error):
+            error.add_note("release=True: the loss also uses a parameter detached, which was stepped by then: clone it")
         if isinstance(error, SkipUpdate):
             raise RuntimeError("release=True steps leaf by leaf, so that the whole update cannot be skipped") from error
         raise

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .pytree import is_parameter, level, unwrap
 from .text import join
@@ -16,6 +17,7 @@ from .tree import check_model
 Role: TypeAlias = Literal["hidden", "embedding", "head", "norm", "bias", "other"]
 
 _NORM = re.compile(r"Norm(\dd)?$")  # the names of such classes: LayerNorm, BatchNorm2d, LlamaRMSNorm
+_MAGNITUDES = "original0", "weight_g"  # a scale for each channel, as `weight_norm` calls it
 _HEADS = {"head", "heads", "lm_head", "classifier", "fc_out", "score", "logits", "output_layer"}
 
 
@@ -115,13 +117,19 @@ def _places(x: Any, path: str, above: tuple[tuple[Any, Any], ...]) -> Iterator[_
     here = None if any(x is other for other, _ in above) else level(x)
     if here is not None:
         for key, child in zip(here.keys, here.children, strict=True):
-            yield from _places(child, join(path, key), (*above, (x, key)))
+            inside = (*above, (x, key))
+            if isinstance(x, ParametrizationList) and isinstance(child, Tensor) and len(above) > 1:
+                # It stands for a tensor of the module.
+                inside = (*above[:-2], (above[-2][0], above[-1][1]))
+            yield from _places(child, join(path, key), inside)
 
 
 def _role(place: _Place) -> Role:
     owner = place.above[-1][0] if place.above else None
     if any(_NORM.search(cls.__name__) for cls in type(owner).__mro__):
         return "norm"
+    if place.path.endswith(_MAGNITUDES) and place.x.numel() in place.x.shape:
+        return "other"
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
         return "embedding"
     if "bias" in place.name.split("_") or place.name.startswith("bias"):

@@ -58,6 +58,7 @@ def _moved(pairs: Sequence[tuple[Tensor, Tensor]], rho: float) -> Iterator[None]
         with torch.no_grad():
             for x, g in pairs:
                 x.add_((step.to(x.device) * g).to(x.dtype))
+        torch.clear_autocast_cache()  # an autocast around this has cast the weights as they were
         yield
 
 
@@ -71,6 +72,7 @@ def _kept(tensors: Sequence[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for x, before in zip(tensors, old, strict=True):
                 x.copy_(before)
+        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from .initial import make_states
 from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of, records_of
 from .members import holders_of
 from .patterns import assign_rules
-from .pytree import Skeleton
+from .pytree import Skeleton, uncast
 from .rule import Rule, at, hyperparameters, rule_key, rules_in, title_key
 from .show import describe_tree, table, tree_as_html
 from .text import OF_STATES, WORDS, form, near
@@ -196,7 +196,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
         record.redistribute(sharding_of(x))
     leaves = [Leaf(record, context, bindings) for record in records]
     new = [index for index in range(len(params)) if rules[index] is not None and index not in taken]
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), uncast():
         _make_states(records, new, taken, local_tensors(params), names)
     if kept and (changed := _changed(kept, new, params, names)):
         warnings.warn(
@@ -226,9 +226,9 @@ def _records(
         else:
             taken[index] = before
             record = before.clone(numbers.setdefault(id(before.numbers), before.numbers.copy()))
-        if isinstance(x, nn.Parameter):  # one that does not require grad is frozen
+        if isinstance(x, nn.Parameter) and record.required_grad is not False:  # what was thawed since stays so
             record.required_grad = x.requires_grad
-            record.frozen = record.frozen or not x.requires_grad
+            record.frozen = record.frozen or not x.requires_grad  # one that does not require grad is frozen
         records.append(record)
     return records, taken
 

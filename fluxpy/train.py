@@ -98,7 +98,9 @@ def trainstep(
     do: a rule that needs a total over all gradients (`ClipGlobalNorm`), `nonfinite="skip"`, several ranks. It is not
     all or nothing: where an error comes in the middle of the pass (in a rule, from a gradient that is not finite or
     sparse, an interrupt), each parameter is either stepped or as it was, with its momenta and its count, and a note
-    says how many were stepped. `.grad` is as before.
+    says how many were stepped. `.grad` is as before. Where a loss uses a parameter detached besides, write
+    `weight.detach().clone()`: it is stepped in the middle of the pass, and what reads it later, as a checkpoint that
+    computes again, would get the new weights.
     """
     return _turn(loss, model, batch, state, release)[0]
 

@@ -24,13 +24,14 @@ from .engine.reference import ReferenceUnit
 from .engine.step import FallBack, Unit, run_to_results
 from .grads import in_order
 from .leaf import Leaf, Record, miss_update, rules_of
-from .pytree import is_transforming, is_wrapped, memories, memory, unwritable
+from .pytree import is_transforming, is_wrapped, memories, memory, uncast, unwritable
 from .rebuild import Copies, as_parameter, like_parameter, rebuild
 from .rule import tensors_of
 from .state import AnyState, State, bind, require_state, shape_of, tree_context
 from .text import form
 
 Model = TypeVar("Model")
+_MANY = 100  # updates to differentiate through
 
 
 def update(state: AnyState, model: Model, grads: Any = None, *, inplace: bool = True) -> tuple[AnyState, Model]:
@@ -95,8 +96,7 @@ def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
         pass
     finally:
         torch.set_grad_enabled(grad_enabled)
-        if context.flag.skipped is not None:
-            context.flag.lower()
+        context.flag.lower()
     context.updates += 1
 
 
@@ -147,6 +147,7 @@ def flush(state: AnyState, model: Model) -> tuple[AnyState, Model]:
         with torch.inference_mode(False), torch.no_grad(), suppress(SkipUpdate):
             _reference_step(binding, context, grads)
     finally:
+        torch.clear_autocast_cache()
         context.flag.lower()
         own = {id(end): rules[key] for key, end in ends.items()}
         for record in records:
@@ -155,6 +156,9 @@ def flush(state: AnyState, model: Model) -> tuple[AnyState, Model]:
 
 
 def _step(binding: Binding, context: Context, grads: list[Any]) -> None:
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        with uncast():
+            return _step(binding, context, grads)
     plan, route, grads = _route_for(binding, context, grads, inplace=True)
     try:
         plan.commit(_run(plan, route.units, grads, context))
@@ -227,8 +231,7 @@ def _step_in_inference_mode(binding: Binding, context: Context, grads: list[Any]
     """The engine keeps tensors for later steps, which must not be inference tensors."""
     if any(x.is_inference() for x in binding.params):
         _check(binding, grads, inplace=True)
-        _reference_step(binding, context, grads)
-        return
+        return _reference_step(binding, context, grads)
     with torch.inference_mode(False), torch.no_grad():
         _step(binding, context, [g.clone() if isinstance(g, Tensor) and g.is_inference() else g for g in grads])
 
@@ -236,7 +239,8 @@ def _step_in_inference_mode(binding: Binding, context: Context, grads: list[Any]
 def _reference_step(binding: Binding, context: Context, grads: Sequence[Any]) -> None:
     """Update in place on the reference path."""
     units = _reference_units(binding, context, grads, inplace=True)
-    run_to_results(units, grads, context, Totals(binding.records) if context.spread else None)
+    with uncast():
+        run_to_results(units, grads, context, Totals(binding.records) if context.spread else None)
     context.flag.read_skip()
     _sit_out(binding, binding.records)
     context.structure += 1
@@ -269,8 +273,9 @@ def _pure(state: Any, binding: Binding, context: Context, model: Any, grads: Any
     context.settle()
     complete = all(r.frozen or r.rule is None or r.tensors is not None for r in binding.records)  # needs no new state
     if not complete or is_transforming() or torch.is_inference_mode_enabled() or _has_history(binding, found):
-        return _pure_by_reference(state, binding, context, model, found)
-    with torch.no_grad():
+        with uncast():
+            return _pure_by_reference(state, binding, context, model, found)
+    with torch.no_grad(), uncast():
         return _pure_by_copy(state, binding, context, model, found)
 
 
@@ -342,9 +347,6 @@ def _has_history(binding: Binding, grads: Sequence[Any]) -> bool:
     others = [x for x in binding.params if type(x) is not torch.nn.Parameter]
     wrapped = not torch.compiler.is_compiling() and any(map(is_wrapped, others))
     return wrapped or any([x.requires_grad and not isinstance(x, torch.nn.Parameter) for x in others])
-
-
-_MANY = 100  # updates to differentiate through
 
 
 def _watch_history(binding: Binding, fork: Context) -> None:

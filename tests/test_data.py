@@ -98,6 +98,15 @@ def test_arrays_that_torch_cannot_share_are_copied(make: Callable[[np.ndarray], 
     assert torch.cat(list(DataLoader(array, batch_size=2))).tolist() == array.tolist()
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "uint64", "int16", "bool", "float16", "complex64"])
+def test_every_kind_of_number_is_shuffled(kind: str) -> None:
+    array = (np.arange(20)).reshape(10, 2).astype(kind)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.cat(list(DataLoader(array, batch_size=3, shuffle=True, generator=generator))).numpy()
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    assert rows.dtype == array.dtype and (rows == array[order.numpy()]).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -221,6 +221,8 @@ def test_wrong_arguments() -> None:
     model = Net()
     with pytest.raises(TypeError, match="takes the model, not an iterator over its parameters"):
         TorchOptimizer(Adam(), model.parameters())
+    with pytest.raises(TypeError, match="not param groups.*equal rules"):
+        TorchOptimizer(Adam(), [{"params": list(model.encoder.parameters()), "lr": 0.3}])
     with pytest.raises(TypeError, match="the rule comes first"):
         TorchOptimizer(model, Adam())  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="does not fit the state"):

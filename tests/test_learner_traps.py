@@ -247,6 +247,19 @@ def test_autocast_around_a_loop_is_autocast_inside_the_loss():
         assert torch.allclose(other - first, weights[0] - first, rtol=0.05, atol=1e-3)
 
 
+def test_weights_that_are_loaded_under_an_autocast_are_cast_anew():
+    x, y = arrays(8)
+    learner = Learner(net(), F.cross_entropy, Descent(0.5))
+    saved = learner.state_dict()
+    with autocast():
+        learner.fit([(x, y)] * 3)
+        trained = learner.model(x)
+        learner.load_state_dict(saved)
+        back = learner.model(x)
+    with autocast():
+        assert torch.equal(learner.model(x), back) and not torch.equal(trained, back)
+
+
 # --- What the script says and what the file says ----------------------------------------------------------------------
 
 

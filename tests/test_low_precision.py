@@ -1,7 +1,10 @@
 """bfloat16 and float16: what is rounded, and where."""
 
 import math
+from contextlib import nullcontext
+from typing import Any
 
+import optree
 import pytest
 import torch
 from helpers import Own, Run, assert_alike, assert_close, grads_of, image, model_of, needs_compiler
@@ -11,6 +14,7 @@ from fluxpy import (
     AccumGrad,
     Adam,
     AdamW,
+    Averaged,
     ClipGlobalNorm,
     Lion,
     MixedPrecision,
@@ -21,8 +25,13 @@ from fluxpy import (
     WeightDecay,
     flatten_parameters,
     flush,
+    gradient,
     leaves,
+    load,
+    save,
     setup,
+    sharpened,
+    surgery,
     trainstep,
     update,
 )  # fmt: skip
@@ -222,3 +231,94 @@ def test_a_window_of_uneven_batches_weighted_by_their_share_is_one_large_batch(n
     flush(other, small)
     assert other.weight.count == 1
     assert_close(small, large)
+
+
+# --- An autocast around it all ------------------------------------------------------------------------------------
+
+
+class Whitened(Rule):
+    """A rule of whole matrices, whose products an autocast would round."""
+
+    lr: float = 0.1
+
+    def init(self, x):
+        return x.mT @ x
+
+    def apply(self, state, x, dx):
+        state = 0.9 * state + 0.1 * (dx.mT @ dx)
+        return state, self.lr * dx @ state
+
+
+def rows_grow(state, model):
+    surgery.grow(state["a"], model["a"], torch.ones(2, 3, dtype=model["a"].dtype))
+
+
+def merge(state, model):
+    surgery.merge(state, model, {"w": ("a", "b")})
+
+
+UNDER_AUTOCAST: list[Any] = [
+    (Whitened(), torch.float32, lambda state, model: update(state, model, turn_of(model))),
+    (Whitened(), torch.float32, lambda state, model: update(state, model, turn_of(model), inplace=False)),
+    (Averaged(Momentum(0.1)), torch.float16, lambda state, model: update(state, model, turn_of(model))),
+    (OptimiserChain(AccumGrad(3), Whitened()), torch.float32, flush),
+    (Adam(), torch.float32, merge),
+    (Adam(), torch.float16, rows_grow),
+]
+
+
+def turn_of(model):
+    return {name: torch.cos(x) for name, x in model.items()}
+
+
+@pytest.mark.parametrize("rule, dtype, step", UNDER_AUTOCAST)
+def test_an_autocast_does_not_round_what_rules_and_surgery_compute(rule, dtype, step):
+    outcomes = []
+    for around in (False, True):
+        g = torch.Generator().manual_seed(0)
+        model: Any = {name: torch.randn(s, generator=g).to(dtype) for name, s in zip("wab", SIZES, strict=True)}
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            state = setup(rule, model)
+            for _ in range(2):
+                update(state, model, turn_of(model))
+            made = step(state, model)
+        outcomes.append((model, made, [leaf.state for _, leaf in leaves(state)]))
+    tensors = [optree.tree_leaves(found, namespace="fluxpy") for found in outcomes]
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*tensors, strict=True) if isinstance(a, Tensor))
+
+
+SIZES = (4, 3), (2, 3), (4, 2)
+
+
+@pytest.mark.parametrize("how", ["sharpened", "flush", "take", "load"])
+def test_an_autocast_around_it_casts_the_weights_anew(how, tmp_path):
+    """What it has cast before is not taken for what was written since."""
+    outcomes = []
+    for around in (False, True):
+        torch.manual_seed(0)
+        model, x = nn.Linear(4, 4), torch.randn(8, 4)
+        state = setup(OptimiserChain(AccumGrad(4), Momentum(0.5)), model)
+        save(tmp_path / "run.flux", model=nn.Linear(4, 4))
+
+        autocast = torch.autocast("cpu", torch.bfloat16)  # a disabled one around others keeps their casts too
+
+        def loss(m, x=x, inside=nullcontext() if around else autocast):  # noqa: B008
+            with inside:
+                return m(x).float().square().mean()
+
+        found: Any = None
+        with autocast if around else nullcontext():
+            update(state, model, gradient(loss, model))
+            loss(model)
+            if how == "sharpened":
+                found = list(sharpened(loss, model, 0.5)[1])
+            elif how == "flush":
+                flush(state, model)
+            elif how == "take":
+                surgery.take(state, model, [3, 1, 0])
+            else:
+                load(tmp_path / "run.flux", model=model)
+            outcomes.append((loss(model), found))
+    (a, b), (c, d) = outcomes
+    assert torch.equal(a, c)
+    assert b is None or all(torch.equal(one, other) for (_, one), (_, other) in zip(b, d, strict=True))

@@ -69,6 +69,17 @@ def like_a_library(net: Net) -> Any:
     return forward
 
 
+def weakly(net: Net) -> Any:
+    inner = weakref.ref(net.inner)
+    return lambda x: inner()(x)
+
+
+def with_handle() -> Net:
+    net = Net()
+    net.handle = net.register_forward_hook(lambda module, args, out: out + net.inner[0].bias)
+    return net
+
+
 def recursive(net: Net) -> Any:
     def f(x: Tensor, times: int = 2) -> Tensor:
         return net.body(x) if times == 0 else f(x, times - 1)
@@ -97,6 +108,8 @@ FOLLOW = {
     "a lambda in a list": lambda: Net(lambda net: dict(f=[lambda x: net.body(x)])["f"][0]),
     "a function that calls itself": lambda: Net(recursive),
     "a partial": lambda: Net(lambda net: functools.partial(linear, weight=net.inner[0].weight, bias=net.inner[0].bias)),
+    "a weak reference": lambda: Net(weakly),
+    "a handle": with_handle,
     "a default": lambda: Net(lambda net: lambda x, weight=net.inner[0].weight: x @ weight),
     "a patched forward": lambda: with_forward(lambda net: types.MethodType(lambda self, x: 2 * self.body(x), net)),
     "a wrapped forward": lambda: with_forward(like_a_library),
@@ -149,6 +162,7 @@ REFUSED = {
     "inside": (lambda: nn.Sequential(Net(lambda net: Helper(0, {"a": [net.body]}))), r"Sequential\.0\.extra holds"),
     "with slots": (lambda: Net(lambda net: Wrapped(net)), r"Net\.extra holds .*Wrapped"),
     "in a closure": (lambda: Net(lambda net: functools.partial(Helper(net.inner), torch.ones(1))), r"Net\.extra holds"),
+    "a weak method": (lambda: Net(lambda net: weakref.WeakMethod(net.body)), r"Net\.extra holds"),
     "a script": (lambda: torch.jit.trace(Net().eval(), INPUT), "scripted module"),
 }
 
@@ -182,7 +196,6 @@ def test_ordinary_attributes_are_no_alarm_and_stay_shared() -> None:
         "lock": threading.Lock(),
         "local": threading.local(),
         "generator": torch.Generator(),
-        "back": weakref.ref(net),
         "act": nn.functional.relu,
         "method": Config().__init__,
         "kind": Config,

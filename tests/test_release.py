@@ -3,6 +3,7 @@
 import copy
 import math
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -355,6 +356,21 @@ def test_an_error_in_the_middle_leaves_each_parameter_stepped_or_as_it_was():
     assert "15 of 16 parameters were stepped before this" in notes and "'0.weight'" in notes
     freeze(state[0])
     trainstep(loss, model, batch, state, release=True)  # the next goes well
+
+
+def test_a_parameter_that_is_also_used_detached_is_to_be_cloned():
+    def f(m, x, y, own=lambda t: t):
+        return ((x @ m["a"]) * own(m["b"].detach()) * m["b"] - y).square().mean()
+
+    model = {"a": torch.ones(3, 2), "b": torch.ones(2)}
+    state, batch = setup(Descent(0.1), model), (torch.ones(4, 3), torch.zeros(4, 2))
+    with pytest.raises(RuntimeError, match="inplace") as caught:
+        trainstep(f, model, batch, state, release=True)
+    assert "the loss also uses a parameter detached" in caught.value.__notes__[-1]
+    found = [{"a": torch.ones(3, 2), "b": torch.ones(2)} for _ in range(2)]
+    for release, model in zip((False, True), found, strict=True):
+        trainstep(partial(f, own=torch.clone), model, batch, setup(Descent(0.1), model), release=release)
+    assert torch.equal(found[0]["a"], found[1]["a"])
 
 
 # --- Memory -------------------------------------------------------------------------------------------------------

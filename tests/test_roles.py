@@ -96,6 +96,18 @@ def test_wrappers_are_no_part_of_a_path() -> None:
     assert roles(torch.compile(Transformer(), backend="eager")) == EXPECTED
 
 
+def test_parametrized_tensors_have_the_role_and_depth_of_what_they_stand_for() -> None:
+    norm = nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(norm(nn.Embedding(5, 4)), norm(nn.Conv1d(4, 4, 3)), norm(nn.Linear(4, 1)))
+    kinds = {path: role for path, role in roles(model).items() if not path.endswith("bias")}
+    assert list(kinds.values()) == ["other", "embedding", "other", "hidden", "other", "head"]
+    assert list(depths(model).values()) == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert list(roles(model[0].parametrizations["weight"]).values()) == ["other", "head"]
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        old = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    assert list(roles(old).values()) == ["bias", "other", "hidden", "head", "bias"]
+
+
 def test_depths_of_a_transformer() -> None:
     found = depths(Transformer())
     assert {path: n for path, n in found.items() if not path.startswith("blocks")} == {

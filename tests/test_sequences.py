@@ -661,8 +661,7 @@ class Run:
         kept = self.chance.sample(self.leaves, self.chance.randint(1, len(self.leaves)))
         new = [leaf for leaf in self.leaves if not any(leaf is other for other in kept)]
         window = _common_window(kept, new, self.first_of)
-        flags = [self.requires_grad(leaf) or leaf.frozen for leaf in kept]  # a thawed leaf, or its parameter's flag?
-        if window is None or not all(flags) or self.bare:
+        if window is None or self.bare:
             return
         wanted = {leaf.names[0] for leaf in kept}
         self.say("keeping", sorted(wanted))

@@ -113,6 +113,26 @@ def test_keep_takes_over_what_is_still_there():
     assert new[2].weight.rule == new[2].bias.rule == Descent()
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_keep_takes_over_what_was_thawed_but_a_flag_that_was_lowered_since_freezes(before):
+    model = net()
+    model[0].requires_grad_(before)
+    state = thaw(setup(Adam(), model))
+    model[0].requires_grad_(False)
+    assert setup(Adam(), model, keep=state)[0].weight.frozen == before
+
+
+def test_keep_of_a_frozen_leaf_whose_flag_was_set_since_says_what_counts():
+    model = net()
+    model[0].requires_grad_(False)
+    state = setup(Adam(), model)
+    model[0].requires_grad_(True)
+    state = setup(Adam(), model, keep=state)
+    with pytest.warns(UserWarning, match="'0.weight', '0.bias' was changed after setup"):
+        step(state, model)
+    assert state[0].weight.frozen
+
+
 @pytest.mark.parametrize(
     ("call", "match"),
     [

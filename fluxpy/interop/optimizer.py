@@ -59,6 +59,11 @@ class TorchOptimizer(Optimizer):
         check_options(options)
         if isinstance(model, Iterator):
             raise TypeError("TorchOptimizer takes the model, not an iterator over its parameters")
+        if isinstance(model, list | tuple) and any(isinstance(x, Mapping) and "params" in x for x in model):
+            raise TypeError(
+                "TorchOptimizer takes the model, not param groups, whose options it would not see; it makes groups of "
+                'what has equal rules: TorchOptimizer({"*bias": AdamW(weight_decay=0.0), "*": AdamW()}, model)'
+            )
         tree = rule_or_state if isinstance(rule_or_state, State | Leaf) else setup(rule_or_state, model)
         params = bind(tree, model).params
         for x in params:

@@ -107,6 +107,7 @@ def load_model(pairs: list[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for here, there in pairs:
             copy_whole(here, there)
+    torch.clear_autocast_cache()  # an autocast around this has cast the old weights
 
 
 def copied(there: Tensor, like: Tensor) -> Tensor:

@@ -114,11 +114,9 @@ def load(
     with torch.no_grad():
         for own, saved in pairs:  # all was checked before, so none of these can fail
             own.copy_(saved)
-    if (
-        report is not None
-        and hyperparameters == "load"
-        and (changed := changed_rules(report.changed, 'hyperparameters="keep"'))
-    ):
+    torch.clear_autocast_cache()  # an autocast around this has cast the old weights
+    rules = report.changed if report is not None and hyperparameters == "load" else {}
+    if changed := changed_rules(rules, 'hyperparameters="keep"'):
         warnings.warn(f"{where}: {changed}", stacklevel=2)
     if problems:
         warnings.warn("\n  ".join([f"{where} fits in part", *problems]), stacklevel=2)

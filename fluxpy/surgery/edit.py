@@ -1,6 +1,7 @@
 """Edit: a change of a model and its state, worked out in full, then written, or undone where writing fails."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -11,13 +12,20 @@ from ..binding import Binding
 from ..context import Context
 from ..leaf import Numbers, Record
 from ..parameters import trainables
-from ..pytree import apart, is_transforming, modules_in, partition
+from ..pytree import apart, is_transforming, modules_in, partition, uncast
 from ..rule import Rule, at, field_of, hyperparameters, rules_in
 from ..state import bind, leaves_of, tree_bindings, tree_context
 from ..text import form
 from .modules import Cut, Resize, concerned, follows, is_known, own_tensors, set_size
 
 Undo: TypeAlias = Callable[[], None]
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Within, arithmetic is as it is written, and what it makes may be kept."""
+    with torch.inference_mode(False), torch.no_grad(), uncast():
+        yield
 
 
 class Draft:
@@ -203,6 +211,7 @@ def perform(writes: Iterable[Callable[[], Undo]], context: Context) -> None:
         raise
     finally:
         context.structure += 1
+        torch.clear_autocast_cache()  # an autocast around this has cast the old weights
 
 
 def _set(module: nn.Module, name: str, value: Any) -> Undo:

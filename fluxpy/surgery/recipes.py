@@ -10,7 +10,7 @@ from ..leaf import init_state
 from ..pytree import level, modules_in, partition, unwrap
 from ..state import AnyState
 from ..text import near
-from .edit import Draft, Edit
+from .edit import Draft, Edit, plain
 from .modules import input_of, is_known, output_of, own_tensors
 from .rows import Growing, Taking, fitting, made_rows, row_numbers
 
@@ -34,7 +34,7 @@ def resize_embedding(
     (Embedding(5, 2), Linear(in_features=2, out_features=5, bias=True))
     """
     verb = "resize_embedding"
-    with torch.inference_mode(False), torch.no_grad():
+    with plain():
         edit, first = Edit(verb, state, model), module_at(model, embedding, (nn.Embedding, nn.EmbeddingBag), verb)
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(f"{verb}: size={size!r} must be a whole number, 0 or more")
@@ -81,7 +81,7 @@ def prune(state: AnyState, model: Model, layer: str, keep: Any, readers: Sequenc
     >>> model[0].weight.shape, model[2]
     (torch.Size([2, 1, 3, 3]), Linear(in_features=18, out_features=2, bias=True))
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with plain():
         edit, done = Edit("prune", state, model), set[tuple[int, int]]()
         outputs, ends = 0, [(layer, output_of), *((reader, input_of) for reader in readers)]
         for path, end in ends:
@@ -98,7 +98,7 @@ def prune(state: AnyState, model: Model, layer: str, keep: Any, readers: Sequenc
             if size % outputs or (size != outputs and not isinstance(module, nn.Linear)):
                 raise ValueError(f"prune: {path!r} reads {size} features, but {layer!r} has {outputs} outputs")
             index = row_numbers(keep, outputs)
-            each = torch.arange(size // outputs)
+            each = torch.arange(size // outputs, device=index.device)
             change = Taking("prune", (index[:, None] * len(each) + each).flatten())
             edit.cut([cut for cut in cuts if (id(cut.x), cut.dim) not in done], resizes, change)
             done |= {(id(cut.x), cut.dim) for cut in cuts}
@@ -121,7 +121,7 @@ def merge(
     >>> model["w"].tolist(), model["b"].tolist()
     ([[0.5, 0.5], [1.0, 1.0]], [[0.0], [0.0]])
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with plain():
         edit = Edit("merge", state, model)
         by_path = {path: x for x, _, path in edit.known.values()}
         for weight, pair in pairs.items():

@@ -15,7 +15,7 @@ from ..rebuild import Copies, like_parameter
 from ..rule import Rule, at, title
 from ..state import AnyState, bind, each_leaf, shape_of, tree_context
 from ..text import form, names_of
-from .edit import Change, Draft, Edit, perform, replace_state, require_one_process
+from .edit import Change, Draft, Edit, perform, plain, replace_state, require_one_process
 from .modules import Cut, Resize, own_tensors, set_size
 
 Model = TypeVar("Model")
@@ -41,7 +41,7 @@ def take(state: AnyState, model: Model, index: Any, dim: int = 0) -> tuple[AnySt
     >>> model, state.weight.state.m.shape
     (Linear(in_features=2, out_features=2, bias=True), torch.Size([2, 2]))
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with plain():
         edit = Edit("take", state, model)
         edit.cut(*edit.places(model, dim), Taking("take", index))
         edit.write()
@@ -65,7 +65,7 @@ def grow(state: AnyState, model: Model, rows: Any, dim: int = 0) -> tuple[AnySta
     >>> model, state.weight.state.m.shape
     (Embedding(5, 2), torch.Size([5, 2]))
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with plain():
         edit = Edit("grow", state, model)
         cuts, resizes = edit.places(model, dim)
         if isinstance(rows, bool | float | str):
@@ -98,7 +98,7 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
         raise TypeError(
             "write surgery.reset(state, rows, dim), and the model, where it needs one, by name: model=model"
         )
-    with torch.inference_mode(False), torch.no_grad():
+    with plain():
         found = each_leaf(state, "surgery.reset")
         require_one_process("reset of rows", tree_context(state))
         tree_context(state).require_training_weights([record_of(leaf) for _, leaf in found], "surgery.reset")
