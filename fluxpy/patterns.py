@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .rule import Rule, value_key
-from .text import named, names_of, near
+from .text import named, names_of, near_pattern
 
 _GLOB = frozenset("*?[")
 
@@ -32,7 +32,7 @@ def assign_rules(rule: Any, names: dict[int, list[str]]) -> dict[int, Rule | Non
     bare = [paths[0] for i, paths in names.items() if i not in chosen]
     if bare or idle:
         problems = [f"no pattern matches the parameters {', '.join(map(repr, bare))}"] if bare else []
-        problems += [f"the pattern {pattern!r} matches no parameter ({near(pattern, [*by_path])})" for pattern in idle]
+        problems += [f"the pattern {one!r} matches no parameter ({near_pattern(one, by_path)})" for one in idle]
         raise ValueError("setup: " + "; ".join(problems) + "; a last '*': Rule() catches what is left")
     _warn_of_late(late, rule)
     return {i: rule[pattern] for i, pattern in chosen.items()}

@@ -20,7 +20,7 @@ from torch import Tensor
 from .cached import cached
 from .fields import check, hyper, plain, validate
 from .pytree import is_wrapped, partition
-from .text import form, unknown
+from .text import SET_FIELD, SET_OTHER, form, unknown
 
 
 class Reduce(NamedTuple):
@@ -225,7 +225,7 @@ class Rule:
 
 
 def _refuse(rule: Rule, name: str, *_: Any) -> None:
-    raise dataclasses.FrozenInstanceError(f"rules do not change: write fluxpy.adjust(state, {name}=...)")
+    raise dataclasses.FrozenInstanceError((SET_FIELD if name in rule._names else SET_OTHER).format(name=name))
 
 
 Rule.__setattr__ = Rule.__delattr__ = _refuse  # in the place of those that dataclass made

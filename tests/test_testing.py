@@ -223,6 +223,17 @@ class DividesByZero(Sgd):
         return state, self.lr * dx / dx.abs()
 
 
+class GivesTheChangeAlone(Sgd):
+    def apply(self, state, x, dx):
+        return self.lr * dx
+
+
+class RemembersInItself(Sgd):
+    def apply(self, state, x, dx):
+        self.last = dx
+        return state, self.lr * dx
+
+
 class OtherShape(Sgd):
     def apply(self, state, x, dx):
         return state, self.lr * dx.sum()
@@ -407,6 +418,8 @@ BROKEN = {
     EvaluatesInPlace: "the evaluation wrote to the state",
     OnlyMatrices: r"takes parameters of all .* shapes.*float64 parameter of shape \(\): IndexError",
     DividesByZero: "finite change .*NaN or Inf",
+    GivesTheChangeAlone: r"must return \(state, change\), but gave",
+    RemembersInItself: r"has no place for 'last'.*its state",
     OtherShape: r"a finite change of that shape.*shape \(3, 4\): the change is \(\)",
     WritesToTheGradient: "writes to nothing it is given.*the gradient was written to",
     WritesTheSameToTheParameter: "writes to nothing it is given.*the parameter was written to",
