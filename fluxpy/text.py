@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import html
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -186,6 +187,14 @@ def unknown(title: str, have: Iterable[str], name: str) -> str:
     instead = [INSTEAD[word] for word in (name, *WORDS.get(name, ())) if word in INSTEAD]
     hint = f"here it is called {known[0]!r}" if known else instead[0] if instead else near(name, have)
     return f"{title} has no hyperparameter {name!r}; {hint}"
+
+
+def outside() -> int:
+    """The `stacklevel` for a warning from where this is called to tell the first line that is not of this package."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fluxpy", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def note(error: BaseException, where: str) -> None:
