@@ -49,10 +49,6 @@ SET_OTHER = (
     "a rule has no place for {name!r}: a hyperparameter is declared in the class, {name}: float = 0.1; what changes "
     "from step to step is its state"
 )
-ANOTHER_RULE = (
-    "adjust changes hyperparameters, and no rules. Another rule for some leaves: fluxpy.setup(rule, model, "
-    "keep=fluxpy.select(state, ...)), where keep has the others"
-)
 
 # What is asked of a state, a leaf or gradients as if they were something else -> what to write.
 OF_STATES = {
@@ -178,6 +174,32 @@ def elsewhere(name: str, modules: Iterable[Any]) -> str:
         if getattr(getattr(module, name, None), "__module__", "").startswith("fluxpy."):
             return f"; it is {module.__name__}.{name}"
     return ""
+
+
+def no_value(name: str, given: Any) -> str:
+    """The message for a class or a rule that `adjust` is given as a hyperparameter."""
+    if isinstance(given, type):
+        return f"adjust got the class {given.__name__} for {name!r}; write {given.__name__}(...)"
+    return (
+        "adjust changes hyperparameters, and no rules. Another rule for some leaves: fluxpy.setup(rule, model, "
+        "keep=fluxpy.select(state, ...)), where keep has the others"
+    )
+
+
+def no_effect(pattern: str, before: Iterable[str]) -> str:
+    """The warning of a pattern for which those before it left nothing."""
+    return (
+        f"setup: the pattern {pattern!r} has no effect: all that it matches is taken by "
+        f"{names_of(dict.fromkeys(before))} before it, and the first match wins. Put {pattern!r} first, or leave it out"
+    )
+
+
+def hidden_total(outer: str, inner: str) -> str:
+    """The message for a rule that runs another by `apply`, where no total over all arrays can be had."""
+    return (
+        f"{outer} runs the rules inside by apply, on one array, but {inner} there needs a total: write steps(self, "
+        "state, x, dx) in place of apply, and in it state, change = yield from self.rule.steps(state, x, dx)"
+    )
 
 
 def unknown(title: str, have: Iterable[str], name: str) -> str:

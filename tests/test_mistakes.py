@@ -53,6 +53,11 @@ class Undeclared(fluxpy.Rule):
         self.rate = rate
 
 
+class Assigns(fluxpy.Rule):
+    def apply(self, state, x, dx):
+        return state, fluxpy.rules.Assign(x - dx)
+
+
 def loss(m, x, y):
     return cross_entropy(m(x), y)
 
@@ -131,6 +136,11 @@ MISTAKES = {
     "adjust to a scheduler": (lambda h: adjust(h.state, SCHEDULER), TypeError, "torch's StepLR"),
     "a rule's field": (lambda h: setattr(h.leaf.rule, "lr", 0.1), AttributeError, r"adjust\(state, lr=\.\.\.\)"),
     "a field that is not declared": (lambda h: Undeclared(), AttributeError, "no place for 'rate'.* rate: float = "),
+    "an assigning rule before others": (
+        lambda h: update(setup(OptimiserChain(Assigns(), Adam()), h.model), h.model, h.grads),
+        TypeError,
+        r"Assigns.*must be last in its chain",
+    ),
     # Patterns and numbers by position.
     "freeze by pattern": (lambda h: freeze(h.state, "encoder.*"), TypeError, r"select\(state, 'encoder.\*'\)\)"),
     "thaw by pattern": (lambda h: thaw(h.state, "encoder.*"), TypeError, r"thaw\(select\("),

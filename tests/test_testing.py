@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fluxpy
 from fluxpy import Adam, AdamW, Descent, Momentum, OptimiserChain, Prodigy, Rule, WeightDecay, schedules
-from fluxpy.rules import hyper
+from fluxpy.rules import Assign, hyper
 from fluxpy.testing import assert_frozen, assert_hyper, assert_only_changed, check_rule, diff, snapshot
 
 
@@ -211,6 +211,13 @@ class Sgd(Rule):
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         return state, self.lr * dx
+
+
+class Assigns(Sgd):
+    elementwise = True
+
+    def apply(self, state, x, dx):
+        return state, Assign(x - self.lr * dx)
 
 
 class OnlyMatrices(Sgd):
@@ -451,6 +458,7 @@ def test_rules_that_keep_all_promises_pass() -> None:
     check_rule(Sgd)
     check_rule(Sgd(schedules.linear(0.1, 0.01, 20)))
     check_rule(OptimiserChain(Sgd(0.5), Adam()))
+    check_rule(Assigns)
     check_rule(SharesItsBuffers)  # the engine parts them
     check_rule(Prodigy())  # whose averages cancel, in float32
 
