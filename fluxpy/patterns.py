@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .rule import Rule, reducing, rules_in, value_key
-from .text import hidden_total, named, near_pattern, no_effect
+from .text import hidden_total, hidden_window, named, near_pattern, no_effect
 
 _GLOB = frozenset("*?[")
 
@@ -61,4 +61,6 @@ def _rule(rule: Any, need: str) -> Rule:
         asks = [] if type(outer).steps is not Rule.steps else [r for inner in outer.inner for r in reducing(inner)]
         if hidden := [r for r in asks if outer.elementwise or r.over == "tree"]:
             raise TypeError(hidden_total(type(outer).__name__, type(hidden[0]).__name__))
+        if not outer.accumulates and any(r.accumulates for r in outer.inner):
+            raise TypeError(hidden_window(type(outer).__name__))
     return rule

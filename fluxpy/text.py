@@ -202,6 +202,14 @@ def hidden_total(outer: str, inner: str) -> str:
     )
 
 
+def hidden_window(outer: str) -> str:
+    """The message for a rule around one that accumulates, which does not pass that on."""
+    return (
+        f"{outer} hides that AccumGrad inside accumulates, so flush and leaves without a gradient would pass it by: "
+        f"write OptimiserChain(AccumGrad(...), {outer}(...))"
+    )
+
+
 def unknown(title: str, have: Iterable[str], name: str) -> str:
     """The message for a hyperparameter that a rule does not have."""
     have = list(dict.fromkeys(have))

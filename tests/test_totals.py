@@ -428,3 +428,11 @@ def test_a_wrapper_that_passes_a_total_on_or_needs_its_array_alone_is_taken(rule
     model = {"a": torch.zeros(2), "b": torch.zeros(1)}
     update(fluxpy.setup(rule, model), model, {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([12.0])})
     torch.testing.assert_close(torch.cat([*model.values()]), -torch.tensor([3.0, 4.0, 12.0]) / 13)
+
+
+@pytest.mark.parametrize("outer", [ByApply, BySteps])
+def test_a_wrapper_that_hides_an_accumulation_is_refused(outer):
+    """`flush` would pass it by, and its windows would get out of step with those of leaves that have no gradient."""
+    rule = outer(OptimiserChain(fluxpy.AccumGrad(2), Descent(1.0)))
+    with pytest.raises(TypeError, match=r"AccumGrad.*OptimiserChain\(AccumGrad\(...\), " + outer.__name__):
+        fluxpy.setup(rule, {"a": torch.zeros(2)})
