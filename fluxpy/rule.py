@@ -116,9 +116,9 @@ class Rule:
             return self.apply(state, x, dx)
         real: Any = None if dx is None else torch.view_as_real(dx.resolve_conj())
         state, change = self.apply(state, seen, real)
-        value = change.value if isinstance(change, Assign) else change
-        value = None if value is None else torch.view_as_complex(value)
-        return state, Assign(value) if isinstance(change, Assign) else value
+        if isinstance(change, Assign):
+            return state, Assign(torch.view_as_complex(change.value))
+        return state, None if change is None else torch.view_as_complex(change)
         yield  # never reached: it makes this function a generator
 
     def as_seen(self, x: Tensor) -> Tensor:
