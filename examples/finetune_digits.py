@@ -87,8 +87,8 @@ def main(epochs: int = 40, seed: int = 0) -> None:
     print(f"test accuracy on 0 to 4: {accuracy(model, plenty_test):.3f}")
 
     model.head = nn.Linear(128, 5)
-    state = fluxpy.setup(rule, model, keep=state)  # keeps the encoder's momenta
-    fluxpy.reset(state.head)  # the old head had the same shape, so its momenta were kept too
+    kept = fluxpy.select(state, "encoder.*")  # not the old head's momenta, though the new one has its shape
+    state = fluxpy.setup(rule, model, keep=kept)
     fluxpy.freeze(state.encoder)  # train also runs it in evaluation mode, so BatchNorm's statistics stay
     stage("2. A new head for 5 to 9 on the frozen encoder", state)
     assert_frozen(state.encoder)

@@ -89,15 +89,17 @@ def __dir__() -> list[str]:
 
 
 if not typing.TYPE_CHECKING:  # a type checker would take any name
+    _LATE = ("interop", "learner", "surgery", "testing")
 
     def __getattr__(name: str) -> object:
-        if name in ("interop", "learner", "surgery", "testing"):
+        if name in _LATE:
             return importlib.import_module(f".{name}", __name__)
         if name == "Learner":
             return importlib.import_module(".learner", __name__).Learner
         if name == "__version__":
             return importlib.metadata.version("fluxpy")
-        hint = f"; write {text.ELSEWHERE[name]}" if name in text.ELSEWHERE else ""
+        late = (importlib.import_module(f".{late}", __name__) for late in _LATE)
+        hint = "" if name.startswith("_") else text.elsewhere(name, (schedules, rules, *late))
         raise AttributeError(
             f"module {__name__!r} has no attribute {name!r}{hint}", name=name, obj=sys.modules[__name__]
         )

@@ -10,7 +10,7 @@ from .leaf import KEEP, Leaf, context_of, record_of, records_of, replace_leaf, r
 from .members import holders_of
 from .rule import Rule, field_of, replace
 from .state import AnyState, State, each_leaf, leaves_of
-from .text import names_of
+from .text import names_of, no_value
 
 
 class scale:
@@ -67,8 +67,8 @@ def adjust(state: AnyState, lr: Any = None, /, *refused: Never, member: Any = No
             raise TypeError("adjust got lr twice, by position and by name")
         changes["lr"] = lr
     for name, new in changes.items():
-        if isinstance(new, type):
-            raise TypeError(f"adjust got the class {new.__name__} for {name!r}; write {new.__name__}(...)")
+        if isinstance(new, type | Rule):
+            raise TypeError(no_value(name, new))
     if not changes:
         raise TypeError("adjust needs a hyperparameter to change, as adjust(state, 0.01) or adjust(state, eps=1e-6)")
     found = leaves_of(state, "adjust")

@@ -13,7 +13,7 @@ from .distributed.parallel import Parallel, parallel_of
 from .leaf import Leaf
 from .pytree import is_transforming
 from .state import State, bind, require_state
-from .text import OF_GRADIENTS
+from .text import ASSIGN_GRADIENTS, OF_GRADIENTS
 from .tree import Mirror, TreeSpec, check_model, spec_of, values_of, walk
 
 Model = TypeVar("Model")
@@ -47,7 +47,7 @@ class Gradients(Mirror):
 
     @classmethod
     def _hint(cls, name: str, here: Any) -> str:
-        return OF_GRADIENTS.get(name, "")
+        return OF_GRADIENTS.get(name, ASSIGN_GRADIENTS if name in here else "")
 
     def __repr__(self) -> str:
         lines = (f"  {path}: {None if g is None else tuple(g.shape)}" for path, g in _by_path(self))

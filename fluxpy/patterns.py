@@ -5,8 +5,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from .rule import Rule, value_key
-from .text import named, names_of, near
+from .rule import Rule, reducing, rules_in, value_key
+from .text import hidden_total, hidden_window, named, near_pattern, no_effect
 
 _GLOB = frozenset("*?[")
 
@@ -32,7 +32,7 @@ def assign_rules(rule: Any, names: dict[int, list[str]]) -> dict[int, Rule | Non
     bare = [paths[0] for i, paths in names.items() if i not in chosen]
     if bare or idle:
         problems = [f"no pattern matches the parameters {', '.join(map(repr, bare))}"] if bare else []
-        problems += [f"the pattern {pattern!r} matches no parameter ({near(pattern, [*by_path])})" for pattern in idle]
+        problems += [f"the pattern {one!r} matches no parameter ({near_pattern(one, by_path)})" for one in idle]
         raise ValueError("setup: " + "; ".join(problems) + "; a last '*': Rule() catches what is left")
     _warn_of_late(late, rule)
     return {i: rule[pattern] for i, pattern in chosen.items()}
@@ -51,15 +51,16 @@ def _warn_of_late(late: dict[str, list[str]], rules: Mapping[str, Rule | None]) 
     those that took it have an equal rule."""
     for pattern, takers in late.items():
         if pattern.strip("*") and any(value_key(rules[taker]) != value_key(rules[pattern]) for taker in takers):
-            first = names_of(list(dict.fromkeys(takers)))
-            warnings.warn(
-                f"setup: the pattern {pattern!r} has no effect: all that it matches is taken by {first} before it, and "
-                f"the first match wins. Put {pattern!r} first, or leave it out",
-                stacklevel=4,
-            )
+            warnings.warn(no_effect(pattern, takers), stacklevel=4)
 
 
 def _rule(rule: Any, need: str) -> Rule:
-    if isinstance(rule, Rule):
-        return rule
-    raise TypeError(f"{need}, but got {named(rule)}")
+    if not isinstance(rule, Rule):
+        raise TypeError(f"{need}, but got {named(rule)}")
+    for outer in rules_in(rule):  # one that writes `apply` sees one array, or those that are packed with it
+        asks = [] if type(outer).steps is not Rule.steps else [r for inner in outer.inner for r in reducing(inner)]
+        if hidden := [r for r in asks if outer.elementwise or r.over == "tree"]:
+            raise TypeError(hidden_total(type(outer).__name__, type(hidden[0]).__name__))
+        if not outer.accumulates and any(r.accumulates for r in outer.inner):
+            raise TypeError(hidden_window(type(outer).__name__))
+    return rule

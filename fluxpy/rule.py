@@ -20,7 +20,7 @@ from torch import Tensor
 from .cached import cached
 from .fields import check, hyper, plain, validate
 from .pytree import is_wrapped, partition
-from .text import form, unknown
+from .text import SET_FIELD, SET_OTHER, form, unknown
 
 
 class Reduce(NamedTuple):
@@ -116,6 +116,8 @@ class Rule:
             return self.apply(state, x, dx)
         real: Any = None if dx is None else torch.view_as_real(dx.resolve_conj())
         state, change = self.apply(state, seen, real)
+        if isinstance(change, Assign):
+            return state, Assign(torch.view_as_complex(change.value))
         return state, None if change is None else torch.view_as_complex(change)
         yield  # never reached: it makes this function a generator
 
@@ -225,7 +227,7 @@ class Rule:
 
 
 def _refuse(rule: Rule, name: str, *_: Any) -> None:
-    raise dataclasses.FrozenInstanceError(f"rules do not change: write fluxpy.adjust(state, {name}=...)")
+    raise dataclasses.FrozenInstanceError((SET_FIELD if name in rule._names else SET_OTHER).format(name=name))
 
 
 Rule.__setattr__ = Rule.__delattr__ = _refuse  # in the place of those that dataclass made

@@ -27,7 +27,7 @@ from .patterns import assign_rules
 from .pytree import Skeleton, uncast
 from .rule import Rule, at, hyperparameters, rule_key, rules_in, title_key
 from .show import describe_tree, table, tree_as_html
-from .text import OF_STATES, WORDS, form, near
+from .text import OF_STATES, WORDS, form, near_pattern
 from .tree import Mirror, TreeSpec, check_model, explore, relaid, respec, rooted, spec_of, values_of, walk
 
 AnyState = TypeVar("AnyState", bound="State | Leaf")
@@ -378,7 +378,7 @@ def select(state: State | Leaf, *what: str | Callable[[str, Leaf], bool]) -> Sta
             if (fnmatch.fnmatchcase(path, one) if isinstance(one, str) else one(path, leaf))
         }
         if not some:
-            raise ValueError(f"select: {one!r} matches no leaf; {near(one, (path for path, _ in places))}")
+            raise ValueError(f"select: {one!r} matches no leaf; {near_pattern(one, (path for path, _ in places))}")
         found |= some
     if not what:
         raise TypeError("select needs a pattern or a predicate: select(state, 'encoder.*')")

@@ -1,7 +1,9 @@
 """Pieces of error messages."""
 
 import difflib
+import fnmatch
 import html
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +28,28 @@ WORDS = {
 }
 
 
+# What is a hyperparameter elsewhere, and here something else.
+INSTEAD = {
+    "weight_decay": "write OptimiserChain(WeightDecay(...), ...), or take AdamW, whose decay stands beside the step",
+    "max_norm": "write OptimiserChain(ClipGlobalNorm(...), ...)",
+    "clip_value": "write OptimiserChain(ClipGrad(...), ...)",
+    "amsgrad": "the rule AMSGrad is that",
+    "nesterov": "the rule Nesterov is that",
+    "maximize": "return the negative loss",
+    **dict.fromkeys(("fused", "foreach", "capturable", "differentiable"), "the engine chooses by itself"),
+    "frozen": "write fluxpy.freeze(state) or fluxpy.thaw(state)",
+    "count": "write fluxpy.reset(state), or fluxpy.thaw(state, count=...)",
+    **dict.fromkeys(("schedule", "scheduler", "lr_scheduler"), "a schedule takes the place of the number: lr=schedule"),
+}
+
+
+# What is done to rules.
+SET_FIELD = "rules do not change: write fluxpy.adjust(state, {name}=...)"
+SET_OTHER = (
+    "a rule has no place for {name!r}: a hyperparameter is declared in the class, {name}: float = 0.1; what changes "
+    "from step to step is its state"
+)
+
 # What is asked of a state, a leaf or gradients as if they were something else -> what to write.
 OF_STATES = {
     "step": "Write fluxpy.update(state, model, grads)",
@@ -49,6 +73,7 @@ OF_STATES = {
         }.items()
     },
 }
+ASSIGN_GRADIENTS = "fluxpy.tree_map(f, grads) gives others, and update takes {**dict(grads), path: other} too"
 OF_GRADIENTS = {
     **dict.fromkeys(("items", "keys", "values"), "Gradients iterate as (path, tensor): dict(grads) has them by name"),
     **dict.fromkeys(("norm", "clip"), "Clipping is a rule: fluxpy.OptimiserChain(fluxpy.ClipGlobalNorm(1.0), ...)"),
@@ -70,7 +95,12 @@ ELSEWHERE = {
     **dict.fromkeys(("Optimiser", "Optimizer"), "fluxpy.setup(rule, model), and fluxpy.update"),
     **dict.fromkeys(("clip_grad_norm_", "clip_grad_norm", "GradientClipping"), "fluxpy.ClipGlobalNorm(...) in a chain"),
     **dict.fromkeys(("clip_grad_value_", "ClipValue"), "fluxpy.ClipGrad(...) in a chain"),
-    **dict.fromkeys(("lr_scheduler", "LRScheduler"), "fluxpy.schedules, and Adam(lr=schedule)"),
+    **dict.fromkeys(
+        ("lr_scheduler", "LRScheduler", "LambdaLR", "StepLR", "CosineAnnealingLR", "OneCycleLR", "SequentialLR"),
+        "fluxpy.schedules, and Adam(lr=schedule)",
+    ),
+    "unfreeze": "fluxpy.thaw",
+    **dict.fromkeys(("EMA", "ema", "AveragedModel", "swa_utils"), "fluxpy.Averaged(rule)"),
     **dict.fromkeys(("grad", "value_and_grad"), "fluxpy.gradient or fluxpy.withgradient"),
     **dict.fromkeys(("fmap", "map"), "fluxpy.tree_map"),
     **dict.fromkeys(("fit", "Trainer"), "fluxpy.Learner(model, loss, rule).fit(...), or fluxpy.train"),
@@ -127,12 +157,74 @@ def near(name: object, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(map(repr, close))}?" if close else f"there is: {names_of(names)}"
 
 
+def near_pattern(pattern: Any, paths: Iterable[str]) -> str:
+    """`near` for a pattern that matches no path. Perhaps it matches branches, and what is below them was meant."""
+    paths, below = list(paths), f"{pattern}.*"
+    if isinstance(pattern, str) and any(fnmatch.fnmatchcase(path, below) for path in paths):
+        return f"that is no parameter but a branch: write {below!r}"
+    return near(pattern, paths)
+
+
+def elsewhere(name: str, modules: Iterable[Any]) -> str:
+    """The end of a message about a name that the package does not have: what it is called here, or where it is. (What
+    is near it Python says.)"""
+    if name in ELSEWHERE:
+        return f"; write {ELSEWHERE[name]}"
+    for module in modules:
+        if getattr(getattr(module, name, None), "__module__", "").startswith("fluxpy."):
+            return f"; it is {module.__name__}.{name}"
+    return ""
+
+
+def no_value(name: str, given: Any) -> str:
+    """The message for a class or a rule that `adjust` is given as a hyperparameter."""
+    if isinstance(given, type):
+        return f"adjust got the class {given.__name__} for {name!r}; write {given.__name__}(...)"
+    return (
+        "adjust changes hyperparameters, and no rules. Another rule for some leaves: fluxpy.setup(rule, model, "
+        "keep=fluxpy.select(state, ...)), where keep has the others"
+    )
+
+
+def no_effect(pattern: str, before: Iterable[str]) -> str:
+    """The warning of a pattern for which those before it left nothing."""
+    return (
+        f"setup: the pattern {pattern!r} has no effect: all that it matches is taken by "
+        f"{names_of(dict.fromkeys(before))} before it, and the first match wins. Put {pattern!r} first, or leave it out"
+    )
+
+
+def hidden_total(outer: str, inner: str) -> str:
+    """The message for a rule that runs another by `apply`, where no total over all arrays can be had."""
+    return (
+        f"{outer} runs the rules inside by apply, on one array, but {inner} there needs a total: write steps(self, "
+        "state, x, dx) in place of apply, and in it state, change = yield from self.rule.steps(state, x, dx)"
+    )
+
+
+def hidden_window(outer: str) -> str:
+    """The message for a rule around one that accumulates, which does not pass that on."""
+    return (
+        f"{outer} hides that AccumGrad inside accumulates, so flush and leaves without a gradient would pass it by: "
+        f"write OptimiserChain(AccumGrad(...), {outer}(...))"
+    )
+
+
 def unknown(title: str, have: Iterable[str], name: str) -> str:
     """The message for a hyperparameter that a rule does not have."""
     have = list(dict.fromkeys(have))
     known = [word for word in WORDS.get(name, ()) if word in have]
-    hint = f"here it is called {known[0]!r}" if known else near(name, have)
+    instead = [INSTEAD[word] for word in (name, *WORDS.get(name, ())) if word in INSTEAD]
+    hint = f"here it is called {known[0]!r}" if known else instead[0] if instead else near(name, have)
     return f"{title} has no hyperparameter {name!r}; {hint}"
+
+
+def outside() -> int:
+    """The `stacklevel` for a warning from where this is called to tell the first line that is not of this package."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fluxpy", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def note(error: BaseException, where: str) -> None:

@@ -109,6 +109,18 @@ def test_extra_comes_back_as_it_was(tmp_path, name, value):
     assert repr(load(tmp_path / name)) == repr({"value": value})
 
 
+@pytest.mark.parametrize("suffix", [".flux", ".safetensors"])
+def test_the_state_dict_of_another_module_is_plain_data(tmp_path, suffix):
+    """An OrderedDict, as `nn.Module.state_dict` gives; it comes back as a dict."""
+    other = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    save(tmp_path / f"run{suffix}", other=other.state_dict())
+    found = load(tmp_path / f"run{suffix}")["other"]
+    assert type(found) is dict and list(found) == list(other.state_dict())
+    fresh = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    fresh.load_state_dict(found)
+    assert torch.equal(fresh[0].weight, other[0].weight)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_pytrees_and_odd_names(tmp_path, name):
     """Any tensor of a pytree, whole numbers too; empty ones, views, ties, other strides, every kind of name."""

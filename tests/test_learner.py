@@ -212,6 +212,8 @@ def test_callbacks_change_gradients_input_and_the_model():
 def test_a_misspelt_event_is_refused():
     with pytest.raises(TypeError, match="on_epoch_stop: no such event.*on_epoch_"):
         type("C", (Callback,), {"on_epoch_stop": lambda self, learner: None})
+    with pytest.raises(TypeError, match=r"write def on_epoch_end\(self, learner\), or nothing calls it"):
+        type("C", (Callback,), {"epoch_end": lambda self, learner: None})
 
 
 def test_explain():

@@ -229,6 +229,16 @@ def test_freeze_until_and_thaw_from_the_top():
         FreezeUntil("0.*", 0)
 
 
+def test_discriminative_rates_of_one_layer_are_a_mistake():
+    """The pattern names the whole, and nothing would become of it."""
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "head": nn.Linear(2, 2)})
+    state = setup(Adam(0.8), model)
+    for pattern in ("body", "body.0", "head"):
+        with pytest.raises(ValueError, match=rf"'{pattern}' is one layer.* write '{pattern}\.\*'"):
+            discriminative_rates(state, pattern, factor=0.5)
+    assert value(state.body[0].weight, "lr") == 0.8
+
+
 def test_discriminative_rates():
     model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)), "head": nn.Linear(3, 4)})
     state = discriminative_rates(setup({"body.2.bias": None, "*": Adam(0.8)}, model), "body.*", "head", factor=0.5)

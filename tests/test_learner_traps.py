@@ -319,6 +319,26 @@ def test_functions_are_the_same_in_another_process():
     assert not fluxpy.load_state_dict(state, d).changed
 
 
+def test_of_two_functions_the_one_of_the_script_counts(tmp_path):
+    """No file holds one, so the warning must not say that the file's counts."""
+
+    def slow(count):
+        return 0.1
+
+    def fast(count):
+        return 0.3
+
+    model, state = fresh(Adam(slow))
+    fluxpy.save(tmp_path / "run.flux", model=model, state=state)
+    other, state = fresh(Adam(fast))
+    with pytest.warns(
+        UserWarning, match=r"lr was <function .*slow>, is now <function .*fast>: functions are"
+    ) as caught:
+        fluxpy.load(tmp_path / "run.flux", model=other, state=state)
+    assert len(caught) == 1 and "this script's" in str(caught[0].message)
+    assert state[0].weight.rule.lr is fast
+
+
 def stop_after(n):
     def stop(learner, event):
         if event == "batch_end" and learner.training and learner.step_index == n:
@@ -347,6 +367,17 @@ def test_a_checkpoint_says_where_the_script_has_other_rules(tmp_path):
     interrupted(tmp_path, rule=Adam(0.02), n=11)  # which is now what the run was set up with
     with pytest.raises(ValueError, match="hyperparameters='new' is not allowed"):
         Checkpoint(tmp_path, hyperparameters="new")
+
+
+def test_warnings_of_a_fit_tell_the_line_of_the_script(tmp_path):
+    learner = Learner(net(), lambda output, target: output.sum() * float("nan"), Adam(0.1))
+    with pytest.warns(UserWarning, match="is nan; that batch updated nothing") as caught:
+        learner.fit(DataLoader(arrays(), batch_size=2))
+    assert {warning.filename for warning in caught} == {__file__}
+    interrupted(tmp_path)
+    with pytest.warns(UserWarning) as caught:
+        interrupted(tmp_path, Adam(0.02), [*DataLoader(arrays(), batch_size=2)] * 2, n=5)
+    assert len(caught) >= 2 and {warning.filename for warning in caught} == {__file__}
 
 
 def test_rates_adjusted_before_a_fit_are_those_of_the_script(tmp_path):

@@ -48,6 +48,16 @@ class Plain:
         self.w = torch.zeros(3)
 
 
+class Undeclared(fluxpy.Rule):
+    def __init__(self, rate=0.1):
+        self.rate = rate
+
+
+class Assigns(fluxpy.Rule):
+    def apply(self, state, x, dx):
+        return state, fluxpy.rules.Assign(x - dx)
+
+
 def loss(m, x, y):
     return cross_entropy(m(x), y)
 
@@ -124,6 +134,13 @@ MISTAKES = {
     "a scheduler's class": (lambda h: Adam(type(SCHEDULER)), TypeError, "torch's StepLR"),
     "check_rule": (lambda h: fluxpy.testing.check_rule("Adam"), TypeError, "takes a rule, but got 'Adam'"),
     "adjust to a scheduler": (lambda h: adjust(h.state, SCHEDULER), TypeError, "torch's StepLR"),
+    "a rule's field": (lambda h: setattr(h.leaf.rule, "lr", 0.1), AttributeError, r"adjust\(state, lr=\.\.\.\)"),
+    "a field that is not declared": (lambda h: Undeclared(), AttributeError, "no place for 'rate'.* rate: float = "),
+    "an assigning rule before others": (
+        lambda h: update(setup(OptimiserChain(Assigns(), Adam()), h.model), h.model, h.grads),
+        TypeError,
+        r"Assigns.*must be last in its chain",
+    ),
     # Patterns and numbers by position.
     "freeze by pattern": (lambda h: freeze(h.state, "encoder.*"), TypeError, r"select\(state, 'encoder.\*'\)\)"),
     "thaw by pattern": (lambda h: thaw(h.state, "encoder.*"), TypeError, r"thaw\(select\("),
@@ -135,6 +152,21 @@ MISTAKES = {
     "rules in place of rules": (
         lambda h: adjust(setup(OptimiserChain(), h.model), rules=(Adam(),)), ValueError, "has no hyperparameter 'rules'"
     ),
+    "another rule": (lambda h: adjust(h.state, Momentum(0.1)), TypeError, r"setup\(rule, model, keep="),
+    "another rule by name": (lambda h: adjust(h.state, rule=Momentum(0.1)), TypeError, r"setup\(rule, model, keep="),
+    "a branch as a pattern": (
+        lambda h: setup({"encoder": Adam(), "head": Adam()}, h.model), ValueError, r"'encoder' .*write 'encoder\.\*'"
+    ),
+    "select a branch": (lambda h: select(h.state, "head"), ValueError, r"write 'head\.\*'"),
+    "select branches": (lambda h: select(h.state, "*coder.0"), ValueError, r"write '\*coder\.0\.\*'"),
+    "assert_hyper of a branch": (
+        lambda h: fluxpy.testing.assert_hyper(h.state, "head", lr=1e-3), AssertionError, r"write 'head\.\*'"
+    ),
+    "assert_only_changed by a branch": (
+        lambda h: fluxpy.testing.assert_only_changed(fluxpy.testing.snapshot(h.model), h.model, "head"),
+        AssertionError,
+        r"write 'head\.\*'",
+    ),
     "two numbers": (lambda h: adjust(h.state, 0.1, 0.9), TypeError, "one number by position, lr"),
     "thaw to a count": (lambda h: thaw(h.state, 3), TypeError, "one state"),
     "select a list": (lambda h: select(h.state, ["*bias", "head.*"]), TypeError, r"write select\(state, \*patterns\)"),
@@ -143,6 +175,17 @@ MISTAKES = {
     "select nothing": (lambda h: select(h.state), TypeError, "needs a pattern"),
     "one of several": (lambda h: select(h.state, "*bias", "haed.*"), ValueError, "'haed.*' matches no leaf"),
     "index by a tuple": (lambda h: h.state["encoder", "head"], TypeError, r"fluxpy.select\(state, \*patterns\)"),
+    # Options of torch.optim that are something else here.
+    "Adam's penalty": (lambda h: Adam(weight_decay=0.1), TypeError, r"OptimiserChain\(WeightDecay\(...\), ...\)"),
+    "adjust a penalty": (lambda h: adjust(h.state, weight_decay=0.1), ValueError, r"OptimiserChain\(WeightDecay"),
+    "a penalty by another word": (lambda h: Adam(wd=0.1), TypeError, r"OptimiserChain\(WeightDecay"),
+    "amsgrad": (lambda h: Adam(amsgrad=True), TypeError, "AMSGrad"),
+    "nesterov": (lambda h: Momentum(0.1, nesterov=True), TypeError, "Nesterov"),
+    "fused": (lambda h: Adam(fused=True), TypeError, "by itself"),
+    "maximize": (lambda h: Adam(maximize=True), TypeError, "negative loss"),
+    "a clip": (lambda h: adjust(h.state, max_norm=1.0), ValueError, r"OptimiserChain\(ClipGlobalNorm"),
+    "frozen, adjusted": (lambda h: adjust(h.state, frozen=True), ValueError, r"fluxpy.freeze"),
+    "count, adjusted": (lambda h: adjust(h.state, count=0), ValueError, r"thaw\(state, count="),
     # Names that others have.
     "a branch's rate": (lambda h: h.state.encoder.lr, AttributeError, r"'lr' here.*adjust\(branch, lr=.*value\(leaf"),
     "another word for it": (lambda h: h.state.encoder.learning_rate, AttributeError, r"adjust\(branch, lr=\.\.\.\)"),
@@ -162,6 +205,14 @@ MISTAKES = {
     "Adagrad": (lambda h: fluxpy.Adagrad, AttributeError, "fluxpy.AdaGrad"),
     "RMSprop": (lambda h: fluxpy.RMSprop, AttributeError, "fluxpy.RMSProp"),
     "clip_grad_norm_": (lambda h: fluxpy.clip_grad_norm_, AttributeError, "ClipGlobalNorm"),
+    "unfreeze": (lambda h: fluxpy.unfreeze, AttributeError, "fluxpy.thaw"),
+    "StepLR": (lambda h: fluxpy.StepLR, AttributeError, "fluxpy.schedules"),
+    "Callback": (lambda h: fluxpy.Callback, AttributeError, r"it is fluxpy\.learner\.Callback"),
+    "warmup_cosine": (lambda h: fluxpy.warmup_cosine, AttributeError, r"it is fluxpy\.schedules\.warmup_cosine"),
+    "hyper": (lambda h: fluxpy.hyper, AttributeError, r"it is fluxpy\.rules\.hyper"),
+    "check_rule from the top": (lambda h: fluxpy.check_rule, AttributeError, r"it is fluxpy\.testing\.check_rule"),
+    "TorchOptimizer": (lambda h: fluxpy.TorchOptimizer, AttributeError, r"it is fluxpy\.interop\.TorchOptimizer"),
+    "assign a gradient": (lambda h: setattr(h.grads.head, "weight", 0), AttributeError, r"tree_map\(f, grads\)"),
     "assign a rate": (lambda h: setattr(h.state.encoder, "lr", 0.1), AttributeError, r"adjust\(branch, lr=\.\.\.\)"),
     "assign a leaf": (lambda h: setattr(h.state.head, "weight", 0), AttributeError, "nothing is assigned"),
     # Two members with one name.

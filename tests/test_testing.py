@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fluxpy
 from fluxpy import Adam, AdamW, Descent, Momentum, OptimiserChain, Prodigy, Rule, WeightDecay, schedules
-from fluxpy.rules import hyper
+from fluxpy.rules import Assign, hyper
 from fluxpy.testing import assert_frozen, assert_hyper, assert_only_changed, check_rule, diff, snapshot
 
 
@@ -213,6 +213,13 @@ class Sgd(Rule):
         return state, self.lr * dx
 
 
+class Assigns(Sgd):
+    elementwise = True
+
+    def apply(self, state, x, dx):
+        return state, Assign(x - self.lr * dx)
+
+
 class OnlyMatrices(Sgd):
     def apply(self, state, x, dx):
         return state, self.lr * dx / (x.shape[0] + x.shape[1])
@@ -221,6 +228,17 @@ class OnlyMatrices(Sgd):
 class DividesByZero(Sgd):
     def apply(self, state, x, dx):
         return state, self.lr * dx / dx.abs()
+
+
+class GivesTheChangeAlone(Sgd):
+    def apply(self, state, x, dx):
+        return self.lr * dx
+
+
+class RemembersInItself(Sgd):
+    def apply(self, state, x, dx):
+        self.last = dx
+        return state, self.lr * dx
 
 
 class OtherShape(Sgd):
@@ -407,6 +425,8 @@ BROKEN = {
     EvaluatesInPlace: "the evaluation wrote to the state",
     OnlyMatrices: r"takes parameters of all .* shapes.*float64 parameter of shape \(\): IndexError",
     DividesByZero: "finite change .*NaN or Inf",
+    GivesTheChangeAlone: r"must return \(state, change\), but gave",
+    RemembersInItself: r"has no place for 'last'.*its state",
     OtherShape: r"a finite change of that shape.*shape \(3, 4\): the change is \(\)",
     WritesToTheGradient: "writes to nothing it is given.*the gradient was written to",
     WritesTheSameToTheParameter: "writes to nothing it is given.*the parameter was written to",
@@ -438,6 +458,7 @@ def test_rules_that_keep_all_promises_pass() -> None:
     check_rule(Sgd)
     check_rule(Sgd(schedules.linear(0.1, 0.01, 20)))
     check_rule(OptimiserChain(Sgd(0.5), Adam()))
+    check_rule(Assigns)
     check_rule(SharesItsBuffers)  # the engine parts them
     check_rule(Prodigy())  # whose averages cancel, in float32
 

@@ -373,3 +373,66 @@ def test_a_total_of_what_was_clipped_array_by_array(order, last, layout, monkeyp
     for name, dx in clipped.items():
         expected = by_hand(last, start[name], [dx * 0.5 / total])[0]
         torch.testing.assert_close(run.model[name].detach(), expected, rtol=1e-12, atol=1e-13)
+
+
+# --- A wrapper of a user's that hides a total ---------------------------------------------------------------------
+
+
+class ByApply(fluxpy.Rule):
+    """Runs the rule inside by `apply`, on one array."""
+
+    rule: fluxpy.Rule
+
+    def init(self, x):
+        return self.rule.init(x)
+
+    def apply(self, state, x, dx):
+        return self.rule.apply(state, x, dx)
+
+
+class SaysElementwise(ByApply):
+    elementwise = True
+
+
+class BySteps(ByApply):
+    def steps(self, state, x, dx):
+        return (yield from self.rule.steps(state, x, dx))
+
+
+GLOBAL = OptimiserChain(ClipGlobalNorm(1.0), Descent(1.0))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ByApply(GLOBAL),
+        SaysElementwise(GLOBAL),
+        SaysElementwise(ClipNorm(1.0)),
+        OptimiserChain(ByApply(ClipGlobalNorm(1.0)), Descent(1.0)),
+        fluxpy.MixedPrecision(ByApply(ByApply(GLOBAL))),
+    ],
+    ids=repr,
+)
+def test_a_wrapper_that_hides_a_total_is_refused(rule):
+    """It would be the total of one array, or of what happens to be packed with it."""
+    with pytest.raises(TypeError, match=r"apply.*Clip(Global)?Norm.*total.*yield from self.rule.steps\("):
+        fluxpy.setup(rule, {"a": torch.zeros(2), "b": torch.zeros(1)})
+    with pytest.raises(TypeError, match="yield from"):
+        fluxpy.setup({"a": rule, "*": Adam()}, {"a": torch.zeros(2), "b": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    "rule", [BySteps(GLOBAL), ByApply(OptimiserChain(ClipNorm(13.0), Descent(1.0 / 13)))], ids=repr
+)
+def test_a_wrapper_that_passes_a_total_on_or_needs_its_array_alone_is_taken(rule):
+    model = {"a": torch.zeros(2), "b": torch.zeros(1)}
+    update(fluxpy.setup(rule, model), model, {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([12.0])})
+    torch.testing.assert_close(torch.cat([*model.values()]), -torch.tensor([3.0, 4.0, 12.0]) / 13)
+
+
+@pytest.mark.parametrize("outer", [ByApply, BySteps])
+def test_a_wrapper_that_hides_an_accumulation_is_refused(outer):
+    """`flush` would pass it by, and its windows would get out of step with those of leaves that have no gradient."""
+    rule = outer(OptimiserChain(fluxpy.AccumGrad(2), Descent(1.0)))
+    with pytest.raises(TypeError, match=r"AccumGrad.*OptimiserChain\(AccumGrad\(...\), " + outer.__name__):
+        fluxpy.setup(rule, {"a": torch.zeros(2)})

@@ -26,7 +26,7 @@ from ..saving.model import match_tensors, model_tensors
 from ..saving.state_dict import changed_rules, changes_of_rules, plain_rules
 from ..show import tree_as_html
 from ..state import Rules, State, bind, select, tree_context
-from ..text import html_table, names_of, near
+from ..text import html_table, names_of, near, outside
 from ..tracebacks import leave_to_the_user
 from ..train import place, require_parts_of_model, takes, training_mode, why_it_failed
 from ..update import check_finite

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import trainables
-from .core import modules_in, open_data, require_batches, takes
+from .core import modules_in, open_data, outside, require_batches, takes
 
 TARGETS = ("target", "targets", "label", "labels", "y")
 
@@ -56,7 +56,7 @@ class Source:
             warnings.warn(
                 f"{self.name} is a list of {len(self.data)}, of which each epoch takes one: with epochs={epochs} the "
                 "rest is not used. Other data to validate on: learner.validate(data), in a callback at epoch_end",
-                stacklevel=2,
+                stacklevel=outside(),
             )
         if any(self.length(epoch) == 0 for epoch in (range(epochs - left, epochs) if self.each else (0,))):
             raise ValueError(f"{self.name} {_EMPTY}")

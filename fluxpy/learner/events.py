@@ -121,6 +121,8 @@ class Callback:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, method in vars(cls).items():
+            if name in EVENTS and inspect.isfunction(method):
+                raise TypeError(f"{cls.__name__}: write def on_{name}(self, learner), or nothing calls it")
             if name.startswith("on_") and name[3:] not in EVENTS:
                 known = [f"on_{event}" for event in EVENTS]
                 raise TypeError(f"{cls.__name__}.{name}: no such event; {near(name, known)} All: {', '.join(known)}")

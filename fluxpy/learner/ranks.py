@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
 from .. import assert_same_on_all_ranks
-from .core import Leaf, State, all_gather, bind, whole_tensor
+from .core import Leaf, State, all_gather, bind, outside, whole_tensor
 from .data import Source
 from .events import CANCELS, Cancel
 
@@ -166,7 +166,7 @@ class Ranks:
     def warn(self, message: str) -> None:
         """A warning that all have, and the first gives."""
         if self.first:
-            warnings.warn(message, stacklevel=4)  # where `load_state_dict` was called; from within a fit, anywhere
+            warnings.warn(message, stacklevel=outside())
 
     # --- What they raise ----------------------------------------------------------------------------------------------
 

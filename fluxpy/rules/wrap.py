@@ -163,6 +163,9 @@ class OptimiserChain(Wrapper):
             new[i], dx = run.result
             if dx is None:
                 break
+            if isinstance(dx, Assign) and i + 1 < len(self.rules):
+                own = type(rule).__name__
+                raise TypeError(f"{own} says what the parameter becomes, so it must be last in its chain")
         return tuple(new), dx
 
     def evaluation(self, state: tuple[Any, ...], x: Tensor) -> Tensor:

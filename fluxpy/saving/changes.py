@@ -14,14 +14,18 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in the repr of a function, anoth
 def changes(now: Any, saved: Any, place: str = "") -> list[str]:
     """Where two rules as plain data differ: "lr was 0.1, is now 0.01"."""
     if isinstance(now, dict) and isinstance(saved, dict) and now.keys() == saved.keys():
-        if now.get("type") == saved.get("type"):
+        if "callable" not in now and now.get("type") == saved.get("type"):
             inner = [(_at(place, key), now[key], saved[key]) for key in now if isinstance(key, str)]
             return [line for at, a, b in inner for line in changes(a, b, at)]
     elif isinstance(now, list) and isinstance(saved, list) and len(now) == len(saved) and _of_dicts(now):
         return [
             line for i, (a, b) in enumerate(zip(now, saved, strict=True)) for line in changes(a, b, f"{place}[{i}]")
         ]
-    return [] if _same(now, saved) else [f"{place or 'the rule'} was {_shown(saved)}, is now {_shown(now)}"]
+    if _same(now, saved):
+        return []
+    functions = isinstance(now, dict) and isinstance(saved, dict) and "callable" in now and "callable" in saved
+    end = ": functions are not in a file, so this script's stays" if functions else ""
+    return [f"{place or 'the rule'} was {_shown(saved)}, is now {_shown(now)}{end}"]
 
 
 def _at(place: str, key: str) -> str:
@@ -55,7 +59,7 @@ def _shown(value: Any) -> str:
     if is_none(value):
         return "None"
     if isinstance(value, dict) and isinstance(value.get("callable"), str):
-        return value["callable"]
+        return _ADDRESS.sub("", value["callable"])
     if isinstance(value, dict) and isinstance(value.get("type"), str):
         inner = ", ".join(f"{key}={_shown(v)}" for key, v in value.items() if key != "type")
         return f"{value['type']}({inner})"

@@ -3,6 +3,7 @@
 import os
 import reprlib
 import warnings
+from collections import OrderedDict
 from typing import Any, Literal, Never
 
 import numpy as np
@@ -171,7 +172,7 @@ def _plain(place: str, value: Any, shared: dict[int, Tensor], depth: int = 0) ->
         raise ValueError(f"save: extra {place[:40]!r}... is nested deeper than {MAX_DEPTH} levels, or holds itself")
     if type(value) in (list, tuple):
         return type(value)([_plain(f"{place}[{i}]", v, shared, depth + 1) for i, v in enumerate(value)])
-    if type(value) is dict and all(type(key) in (str, int) for key in value):
+    if type(value) in (dict, OrderedDict) and all(type(key) in (str, int) for key in value):
         return {key: _plain(f"{place}[{key!r}]", v, shared, depth + 1) for key, v in value.items()}
     raise ValueError(
         f"save: extra {place!r} is {reprlib.repr(value)}; what can be saved is numbers, strings, bools, None, tensors, "

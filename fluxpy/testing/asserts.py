@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..leaf import Leaf
 from ..state import State, leaves, select, value
-from ..text import near
+from ..text import near_pattern
 from ..tree import walk
 from .compare import describe_change, same_bits
 from .snapshots import Snapshot
@@ -85,7 +85,7 @@ def assert_only_changed(before: Any, after: Any, *patterns: str) -> None:
     problems = [f"{path!r} is {'new' if path in new else 'gone'}" for path in names if path not in both]
     for pattern in patterns:
         if not any(_matches(paths, pattern) for paths in names.values()):
-            problems.append(f"the pattern {pattern!r} matches no parameter; {near(pattern, names)}")
+            problems.append(f"the pattern {pattern!r} matches no parameter; {near_pattern(pattern, names)}")
     for path in both:
         expected = any(_matches(names[path], pattern) for pattern in patterns)
         changed = not same_bits(old[path], new[path])

@@ -1,6 +1,7 @@
 """What a rule is tried with: parameters and gradients of all kinds, single calls of `apply`, other hyperparameters."""
 
 import itertools
+import reprlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -91,7 +92,10 @@ class ApplyCall(NamedTuple):
 
 def apply_once(rule: Rule, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
     """`apply` as the engine runs it, on one tensor that is its own whole tree; finite or not."""
-    new, change = run_alone(rule, state, x, dx)
+    result = run_alone(rule, state, x, dx)
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(f"it must return (state, change), but gave {reprlib.repr(result)}")
+    new, change = result
     return new, x - change.value if isinstance(change, Assign) else change
 
 

@@ -64,7 +64,13 @@ def discriminative_rates(state: State, *patterns: str, factor: float) -> State:
     >>> state[0].weight.rule.lr, state[2].weight.rule.lr
     (0.05, 0.1)
     """
-    for i, layer in enumerate(layers_from_top(state, *patterns)):
+    layers = layers_from_top(state, *patterns)
+    if len(layers) == 1 and not set("*?[") & set(patterns[0]):
+        raise ValueError(
+            f"{patterns[0]!r} is one layer, and rates shrink from layer to layer: for those in it write "
+            f"'{patterns[0]}.*'"
+        )
+    for i, layer in enumerate(layers):
         if i:
             adjust(select(state, layer), scale(factor**i))
     return state
