@@ -39,7 +39,7 @@ class FiniteFlag:
     def copy(self) -> "FiniteFlag":
         other = FiniteFlag()  # not copy.copy, which torch.compile does not follow before PyTorch 2.13
         other.bad, other.skipped, other.up, other.first = self.bad, self.skipped, self.up, self.first
-        other.kinds = dict(self.kinds)
+        other.kinds |= self.kinds
         return other
 
     def require(self, ok: Tensor, update: int, what: str, paths: tuple[str, ...] = (), place: Tensor | int = 0) -> None:

@@ -184,8 +184,7 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
         written = set(memories(binding.local))  # a gradient that shares it would change while it is read
         if not written.isdisjoint(memories(g for g in grads if g is not None)):
             grads = [g.clone() if g is not None and memory(g) in written else g for g in grads]
-        if any([g is not None and g.is_neg() for g in grads]):  # kernels go by what is in memory
-            grads = [None if g is None else g.resolve_neg() for g in grads]
+        grads = [None if g is None else g.resolve_neg() for g in grads]  # kernels go by what is in memory
         try:
             route = plan.find(grads) or plan.make(grads)
         except BaseException:

@@ -66,8 +66,7 @@ class CohortUnit(Unit, Protocol):
 
 
 def place_of(reduce: Reduce, rule: Rule, last: int) -> int:
-    """The place of the rule that asks among those of its chain, after the `last` that did. A leaf without a gradient
-    may have skipped some."""
+    """The place of the rule that asks in its chain, after the `last` that did: without a gradient some are skipped."""
     for place, inner in enumerate(reducing(rule, "tree")):
         if inner is reduce.rule and place > last:
             return place
