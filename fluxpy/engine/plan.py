@@ -33,7 +33,6 @@ from .tape import is_arithmetic, keeps_numbers
 
 _MOST_ROUTES = 32  # kept of one plan
 _LEAST_STACK = 8  # leaves: fewer are as fast one by one as by vmap
-_place = attrgetter("place")
 
 
 class Route:
@@ -278,8 +277,8 @@ class Plan:
                 members.append(member)
         for stack in stacks.values():
             (members if len(stack) >= _LEAST_STACK else alone).extend(stack)
-        members.sort(key=_place)
-        return members, statics, [unit_alone(*member, self.context) for member in sorted(alone, key=_place)]
+        members.sort(key=attrgetter("place"))
+        return members, statics, [unit_alone(*member, self.context) for member in sorted(alone, key=attrgetter("place"))]
 
     def _static(self, record: Record, x: Tensor, dx: Tensor | None, known: dict[Any, Any]) -> Any:
         """The key that leaves share if they can go together, once the numbers in their states are equal too. It begins
