@@ -277,8 +277,9 @@ class Plan:
                 members.append(member)
         for stack in stacks.values():
             (members if len(stack) >= _LEAST_STACK else alone).extend(stack)
-        members.sort(key=attrgetter("place"))
-        return members, statics, [unit_alone(*member, self.context) for member in sorted(alone, key=attrgetter("place"))]
+        for found in (members, alone):
+            found.sort(key=attrgetter("place"))
+        return members, statics, [unit_alone(*member, self.context) for member in alone]
 
     def _static(self, record: Record, x: Tensor, dx: Tensor | None, known: dict[Any, Any]) -> Any:
         """The key that leaves share if they can go together, once the numbers in their states are equal too. It begins
@@ -286,9 +287,7 @@ class Plan:
         `known` remembers what depends on the rule and the dtypes alone."""
         rule, tensors, skeleton = record.rule, record.tensors, record.numbers.skeleton
         assert rule is not None and tensors is not None and skeleton is not None
-        if type(x) not in PLAIN or (dx is not None and type(dx) not in PLAIN):
-            return None
-        if x.is_conj() or is_wrapped(x):
+        if type(x) not in PLAIN or (dx is not None and type(dx) not in PLAIN) or x.is_conj() or is_wrapped(x):
             return None
         form = packed_form(x, tensors)
         dtypes = tuple([t.dtype for t in tensors])
