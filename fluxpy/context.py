@@ -173,16 +173,18 @@ def require_finite(
 
     `shares` gives the paths of the leaves and what each gave to the total.
     """
-    if reduce.nonfinite == "ignore" or total.is_meta or (not torch.compiler.is_compiling() and is_wrapped(total)):
+    compiling = torch.compiler.is_compiling()
+    if reduce.nonfinite == "ignore" or total.is_meta or (not compiling and is_wrapped(total)):
         return
+    if not compiling and total.is_cpu and not total.ndim and math.isfinite(total.item()):
+        return  # faster than isfinite() of a tensor
     what = f"{type(reduce.rule).__name__}: the norm of the gradient"
-    if torch.compiler.is_compiling() and reduce.nonfinite == "skip":
+    if compiling and reduce.nonfinite == "skip":
         raise ValueError(
             'under torch.compile no number can be read: nonfinite is "raise" or "ignore" there, not "skip"'
         )
     if reads_at_once(total):
-        if total.ndim or not math.isfinite(total.item()):  # faster than isfinite() of a tensor
-            _refuse(total, reduce, what, shares)
+        _refuse(total, reduce, what, shares)
     elif reduce.nonfinite == "skip":
         context.flag.skip(total.isfinite().all())
     else:

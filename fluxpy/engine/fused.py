@@ -12,7 +12,7 @@ from ..pytree import HOLE, Skeleton, partition, tensors_in
 from ..rule import Rule, Steps, at, rule_key, title_key, value_key
 from .chunk import Chunk
 from .cohort import Cohort
-from .fused_kernels import KERNELS, Launch, Links, Lists, bucket_key, last_state, takes
+from .fused_kernels import KERNELS, Launch, Links, Lists, bucket_key, states_of, takes
 from .layout import Row, adjacent, views_like
 from .packed import Chunks, apart_from_written, fits, like_parameters, outcome_of, write_state
 from .step import FallBack, Prepare
@@ -45,7 +45,7 @@ class _Fused(ABC):
         self.front = self.links.front  # the rules before the last, as they are in this step
         self.hyper = -1  # of the context, when these were found
         numbers = [i for i, part in enumerate(cohort.skeleton.parts) if type(part) is int]
-        counts = "t" in getattr(last_state(cohort.rule, cohort.records[0].state), "_fields", ())
+        counts = "t" in getattr(states_of(cohort.rule, cohort.records[0].state)[1], "_fields", ())
         self.counter = numbers[-1] if counts else None
 
     def take_hyperparameters(self) -> None:
@@ -182,16 +182,14 @@ class FusedUnit(_Fused):
     laid_out = True
 
     def __init__(self, cohort: Cohort) -> None:
-        last = len(tensors_in(last_state(cohort.rule, cohort.records[0].state)))
+        before, own = states_of(cohort.rule, cohort.records[0].state)
+        last = len(tensors_in(own))
         self.chunks = Chunks(cohort, split=True)
         super().__init__(cohort, last)
         master = 0 if self.links.master is None else 1
         self.front_rows = slice(master, len(cohort.momenta) - last)
         self.bind()
-        state = cohort.records[0].state
-        inner = state if self.links.master is None else state.state
-        size = 0 if self.links.front is None else len(self.links.front)
-        self.front_skeleton = partition(inner[:size] if size else ())[1]
+        self.front_skeleton = partition(before)[1]
         self._look_at_front()
 
     def adopt_rules(self) -> Any:
@@ -212,6 +210,8 @@ class FusedUnit(_Fused):
         """Whether the rules before the last read the parameter in this step, which otherwise need not be gathered."""
         if front.scheduled or self.links.master is not None or self.chunks.missing:
             return True
+        if self.front_is_constant and () in self.reading:
+            return self.reading[()]
         numbers = self._front_numbers()
         key = tuple([part if part is HOLE else value_key(part) for part in numbers.parts])
         if key not in self.reading:
@@ -299,13 +299,14 @@ class FusedUnit(_Fused):
         if chunk.result is None:
             chunk.result = self.chunks.advance(chunk, self._start)
         state, dx = chunk.result
+        dx = dx if dx is None or dx.ndim == 1 else dx.reshape(-1)
         if self.front_is_constant:
-            return None, None if dx is None else dx.reshape(-1)
+            return None, dx
         tensors, skeleton = partition(state)
         rows = chunk.momenta[self.front_rows]
         if rows:
             write_state(rows, apart_from_written(chunk, rows, tensors), self.context.flag)
-        return skeleton, None if dx is None else dx.reshape(-1)
+        return skeleton, dx
 
     def _run_kernel(
         self, chunk: Chunk, dx: Tensor, long: bool, calls: list[Call], options: dict[int, dict[str, Any]]

@@ -81,11 +81,11 @@ KERNELS: dict[type[Rule], Kernel] = {
 
 
 class Links(NamedTuple):
-    """A rule taken apart: a master copy around it, the rules before the last, a penalty that the last rule's kernel can
-    add itself, and the last."""
+    """A rule taken apart: a master copy around it, what is before the last rule (of several a chain), a penalty that
+    the last rule's kernel can add itself, and the last."""
 
     master: Any
-    front: OptimiserChain | None
+    front: Rule | None
     decay: WeightDecay | None
     last: Rule
 
@@ -99,7 +99,7 @@ class Links(NamedTuple):
             front.pop()
         else:
             decay = None
-        return Links(master, OptimiserChain(*front) if front else None, decay, last)
+        return Links(master, OptimiserChain(*front) if len(front) > 1 else next(iter(front), None), decay, last)
 
     def options(self, kernel: Kernel, x: Tensor) -> dict[str, Any]:
         return kernel.options(self.last, x, self.decay.weight_decay if self.decay else 0.0)
@@ -143,8 +143,13 @@ def bucket_key(rule: Rule) -> Any:
     )
 
 
-def last_state(rule: Rule, state: Any) -> Any:
-    """The part of a rule's state that belongs to its last rule, which a kernel computes."""
-    master = Links.of(rule).master
+def states_of(rule: Rule, state: Any) -> tuple[Any, Any]:
+    """The parts of a rule's state that belong to what is before its last rule, and to the last, which a kernel
+    computes."""
+    master, front, decay, _ = Links.of(rule)
     inner, state = (rule, state) if master is None else (master.rule, state.state)
-    return state[-1] if type(inner) is OptimiserChain else state
+    if type(inner) is not OptimiserChain:
+        return (), state
+    *before, last = state
+    before = before if decay is None else before[:-1]
+    return () if front is None else before[0] if len(before) == 1 else tuple(before), last

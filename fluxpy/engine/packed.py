@@ -52,7 +52,7 @@ class Chunks:
         self.stack = stack or bool(breaks)
         numeric = [False for _ in cohort.momenta] if stack else cohort.numeric
         self.all = [Chunk(cohort, scratch, numeric, place, self.stack and place[3] < 0) for place in where]
-        self.one = len(self.all) == 1
+        self.one, self.all_in_runs = len(self.all) == 1, all(chunk.runs is not None for chunk in self.all)
         self.grads: Sequence[Tensor] = ()  # of real tensors with the strides of the parameters
         self.given: Sequence[Tensor] = ()
         self.missing = False
@@ -155,6 +155,8 @@ class Chunks:
     def _known(self, value: Tensor) -> Any:
         """The value of each leaf that a total is asked for, where it is there already: a gradient, or a number."""
         first = self.all[0]
+        if not (self.all_in_runs or self.missing) and _is_gradient(value, first, self.grads):
+            return self.given
         for i, row in enumerate(first.momenta):
             if (
                 isinstance(row, NumberRow)
@@ -163,8 +165,7 @@ class Chunks:
             ):
                 rows: Any = [chunk.momenta[i] for chunk in self.all if chunk.start == 0]
                 return torch.cat([row.numbers() for row in rows])
-        stacked = all(chunk.runs is not None for chunk in self.all)
-        return self.given if not (stacked or self.missing) and _is_gradient(value, first, self.grads) else None
+        return None
 
     def _is_number(self, value: Tensor, chunk: Chunk) -> bool:
         """Whether a rule asks for a total of what it made of the leaves' numbers."""

@@ -1,6 +1,5 @@
 """Rules that bound the gradient: each element, each array, or the whole update."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import KW_ONLY
 from typing import Any
@@ -89,8 +88,10 @@ def norms_of(values: Sequence[Tensor] | Tensor, p: Hyper) -> Tensor:
         dims = list(range(1, real.ndim))
         return torch.linalg.vector_norm(real, p, dim=dims, dtype=_wide(real)) if dims else norms_of(list(values), p)
     if len(values) > 1 and not values[0].is_complex() and not isinstance(p, Tensor):
-        with contextlib.suppress(RuntimeError):  # empty arrays, or several dtypes or devices
+        try:
             return torch.stack(_foreach_norm(values, p, _wide(values[0])))
+        except RuntimeError:  # empty arrays, or several dtypes or devices
+            return torch.stack([norm_of(x, p) for x in values])
     return torch.stack([norm_of(x, p) for x in values])
 
 
