@@ -37,6 +37,7 @@ class Chunk:
             self.owner = owned(self.dx_views)
         self.written = {memory(row.buffer) for row in (self.x, *self.momenta)}
         self.scratch = scratch
+        self.pointers: list[int] = []  # where gradients were last that lay side by side
         self.asked: tuple[Tensor, list[Tensor]] | None = None  # a value that a total is asked for, and its leaves
         self.sizes: Tensor | None = None
         # The runs of neighbours of one shape and strides, where they are long.
@@ -62,7 +63,7 @@ class Chunk:
             flat = flat_view(grads[self.low])
             return flat if self.size == flat.numel() else flat[self.start : self.start + self.size]
         mine = grads[self.low : self.high]
-        flat = adjacent(mine)
+        flat = adjacent(mine, self.pointers)
         if flat is not None:
             return flat
         copy_all(self.dx_views, mine)

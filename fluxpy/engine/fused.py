@@ -12,7 +12,7 @@ from ..pytree import HOLE, Skeleton, partition, tensors_in
 from ..rule import Rule, Steps, at, rule_key, title_key, value_key
 from .chunk import Chunk
 from .cohort import Cohort
-from .fused_kernels import KERNELS, Launch, Links, Lists, bucket_key, states_of, takes
+from .fused_kernels import KERNELS, Launch, Links, Lists, bucket_key, has_front, states_of, takes
 from .layout import Row, adjacent, views_like
 from .packed import Chunks, apart_from_written, fits, like_parameters, outcome_of, write_state
 from .step import FallBack, Prepare
@@ -183,8 +183,8 @@ class FusedUnit(_Fused):
 
     def __init__(self, cohort: Cohort) -> None:
         before, own = states_of(cohort.rule, cohort.records[0].state)
-        last = len(tensors_in(own))
-        self.chunks = Chunks(cohort, split=True)
+        last, rule = len(tensors_in(own)), cohort.rule
+        self.chunks = Chunks(cohort, split=has_front(rule) or rule.keeps_master)  # a kernel alone needs no cache
         super().__init__(cohort, last)
         master = 0 if self.links.master is None else 1
         self.front_rows = slice(master, len(cohort.momenta) - last)
@@ -210,10 +210,8 @@ class FusedUnit(_Fused):
         """Whether the rules before the last read the parameter in this step, which otherwise need not be gathered."""
         if front.scheduled or self.links.master is not None or self.chunks.missing:
             return True
-        if self.front_is_constant and () in self.reading:
-            return self.reading[()]
         numbers = self._front_numbers()
-        key = tuple([part if part is HOLE else value_key(part) for part in numbers.parts])
+        key = () if self.front_is_constant else tuple([p if p is HOLE else value_key(p) for p in numbers.parts])
         if key not in self.reading:
             if len(self.reading) >= _MOST_NUMBERS:  # as of a count that goes on and on
                 return True

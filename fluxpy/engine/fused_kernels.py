@@ -144,12 +144,10 @@ def bucket_key(rule: Rule) -> Any:
 
 
 def states_of(rule: Rule, state: Any) -> tuple[Any, Any]:
-    """The parts of a rule's state that belong to what is before its last rule, and to the last, which a kernel
-    computes."""
-    master, front, decay, _ = Links.of(rule)
+    """The states of what is before a rule's last one (see `Links`), and of the last, which a kernel computes."""
+    master, _, decay, _ = Links.of(rule)
     inner, state = (rule, state) if master is None else (master.rule, state.state)
     if type(inner) is not OptimiserChain:
         return (), state
-    *before, last = state
-    before = before if decay is None else before[:-1]
-    return () if front is None else before[0] if len(before) == 1 else tuple(before), last
+    before = state[:-1] if decay is None else state[:-2]
+    return before[0] if len(before) == 1 else before, state[-1]

@@ -39,24 +39,25 @@ def flat_view(x: Tensor) -> Tensor:
     return x.view(-1) if x.is_contiguous() else x.as_strided((x.numel(),), (1,))
 
 
-def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The one flat view of dense tensors that are adjacent in memory; None where they are not."""
+def adjacent(tensors: Sequence[Tensor], last: list[int] | None = None) -> Tensor | None:
+    """The one flat view of dense tensors that are adjacent in memory; None where they are not. In `last` it keeps where
+    tensors of these sizes were adjacent, for the next time."""
     first = tensors[0]
     if len(tensors) == 1:
         return flat_view(first)
-    width = first.element_size()
-    if first.data_ptr() + first.numel() * width != tensors[1].data_ptr():
+    if first.data_ptr() + first.nbytes != tensors[1].data_ptr():
         return None
     pointers = addresses(tensors)
-    sizes = [t.numel() for t in tensors]
-    ends = [*accumulate(sizes, initial=0)]
-    if pointers != [pointers[0] + end * width for end in ends[:-1]]:
-        return None
+    if pointers != last:
+        if pointers[1:] != [pointers[0] + end for end in accumulate([t.nbytes for t in tensors[:-1]])]:
+            return None
+        if last is not None:
+            last[:] = pointers
     # One view reaches no further than one storage, and tensors of different storages can be adjacent by chance.
-    storage = first.untyped_storage()
-    if storage.data_ptr() + storage.nbytes() < pointers[0] + ends[-1] * width:
+    storage, size = first.untyped_storage(), pointers[-1] - pointers[0] + tensors[-1].nbytes
+    if storage.data_ptr() + storage.nbytes() < pointers[0] + size:
         return None
-    return first.as_strided((ends[-1],), (1,))
+    return first.as_strided((size // first.element_size(),), (1,))
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
