@@ -173,17 +173,17 @@ def require_finite(
 
     `shares` gives the paths of the leaves and what each gave to the total.
     """
-    compiling = torch.compiler.is_compiling()
+    compiling, readable = torch.compiler.is_compiling(), reads_at_once(total)
     if reduce.nonfinite == "ignore" or total.is_meta or (not compiling and is_wrapped(total)):
         return
-    if not compiling and total.is_cpu and not total.ndim and math.isfinite(total.item()):
+    if readable and not total.ndim and math.isfinite(total.item()):
         return  # faster than isfinite() of a tensor
     what = f"{type(reduce.rule).__name__}: the norm of the gradient"
     if compiling and reduce.nonfinite == "skip":
         raise ValueError(
             'under torch.compile no number can be read: nonfinite is "raise" or "ignore" there, not "skip"'
         )
-    if reads_at_once(total):
+    if readable:
         _refuse(total, reduce, what, shares)
     elif reduce.nonfinite == "skip":
         context.flag.skip(total.isfinite().all())
