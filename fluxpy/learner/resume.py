@@ -93,7 +93,8 @@ def load(learner: "Learner", saved: Any, hyperparameters: str | None, last: "Loo
         saved["rules"] = present_rules(learner.state)
     elif changed := changed_rules(changes, _OPTION):
         learner.ranks.warn(changed)
-    if changed := _changed_frozen(frozen, saved.get("frozen", frozen)):
+    before = saved.get("frozen")  # older files do not say
+    if changed := _changed_frozen(frozen, frozen if before is None else before):
         learner.ranks.warn(changed)
     params = bind(learner.state, learner.model).params
     pairs = zip(saved["window"]["sums"], params, strict=False)
