@@ -85,7 +85,7 @@ def _inside(x: Any) -> Iterable[Any]:
     if isinstance(x, dict | types.MappingProxyType):
         return list(x.values())
     if isinstance(x, weakref.ref):  # not to the hooks that a handle would remove
-        return (x(),) if isinstance(x(), Tensor | nn.Module | types.MethodType) else ()
+        return (held,) if isinstance(held := x(), Tensor | nn.Module | types.MethodType) else ()
     if isinstance(x, types.MethodType):
         return x.__self__, x.__func__
     if isinstance(x, types.CellType):

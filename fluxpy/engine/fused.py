@@ -33,11 +33,13 @@ class Call(NamedTuple):
 class _Fused(ABC):
     """What fused units have in common: the kernel, its options for each rule, and its clock."""
 
-    def __init__(self, cohort: Cohort, last_tensors: int) -> None:
+    def __init__(self, cohort: Cohort) -> None:
         self.cohort, self.context = cohort, cohort.context
+        before, own = states_of(cohort.rule, cohort.records[0].state)
+        self.front_skeleton = partition(before)[1]
         self.links = Links.of(cohort.rule)
         self.kernel = KERNELS[type(self.links.last)]
-        self.momenta = cohort.momenta[len(cohort.momenta) - last_tensors :]
+        self.momenta = cohort.momenta[len(cohort.momenta) - len(tensors_in(own)) :]
         self.x = cohort.params[0] if self.links.master is None else cohort.momenta[0][0]
         self.clock = torch.zeros((), dtype=torch.float32, device=self.x.device)
         self.keys = _first_alike(cohort, cohort.rules())
@@ -45,7 +47,7 @@ class _Fused(ABC):
         self.front = self.links.front  # the rules before the last, as they are in this step
         self.hyper = -1  # of the context, when these were found
         numbers = [i for i, part in enumerate(cohort.skeleton.parts) if type(part) is int]
-        counts = "t" in getattr(states_of(cohort.rule, cohort.records[0].state)[1], "_fields", ())
+        counts = "t" in getattr(own, "_fields", ())
         self.counter = numbers[-1] if counts else None
 
     def take_hyperparameters(self) -> None:
@@ -136,7 +138,7 @@ class FusedListUnit(_Fused):
     laid_out = False
 
     def __init__(self, cohort: Cohort) -> None:
-        super().__init__(cohort, len(cohort.momenta))
+        super().__init__(cohort)
         self.grads: Sequence[Tensor] = ()
         self.whole = cohort.places == list(range(len(cohort.places)))  # whether these are the first of all leaves
         self.stays = True  # whether the parameters were always at one place
@@ -182,14 +184,12 @@ class FusedUnit(_Fused):
     laid_out = True
 
     def __init__(self, cohort: Cohort) -> None:
-        before, own = states_of(cohort.rule, cohort.records[0].state)
-        last, rule = len(tensors_in(own)), cohort.rule
+        rule = cohort.rule
         self.chunks = Chunks(cohort, split=has_front(rule) or rule.keeps_master)  # a kernel alone needs no cache
-        super().__init__(cohort, last)
+        super().__init__(cohort)
         master = 0 if self.links.master is None else 1
-        self.front_rows = slice(master, len(cohort.momenta) - last)
+        self.front_rows = slice(master, len(cohort.momenta) - len(self.momenta))
         self.bind()
-        self.front_skeleton = partition(before)[1]
         self._look_at_front()
 
     def adopt_rules(self) -> Any:

@@ -17,7 +17,7 @@ from .events import CancelEpoch, CancelTraining
 from .metrics import number
 from .progress import Step
 from .ranks import Ranks
-from .resume import as_now, load_callbacks, load_weights, present_frozen, present_rules
+from .resume import as_now, beginning_of, load_callbacks, load_weights
 from .rng import data_state, random_state, set_data_state, set_random_state
 from .window import Window, weight_of
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LOSS = "the loss"  # how messages about it begin
 # What is kept of a run, besides its model and state, before it has begun.
-NEW: dict[str, Any] = {"rules": None, "lengths": {}, "row": {}, "seconds": {}, "rng_at_start": None, "window": {}}
+NEW: dict[str, Any] = {"lengths": {}, "row": {}, "seconds": {}, "rng_at_start": None, "window": {}}
 
 
 class Loop:
@@ -50,7 +50,8 @@ class Loop:
         self.dispatcher = Dispatcher()
         self.saved = saved  # the saved run to go on with, until that is done
         kept = saved or NEW
-        self.rules, self.frozen = kept["rules"], kept.get("frozen")  # with which the run began
+        # The state with which the run began; before it has, nothing.
+        self.beginning: dict[str, Any] = {name: kept[name] for name in ("rules", "frozen") if name in kept}
         self.lengths: dict[str, int | None] = dict(kept["lengths"])  # how many batches each phase had
         self.uncompared = set(self.lengths)  # the phases of a saved run whose data was not seen yet
         # Of the epoch and the phase, until they are done:
@@ -82,8 +83,7 @@ class Loop:
 
     def fit(self) -> None:
         learner = self.learner
-        if self.rules is None:
-            self.rules, self.frozen = present_rules(learner.state), present_frozen(learner.state)
+        self.beginning = self.beginning or beginning_of(learner.state)
         if self.saved is not None:
             self.saved = as_now(learner, self.saved)
         try:

@@ -60,8 +60,7 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
         "nonfinite": run.nonfinite or learner.nonfinite if in_phase else None,
         "row": dict(run.row),
         "lengths": dict(run.lengths),
-        "rules": present_rules(learner.state) if run.rules is None else run.rules,
-        "frozen": present_frozen(learner.state) if run.rules is None else run.frozen,
+        **(run.beginning or beginning_of(learner.state)),
         "history": history,
         "seconds": {
             "epoch": in_epoch * (now - run.epoch_began),
@@ -86,15 +85,14 @@ def load(learner: "Learner", saved: Any, hyperparameters: str | None, last: "Loo
     sums = names if saved["metrics"] is None else saved["metrics"]["sums"]
     if set(sums) != set(names):
         raise ValueError(f"the saved run had the metrics {sorted(sums)}, this one has {sorted(names)}")
-    changes = changes_of_rules(present_rules(learner.state), saved["rules"])
-    frozen = present_frozen(learner.state) if last.frozen is None else last.frozen
+    present = beginning_of(learner.state)
+    frozen = last.beginning.get("frozen", present["frozen"])
     load_weights(learner, saved)
     if saved["hyperparameters"] == "keep":
-        saved["rules"] = present_rules(learner.state)
-    elif changed := changed_rules(changes, _OPTION):
+        saved["rules"] = present["rules"]
+    elif changed := changed_rules(changes_of_rules(present["rules"], saved["rules"]), _OPTION):
         learner.ranks.warn(changed)
-    before = saved.get("frozen")  # older files do not say
-    if changed := _changed_frozen(frozen, frozen if before is None else before):
+    if changed := _changed_frozen(frozen, saved.get("frozen", frozen)):  # older files do not say
         learner.ranks.warn(changed)
     params = bind(learner.state, learner.model).params
     pairs = zip(saved["window"]["sums"], params, strict=False)
@@ -131,14 +129,11 @@ def load_weights(learner: "Learner", saved: dict[str, Any]) -> None:
     load_model(pairs)
 
 
-def present_rules(state: Any) -> list[Any]:
-    """The rule of each leaf, as plain data."""
-    return plain_rules({path: leaf.rule for path, leaf in leaves(state)})
-
-
-def present_frozen(state: Any) -> list[str]:
-    """The paths of the frozen leaves."""
-    return [path for path, leaf in leaves(state) if leaf.frozen]
+def beginning_of(state: Any) -> dict[str, list[Any]]:
+    """What is kept of the state with which a run begins: the rule of each leaf, and which are frozen."""
+    found = dict(leaves(state))
+    frozen = [path for path, leaf in found.items() if leaf.frozen]
+    return {"rules": plain_rules({path: leaf.rule for path, leaf in found.items()}), "frozen": frozen}
 
 
 def _changed_frozen(now: list[str], saved: list[str]) -> str | None:
