@@ -10,6 +10,7 @@ import optree
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor, UntypedStorage, nn
+from torch.autograd import forward_ad
 
 from .text import join
 
@@ -313,6 +314,11 @@ def is_transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def is_forward_mode() -> bool:
+    """Whether tensors may carry tangents, of `torch.autograd.forward_ad`."""
+    return forward_ad._current_level >= 0
+
+
 @contextmanager
 def uncast() -> Iterator[None]:
     """Within, no autocast narrows arithmetic: it is for losses, not for rules and weights."""
@@ -327,9 +333,8 @@ def is_unseen(x: Tensor) -> bool:
 
 def overlaps_itself(x: Tensor) -> bool:
     """Whether elements share memory, as in an expanded tensor: it cannot be written in place."""
-    if is_unseen(x) or x.is_contiguous():
-        return False
-    return torch._debug_has_internal_overlap(x) == 1  # pyright: ignore[reportPrivateImportUsage]
+    hidden = is_unseen(x) or x.is_contiguous()
+    return not hidden and torch._debug_has_internal_overlap(x) == 1  # pyright: ignore[reportPrivateImportUsage]
 
 
 def unwritable(x: Tensor) -> bool:
@@ -362,6 +367,15 @@ def shares(x: Tensor, others: Iterable[Tensor]) -> bool:
     if torch.compiler.is_compiling():
         return any(x is other for other in others)
     return memory(x) in set(map(memory, others))
+
+
+def are_apart(tensors: list[Tensor]) -> bool:
+    """Whether each of these tensors plainly has memory of its own, at a fraction of what `apart` costs."""
+    if torch.compiler.is_compiling() or any(map(is_wrapped, tensors)):
+        return False
+    places = set(memories(tensors))
+    dense = all(map(Tensor.is_contiguous, tensors)) or not any(map(overlaps_itself, tensors))
+    return len(places) == len(tensors) and dense and places.isdisjoint(map(id, tensors))
 
 
 def apart(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> list[Tensor]:

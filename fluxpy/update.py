@@ -24,7 +24,7 @@ from .engine.reference import ReferenceUnit
 from .engine.step import FallBack, Unit, run_to_results
 from .grads import in_order
 from .leaf import Leaf, Record, miss_update, rules_of
-from .pytree import is_transforming, is_wrapped, memories, memory, uncast, unwritable
+from .pytree import is_forward_mode, is_transforming, is_wrapped, memories, memory, uncast, unwritable
 from .rebuild import Copies, as_parameter, like_parameter, rebuild
 from .rule import tensors_of
 from .state import AnyState, State, bind, require_state, shape_of, tree_context
@@ -84,7 +84,7 @@ def apply_gradients(binding: Binding, context: Context, grads: Any) -> None:
             context.settle()
         if binding.spread:
             found = _local(binding, found)
-        if is_transforming():  # nothing may be kept for the next step
+        if is_transforming() or is_forward_mode():  # nothing may be kept for the next step
             _check(binding, found, inplace=True)
             _reference_step(binding, context, found)
         elif torch.is_inference_mode_enabled():
@@ -271,7 +271,8 @@ def _pure(state: Any, binding: Binding, context: Context, model: Any, grads: Any
     found = in_order(binding, grads)
     context.settle()
     complete = all(r.frozen or r.rule is None or r.tensors is not None for r in binding.records)  # needs no new state
-    if not complete or is_transforming() or torch.is_inference_mode_enabled() or _has_history(binding, found):
+    watched = is_transforming() or is_forward_mode() or _has_history(binding, found)
+    if watched or not complete or torch.is_inference_mode_enabled():
         with uncast():
             return _pure_by_reference(state, binding, context, model, found)
     with torch.no_grad(), uncast():

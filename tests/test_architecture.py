@@ -103,8 +103,8 @@ def test_few_imports_are_for_types_alone() -> None:
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("rules/")])
 def test_rules_know_one_tensor_and_no_tree(file: str) -> None:
     known = {"rule.py", "fields.py", "text.py"}
-    if file == "rules/lowered.py":
-        known |= {"pytree.py"}  # for the tensors of another rule's state, whatever that is
+    if file in ("rules/lowered.py", "rules/average.py"):
+        known |= {"pytree.py"}  # the tensors of another's state; whether a transform is at work
     assert {name for name in ours(file) if not name.startswith("rules/")} <= known
 
 
@@ -159,6 +159,7 @@ def test_the_engine_knows_no_rule_by_its_class(file: str) -> None:
 PYTORCH = {
     "_C": "whether a torch.func transform runs",
     "_buffers": "a module's own",
+    "_current_level": "whether forward-mode derivatives are taken",
     "_debug_has_internal_overlap": "what cannot be written in place",
     "_foreach_copy_": "many copies in one call",
     "_functorch": "whether a torch.func transform runs",
@@ -267,7 +268,7 @@ def test_the_core_does_not_grow() -> None:
     core = set().union(*({file, *reached(file, below)} for file in ("update.py", "adjust.py", "gradient.py")))
     core -= {"show.py", "text.py"}  # what is shown and said
     own = [file for file in core if not file.startswith(("rules/", "distributed/"))]
-    assert sum((ROOT / file).read_text().count("\n") for file in own) <= 7_520
+    assert sum((ROOT / file).read_text().count("\n") for file in own) <= 7_530
 
 
 # --- The package --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch._dynamo
 from rule_table import ROWS, Row
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, vmap
 
 import fluxpy
@@ -26,6 +27,7 @@ from fluxpy import (
     setup,
     update,
 )
+from fluxpy.rule import Rule
 
 F64 = torch.float64
 
@@ -113,6 +115,53 @@ def test_forward_mode_and_second_derivatives(rule: Any) -> None:
     torch.testing.assert_close(jacfwd(outer)(w), slope, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(hessian(outer)(w), bend, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(vmap(grad(outer))(torch.stack([w, -w]))[0], grad(outer)(w))
+
+
+def stepped(rule: Rule, x: Tensor, dx: Tensor, *, inplace: bool) -> Tensor:
+    """A parameter after three updates."""
+    model: Any = {"w": x}
+    state = setup(rule, model)
+    for i in range(3):
+        state, model = update(state, model, {"w": dx * (i + 1) + drawn(4, 5, seed=i)}, inplace=inplace)
+    return model["w"]
+
+
+def tangent(value: Tensor) -> Tensor:
+    found = forward_ad.unpack_dual(value).tangent
+    assert found is not None
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own forward mode
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_dual_numbers_go_through_updates(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of parameter and gradient, by both kinds of update, with gradients recorded besides and without."""
+    monkeypatch.setattr(Tensor, "bfloat16", lambda x: x)  # as above
+    rule = row.given({**row.fixed, **row.adjusted})
+    x, dx, along, turn = (drawn(4, 5, seed=seed) for seed in range(5, 9))
+    there, back = (stepped(rule, x + s * along, dx + s * turn, inplace=False) for s in (1e-6, -1e-6))
+    slope = (there - back) / 2e-6
+    for inplace, recorded in [(False, False), (False, True), (True, False), (True, True)]:
+        with forward_ad.dual_level(), torch.set_grad_enabled(recorded):
+            x_dual = forward_ad.make_dual(x.clone(), along.clone())
+            found = tangent(stepped(rule, x_dual, forward_ad.make_dual(dx, turn), inplace=inplace)).clone()
+        torch.testing.assert_close(found, slope, rtol=1e-5, atol=1e-7)
+    by_func = torch.func.jvp(lambda x, dx: stepped(rule, x, dx, inplace=False), (x, dx), (along, turn))[1]
+    torch.testing.assert_close(by_func, slope, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if "lr" in row.adjusted], ids=lambda row: repr(row.rule))
+def test_a_rate_may_be_a_dual_number(row: Row) -> None:
+    def given(lr: Any) -> Rule:
+        return row.given({**row.fixed, **row.adjusted, "lr": lr})
+
+    x, dx = drawn(4, 5, seed=5), drawn(4, 5, seed=6)
+    there, back = (stepped(given(0.05 + step), x, dx, inplace=False) for step in (1e-6, -1e-6))
+    for inplace in (False, True):
+        with forward_ad.dual_level():
+            lr = forward_ad.make_dual(torch.tensor(0.05, dtype=F64), torch.ones((), dtype=F64))
+            found = tangent(stepped(given(lr), x.clone(), dx, inplace=inplace)).clone()
+        torch.testing.assert_close(found, (there - back) / 2e-6, rtol=1e-5, atol=1e-7)
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------------

@@ -214,9 +214,7 @@ def _of_pieces(rule: ReducingRule, pieces: list[Tensor], x: Tensor | None) -> Te
 
 def _is_gradient(value: Tensor, chunk: Chunk, grads: Sequence[Tensor]) -> bool:
     """Whether a rule asks for a total of the gradients themselves."""
-    source = chunk.dx if chunk.of_several else grads[chunk.low]
-    if chunk.of_several and value.data_ptr() != source.data_ptr():
-        source = grads[chunk.low]
+    source = chunk.dx if chunk.of_several and value.data_ptr() == chunk.dx.data_ptr() else grads[chunk.low]
     return value.data_ptr() == source.data_ptr() and value.numel() == chunk.size and value.dtype == source.dtype
 
 
@@ -239,9 +237,8 @@ class EagerUnit:
         return keys.pop() if len(keys) == 1 and not self.cohort.rule.traced else None
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
-        self.rule = rule_now(self.cohort)
-        if self.stack:
-            self.rule = batched(self.rule)
+        rule = rule_now(self.cohort)
+        self.rule = batched(rule) if self.stack else rule
         self.chunks.load([grads[place] for place in self.cohort.places])
         yield from self.chunks.run(self._start, self.rule)
         first = self.chunks.all[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..context import Context, remembered, require_finite
 from ..leaf import Numbers, Record
-from ..pytree import apart, is_unseen, is_wrapped, partition, shares
+from ..pytree import apart, are_apart, is_unseen, is_wrapped, partition, shares
 from ..rule import Assign, Reduce, Rule, at
 from ..text import note
 from .step import Prepare, Request
@@ -37,7 +37,8 @@ class ReferenceUnit:
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.dx = grads[self.place]
         self.rule = self._rule_now()
-        self.state = self._state()
+        record = self.record
+        self.state = record.fresh_state(self.x, self.path) if record.tensors is None else record.state
         steps, answer = self.rule.steps(self.state, self.x, self.dx), None
         while True:
             try:
@@ -73,41 +74,39 @@ class ReferenceUnit:
             note(error, f"in a schedule of the parameter {self.path!r}, at its count {count}")
             raise
 
-    def _state(self) -> Any:
-        record = self.record
-        return record.fresh_state(self.x, self.path) if record.tensors is None else record.state
-
     def _work_out(self, result: Any) -> None:
         """What is to be written, so that writing it cannot fail."""
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(f"{self._who()} must return (state, change), but gave {result!r}")
         state, change = result
         self.moved = change is not None
-        self.change = change if self.inplace and self._can_subtract(change) else None
-        self.value = self._new_value(change) if self.change is None else None
-        (olds, before), (news, self.skeleton) = partition(self.state), partition(state)
+        news, self.skeleton = partition(state)
         held = self.record.numbers.skeleton
-        if held == self.skeleton and all(map(is_, held.parts, self.skeleton.parts)):
+        if held is not None and held.spec == self.skeleton.spec and all(map(is_, held.parts, self.skeleton.parts)):
             self.skeleton = held  # which others may hold
-        self.olds = olds if before == self.skeleton and all(map(_alike, olds, news)) else []
-        if any(t.device != self.x.device and t.ndim for t in news):
+        olds, before = partition(self.state) if self.record.tensors is None else (self.record.tensors, held)
+        if any([t.device != self.x.device and t.ndim for t in news]):
             raise ValueError(f"{self._who()} gave a state on another device than the parameter's {self.x.device}")
-        # Never keep memory that others write to: the parameter, the gradient, or the old state's.
-        dx = [] if self.dx is None else [self.dx]
-        news = apart(news, [self.x, *dx, *([] if self.olds and self.inplace else olds)])
+        given = [self.x] if self.dx is None else [self.x, self.dx]
+        own = are_apart([*given, *olds, *news, *([change] if type(change) is Tensor else [])])
+        self.change = change if self.inplace and self._can_subtract(change, [] if own else given) else None
+        self.value = self._new_value(change) if self.change is None else None
+        self.olds = olds if before == self.skeleton and all(map(_alike, olds, news)) else []
+        if not own:  # never keep memory that others write to: the parameter, the gradient, or the old state's
+            news = apart(news, [*given, *([] if self.olds and self.inplace else olds)])
         if self.olds:
-            if self.inplace:  # a rule may let its buffers change places
+            if self.inplace and not own:  # a rule may let its buffers change places
                 news = [t.clone() if t is not old and shares(t, olds) else t for old, t in zip(olds, news, strict=True)]
             news = [t if t.dtype == old.dtype else t.to(old.dtype) for old, t in zip(olds, news, strict=True)]
         self.news = news
 
-    def _can_subtract(self, change: Any) -> bool:
-        """Whether it can be subtracted in place: of the same form, and not in memory that another leaf may write to."""
+    def _can_subtract(self, change: Any, others: Sequence[Tensor]) -> bool:
+        """Whether it can be subtracted in place: of the same form, and not in memory that is written to by others."""
         x = self.x
         if type(change) is not Tensor or x.is_meta or is_unseen(x) or is_wrapped(change):
             return False
         same = (change.dtype, change.shape, change.device, change.layout) == (x.dtype, x.shape, x.device, torch.strided)
-        return same and not shares(change, [t for t in (x, self.dx) if t is not None])
+        return same and not shares(change, others)
 
     def _new_value(self, change: Any) -> Tensor:
         """What the parameter becomes."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Rule
-from .average import average, decayed, larger, smaller, wide
+from .average import average, decayed, larger, smaller, spare, wide
 
 
 class Factors(NamedTuple):
@@ -62,18 +62,23 @@ class Adafactor(Rule):
         eps1 = torch.finfo(x.dtype).eps if eps1 is None else eps1
         t, dtype, x, dx = state.t + 1, x.dtype, wide(x), wide(dx)
         beta2 = 1 - t**self.beta2_decay
+        smallest = larger(eps1 * eps1, torch.finfo(x.dtype).tiny)
         square = dx * dx
+        room = spare(square)  # once it is averaged
         if isinstance(state, Factors):
             row = average(beta2, state.row, square.mean(-1, keepdim=True))
             column = average(beta2, state.column, square.mean(-2, keepdim=True))
-            state, v = Factors(row, column, t), row / larger(row.mean(-2, keepdim=True), eps1) * column
+            state = Factors(row, column, t)
+            v = torch.mul(row / larger(row.mean(-2, keepdim=True), eps1), column, out=room)
         else:
             v = average(beta2, state.v, square)
             state = Variance(v, t)
-        u = dx * larger(v, larger(eps1 * eps1, torch.finfo(v.dtype).tiny)).rsqrt()
+        u = torch.rsqrt(torch.clamp(v, min=smallest, out=room), out=room)
+        u = torch.mul(u, dx, out=room)
         one = max(x.numel(), 1) ** 0.5  # the norm of an array whose rms is 1
         size = larger(torch.linalg.vector_norm(x), eps2 * one) / larger(torch.linalg.vector_norm(u), self.d * one)
-        return state, decayed(smaller(self.lr, t**-0.5) * self.d * size * u, self.lr * self.weight_decay, x).to(dtype)
+        u = torch.mul(u, smaller(self.lr, t**-0.5) * self.d * size, out=room)
+        return state, decayed(u, self.lr * self.weight_decay, x, room).to(dtype)
 
     def take(self, state: Any, x: Tensor, index: Tensor, dim: int) -> Any:
         """Averages of what stays; those over a dimension that is changed stay as they were."""

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from ..fields import Hyper
+from ..pytree import is_forward_mode, is_transforming
 
 
-def plus(a: Tensor, factor: Hyper, b: Tensor) -> Tensor:
-    """`a + factor · b`, in one pass over memory where the factor is a number."""
-    return torch.add(a, b, alpha=factor) if _is_number(factor, a) else a + factor * b
+def plus(a: Tensor, factor: Hyper, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """`a + factor · b`, in one pass over memory where the factor is a number, and then in `out`, if that is given."""
+    return torch.add(a, b, alpha=factor, out=out) if _is_number(factor, a) else a + factor * b
 
 
 def plus_square(a: Tensor, factor: Hyper, b: Tensor) -> Tensor:
@@ -32,12 +33,24 @@ def _is_number(factor: Hyper, a: Tensor) -> bool:
     return isinstance(factor, float | int) and isinstance(a, Tensor)
 
 
+def is_differentiable() -> bool:
+    """Whether somebody may take derivatives of what is computed now, backwards or forwards."""
+    return torch.is_grad_enabled() or is_forward_mode()
+
+
 def root(v: Tensor) -> Tensor:
     """`√v`. Its slope at zero counts as zero: the true one, infinite, times that of `dx²`, zero, would be NaN."""
-    if not torch.is_grad_enabled():
+    if not is_differentiable():
         return v.sqrt()
     zero = v == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, v).sqrt())
+
+
+def spare(made: Tensor) -> Tensor | None:
+    """For `out=`: the memory of a tensor that a rule made on its way and does not need any more; None where somebody
+    may differentiate through the step or transforms it. For rules of whole arrays: what they make is too large for the
+    cache, and to map new memory for each operation costs more than the operation."""
+    return None if is_differentiable() or is_transforming() else made
 
 
 def eps_for(x: Tensor, eps: Hyper) -> Hyper:
@@ -71,9 +84,9 @@ def smaller(a: Hyper, b: Hyper) -> Hyper:
     return -larger(-a, -b)
 
 
-def decayed(step: Tensor, factor: Hyper, x: Tensor) -> Tensor:
-    """`step + factor · x`, at no cost where the factor is zero."""
-    return step if isinstance(factor, int | float) and factor == 0 else plus(step, factor, x)
+def decayed(step: Tensor, factor: Hyper, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """`step + factor · x`, at no cost where the factor is zero. For `out` see `plus`."""
+    return step if isinstance(factor, int | float) and factor == 0 else plus(step, factor, x, out)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Rule, is_wrapped
-from .average import average, plus
+from .average import average, plus, spare
 
 
 class Muon(Rule):
@@ -59,7 +59,8 @@ class Muon(Rule):
         step = orthogonal(matrix, self.ns_steps).to(x.dtype, memory_format=torch.contiguous_format).reshape(x.shape)
         match = self.adjust_lr_fn == "match_rms_adamw"
         scale = 0.2 * math.sqrt(max(rows, columns)) if match else math.sqrt(max(1, rows / max(columns, 1)))
-        return m, plus(self.lr * scale * step, self.lr * self.weight_decay, x)
+        step = torch.mul(step, self.lr * scale, out=spare(step))
+        return m, plus(step, self.lr * self.weight_decay, x, spare(step))
 
 
 def orthogonal(x: Tensor, steps: int) -> Tensor:
@@ -103,11 +104,17 @@ class _Orthogonal(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, ctx.steps = inputs
         ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
         (x,), steps = ctx.saved_tensors, ctx.steps
         return torch.func.vjp(lambda x: _newton_schulz(x, steps), x)[1](slopes[0])[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        (x,), steps = ctx.saved_tensors, ctx.steps
+        return torch.func.jvp(lambda x: _newton_schulz(x, steps), (x,), tangents[:1])[1]
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..rule import Assign, Rule, Run, Steps
-from .average import wide
+from .average import is_differentiable, wide
 from .wrap import Wrapper, inner_accumulates, inner_elementwise, inner_evaluates, refuse_outermost
 
 # Of a float32, how many bits a dtype has no room for, and the factor that makes its smallest number, and with it the
@@ -110,6 +110,6 @@ def _rounded(value: Tensor, x: Tensor, dx: Tensor | None, t: int, dtype: torch.d
     near = bits.view(torch.float32)
     near = torch.maximum(near, torch.minimum(near, exact))  # the same; but of a NaN, which may have wrapped around, NaN
     near = near if scale == 1 else near / scale
-    if torch.is_grad_enabled():  # straight through; to add -0.0 changes nothing, not even -0.0
+    if is_differentiable():  # straight through; to add -0.0 changes nothing, not even -0.0
         near = value + torch.where(near == value.detach(), -0.0, near - value.detach())
     return near.to(dtype)

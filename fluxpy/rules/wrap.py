@@ -10,7 +10,7 @@ from torch import Tensor
 from ..fields import Hyper, hyper
 from ..rule import Assign, Rule, Run, Steps, hyperparameters, rules_in, run_alone
 from ..text import named
-from .average import average, like, real
+from .average import average, is_differentiable, like, real
 
 
 class Wrapper(Rule):
@@ -296,7 +296,7 @@ class MixedPrecision(Wrapper):
     def master_for(self, master: Tensor, x: Tensor) -> Tensor:
         """The master copy of `x`: as it was, but where somebody wrote to the parameter."""
         new = torch.where(master.to(x.dtype) != x, x.to(master.dtype), master)
-        if not torch.is_grad_enabled() or master.requires_grad:
+        if not is_differentiable() or master.requires_grad:
             return new
         wide = x.to(master.dtype)  # a copy without a history has that of the parameter: what is added is zero
         return new.detach() + (wide - wide.detach())
