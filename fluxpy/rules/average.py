@@ -7,25 +7,35 @@ from ..fields import Hyper
 from ..pytree import is_forward_mode, is_transforming
 
 
-def plus(a: Tensor, factor: Hyper, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """`a + factor · b`, in one pass over memory where the factor is a number, and then in `out`, if that is given."""
-    return torch.add(a, b, alpha=factor, out=out) if _is_number(factor, a) else a + factor * b
+def plus(a: Tensor, factor: Hyper, b: Tensor, *, own: bool = False) -> Tensor:
+    """`a + factor · b`, in one pass over memory where the factor is a number. `own`: `a` may be written over, see
+    `spare`."""
+    return torch.add(a, b, alpha=factor, out=spare(a) if own else None) if _is_number(factor, a) else a + factor * b
 
 
-def plus_square(a: Tensor, factor: Hyper, b: Tensor) -> Tensor:
-    """`a + factor · b²`. The factor first: the square of a float16 of 256 is not finite, a thousandth of it is."""
-    return torch.addcmul(a, b, b, value=factor) if _is_number(factor, a) else a + factor * b * b
+def plus_square(a: Tensor, factor: Hyper, b: Tensor, *, own: bool = False) -> Tensor:
+    """`a + factor · b²`. The factor first: the square of a float16 of 256 is not finite, a thousandth of it is. For
+    `own` see `plus`."""
+    if not _is_number(factor, a):
+        return a + factor * b * b
+    return torch.addcmul(a, b, b, value=factor, out=spare(a) if own else None)
+
+
+def scaled(made: Tensor, factor: Hyper) -> Tensor:
+    """`factor · made`, written over `made`, see `spare`."""
+    room = spare(made)
+    return factor * made if room is None else torch.mul(made, factor, out=room)
 
 
 def average(beta: Hyper, old: Tensor, new: Tensor) -> Tensor:
     """`beta · old + (1 - beta) · new`, in one pass over memory where `beta` is a number and both are of one dtype."""
     if _is_number(beta, old) and old.dtype == new.dtype:
         return old.lerp(new, 1 - beta)
-    return plus(beta * old, 1 - beta, new)
+    return plus(beta * old, 1 - beta, new, own=True)
 
 
 def average_square(beta: Hyper, old: Tensor, new: Tensor) -> Tensor:
-    return plus_square(beta * old, 1 - beta, new)
+    return plus_square(beta * old, 1 - beta, new, own=True)
 
 
 def _is_number(factor: Hyper, a: Tensor) -> bool:
@@ -47,10 +57,11 @@ def root(v: Tensor) -> Tensor:
 
 
 def spare(made: Tensor) -> Tensor | None:
-    """For `out=`: the memory of a tensor that a rule made on its way and does not need any more; None where somebody
-    may differentiate through the step or transforms it. For rules of whole arrays: what they make is too large for the
-    cache, and to map new memory for each operation costs more than the operation."""
-    return None if is_differentiable() or is_transforming() else made
+    """For `out=`: the memory of a tensor that a rule made itself and does not need any more; None where somebody may
+    differentiate through the step or transforms it. What is made anew for each operation leaves the cache, and where it
+    is large, to map its memory costs more than the operation."""
+    free = type(made) is Tensor and not is_differentiable() and not is_transforming()
+    return made if free else None
 
 
 def eps_for(x: Tensor, eps: Hyper) -> Hyper:
@@ -84,9 +95,9 @@ def smaller(a: Hyper, b: Hyper) -> Hyper:
     return -larger(-a, -b)
 
 
-def decayed(step: Tensor, factor: Hyper, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """`step + factor · x`, at no cost where the factor is zero. For `out` see `plus`."""
-    return step if isinstance(factor, int | float) and factor == 0 else plus(step, factor, x, out)
+def decayed(step: Tensor, factor: Hyper, x: Tensor, *, own: bool = False) -> Tensor:
+    """`step + factor · x`, at no cost where the factor is zero. For `own` see `plus`."""
+    return step if isinstance(factor, int | float) and factor == 0 else plus(step, factor, x, own=own)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Rule, is_wrapped
-from .average import average, plus, spare
+from .average import average, plus, scaled
 
 
 class Muon(Rule):
@@ -59,8 +59,7 @@ class Muon(Rule):
         step = orthogonal(matrix, self.ns_steps).to(x.dtype, memory_format=torch.contiguous_format).reshape(x.shape)
         match = self.adjust_lr_fn == "match_rms_adamw"
         scale = 0.2 * math.sqrt(max(rows, columns)) if match else math.sqrt(max(1, rows / max(columns, 1)))
-        step = torch.mul(step, self.lr * scale, out=spare(step))
-        return m, plus(step, self.lr * self.weight_decay, x, spare(step))
+        return m, plus(scaled(step, self.lr * scale), self.lr * self.weight_decay, x, own=True)
 
 
 def orthogonal(x: Tensor, steps: int) -> Tensor:
