@@ -10,7 +10,9 @@ from ..pytree import is_forward_mode, is_transforming
 def plus(a: Tensor, factor: Hyper, b: Tensor, *, own: bool = False) -> Tensor:
     """`a + factor · b`, in one pass over memory where the factor is a number. `own`: `a` may be written over, see
     `spare`."""
-    return torch.add(a, b, alpha=factor, out=spare(a) if own else None) if _is_number(factor, a) else a + factor * b
+    if not _is_number(factor, a):
+        return a + factor * b
+    return torch.add(a, b, alpha=factor, out=spare(a) if own and _alike(a, b) else None)
 
 
 def plus_square(a: Tensor, factor: Hyper, b: Tensor, *, own: bool = False) -> Tensor:
@@ -18,7 +20,7 @@ def plus_square(a: Tensor, factor: Hyper, b: Tensor, *, own: bool = False) -> Te
     `own` see `plus`."""
     if not _is_number(factor, a):
         return a + factor * b * b
-    return torch.addcmul(a, b, b, value=factor, out=spare(a) if own else None)
+    return torch.addcmul(a, b, b, value=factor, out=spare(a) if own and _alike(a, b) else None)
 
 
 def scaled(made: Tensor, factor: Hyper) -> Tensor:
@@ -46,6 +48,10 @@ def _is_number(factor: Hyper, a: Tensor) -> bool:
 def is_differentiable() -> bool:
     """Whether somebody may take derivatives of what is computed now, backwards or forwards."""
     return torch.is_grad_enabled() or is_forward_mode()
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape
 
 
 def root(v: Tensor) -> Tensor:
