@@ -177,7 +177,7 @@ def is_pair_of_arrays(data: Any) -> bool:
 def _tensor(name: Any, array: Any) -> Tensor:
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"DataLoader: {name!r} is a masked array, whose mask would be lost; write array.filled(value)")
-    if isinstance(array, np.ndarray) and array.dtype.kind in "biufc":
+    if isinstance(array, np.ndarray) and array.dtype.kind in "biufc" and array.dtype.char not in "gG":
         # torch cannot share memory that is read-only, runs backwards or has the other byte order.
         shares = array.flags.writeable and min(array.strides, default=0) >= 0 and array.dtype.isnative
         array = torch.from_numpy(array if shares else array.astype(array.dtype.newbyteorder("="), order="C"))

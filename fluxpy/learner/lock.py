@@ -1,6 +1,7 @@
 """Lock: one run at a time in a directory, and what killed ones left there."""
 
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -18,7 +19,8 @@ _held: dict[Path, int] = {}  # of this process: the kernel's locks are between p
 class Lock:
     """A lock on a directory, which the kernel takes back when its process ends, however it ends.
 
-    Its file says who has it, and is gone with it. Where the system has no such locks (Windows) nothing is locked.
+    Its file says who has it, and is gone with it. Where the system (Windows) or a file system has no such locks nothing
+    is locked.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -35,7 +37,10 @@ class Lock:
             file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+                    file.close()
+                    return self.path.unlink(missing_ok=True)
                 file.seek(0)
                 owner = file.read().strip() or "another process"
                 file.close()

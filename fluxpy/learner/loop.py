@@ -198,7 +198,8 @@ class Loop:
             if phase is not None:
                 self._restore("validation")
                 done = learner.progress.batch
-            with evaluation_mode(learner.model), averaged(learner.state, learner.model), torch.no_grad():
+            parts = [learner.model, learner.loss]
+            with evaluation_mode(parts), averaged(learner.state, learner.model), torch.no_grad():
                 self._batches(source, batches, done)
 
     def _start_phase(self, phase: str | None, source: Source) -> None:

@@ -102,6 +102,18 @@ def load(learner: "Learner", saved: Any, hyperparameters: str | None, last: "Loo
     return saved
 
 
+def compare(saved: dict[str, Any], epochs: int, validates: bool, warn: Callable[[str], None]) -> None:
+    """ValueError where a fit cannot go on with a saved run; otherwise say what of it is another thing than it was."""
+    done, had = saved["position"]["epoch"], "validation" in saved["lengths"]
+    if done >= epochs:
+        warn(f"the run has done {done} epochs of {epochs}: nothing is left to do; Checkpoint(resume=False) begins anew")
+    elif saved["within"] == "validation" and not validates:
+        raise ValueError("the saved run was in the middle of validation, and this fit has no validation data to end it")
+    elif had != validates and (had or done):
+        now = "has none: what goes by its loss goes by that of training" if had else "has some: its loss is a new one"
+        warn(f"the saved run had {'' if had else 'no '}validation data, and this fit {now}")
+
+
 def as_now(learner: "Learner", saved: dict[str, Any]) -> dict[str, Any]:
     """A run that was loaded, with model and state as they are by now: a script may have changed them since."""
     now = {"model": model_dict(learner.model, learner.state), "state": state_dict(learner.state)}

@@ -46,10 +46,11 @@ class Plateau(Callback):
             self.stuck(learner)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited}
+        return {"best": self.best, "waited": self.waited, "monitor": self.monitor.key}
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
-        self.best, self.waited = d["best"], d["waited"]
+        same = d.get("monitor", self.monitor.key) == self.monitor.key  # older files do not say
+        self.best, self.waited = (d["best"], d["waited"]) if same else (None, 0)
 
 
 class EarlyStopping(Plateau):
@@ -101,7 +102,7 @@ class EarlyStopping(Plateau):
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
         super().load_state_dict(d)
-        self._weights = d["weights"]
+        self._weights = None if self.best is None else d["weights"]
 
 
 class ReduceOnPlateau(Plateau):
