@@ -318,6 +318,14 @@ def test_a_log_does_not_go_on_with_other_columns(tmp_path):
         learner(log, metrics=["accuracy"]).fit(data())
 
 
+def test_one_file_has_one_log(tmp_path):
+    logs = CSVLogger(tmp_path / "log.csv"), CSVLogger(tmp_path / "." / "log.csv", per="phase")
+    with pytest.raises(ValueError, match="log.csv' is written by another one: give each its own file"):
+        learner(*logs).fit(data())
+    learner(logs[0]).fit(data()), learner(logs[1]).fit(data())
+    assert len((tmp_path / "log.csv").read_text().split()) == 2
+
+
 def test_records_go_on_with_other_metrics(tmp_path):
     def run(epochs, *metrics):
         recorder = StatisticsRecorder(per="phase")
@@ -379,11 +387,38 @@ def test_a_run_says_where_there_is_no_more_validation_or_nothing_to_do():
     second.load_state_dict(first.state_dict())
     with pytest.warns(UserWarning, match="the saved run had validation data, and this fit has none"):
         second.fit(data(), epochs=3)
+    again = learner()
+    again.load_state_dict(second.state_dict())
+    with pytest.warns(UserWarning, match="the saved run had no validation data, and this fit has some"):
+        again.fit(data(), data(), epochs=4)
     third = learner()
     third.load_state_dict(second.state_dict())
     with pytest.warns(UserWarning, match="the run has done 3 epochs of 3: nothing is left to do"):
         third.fit(data(), epochs=3)
     assert third.progress.step == 12
+
+
+@pytest.mark.parametrize("event", ["fit_start", "epoch_start", "training_start"])
+def test_a_resumed_fit_that_failed_before_it_went_on_can_be_tried_again(event):
+    """It began anew, with the trained weights."""
+
+    def fail(run, at):
+        if at == event:
+            raise OSError("cannot write")
+
+    whole, first, second = learner(), learner(), learner()
+    whole.fit(data(), epochs=2)
+    saved = []
+    keep = lambda run, at: saved.append(run.state_dict()) if at == "batch_end" and run.step_index == 5 else None  # noqa: E731
+    first.fit(data(), epochs=2, callbacks=[keep])
+    second.load_state_dict(saved[0])
+    for _ in range(2):
+        with pytest.raises(OSError, match="cannot write"):
+            second.fit(data(), epochs=2, callbacks=[fail])
+    history = second.fit(data(), epochs=2)
+    assert list(history) == list(whole.history) and second.state[0].weight.count == 8
+    assert all(map(torch.equal, whole.model.parameters(), second.model.parameters()))
+    assert len(second.fit(data())) == 1  # and one that came to its end begins anew
 
 
 def test_a_file_system_without_locks_locks_nothing(tmp_path, monkeypatch):

@@ -136,9 +136,8 @@ class Learner:
         progress = Progress() if saved is None else Progress(**saved["position"], resumed=True)
         for source in filter(None, (training, validation)):
             source.need(epochs, epochs - progress.epoch)
-        if saved is None:
-            self.history = History()
-        else:
+        self.history = History() if saved is None else resume.history_of(saved)
+        if saved is not None:
             resume.compare(saved, epochs, validation is not None, self.ranks.warn)
             resume.load_callbacks([*self.callbacks, *extra], saved["callbacks"])
         self.history.stop_reason = None

@@ -94,7 +94,9 @@ class Loop:
                 for epoch in range(learner.progress.epoch, learner.epoch_count):
                     self._epoch(epoch)
         finally:
-            self.saved, self.callbacks = None, []
+            self.callbacks = []
+            if self.dispatcher.error is None:  # else the next fit goes on, if this one did not come to it
+                self.saved = None
 
     def _epoch(self, epoch: int) -> None:
         learner, progress = self.learner, self.learner.progress

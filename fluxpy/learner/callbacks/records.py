@@ -159,6 +159,7 @@ class CSVLogger(Rows):
     """
 
     cancels = False
+    written: ClassVar[set[Path]] = set()  # the files of all fits that run
 
     def __init__(
         self,
@@ -183,11 +184,14 @@ class CSVLogger(Rows):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         columns = ["epoch", "batch", "phase", *learner.metrics.names, *(["seconds"] if self.seconds else [])]
+        if (place := self.path.resolve()) in self.written:
+            raise ValueError(f"CSVLogger: {str(self.path)!r} is written by another one: give each its own file")
         if self._columns not in ([], columns) and self.path.exists():
             before, now = ", ".join(self._columns), ", ".join(columns)
             raise ValueError(f"CSVLogger: {str(self.path)!r} has the columns {before}; for {now} give another file")
         self._columns = columns
         self._file = open(self.path, "w" if self._end is None else "a", newline="", encoding="utf-8")  # noqa: SIM115
+        self.written.add(place)
         if learner.progress.resumed:  # what the old run wrote after it was saved comes again
             self._file.seek(self._file.truncate(min(self._end or 0, self._file.tell())))
         self._write([] if self._file.tell() else [self._columns])
@@ -209,6 +213,7 @@ class CSVLogger(Rows):
         if self._file is not None:
             self._file.close()
             self._file = None  # so that this can be copied
+            self.written.discard(self.path.resolve())
 
     def state_dict(self) -> dict[str, Any]:
         super().state_dict()
