@@ -428,3 +428,9 @@ def test_a_file_system_without_locks_locks_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(lock_file.fcntl, "lockf", refuse)
     learner(Checkpoint(tmp_path)).fit(data())
     assert sorted(path.name for path in tmp_path.iterdir())[-1] == "last.flux" and not (tmp_path / ".lock").exists()
+
+
+def test_the_run_in_a_file_is_not_what_a_learner_loads(tmp_path):
+    learner(Checkpoint(tmp_path)).fit(data())
+    with pytest.raises(ValueError, match="takes what Learner.state_dict gave"):
+        learner().load_state_dict(fluxpy.load(tmp_path / "last.flux")["run"])

@@ -1,7 +1,6 @@
 """Lock: one run at a time in a directory, and what killed ones left there."""
 
 import contextlib
-import errno
 import os
 import socket
 import time
@@ -37,14 +36,14 @@ class Lock:
             file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-                    file.close()
-                    return self.path.unlink(missing_ok=True)
+            except (BlockingIOError, PermissionError):
                 file.seek(0)
                 owner = file.read().strip() or "another process"
                 file.close()
                 raise self._refused(owner) from None
+            except OSError:  # a file system without locks
+                file.close()
+                return self.path.unlink(missing_ok=True)
             if self._is(file):
                 break
             file.close()  # its owner took it away between these two

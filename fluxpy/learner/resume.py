@@ -76,7 +76,7 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
 def load(learner: "Learner", saved: Any, hyperparameters: str | None, last: "Loop") -> dict[str, Any]:
     """Model, state, history and callbacks as they were saved; ValueError where they do not fit, and nothing is done.
     What is left to go on with comes back. `last` is the Learner's last run."""
-    if not isinstance(saved, dict) or not {"version", "position"} <= saved.keys():
+    if not isinstance(saved, dict) or not {"version", "position", "model"} <= saved.keys():
         raise ValueError("load_state_dict takes what Learner.state_dict gave")
     if saved["version"] != _VERSION:
         raise ValueError(f"the run was saved in format {saved['version']}, but this fluxpy reads {_VERSION}")

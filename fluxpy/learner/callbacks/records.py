@@ -104,14 +104,6 @@ class StatisticsRecorder(Rows):
 
     A record is a dict: epoch, batch, phase ("train" or "validation"), then the metrics by name. A batch that was
     cancelled before it was scored has none. A new fit begins anew; a resumed one goes on, each batch once.
-
-    >>> from fluxpy.learner import Learner, StatisticsRecorder
-    >>> data, recorder = [(torch.ones(4, 2), torch.ones(4, 1))] * 3, StatisticsRecorder()
-    >>> model, loss = torch.nn.Linear(2, 1), torch.nn.functional.mse_loss
-    >>> learner = Learner(model, loss, Descent(0.1), callbacks=[recorder], default_callbacks=False)
-    >>> history = learner.fit(data)
-    >>> len(recorder.values("loss")), list(recorder.records[0])
-    (3, ['epoch', 'batch', 'phase', 'loss'])
     """
 
     cancels = False

@@ -112,13 +112,6 @@ class ReduceOnPlateau(Plateau):
     between subtrees survive; a schedule is scaled as a schedule, without a lowest rate. Under a `LearningRateScheduler`
     it is the base rate that is multiplied. In a chain with several rates that differ, `member` says which, as in
     `adjust`.
-
-    >>> from fluxpy.learner import Learner, ReduceOnPlateau
-    >>> data = [(torch.ones(4, 2), torch.ones(4, 1))]
-    >>> learner = Learner(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss, Descent(100.0), default_callbacks=False)
-    >>> _ = learner.fit(data, epochs=5, callbacks=[ReduceOnPlateau(patience=2)])  # it diverges
-    >>> value(learner.state.weight, "lr")
-    1.0
     """
 
     def __init__(
