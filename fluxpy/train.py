@@ -235,7 +235,7 @@ def place(batch: Any, device: torch.device | None) -> Any:
     if type(batch) is dict:
         return {name: place(part, device) for name, part in batch.items()}
     if isinstance(batch, PackedSequence):  # a part of which stays on the CPU
-        return batch.to(device)
+        return batch.to(device)  # pyright: ignore[reportArgumentType]
     tensors, opened = open_data(batch)
     if not tensors and callable(getattr(batch, "to", None)):  # it knows better what it holds
         return batch.to(device)
