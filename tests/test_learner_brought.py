@@ -217,6 +217,28 @@ def test_a_window_knows_what_a_partial_loss_was_made_with(function, module):
         torch.testing.assert_close(a, whole)
 
 
+@pytest.mark.parametrize(
+    "loss", [nn.CrossEntropyLoss(ignore_index=0), functools.partial(F.cross_entropy, ignore_index=0)]
+)
+def test_metrics_by_name_leave_out_what_the_loss_ignores(loss):
+    model, y = net(), torch.tensor([0, 0, 1, 2, 0, 3])
+    x = torch.randn(6, 3)
+    found = learner(model=model, loss=loss, metrics=["accuracy", "perplexity"]).validate(DataLoader((x, y), 4))
+    met, rest = model(x).argmax(1) == y, y != 0
+    assert found["accuracy"] == met[rest].double().mean()
+    assert found["perplexity"] == pytest.approx(F.cross_entropy(model(x)[rest], y[rest]).exp().item(), rel=1e-6)
+
+
+def test_a_loss_may_say_that_it_ignores_nothing():
+    class Own(nn.Module):  # as the losses of segmentation_models_pytorch
+        ignore_index = None
+
+        def forward(self, output, target):
+            return F.cross_entropy(output, target)
+
+    learner(loss=Own(), accumulate=2, metrics=["accuracy"]).fit(data())
+
+
 def test_a_window_refuses_sums():
     for loss in (nn.CrossEntropyLoss(reduction="sum"), functools.partial(F.cross_entropy, reduction="sum")):
         learner(loss=loss).fit(data())

@@ -66,7 +66,7 @@ class Learner:
         accumulate: int = 1,
         default_callbacks: bool = True,
     ) -> None:
-        self.metrics = Metrics(metrics)
+        self.metrics = Metrics(metrics, loss)
         _check(self, (model, loss, rule_or_state), autocast, accumulate)
         has_state = isinstance(rule_or_state, core.State | core.Leaf)
         if device is not None:

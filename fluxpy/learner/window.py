@@ -62,4 +62,5 @@ def weight_of(step: Any, loss: Any) -> Any:
 def option(loss: Any, name: str, default: Any) -> Any:
     """What a loss was made with: a module, or a function in a `functools.partial`."""
     given, inner = (loss.keywords, loss.func) if isinstance(loss, partial) else ({}, loss)
-    return given.get(name, getattr(inner, name, default))
+    found = given.get(name, getattr(inner, name, None))
+    return default if found is None else found
