@@ -172,6 +172,24 @@ def test_samples_of_detection_are_its_images():
     assert seen == [2, 2]
 
 
+def test_predictions_of_detection_stay_those_of_their_images():
+    """Those of the first image of each batch were joined to one."""
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, images):
+            return [{"boxes": self.scale * image.repeat(n + 1, 1)} for n, image in enumerate(images)]
+
+    images = torch.randn(4, 3)
+    first, second = Learner(Detector(), F.mse_loss, Adam()).predict([images[:2], images[2:]])
+    found = [image["boxes"] for image in (*first, *second)]
+    assert [len(boxes) for boxes in found] == [1, 2, 1, 2]
+    assert all(torch.equal(boxes[0], image) for boxes, image in zip(found, images, strict=True))
+
+
 def test_a_length_that_is_not_implemented_is_not_known():
     class Stream:
         def __iter__(self):
@@ -261,6 +279,11 @@ def test_scores_and_probabilities_are_not_mixed_up(loss, metric):
     run = Own(nn.Linear(3, 1), loss, Adam(), metrics=[metric], default_callbacks=False)
     run.fit(DataLoader((x, (x[:, :1] > 0).float()), 4))
     learner(loss=loss, metrics=["perplexity"]), learner(loss=nn.BCEWithLogitsLoss(), metrics=[metric])
+
+
+def test_no_metrics_are_an_empty_list():
+    with pytest.raises(TypeError, match=r"metrics= takes a list: metrics=\[\]"):
+        learner(metrics=None)
 
 
 @pytest.mark.parametrize("value", [np.ones(2), {"x": 1}, None])

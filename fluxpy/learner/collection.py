@@ -19,8 +19,8 @@ class Metrics:
     }
 
     def __init__(self, asked: Any = (), loss: Any = None) -> None:
-        if isinstance(asked, str) or callable(asked):
-            raise TypeError(f"metrics= takes a list: metrics=[{asked!r}]")
+        if asked is None or isinstance(asked, str) or callable(asked):
+            raise TypeError(f"metrics= takes a list: metrics=[{'' if asked is None else repr(asked)}]")
         pairs: Iterable[Any] = asked.items() if isinstance(asked, Mapping) else [(None, m) for m in asked]
         self.all: list[Metric] = [Loss()]
         for name, metric in pairs:

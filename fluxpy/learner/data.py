@@ -148,12 +148,17 @@ def split(batch: Any) -> tuple[Any, Any]:
 def samples_of(*parts: Any) -> int:
     """How many samples a batch has: the rows of the first tensor that has some, or how many dicts are listed."""
     for part in parts:
-        if isinstance(part, list | tuple) and part and all(isinstance(one, Mapping) for one in part):
-            return len(part)  # as detection has its targets; rows in one are not samples
+        if is_by_sample(part):
+            return len(part)
         for tensor in [part] if isinstance(part, Tensor) else open_data(part)[0]:
             if tensor.ndim:
                 return tensor.shape[0]
     return 1
+
+
+def is_by_sample(x: Any) -> bool:
+    """Whether this lists a dict for each sample, as detection has it: rows in one are not samples."""
+    return isinstance(x, list | tuple) and len(x) > 0 and all(isinstance(part, Mapping) for part in x)
 
 
 def call(model: Any, input: Any) -> Any:

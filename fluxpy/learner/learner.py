@@ -17,7 +17,7 @@ from .. import averaged, setup, summary, trainables
 from . import core, events, resume
 from .callbacks.progress_bar import ProgressBar
 from .collection import Metrics, on_host
-from .data import Source, call, evaluation_mode, kind, move, split
+from .data import Source, call, evaluation_mode, is_by_sample, kind, move, split
 from .events import EVENTS, History
 from .loop import LOSS, Loop
 from .metrics import Accuracy
@@ -220,7 +220,7 @@ class Learner:
             for batch, counts in ranks.together(source, source.batches(), trains=False):
                 input, _ = split(core.place(batch, self.device))
                 tensors, opened = core.open_data(output := call(self.model, input))
-                joins = joins and not tree_any(_is_packed, output, is_leaf=_is_packed)
+                joins = joins and not is_by_sample(output) and not tree_any(_is_packed, output, is_leaf=_is_packed)
                 if counts:
                     outputs.append([t.cpu() for t in tensors])
                     others.append(opened)
