@@ -26,6 +26,7 @@ class DataLoader(Generic[Batch]):
     `data` is one tensor or NumPy array, or a tuple, list or dict of them, with equally many rows. Whole batches are
     taken at once, with no Python per sample. Every epoch of `shuffle` has a fresh order, from `generator` or else from
     torch's global one. Without shuffling, batches are views of `data`. `drop_last` leaves out an incomplete last batch.
+    What is read-only is copied whole at first; a map of a large file is not with `np.load(path, mmap_mode="c")`.
 
     >>> loader = DataLoader({"x": torch.arange(5), "y": np.zeros((5, 2))}, batch_size=2)
     >>> len(loader), [batch["x"].tolist() for batch in loader]
@@ -177,7 +178,7 @@ def is_pair_of_arrays(data: Any) -> bool:
 def _tensor(name: Any, array: Any) -> Tensor:
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"DataLoader: {name!r} is a masked array, whose mask would be lost; write array.filled(value)")
-    if isinstance(array, np.ndarray) and array.dtype.kind in "biufc":
+    if isinstance(array, np.ndarray) and array.dtype.kind in "biufc" and array.dtype.char not in "gG":
         # torch cannot share memory that is read-only, runs backwards or has the other byte order.
         shares = array.flags.writeable and min(array.strides, default=0) >= 0 and array.dtype.isnative
         array = torch.from_numpy(array if shares else array.astype(array.dtype.newbyteorder("="), order="C"))

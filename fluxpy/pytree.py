@@ -126,7 +126,7 @@ class Structure:
         if found is None:
             try:
                 plan = take_apart(optree.tree_unflatten(spec, range(spec.num_leaves)), [])
-            except TypeError:
+            except Exception:  # no plan; or a named tuple that takes no numbers in place of its parts
                 plan = spec
             if len(Structure.known) >= Structure.MOST:
                 Structure.known.clear()

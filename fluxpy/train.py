@@ -11,6 +11,7 @@ from typing import Any, Never
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from tqdm.auto import tqdm
 
 from .containers import open_data
@@ -231,14 +232,25 @@ def place(batch: Any, device: torch.device | None) -> Any:
         return batch if batch.device == device else batch.to(device, non_blocking=batch.is_pinned())
     if type(batch) in (tuple, list):
         return type(batch)([place(part, device) for part in batch])
+    if type(batch) is dict:
+        return {name: place(part, device) for name, part in batch.items()}
+    if isinstance(batch, PackedSequence):  # a part of which stays on the CPU
+        return batch.to(device)  # pyright: ignore[reportArgumentType]
     tensors, opened = open_data(batch)
+    if not tensors and callable(getattr(batch, "to", None)):  # it knows better what it holds
+        return batch.to(device)
     if all(t.device == device for t in tensors):
         return batch
     return opened.combine(place(t, device) for t in tensors)
 
 
+def is_terminal(stream: Any) -> bool:
+    """Whether a person watches a stream; one of somebody's own may have no more than `write`."""
+    return bool(getattr(stream, "isatty", bool)())
+
+
 def _watched() -> bool:
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    return is_terminal(sys.stderr) or "ipykernel" in sys.modules
 
 
 def _refuse(refused: dict[str, Any], data: Any, state: Any) -> None:

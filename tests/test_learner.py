@@ -597,6 +597,7 @@ MOMENTS += [("epoch_end", 0, None), ("fit_end", 2, None), ("epoch_start", 1, Non
 
 
 @pytest.mark.parametrize("kind", ["ours", "generator", "torch", "callable"])
+@pytest.mark.filterwarnings("ignore:the run has done 3 epochs of 3")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_resume_is_exact(moment, kind):
     """Bit for bit, whatever was drawn: order of the data, dropout, NumPy's and Python's numbers."""
@@ -644,6 +645,7 @@ class Acts(Callback):
         self.seen = d["seen"]
 
 
+@pytest.mark.filterwarnings("ignore:the run has done 3 epochs of 3")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_on_resume_nothing_acts_twice(moment):
     """Start events come again, but what is changed at them is put back."""

@@ -8,6 +8,7 @@ import torch
 
 from .core import near, open_data
 from .metrics import Accuracy, Loss, MatthewsCorrelationCoefficient, Mean, Metric, Outside, Perplexity, Top5Accuracy
+from .window import option
 
 
 class Metrics:
@@ -17,13 +18,13 @@ class Metrics:
         cls.name: cls for cls in (Loss, Accuracy, Top5Accuracy, MatthewsCorrelationCoefficient, Perplexity)
     }
 
-    def __init__(self, asked: Any = ()) -> None:
-        if isinstance(asked, str) or callable(asked):
-            raise TypeError(f"metrics= takes a list: metrics=[{asked!r}]")
+    def __init__(self, asked: Any = (), loss: Any = None) -> None:
+        if asked is None or isinstance(asked, str) or callable(asked):
+            raise TypeError(f"metrics= takes a list: metrics=[{'' if asked is None else repr(asked)}]")
         pairs: Iterable[Any] = asked.items() if isinstance(asked, Mapping) else [(None, m) for m in asked]
         self.all: list[Metric] = [Loss()]
         for name, metric in pairs:
-            made = _metric(metric, name)
+            made = _metric(metric, name, loss)
             if isinstance(made, Loss) and made.name == "loss":  # which is there always
                 continue
             if made.name in self.names:
@@ -106,13 +107,15 @@ def on_host(tree: Any) -> Any:
     return opened.combine(next(copies[t.device, t.dtype, t.shape]) for t in tensors)
 
 
-def _metric(metric: Any, name: str | None) -> Metric:
+def _metric(metric: Any, name: str | None, loss: Any) -> Metric:
     if isinstance(metric, type):
         raise TypeError(f"a metric is an object, not a class: write {metric.__name__}(...)")
     if isinstance(metric, str):
         if metric not in Metrics.known:
             raise ValueError(f"no metric is called {metric!r}; {near(metric, Metrics.known)}")
         metric = Metrics.known[metric]()
+        if isinstance(metric, Accuracy | Perplexity):
+            metric.ignore_index = option(loss, "ignore_index", metric.ignore_index)
     if not isinstance(metric, Metric):
         if all(hasattr(metric, part) for part in ("update", "compute", "reset")):
             return Outside(metric, name or type(metric).__name__)

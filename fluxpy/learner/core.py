@@ -28,7 +28,7 @@ from ..show import tree_as_html
 from ..state import Rules, State, bind, select, tree_context
 from ..text import html_table, names_of, near, outside
 from ..tracebacks import leave_to_the_user
-from ..train import place, require_parts_of_model, takes, training_mode, why_it_failed
+from ..train import is_terminal, place, require_parts_of_model, takes, training_mode, why_it_failed
 from ..update import check_finite
 
 

@@ -37,7 +37,7 @@ class Source:
         """How many batches an epoch has, by default the present one, if that is known."""
         try:
             return len(self.data[epoch] if self.each and epoch is not None else self.loader)
-        except TypeError:  # also of a torch DataLoader over what has no length
+        except (TypeError, NotImplementedError):  # also of a torch DataLoader over what has no length
             return None
 
     def total(self, epochs: int) -> int | None:
@@ -146,12 +146,19 @@ def split(batch: Any) -> tuple[Any, Any]:
 
 
 def samples_of(*parts: Any) -> int:
-    """How many samples a batch has: the rows of the first tensor that has some."""
+    """How many samples a batch has: the rows of the first tensor that has some, or how many dicts are listed."""
     for part in parts:
+        if is_by_sample(part):
+            return len(part)
         for tensor in [part] if isinstance(part, Tensor) else open_data(part)[0]:
             if tensor.ndim:
                 return tensor.shape[0]
     return 1
+
+
+def is_by_sample(x: Any) -> bool:
+    """Whether this lists a dict for each sample, as detection has it: rows in one are not samples."""
+    return isinstance(x, list | tuple) and len(x) > 0 and all(isinstance(part, Mapping) for part in x)
 
 
 def call(model: Any, input: Any) -> Any:
@@ -184,6 +191,9 @@ def evaluation_mode(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        for module, training in before:
+            if module.training != training:
+                module.train(training)  # in its own way, as it went into evaluation mode
         for module, training in before:
             module.training = training
 

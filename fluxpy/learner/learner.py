@@ -8,17 +8,22 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_any
 
 from .. import averaged, setup, summary, trainables
 from . import core, events, resume
 from .callbacks.progress_bar import ProgressBar
 from .collection import Metrics, on_host
-from .data import Source, call, evaluation_mode, kind, move, split
+from .data import Source, call, evaluation_mode, is_by_sample, kind, move, split
 from .events import EVENTS, History
 from .loop import LOSS, Loop
+from .metrics import Accuracy
 from .progress import Progress, Step
 from .ranks import Ranks, ranks_of
+from .window import option
 
 
 class Learner:
@@ -61,6 +66,7 @@ class Learner:
         accumulate: int = 1,
         default_callbacks: bool = True,
     ) -> None:
+        self.metrics = Metrics(metrics, loss)
         _check(self, (model, loss, rule_or_state), autocast, accumulate)
         has_state = isinstance(rule_or_state, core.State | core.Leaf)
         if device is not None:
@@ -70,7 +76,6 @@ class Learner:
         params = core.bind(self.state, model).params
         core.require_parts_of_model(loss, params)
         self.device = params[0].device if len({x.device for x in params}) == 1 else None  # where batches go
-        self.metrics = Metrics(metrics)
         self.callbacks = [*([ProgressBar()] if default_callbacks else []), *events.checked(callbacks)]
         self.ranks = ranks_of(self.state, model)  # the processes that run it
         # Of the fit:
@@ -131,9 +136,9 @@ class Learner:
         progress = Progress() if saved is None else Progress(**saved["position"], resumed=True)
         for source in filter(None, (training, validation)):
             source.need(epochs, epochs - progress.epoch)
-        if saved is None:
-            self.history = History()
-        else:
+        self.history = History() if saved is None else resume.history_of(saved)
+        if saved is not None:
+            resume.compare(saved, epochs, validation is not None, self.ranks.warn)
             resume.load_callbacks([*self.callbacks, *extra], saved["callbacks"])
         self.history.stop_reason = None
         self.progress, self.has_validation = progress, validation is not None
@@ -209,17 +214,18 @@ class Learner:
         ranks = self._meet()
         source = Source(data, "the data")
         outputs: list[list[Tensor]] = []
-        others: list[Any] = []
+        others, joins = list[Any](), True
         with ranks, evaluation_mode(self.model), averaged(self.state, self.model), torch.no_grad(), self.casting():
             source.make(0)
             for batch, counts in ranks.together(source, source.batches(), trains=False):
                 input, _ = split(core.place(batch, self.device))
-                tensors, opened = core.open_data(call(self.model, input))
+                tensors, opened = core.open_data(output := call(self.model, input))
+                joins = joins and not is_by_sample(output) and not tree_any(_is_packed, output, is_leaf=_is_packed)
                 if counts:
                     outputs.append([t.cpu() for t in tensors])
                     others.append(opened)
         columns = list(zip(*outputs, strict=False))
-        if columns and all(map(others[0].is_like, others)) and all(map(_can_join, columns)):
+        if joins and columns and all(map(others[0].is_like, others)) and all(map(_can_join, columns)):
             return others[0].combine(map(torch.cat, columns))
         return [opened.combine(tensors) for tensors, opened in zip(outputs, others, strict=True)]
 
@@ -345,10 +351,14 @@ class Learner:
         other = copy.copy(self)
         copies: dict[int, Any] = {}
         other.model, other.state = copy.deepcopy((self.model, self.state), copies)
-        if isinstance(self.loss, nn.Module):  # it may be a part of the model
+        if isinstance(getattr(self.loss, "__self__", self.loss), nn.Module):  # it may be a part of the model
             other.loss = copy.deepcopy(self.loss, copies)
         other.callbacks, other.metrics, other._loop = [], Metrics(), Loop()
         return other
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, PackedSequence)
 
 
 def _can_join(tensors: tuple[Tensor, ...]) -> bool:
@@ -375,8 +385,18 @@ def _check(learner: Learner, given: tuple[Any, Any, Any], autocast: Any, accumul
         raise TypeError(f"the loss is an object, not a class: write {loss.__name__}()")
     if not callable(loss) and not (own and loss is None):
         raise TypeError(f"the loss is a function (output, target) -> number, but got {type(loss).__name__}")
-    if not own and not core.takes(loss, None, None):
+    if own:
+        return
+    if not core.takes(loss, None, None):
         raise TypeError(
             f"the loss is called as loss(output, target), as those of PyTorch are, but {loss!r} takes other arguments; "
             "loss(model, x, y) is for fluxpy.train, and what needs more is an overridden training_step"
+        )
+    if accumulate > 1 and option(loss, "reduction", "mean") == "sum":
+        raise ValueError(f"accumulate={accumulate} needs a loss that is a mean, and this one has reduction='sum'")
+    found = [metric.name for metric in learner.metrics.all if isinstance(metric, Accuracy)]
+    if found and (isinstance(loss, nn.BCELoss) or loss is F.binary_cross_entropy):
+        raise ValueError(
+            f"{found[0]!r} takes scores, above 0 for yes, and this loss takes probabilities, which always are: take "
+            "BCEWithLogitsLoss and no sigmoid, or a metric (output, target) -> number"
         )

@@ -18,7 +18,8 @@ _held: dict[Path, int] = {}  # of this process: the kernel's locks are between p
 class Lock:
     """A lock on a directory, which the kernel takes back when its process ends, however it ends.
 
-    Its file says who has it, and is gone with it. Where the system has no such locks (Windows) nothing is locked.
+    Its file says who has it, and is gone with it. Where the system (Windows) or a file system has no such locks nothing
+    is locked.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -35,11 +36,14 @@ class Lock:
             file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 file.seek(0)
                 owner = file.read().strip() or "another process"
                 file.close()
                 raise self._refused(owner) from None
+            except OSError:  # a file system without locks
+                file.close()
+                return self.path.unlink(missing_ok=True)
             if self._is(file):
                 break
             file.close()  # its owner took it away between these two

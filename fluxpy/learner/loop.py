@@ -94,7 +94,9 @@ class Loop:
                 for epoch in range(learner.progress.epoch, learner.epoch_count):
                     self._epoch(epoch)
         finally:
-            self.saved, self.callbacks = None, []
+            self.callbacks = []
+            if self.dispatcher.error is None:  # else the next fit goes on, if this one did not come to it
+                self.saved = None
 
     def _epoch(self, epoch: int) -> None:
         learner, progress = self.learner, self.learner.progress
@@ -198,7 +200,8 @@ class Loop:
             if phase is not None:
                 self._restore("validation")
                 done = learner.progress.batch
-            with evaluation_mode(learner.model), averaged(learner.state, learner.model), torch.no_grad():
+            parts = [learner.model, learner.loss]
+            with evaluation_mode(parts), averaged(learner.state, learner.model), torch.no_grad():
                 self._batches(source, batches, done)
 
     def _start_phase(self, phase: str | None, source: Source) -> None:

@@ -210,6 +210,8 @@ class Mean(Metric):
             if value.numel() != 1:
                 raise ValueError(f"the metric {self.name!r} must give one number, but gave shape {tuple(value.shape)}")
             value = number(value.reshape(()))
+        else:
+            value = float(value)  # an error for what is no number comes now
         return value * step.samples, step.samples
 
 

@@ -60,6 +60,7 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
         "nonfinite": run.nonfinite or learner.nonfinite if in_phase else None,
         "row": dict(run.row),
         "lengths": dict(run.lengths),
+        "validates": learner.has_validation,
         **(run.beginning or beginning_of(learner.state)),
         "history": history,
         "seconds": {
@@ -75,7 +76,7 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
 def load(learner: "Learner", saved: Any, hyperparameters: str | None, last: "Loop") -> dict[str, Any]:
     """Model, state, history and callbacks as they were saved; ValueError where they do not fit, and nothing is done.
     What is left to go on with comes back. `last` is the Learner's last run."""
-    if not isinstance(saved, dict) or not {"version", "position"} <= saved.keys():
+    if not isinstance(saved, dict) or not {"version", "position", "model"} <= saved.keys():
         raise ValueError("load_state_dict takes what Learner.state_dict gave")
     if saved["version"] != _VERSION:
         raise ValueError(f"the run was saved in format {saved['version']}, but this fluxpy reads {_VERSION}")
@@ -97,9 +98,25 @@ def load(learner: "Learner", saved: Any, hyperparameters: str | None, last: "Loo
     params = bind(learner.state, learner.model).params
     pairs = zip(saved["window"]["sums"], params, strict=False)
     saved["window"] = saved["window"] | {"sums": [None if g is None else copied(g, x) for g, x in pairs]}
-    learner.history = events.History((dict(row) for row in saved["history"]), saved["seconds"]["epochs"])
+    learner.history = history_of(saved)
     load_callbacks(learner.callbacks, saved["callbacks"], learner.ranks.warn)
     return saved
+
+
+def compare(saved: dict[str, Any], epochs: int, validates: bool, warn: Callable[[str], None]) -> None:
+    """ValueError where a fit cannot go on with a saved run; otherwise say what of it is another thing than it was."""
+    done, had = saved["position"]["epoch"], saved.get("validates", validates)  # older files do not say
+    if done >= epochs:
+        warn(f"the run has done {done} epochs of {epochs}: nothing is left to do; Checkpoint(resume=False) begins anew")
+    elif saved["within"] == "validation" and not validates:
+        raise ValueError("the saved run was in the middle of validation, and this fit has no validation data to end it")
+    elif had != validates:
+        now = "no validation data, and this fit has some" if validates else "validation data, and this fit has none"
+        warn(f"the saved run had {now}: a loss that callbacks compare with earlier ones is of other data")
+
+
+def history_of(saved: dict[str, Any]) -> events.History:
+    return events.History(map(dict, saved["history"]), saved["seconds"]["epochs"])
 
 
 def as_now(learner: "Learner", saved: dict[str, Any]) -> dict[str, Any]:

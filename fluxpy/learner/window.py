@@ -1,9 +1,11 @@
 """Window: gradients of several batches, gathered for one update."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .metrics import counted, number
@@ -49,7 +51,16 @@ def weight_of(step: Any, loss: Any) -> Any:
     kind = target.dtype if isinstance(target, Tensor) else torch.bool
     if kind.is_floating_point or kind.is_complex or kind == torch.bool:
         return step.samples
-    counts = counted(target, getattr(loss, "ignore_index", -100))
-    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and loss.weight is not None:
-        return number((loss.weight[target.where(counts, 0)] * counts).sum())
+    counts = counted(target, option(loss, "ignore_index", -100))
+    inner = loss.func if isinstance(loss, partial) else loss
+    weighs = isinstance(inner, nn.CrossEntropyLoss | nn.NLLLoss) or inner in (F.cross_entropy, F.nll_loss)
+    if weighs and (weights := option(loss, "weight", None)) is not None:
+        return number((weights[target.where(counts, 0)] * counts).sum())
     return number(counts.count_nonzero())
+
+
+def option(loss: Any, name: str, default: Any) -> Any:
+    """What a loss was made with: a module, or a function in a `functools.partial`."""
+    given, inner = (loss.keywords, loss.func) if isinstance(loss, partial) else ({}, loss)
+    found = given.get(name, getattr(inner, name, None))
+    return default if found is None else found

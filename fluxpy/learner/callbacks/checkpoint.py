@@ -1,6 +1,7 @@
 """Checkpoint: the run in files, to go on after any kill, and its best epochs."""
 
 import os
+import re
 import signal
 import threading
 from functools import partial
@@ -103,12 +104,8 @@ class Checkpoint(Callback):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock.take()
             remove_leftovers(self.directory)  # by a kill in the middle of a save
-        progress = learner.progress
-        if not progress.resumed:
+        if not learner.progress.resumed:
             self._best = []
-        elif progress.epoch >= learner.epoch_count:
-            done = f"the run in {str(self.directory)!r} has done {progress.epoch} epochs of {learner.epoch_count}"
-            learner.ranks.warn(f"{done}: nothing is left to do; Checkpoint(resume=False) begins anew")
         self._batches, self._place, self._signal = 0, None, None
         self._catch_signals()
 
@@ -149,10 +146,11 @@ class Checkpoint(Callback):
             self._fits += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best}
+        return {"best": self._best, "monitor": self.monitor.key}
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
-        self._best = [(value, name) for value, name in d["best"] if (self.directory / name).exists()]
+        best = d["best"] if d.get("monitor", self.monitor.key) == self.monitor.key else ()  # older files do not say
+        self._best = [(value, name) for value, name in best if (self.directory / name).exists()]
 
     # --- Files --------------------------------------------------------------------------------------------------------
 
@@ -174,7 +172,8 @@ class Checkpoint(Callback):
     def _rank(self, learner: Learner, value: float) -> None:
         """Keep this epoch if it is among the best. `last.flux` comes after that: should the run be killed in between,
         the epoch is done again and comes to the same files."""
-        name = f"epoch_{learner.epoch_index:03d}_{self.monitor.metric}_{value:.4g}.flux"
+        metric = re.sub(r'[\\/:*?"<>|]', "_", self.monitor.metric)  # what names of files may not have
+        name = f"epoch_{learner.epoch_index:03d}_{metric}_{value:.4g}.flux"
         ranked = sorted([*self._best, (value, name)], key=lambda entry: self.monitor.rank(entry[0]))
         self._best, dropped = ranked[: self.keep], ranked[self.keep :]
         if (value, name) in self._best:

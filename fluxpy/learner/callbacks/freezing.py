@@ -15,9 +15,6 @@ class FreezeUntil(Callback):
     `pattern` is a glob over dotted paths, or `(path, leaf) -> bool`, as `fluxpy.select` takes. What was set up with no
     rule (None) stays frozen for good. One line each gives a plan; a smaller rate for what thaws late is
     `adjust(select(learner.state, pattern), scale(0.1))` before the fit.
-
-    >>> from fluxpy.learner import FreezeUntil
-    >>> plan = [FreezeUntil("encoder.layer.1.*", 1), FreezeUntil("encoder.layer.0.*", 2)]
     """
 
     def __init__(self, pattern: str | Callable[[str, Leaf], bool], epoch: int) -> None:
@@ -37,9 +34,6 @@ class ThawFromTop(Callback):
 
     `patterns` name the layers, part by part of the dotted path: `"encoder.layer.*"` means `encoder.layer.0`,
     `encoder.layer.1` and so on, each with all below it, in the order of the model. Before, all of them are frozen.
-
-    >>> from fluxpy.learner import ThawFromTop
-    >>> plan = ThawFromTop("encoder.embeddings", "encoder.layer.*", first=1)
     """
 
     def __init__(self, *patterns: str, first: int = 1, epochs: int = 1) -> None:

@@ -1,6 +1,7 @@
 """Which number says how good a model is, for callbacks that compare epochs."""
 
 import math
+import re
 
 from ..core import near
 from ..learner import Learner
@@ -13,9 +14,6 @@ _MODES = {
     "matthews_correlation_coefficient": "max",
 }
 
-# As others call the metrics of a phase.
-_PREFIXES = {"val": "validation", "valid": "validation", "validation": "validation", "train": "train"}
-
 
 class Monitor:
     """A metric by name: `"loss"` is that of validation (of training, where a fit has no validation); `"train.loss"` and
@@ -24,17 +22,17 @@ class Monitor:
     def __init__(self, name: str, mode: str | None) -> None:
         if not isinstance(name, str):
             raise TypeError(f"monitor is the name of a metric, but got {name!r}; give the others by name: patience=3")
-        prefix, _, metric = name.partition("_")
-        if prefix in _PREFIXES and metric in _MODES:
-            usual = "" if prefix == "train" else f"{metric!r} (of validation, where there is one) or "
-            raise ValueError(f"monitor={name!r}: write {usual}'{_PREFIXES[prefix]}.{metric}'")
-        self.phase, _, self.metric = name.rpartition(".")
+        found = re.match("(train|val|valid|validation)([._])(.+)", name)
+        phase, mark, metric = found.groups() if found else ("", "", name)
+        if (mark == "_" and metric in _MODES) or (mark == "." and phase in ("val", "valid")):  # as others write it
+            usual = "" if phase == "train" else f"{metric!r} or 'validation.{metric}', and of training "
+            raise ValueError(f"monitor={name!r}: write {usual}'train.{metric}'")
+        self.phase, self.metric = (phase, metric) if mark == "." else ("", name)
         self.name, self.mode = name, mode or _MODES.get(self.metric)
-        if self.phase not in ("", "train", "validation"):
-            raise ValueError(f"monitor={name!r}: write {self.metric!r}, 'train.{self.metric}' or 'validation.…'")
         if self.mode not in ("min", "max"):
             came = "is not known" if mode is None else f"is not {mode!r}"
             raise ValueError(f"monitor={name!r}: what is best {came}; say mode='min' or mode='max'")
+        self.key = f"{self.mode} {name}"  # what is saved of it: bests by another one are not to be compared with
 
     def require(self, learner: Learner) -> None:
         """ValueError where a fit that starts will not have this number."""

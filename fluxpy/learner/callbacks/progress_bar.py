@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm.auto import tqdm
 
+from ..core import is_terminal
 from ..events import Callback
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class ProgressBar(Callback):
 
     def on_training_start(self, learner: "Learner") -> None:
         self._out = (self.file or sys.stderr) if learner.ranks.first else None
-        self._terminal = self._out is not None and self._out.isatty()
+        self._terminal = is_terminal(self._out)
         self._started, self._width, self._in_line, self._draw_at = time.monotonic(), 0, False, math.inf
         self._first = self._done = learner.progress.batch if learner.phase else 0
         if self._out is not None and self.file is None and "ipykernel" in sys.modules and self._bar is None:
@@ -124,7 +125,7 @@ class ProgressBar(Callback):
             parts.append(f"[{('=' * full + '>' * (full < cells)).ljust(cells, '.')}]")
         parts += [_text(numbers, width), end]
         line = " ".join(part for part in parts if part)
-        code = self._out.encoding or "utf-8"
+        code = getattr(self._out, "encoding", None) or "utf-8"
         return line if line.encode(code, "replace").decode(code) == line else line.replace("·", "-").replace("…", ".")
 
     def _pace(self, total: int | None) -> tuple[str, str]:
@@ -142,7 +143,7 @@ class ProgressBar(Callback):
 
     def _guard(self) -> None:
         for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
-            if stream is not None and stream.isatty():
+            if is_terminal(stream):
                 guard: Any = _Guard(stream, self._make_way)
                 self._guards.enter_context(redirect(guard))
 

@@ -1,6 +1,7 @@
 """StatisticsRecorder, CSVLogger: the metrics of each batch or phase, gathered without reading the device."""
 
 import csv
+import math
 import os
 from pathlib import Path
 from typing import Any, ClassVar
@@ -103,14 +104,6 @@ class StatisticsRecorder(Rows):
 
     A record is a dict: epoch, batch, phase ("train" or "validation"), then the metrics by name. A batch that was
     cancelled before it was scored has none. A new fit begins anew; a resumed one goes on, each batch once.
-
-    >>> from fluxpy.learner import Learner, StatisticsRecorder
-    >>> data, recorder = [(torch.ones(4, 2), torch.ones(4, 1))] * 3, StatisticsRecorder()
-    >>> model, loss = torch.nn.Linear(2, 1), torch.nn.functional.mse_loss
-    >>> learner = Learner(model, loss, Descent(0.1), callbacks=[recorder], default_callbacks=False)
-    >>> history = learner.fit(data)
-    >>> len(recorder.values("loss")), list(recorder.records[0])
-    (3, ['epoch', 'batch', 'phase', 'loss'])
     """
 
     cancels = False
@@ -122,7 +115,7 @@ class StatisticsRecorder(Rows):
     def values(self, name: str, phase: str = "train") -> list[Any]:
         """One column: the numbers of a metric in training or in validation."""
         require_one_of("phase", phase, ("train", "validation"))
-        return [row[name] for row in self.records if row["phase"] == phase]
+        return [row.get(name, math.nan) for row in self.records if row["phase"] == phase]
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
         self.records += rows
@@ -136,7 +129,8 @@ class StatisticsRecorder(Rows):
         """By column, as tensors: a file has room for very many, and takes them at once."""
         super().state_dict()
         rows = [row | {"phase": row["phase"] == "train"} for row in self.records]
-        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+        names = dict.fromkeys(name for row in rows for name in row)  # a resumed run may have other metrics
+        columns = {name: [row.get(name, math.nan) for row in rows] for name in names}
         kinds = {float: torch.float64}  # not the default, which has fewer digits
         return {name: torch.tensor(column, dtype=kinds.get(type(column[0]))) for name, column in columns.items()}
 
@@ -157,6 +151,7 @@ class CSVLogger(Rows):
     """
 
     cancels = False
+    written: ClassVar[set[Path]] = set()  # the files of all fits that run
 
     def __init__(
         self,
@@ -180,10 +175,17 @@ class CSVLogger(Rows):
         if not learner.ranks.first:  # which writes
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        columns = ["epoch", "batch", "phase", *learner.metrics.names, *(["seconds"] if self.seconds else [])]
+        if (place := self.path.resolve()) in self.written:
+            raise ValueError(f"CSVLogger: {str(self.path)!r} is written by another one: give each its own file")
+        if self._columns not in ([], columns) and self.path.exists():
+            before, now = ", ".join(self._columns), ", ".join(columns)
+            raise ValueError(f"CSVLogger: {str(self.path)!r} has the columns {before}; for {now} give another file")
+        self._columns = columns
         self._file = open(self.path, "w" if self._end is None else "a", newline="", encoding="utf-8")  # noqa: SIM115
+        self.written.add(place)
         if learner.progress.resumed:  # what the old run wrote after it was saved comes again
             self._file.seek(self._file.truncate(min(self._end or 0, self._file.tell())))
-        self._columns = ["epoch", "batch", "phase", *learner.metrics.names, *(["seconds"] if self.seconds else [])]
         self._write([] if self._file.tell() else [self._columns])
 
     def more(self, learner: Learner) -> dict[str, Any]:
@@ -203,10 +205,13 @@ class CSVLogger(Rows):
         if self._file is not None:
             self._file.close()
             self._file = None  # so that this can be copied
+            self.written.discard(self.path.resolve())
 
     def state_dict(self) -> dict[str, Any]:
         super().state_dict()
-        return {"end": self._end}
+        return {"end": self._end, "columns": self._columns}
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
         self._end = d["end"]
+        if self._file is None:  # otherwise this fit has begun with its own
+            self._columns = d.get("columns", [])  # older files do not say

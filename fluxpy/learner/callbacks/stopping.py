@@ -46,10 +46,11 @@ class Plateau(Callback):
             self.stuck(learner)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited}
+        return {"best": self.best, "waited": self.waited, "monitor": self.monitor.key}
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
-        self.best, self.waited = d["best"], d["waited"]
+        same = d.get("monitor", self.monitor.key) == self.monitor.key  # older files do not say
+        self.best, self.waited = (d["best"], d["waited"]) if same else (None, 0)
 
 
 class EarlyStopping(Plateau):
@@ -101,7 +102,7 @@ class EarlyStopping(Plateau):
 
     def load_state_dict(self, d: dict[str, Any]) -> None:
         super().load_state_dict(d)
-        self._weights = d["weights"]
+        self._weights = None if self.best is None else d["weights"]
 
 
 class ReduceOnPlateau(Plateau):
@@ -111,13 +112,6 @@ class ReduceOnPlateau(Plateau):
     between subtrees survive; a schedule is scaled as a schedule, without a lowest rate. Under a `LearningRateScheduler`
     it is the base rate that is multiplied. In a chain with several rates that differ, `member` says which, as in
     `adjust`.
-
-    >>> from fluxpy.learner import Learner, ReduceOnPlateau
-    >>> data = [(torch.ones(4, 2), torch.ones(4, 1))]
-    >>> learner = Learner(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss, Descent(100.0), default_callbacks=False)
-    >>> _ = learner.fit(data, epochs=5, callbacks=[ReduceOnPlateau(patience=2)])  # it diverges
-    >>> value(learner.state.weight, "lr")
-    1.0
     """
 
     def __init__(
