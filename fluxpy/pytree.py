@@ -148,6 +148,11 @@ class Structure:
             Structure.specs[self.plan] = optree.tree_structure(example, none_is_leaf=True, namespace=NAMESPACE)
         return Structure.specs[self.plan]
 
+    @property
+    def names(self) -> list[str]:
+        """The name of each leaf, written as in Python: `["[0].m", "[0].t"]`."""
+        return [accessor.codify("").removeprefix(".") for accessor in self.spec.accessors()]
+
     def build(self, parts: list[Any]) -> Any:
         """The pytree of these leaves."""
         if torch.compiler.is_compiling():
@@ -229,10 +234,6 @@ class Skeleton:
         """The pytree with `HOLE` in place of its tensors."""
         return self.spec.build(self.parts)
 
-    def places(self) -> list[str]:
-        """Where each part is, written as in Python: `[1].m`."""
-        return [accessor.codify("") for accessor in self.spec.spec.accessors()]
-
     def map(self, f: Callable[[Any], Any]) -> "Skeleton":
         """The skeleton of `f` of the pytree, for an `f` that changes numbers and passes tensors on."""
         parts, spec = flatten(f(self.bare()))
@@ -284,9 +285,9 @@ def map_tensors(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 
 def entries_of(tree: Any) -> list[tuple[str, Any]]:
-    """`(place, value)` of everything in a pytree, a place written as in Python: `[1].m`."""
-    skeleton = skeleton_of(tree)
-    return list(zip(skeleton.places(), skeleton.parts, strict=True))
+    """`(name, value)` of everything in a pytree, a name written as in Python: `[1].m`."""
+    parts, spec = flatten(tree)
+    return list(zip(spec.names, parts, strict=True))
 
 
 def register(cls: type, flatten: Any, unflatten: Any) -> None:

@@ -24,7 +24,7 @@ class LeafMomenta(LiveDict):
 
     def parts(self) -> dict[str, Any]:
         state = self._leaf.state
-        return {} if state is None else {place.removeprefix("."): part for place, part in entries_of(state)}
+        return {} if state is None else dict(entries_of(state))
 
     def __getitem__(self, name: str) -> Any:
         return self.parts()[name]

@@ -135,13 +135,19 @@ def read_state(rule: Rule, x: Tensor, saved: dict[str, Any], path: str) -> tuple
     stepper = stepper_of(rule)
     fresh = init_state(rule, x, 0, path)
     step = int(saved.get("step", 0))
-    return _graft(rule, fresh, stepper, lambda state: _read(TWINS[type(stepper)], state, saved, x, path)), step
+
+    def graft(inner: Rule, state: Any) -> Any:
+        if inner is stepper:
+            return _read(TWINS[type(stepper)], state, saved, x, path)
+        return inner.map_inner_states(graft, state)
+
+    return graft(rule, fresh), step
 
 
 def _read(twin: Twin, fresh: Any, saved: dict[str, Any], x: Tensor, path: str) -> Any:
     parts = []
-    for place, part in entries_of(fresh):
-        name = twin.parts[place.removeprefix(".")]
+    for own_name, part in entries_of(fresh):
+        name = twin.parts[own_name]
         if saved.get(name) is None:
             raise ValueError(f"the state of {path!r} has no {name!r}, which {twin.rule.__name__} needs")
         parts.append(_part(part, saved[name], x, f"{name!r} of {path!r}"))
@@ -161,28 +167,17 @@ def _part(example: Any, value: Any, x: Tensor, what: str) -> Any:
     return value.to(device=x.device, dtype=wider, copy=True)
 
 
-def _graft(rule: Rule, state: Any, stepper: Rule, read: Any) -> Any:
-    """`state` of `rule` with `read` of the part that is the stepper's."""
-    if rule is stepper:
-        return read(state)
-    if isinstance(rule, MixedPrecision):
-        return state._replace(state=_graft(rule.rule, state.state, stepper, read))
-    if isinstance(rule, OptimiserChain):
-        return tuple([_graft(r, s, stepper, read) for r, s in zip(rule.rules, state, strict=True)])
-    return state
-
-
 def write_state(rule: Rule, state: Any, count: int, x: Tensor) -> dict[str, Any]:
     """A state as torch has it."""
     inner, own = (rule[len(rule) - 1], state[-1]) if isinstance(rule, OptimiserChain) else (rule, state)
     twin = TWINS[type(inner)]
     saved: dict[str, Any] = {"step": torch.tensor(float(count))}
-    for place, part in entries_of(own):
+    for name, part in entries_of(own):
         if not isinstance(part, Tensor):
             part = torch.tensor(float(part), dtype=torch.float64)  # torch makes of it what it needs
         elif x.is_complex():
             part = torch.view_as_complex(part.contiguous())
-        saved[twin.parts[place.removeprefix(".")]] = part.detach().clone()
+        saved[twin.parts[name]] = part.detach().clone()
     if twin.classes in (("SGD",), ("Muon",)):  # which do not count
         del saved["step"]
     return saved

@@ -5,16 +5,16 @@ in a file only those of `fluxpy.schedules` are looked up.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..leaf import Leaf, record_of, replace_leaf
 from ..pytree import HOLE, Skeleton, skeleton_of, tensors_in
 from ..rule import Rule, field_of
 from ..text import form, names_of
-from .format import SCALARS, SCHEDULES, part_names
-from .record import LeafRecord, state_template
+from .format import SCALARS, SCHEDULES, state_template
 from .values import (
     alike,
     dense_copy,
@@ -45,17 +45,23 @@ class NoCallable(Misfit):
     """A callable that could not be saved is not here either."""
 
 
-class Template(NamedTuple):
-    """The form of a state: the name of each part, an example of each, and the structure that joins them."""
+@dataclasses.dataclass(slots=True)
+class Contents:
+    """New contents for a leaf. `pending` are the numbers that the state continues with after updates that the leaf
+    missed: its place in an accumulation window. `setup_rule` is what `setup` was given, `rule` what it is now."""
 
-    names: list[str]
-    parts: list[Any]
-    spec: Any
+    frozen: bool
+    count: int
+    rule: Rule | None = None
+    setup_rule: Rule | None = None
+    state: Any = None
+    pending: Skeleton | None = None
 
-    @classmethod
-    def of(cls, state: Any) -> "Template":
-        skeleton = skeleton_of(state)
-        return cls(part_names(skeleton), skeleton.parts, skeleton.spec)
+    def write(self, leaf: Leaf) -> None:
+        """Give them to a leaf."""
+        replace_leaf(leaf, rule=self.rule, frozen=self.frozen, count=self.count)
+        replace_leaf(leaf, state=self.state, pending=self.pending)  # after the rule, whose state it is
+        record_of(leaf).setup_rule = self.setup_rule
 
 
 class Decoder:
@@ -71,16 +77,14 @@ class Decoder:
         self._rules: dict[tuple[int, int], tuple[Rule, list[str]]] = {}
         self._copies = TensorCopies(device)
         # Making a state costs more than all other work on a leaf, and one template serves all leaves of a rule.
-        self._templates: dict[tuple[int, torch.Size, torch.dtype], Template | None] = {}
+        self._templates: dict[tuple[int, torch.Size, torch.dtype], tuple[list[str], Skeleton] | None] = {}
 
-    def leaf(self, own: LeafRecord, entry: dict[str, Any]) -> tuple[LeafRecord, list[str]]:
+    def leaf(self, own: Leaf, entry: dict[str, Any]) -> tuple[Contents, list[str]]:
         """The new contents, and a note for each callable that could not be saved."""
         expected, got = form(own.shape, own.dtype), f"{entry['dtype']}{entry['shape']}"
         if expected != got:
             raise Misfit("shape", f"expected {expected}, got {got}")
-        new = dataclasses.replace(
-            own, rule=None, setup_rule=None, state=None, frozen=entry["frozen"], count=entry["count"], pending=None
-        )
+        new = Contents(entry["frozen"], entry["count"])
         if own.rule is None or is_none(entry["rule"]):
             if own.rule is not None:
                 raise Misfit("rule", "expected a rule, got none (None)")
@@ -102,47 +106,43 @@ class Decoder:
             self._rules[key] = decoder.rule(own, saved, "['rule']"), decoder.notes
         return self._rules[key]
 
-    def _setup_rule(self, own: LeafRecord, saved: Any) -> Rule | None:
+    def _setup_rule(self, own: Leaf, saved: Any) -> Rule | None:
         """The rule that the run was set up with; this script's, where that counts or the other is not to be had: it
         had a callable, in place of which there may be a number by now."""
-        assert own.rule is not None
+        setup_rule = record_of(own).setup_rule
         if self._keep or is_none(saved):
-            return own.setup_rule
+            return setup_rule
         try:
-            return self._rule(own.setup_rule or own.rule, saved, own.shape)[0]
+            return self._rule(setup_rule or own.rule, saved, own.shape)[0]
         except NoCallable:
-            return own.setup_rule
+            return setup_rule
 
-    def _state(self, own: LeafRecord, rule: Rule, saved: dict[str, Any]) -> Any:
-        template = self._template(own, rule)
-        if saved.keys() != set(template.names):
-            raise Misfit("rule", f"expected the momenta {names_of(template.names)}, got {names_in_file(saved)}")
+    def _state(self, own: Leaf, rule: Rule, saved: dict[str, Any]) -> Any:
+        names, template = self._template(own, rule)
+        if saved.keys() != set(names):
+            raise Misfit("rule", f"expected the momenta {names_of(names)}, got {names_in_file(saved)}")
         device = next((t.device for t in tensors_in(own.state)), self._device)
-        parts = [
-            _decode_part(name, saved[name], example, device)
-            for name, example in zip(template.names, template.parts, strict=True)
-        ]
-        return template.spec.build(parts)
+        pairs = zip(names, template.parts, strict=True)
+        return template.spec.build([_decode_part(name, saved[name], example, device) for name, example in pairs])
 
-    def _pending(self, own: LeafRecord, rule: Rule, saved: dict[str, Any]) -> Skeleton:
+    def _pending(self, own: Leaf, rule: Rule, saved: dict[str, Any]) -> Skeleton:
         """The numbers that a state goes on with, or one that is still to be made."""
-        template = self._template(own, rule)
-        present = dict(zip(template.names, template.parts, strict=True))
-        if not saved.keys() <= present.keys():
-            raise Misfit("rule", f"expected numbers among {names_of(present)}, got {names_in_file(saved)}")
-        parts = [
-            _decode_part(name, saved[name], None, self._device) if name in saved else HOLE for name in template.names
-        ]
+        names, template = self._template(own, rule)
+        if not saved.keys() <= set(names):
+            raise Misfit("rule", f"expected numbers among {names_of(names)}, got {names_in_file(saved)}")
+        parts = [_decode_part(name, saved[name], None, self._device) if name in saved else HOLE for name in names]
         return Skeleton(template.spec, parts)
 
-    def _template(self, own: LeafRecord, rule: Rule) -> Template:
+    def _template(self, own: Leaf, rule: Rule) -> tuple[list[str], Skeleton]:
+        """The names of the parts of a state, and an example of it."""
         key = id(rule), own.shape, own.dtype
         if key not in self._templates:
-            try:
-                self._templates[key] = Template.of(state_template(rule, own.shape, own.dtype))
-            except (RuntimeError, TypeError):  # an `init` that reads its parameter, which has no numbers here
-                self._templates[key] = None
-        return self._templates[key] or Template.of(own.state)
+            template = state_template(rule, own.shape, own.dtype)
+            self._templates[key] = None if template is None else (template.spec.names, template)
+        if (found := self._templates[key]) is not None:
+            return found
+        own_state = skeleton_of(own.state)
+        return own_state.spec.names, own_state
 
 
 def _decode_part(name: str, saved: Any, example: Any, device: torch.device | None) -> Any:

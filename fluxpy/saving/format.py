@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import schedules
-from ..pytree import HOLE, Skeleton, skeleton_of
+from ..leaf import Leaf, init_state, record_of
+from ..pytree import HOLE, Skeleton, Structure, skeleton_of
 from ..rule import Rule
 from ..text import dtype_name
-from .record import LeafRecord
 from .values import NONE
 
 SCALARS = (bool, int, float, str)  # bool first: it is a kind of int
@@ -34,9 +34,13 @@ def plain_scalar(value: Any) -> Any:
     return next(kind(value) for kind in SCALARS if isinstance(value, kind))
 
 
-def part_names(skeleton: Skeleton) -> list[str]:
-    """The name of each part of a state: `["[0].m", "[0].t"]`."""
-    return [place.removeprefix(".") for place in skeleton.places()]
+def state_template(rule: Rule, shape: torch.Size, dtype: torch.dtype) -> Skeleton | None:
+    """The state that `rule` starts with for such a parameter, on the meta device: its form without its memory. None
+    where the rule reads the parameter, which has no numbers there."""
+    try:
+        return skeleton_of(init_state(rule, torch.empty(shape, dtype=dtype, device="meta"), 0, ""))
+    except (RuntimeError, TypeError):
+        return None
 
 
 class Encoder:
@@ -46,50 +50,41 @@ class Encoder:
     def __init__(self) -> None:
         # Each object with its data, by its id. Keeping the object keeps the id from being given to another.
         self._encoded: dict[int, tuple[Any, Any]] = {}
-        self._part_names: dict[Any, list[str]] = {}
+        self._names: dict[Structure, list[str]] = {}  # of the parts of states
 
-    def leaf(self, record: LeafRecord, names: list[str]) -> dict[str, Any]:
+    def leaf(self, leaf: Leaf, names: list[str]) -> dict[str, Any]:
+        record, state = record_of(leaf), leaf.state
         entry = {
             "names": names,
-            "shape": list(record.shape),
-            "dtype": dtype_name(record.dtype),
-            "rule": self.rule(record.rule),
+            "shape": list(leaf.shape),
+            "dtype": dtype_name(leaf.dtype),
+            "rule": self.rule(leaf.rule),
             "setup": self.rule(record.setup_rule),
-            "frozen": record.frozen,
-            "count": record.count,
+            "frozen": leaf.frozen,
+            "count": leaf.count,
         }
-        if record.state is not None:
-            entry["state"] = self._state(record.state)
+        if state is not None:
+            entry["state"] = self.parts(skeleton_of(state))
         if record.pending is not None:
-            entry["pending"] = self._numbers(record.pending)
+            entry["pending"] = self.parts(record.pending)
         return entry
 
     def rule(self, rule: Rule | None) -> Any:
         return self._value(rule)
 
-    def part(self, part: Any) -> Any:
-        """A part of a state."""
+    def parts(self, skeleton: Skeleton) -> dict[str, Any]:
+        """The parts of a state by name, without the places of tensors that are not there."""
+        if skeleton.spec not in self._names:
+            self._names[skeleton.spec] = skeleton.spec.names
+        pairs = zip(self._names[skeleton.spec], skeleton.parts, strict=True)
+        return {name: self._part(part) for name, part in pairs if part is not HOLE}
+
+    def _part(self, part: Any) -> Any:
         if isinstance(part, Tensor):
             return part.detach().clone()
         if part is None or isinstance(part, SCALARS):
             return self._value(part)
         raise ValueError(f"{reprlib.repr(part)} in the state cannot be saved; tensors, numbers and strings can")
-
-    def _state(self, state: Any) -> dict[str, Any]:
-        skeleton = skeleton_of(state)
-        names = self._names(skeleton)
-        return {name: self.part(part) for name, part in zip(names, skeleton.parts, strict=True)}
-
-    def _numbers(self, skeleton: Skeleton) -> dict[str, Any]:
-        """The parts of a state that are no tensors."""
-        pairs = zip(self._names(skeleton), skeleton.parts, strict=True)
-        return {name: self.part(part) for name, part in pairs if part is not HOLE}
-
-    def _names(self, skeleton: Skeleton) -> list[str]:
-        names = self._part_names.get(skeleton.spec)
-        if names is None:
-            names = self._part_names[skeleton.spec] = part_names(skeleton)
-        return names
 
     def _value(self, value: Any) -> Any:
         if value is None:
