@@ -109,7 +109,7 @@ class Structure:
     the spec of optree, if there are other containers than tuples, lists and dicts.
     """
 
-    __slots__ = ("flat", "plan")
+    __slots__ = ("_names", "flat", "plan")
     known: ClassVar[dict[Any, "Structure"]] = {}  # by the spec of optree
     flats: ClassVar[dict[type, "Structure"]] = {}  # by that class
     specs: ClassVar[dict[Any, Any]] = {}  # of optree, by plan
@@ -117,6 +117,7 @@ class Structure:
 
     def __init__(self, plan: Any) -> None:
         self.plan = plan
+        self._names: list[str] = []
         self.flat: Any = None  # for a named tuple of leaves alone, its constructor: faster than optree
 
     @staticmethod
@@ -151,7 +152,9 @@ class Structure:
     @property
     def names(self) -> list[str]:
         """The name of each leaf, written as in Python: `["[0].m", "[0].t"]`."""
-        return [accessor.codify("").removeprefix(".") for accessor in self.spec.accessors()]
+        if not self._names:
+            self._names = [accessor.codify("").removeprefix(".") for accessor in self.spec.accessors()]
+        return self._names
 
     def build(self, parts: list[Any]) -> Any:
         """The pytree of these leaves."""

@@ -75,9 +75,11 @@ class Decoder:
         self._device, self._keep = device, keep
         # Rules with their notes, by the ids of the present rule and the saved one, which both outlive this decoder.
         self._rules: dict[tuple[int, int], tuple[Rule, list[str]]] = {}
-        self._copies = TensorCopies(device)
+        # Tensors that stand for hyperparameters, by the id of the saved one. Each is copied once: a rule may compare
+        # tensors by identity, and several rules may hold one.
+        self._copies: dict[int, Tensor] = {}
         # Making a state costs more than all other work on a leaf, and one template serves all leaves of a rule.
-        self._templates: dict[tuple[int, torch.Size, torch.dtype], tuple[list[str], Skeleton] | None] = {}
+        self._templates: dict[tuple[int, torch.Size, torch.dtype], Skeleton | None] = {}
 
     def leaf(self, own: Leaf, entry: dict[str, Any]) -> tuple[Contents, list[str]]:
         """The new contents, and a note for each callable that could not be saved."""
@@ -102,7 +104,7 @@ class Decoder:
     def _rule(self, own: Rule, saved: Any, shape: torch.Size) -> tuple[Rule, list[str]]:
         key = id(own), id(saved)
         if key not in self._rules:
-            decoder = RuleDecoder(self._keep, self._copies, max(shape.numel(), MAX_ELEMENTS))
+            decoder = RuleDecoder(self._keep, self._device, self._copies, max(shape.numel(), MAX_ELEMENTS))
             self._rules[key] = decoder.rule(own, saved, "['rule']"), decoder.notes
         return self._rules[key]
 
@@ -118,31 +120,27 @@ class Decoder:
             return setup_rule
 
     def _state(self, own: Leaf, rule: Rule, saved: dict[str, Any]) -> Any:
-        names, template = self._template(own, rule)
-        if saved.keys() != set(names):
-            raise Misfit("rule", f"expected the momenta {names_of(names)}, got {names_in_file(saved)}")
+        template = self._template(own, rule)
+        if saved.keys() != set(template.spec.names):
+            raise Misfit("rule", f"expected the momenta {names_of(template.spec.names)}, got {names_in_file(saved)}")
         device = next((t.device for t in tensors_in(own.state)), self._device)
-        pairs = zip(names, template.parts, strict=True)
+        pairs = zip(template.spec.names, template.parts, strict=True)
         return template.spec.build([_decode_part(name, saved[name], example, device) for name, example in pairs])
 
     def _pending(self, own: Leaf, rule: Rule, saved: dict[str, Any]) -> Skeleton:
         """The numbers that a state goes on with, or one that is still to be made."""
-        names, template = self._template(own, rule)
-        if not saved.keys() <= set(names):
-            raise Misfit("rule", f"expected numbers among {names_of(names)}, got {names_in_file(saved)}")
-        parts = [_decode_part(name, saved[name], None, self._device) if name in saved else HOLE for name in names]
-        return Skeleton(template.spec, parts)
+        spec = self._template(own, rule).spec
+        if not saved.keys() <= set(spec.names):
+            raise Misfit("rule", f"expected numbers among {names_of(spec.names)}, got {names_in_file(saved)}")
+        parts = [_decode_part(name, saved[name], None, self._device) if name in saved else HOLE for name in spec.names]
+        return Skeleton(spec, parts)
 
-    def _template(self, own: Leaf, rule: Rule) -> tuple[list[str], Skeleton]:
-        """The names of the parts of a state, and an example of it."""
+    def _template(self, own: Leaf, rule: Rule) -> Skeleton:
+        """An example of the state, to tell the form that it must have."""
         key = id(rule), own.shape, own.dtype
         if key not in self._templates:
-            template = state_template(rule, own.shape, own.dtype)
-            self._templates[key] = None if template is None else (template.spec.names, template)
-        if (found := self._templates[key]) is not None:
-            return found
-        own_state = skeleton_of(own.state)
-        return own_state.spec.names, own_state
+            self._templates[key] = state_template(rule, own.shape, own.dtype)
+        return self._templates[key] or skeleton_of(own.state)
 
 
 def _decode_part(name: str, saved: Any, example: Any, device: torch.device | None) -> Any:
@@ -166,8 +164,8 @@ def _decode_part(name: str, saved: Any, example: Any, device: torch.device | Non
 class RuleDecoder:
     """Makes a rule from saved data. `notes` gets a line for each callable that could not be saved."""
 
-    def __init__(self, keep: bool, copies: "TensorCopies", largest: int) -> None:
-        self._keep, self._copies, self._largest = keep, copies, largest
+    def __init__(self, keep: bool, device: torch.device | None, copies: dict[int, Tensor], largest: int) -> None:
+        self._keep, self._device, self._copies, self._largest = keep, device, copies, largest
         self.notes: list[str] = []
 
     def rule(self, own: Rule, saved: Any, place: str) -> Rule:
@@ -211,12 +209,21 @@ class RuleDecoder:
             known = own if isinstance(own, tuple) and len(own) == len(saved) else [None] * len(saved)
             return tuple([self._value(v, known[i], f"{place}[{i}]") for i, v in enumerate(saved)])
         if isinstance(saved, Tensor) and not saved.is_complex():
-            return self._copies.of(saved, self._largest, place)
+            return self._tensor(saved, place)
         if isinstance(saved, dict) and isinstance(saved.get("callable"), str):
             return self._callable(saved["callable"], own, place)
         if isinstance(saved, dict) and isinstance(saved.get("type"), str) and saved["type"] in SCHEDULES:
             return self._schedule(saved, own, place)
         raise malformed(place, "a number, a string, a list of them or a schedule of fluxpy.schedules", saved)
+
+    def _tensor(self, saved: Tensor, place: str) -> Tensor:
+        if id(saved) not in self._copies:
+            if saved.numel() > self._largest:
+                expected, got = f"a tensor of at most {self._largest:,} elements", form(saved.shape, saved.dtype)
+                raise ValueError(f"{place}: expected {expected}, got {got}")
+            require_stored(saved, place)
+            self._copies[id(saved)] = dense_copy(saved, self._device, place)
+        return self._copies[id(saved)]
 
     def _callable(self, saved: str, own: Any, place: str) -> Any:
         note = f"{place} was {saved}, which a file cannot hold; this state has {own!r}"
@@ -235,21 +242,3 @@ class RuleDecoder:
             if key != "type"
         }
         return SCHEDULES[name](**arguments)
-
-
-class TensorCopies:
-    """Copies of the tensors that stand for hyperparameters. What was saved as one tensor is copied once: a rule may
-    compare tensors by identity, and several rules may hold one."""
-
-    def __init__(self, device: torch.device | None) -> None:
-        self._device = device
-        self._copies: dict[int, Tensor] = {}  # by the id of the saved one
-
-    def of(self, saved: Tensor, largest: int, place: str) -> Tensor:
-        if id(saved) not in self._copies:
-            if saved.numel() > largest:
-                expected, got = f"a tensor of at most {largest:,} elements", form(saved.shape, saved.dtype)
-                raise ValueError(f"{place}: expected {expected}, got {got}")
-            require_stored(saved, place)
-            self._copies[id(saved)] = dense_copy(saved, self._device, place)
-        return self._copies[id(saved)]

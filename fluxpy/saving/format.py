@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import schedules
 from ..leaf import Leaf, init_state, record_of
-from ..pytree import HOLE, Skeleton, Structure, skeleton_of
+from ..pytree import HOLE, Skeleton, skeleton_of
 from ..rule import Rule
 from ..text import dtype_name
 from .values import NONE
@@ -50,7 +50,6 @@ class Encoder:
     def __init__(self) -> None:
         # Each object with its data, by its id. Keeping the object keeps the id from being given to another.
         self._encoded: dict[int, tuple[Any, Any]] = {}
-        self._names: dict[Structure, list[str]] = {}  # of the parts of states
 
     def leaf(self, leaf: Leaf, names: list[str]) -> dict[str, Any]:
         record, state = record_of(leaf), leaf.state
@@ -74,9 +73,7 @@ class Encoder:
 
     def parts(self, skeleton: Skeleton) -> dict[str, Any]:
         """The parts of a state by name, without the places of tensors that are not there."""
-        if skeleton.spec not in self._names:
-            self._names[skeleton.spec] = skeleton.spec.names
-        pairs = zip(self._names[skeleton.spec], skeleton.parts, strict=True)
+        pairs = zip(skeleton.spec.names, skeleton.parts, strict=True)
         return {name: self._part(part) for name, part in pairs if part is not HOLE}
 
     def _part(self, part: Any) -> Any:

@@ -199,9 +199,8 @@ def _decode(
             report.loaded.append(path)
             if notes:
                 report.schedules[path] = "; ".join(notes)
-            if not is_none(entry["setup"]) and (
-                found := changes(encoder.rule(record_of(leaf).setup_rule), entry["setup"])
-            ):
+            now = encoder.rule(record_of(leaf).setup_rule)
+            if not is_none(entry["setup"]) and (found := changes(now, entry["setup"])):
                 report.changed[path] = "; ".join(found)
     report.unexpected.extend(key for key in dict(entries.values()) if key not in used)
     return report, contents
