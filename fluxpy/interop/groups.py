@@ -12,9 +12,8 @@ from torch import Tensor
 from ..adjust import adjust
 from ..leaf import Leaf
 from ..rule import Rule, at, hyperparameters, rule_key, rules_in, title, value_key
-from ..state import State, leaf_list, shape_of, tree_context
+from ..state import State, leaf_list, select, shape_of, tree_context
 from ..text import unknown
-from ..tree import TreeSpec
 from .live import LiveDict
 
 # All that a group of an optimiser of torch has.
@@ -141,9 +140,8 @@ class ParamGroup(LiveDict):
     def view(self) -> State:
         """Its leaves as a view of the tree, for the verbs."""
         if self._view is None:
-            specs = tuple(TreeSpec("leaf", index=m.number) for m in self.members)
-            spec = TreeSpec("selection", tuple(m.path for m in self.members), specs)
-            self._view = State(spec, leaf_list(self._state))
+            own = {m.path for m in self.members}
+            self._view = select(self._state, lambda path, _: path in own)
         return self._view
 
     def _first(self) -> str:

@@ -90,7 +90,8 @@ def rule_of(name: str, group: dict[str, Any]) -> Rule:
         raise ValueError(f"{what} has no rule that does the same; known are {', '.join(known)}")
     twin = next((twin for twin in twins if not twin.wrong_modes(group)), None)
     if twin is None:
-        raise ValueError(f"{what} with {_written(twins[-1].wrong_modes(group))}: no rule has this mode")
+        wrong = ", ".join(f"{mode}={value!r}" for mode, value in twins[-1].wrong_modes(group).items())
+        raise ValueError(f"{what} with {wrong}: no rule has this mode")
     names = [f.name for f in fields(twin.rule)]
     if missing := [f for f in names if f not in group]:
         raise ValueError(f"{what}: the param group lacks {names_of(missing)}")
@@ -188,7 +189,3 @@ def _own(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_own, value))
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _written(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
