@@ -65,7 +65,7 @@ class Checkpoint(Callback):
         self.monitor = Monitor(monitor, mode)
         self._best: list[tuple[float, str]] = []  # value and file name, best first
         self._fits = 0  # how many were completed
-        self._batches = 0  # since the last save
+        self._step = 0  # at the last save, or where the fit began
         self._place: Any = None  # of the run, at the last save
         self._lock = Lock(self.directory)
         self._signal: str | None = None
@@ -106,15 +106,14 @@ class Checkpoint(Callback):
             remove_leftovers(self.directory)  # by a kill in the middle of a save
         if not learner.progress.resumed:
             self._best = []
-        self._batches, self._place, self._signal = 0, None, None
+        self._step, self._place, self._signal = learner.progress.step, None, None
         self._catch_signals()
 
     def on_batch_end(self, learner: Learner) -> None:
         if learner.training and self.every is not None:
-            self._batches += 1
             # Of a phase that is being cancelled the next batch never comes.
             ends = self._signal is not None or learner.progress.cancelled is not None
-            if self._batches >= self.every and not any(learner.ranks.numbers("Checkpoint", ends)):
+            if learner.progress.step - self._step >= self.every and not any(learner.ranks.numbers("Checkpoint", ends)):
                 self._save(learner, self.last)
         self._stop_at_signal(learner)
 
@@ -167,7 +166,7 @@ class Checkpoint(Callback):
         write = partial(write_checkpoint, path, model, state, extra)
         learner.ranks.attempt(f"Checkpoint of {path.name}", write if learner.ranks.first else lambda: None)
         if path == self.last:
-            self._batches, self._place = 0, learner.progress.position()
+            self._step, self._place = learner.progress.step, learner.progress.position()
 
     def _rank(self, learner: Learner, value: float) -> None:
         """Keep this epoch if it is among the best. `last.flux` comes after that: should the run be killed in between,
