@@ -15,11 +15,11 @@ from .core import (
     changed_rules,
     changes_of_rules,
     copied,
-    load_model,
     match_model,
     model_dict,
     names_of,
     plain_rules,
+    write_tensors,
 )
 from .rng import random_state
 
@@ -143,7 +143,7 @@ def load_weights(learner: "Learner", saved: dict[str, Any]) -> None:
     """Model and state as they were saved; ValueError where they do not fit, and nothing is done."""
     pairs = match_model(learner.model, saved["model"])
     load_state_dict(learner.state, saved["state"], hyperparameters=saved["hyperparameters"])
-    load_model(pairs)
+    write_tensors(pairs)
 
 
 def beginning_of(state: Any) -> dict[str, list[Any]]:

@@ -29,8 +29,6 @@ SCHEDULES: dict[str, Any] = {
 
 def plain_scalar(value: Any) -> Any:
     """A number or string as Python's own: a member of an enumeration or a NumPy number is more than plain data."""
-    if type(value) in SCALARS:
-        return value
     return next(kind(value) for kind in SCALARS if isinstance(value, kind))
 
 

@@ -101,9 +101,7 @@ class TensorBoardLogger(Rows):
         mean = sum(loss * n for loss, n in pairs) / max(samples, 1)
         return rows[0] | {"tensorboard": (step, moment, tags | {"batch/loss": mean}, samples)}
 
-    def keep(self, rows: list[dict[str, Any]]) -> None:
-        learner = self._learner
-        assert learner is not None
+    def keep(self, learner: Learner, rows: list[dict[str, Any]]) -> None:
         for row in rows if learner.ranks.first else ():
             step, moment, tags, _ = row["tensorboard"]
             for tag, number in ({f"batch/{name}": row[name] for name in learner.metrics.names} | tags).items():
