@@ -73,7 +73,6 @@ class ParamGroup(LiveDict):
         self.take(members)
 
     def take(self, members: Sequence[Member]) -> None:
-        """Make these its leaves."""
         self.members = list(members)
         self._fixed = {"params": [m.x for m in members], "names": [m.path for m in members]}
         self._view: State | None = None
@@ -228,9 +227,8 @@ class ParamGroups:
 
 def _equal(members: Sequence[Member]) -> list[list[Member]]:
     """The members with equal rules together, in the order of the first of each."""
-    keys: dict[int, Any] = {}
-    for rule in {id(m.leaf.rule): m.leaf.rule for m in members}.values():
-        keys[id(rule)] = rule_key(rule)
+    rules = {id(m.leaf.rule): m.leaf.rule for m in members}
+    keys = {number: rule_key(rule) for number, rule in rules.items()}
     found: dict[Any, list[Member]] = {}
     for member in members:
         found.setdefault(keys[id(member.leaf.rule)], []).append(member)

@@ -279,11 +279,9 @@ class TorchOptimizer(Optimizer):
 
 def _plain(group: ParamGroup) -> dict[str, Any]:
     """What a group shows as plain data. What is none, as a dtype, is in the rules that are saved with the leaves."""
-    values = {name: list(v) if isinstance(v, tuple) else v for name, v in group.items() if name not in _OWN}
+    others = ((name, v) for name, v in group.items() if name not in ("params", "names"))
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in others}
     return {name: v for name, v in values.items() if isinstance(v, bool | int | float | str | list | Tensor | None)}
-
-
-_OWN = ("params", "names")
 
 
 def _containers(spec: TreeSpec, params: Sequence[Tensor]) -> Any:

@@ -42,10 +42,8 @@ class Event(str):
     __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, str) and other not in EVENTS:
-            meant = difflib.get_close_matches(other, EVENTS)
-            if meant:
-                raise ValueError(f"there is no event {other!r}; did you mean {' or '.join(map(repr, meant))}?")
+        if isinstance(other, str) and other not in EVENTS and difflib.get_close_matches(other, EVENTS):
+            raise ValueError(f"there is no event {other!r}; {near(other, EVENTS)}")
         return str.__eq__(self, other) is True
 
     def __ne__(self, other: object) -> bool:

@@ -170,7 +170,7 @@ class Loop:
         if getattr(source.loader, "persistent_workers", False):
             self.ranks.warn(
                 f"{source.name} has persistent_workers=True, whose random numbers nobody can save: the resumed run is "
-                "not exactly the one that was saved; with persistent_workers=False it is"
+                "exactly the one that was saved only with persistent_workers=False"
             )
 
     def _training(self) -> None:

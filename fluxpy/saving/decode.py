@@ -58,7 +58,6 @@ class Contents:
     pending: Skeleton | None = None
 
     def write(self, leaf: Leaf) -> None:
-        """Give them to a leaf."""
         replace_leaf(leaf, rule=self.rule, frozen=self.frozen, count=self.count)
         replace_leaf(leaf, state=self.state, pending=self.pending)  # after the rule, whose state it is
         record_of(leaf).setup_rule = self.setup_rule

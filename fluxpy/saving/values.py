@@ -31,9 +31,7 @@ def malformed(place: str, expected: str, got: Any) -> ValueError:
 
 def is_none(saved: Any) -> bool:
     """Whether this stands for None, which older files have as it is."""
-    if isinstance(saved, dict) and saved.keys() == {"type"}:
-        return isinstance(saved["type"], str) and saved["type"] == NONE
-    return saved is None
+    return saved is None or (isinstance(saved, dict) and saved == {"type": NONE})
 
 
 def describe_rule(saved: Any) -> str:
