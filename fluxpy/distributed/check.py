@@ -47,7 +47,7 @@ def _describe(encoder: Encoder, leaf: Leaf) -> dict[str, str]:
     numbers = {name: part for name, part in entries if not isinstance(part, Tensor)}
     return {
         "shape": f"{leaf.dtype}{list(leaf.shape)}",
-        "rule": re.sub(r" at 0x[0-9a-f]+", "", _text(encoder.rule(leaf.rule))),
+        "rule": re.sub(r" at 0x[0-9a-f]+", "", _text(encoder.value(leaf.rule))),
         "frozen": str(leaf.frozen),
         "count": str(leaf.count),
         "state": f"{len(entries)} parts, {numbers}" if leaf.state is not None else "None",

@@ -196,14 +196,10 @@ def _with_options(rule: Rule, group: dict[str, Any]) -> Rule:
         if callable(old):
             return old
         if member is stepper:
-            return _like(old, getattr(new, name))
+            value = getattr(new, name)  # for a number a number: `capturable` users of torch keep tensors
+            return value.item() if isinstance(value, Tensor) and not isinstance(old, Tensor) else value
         if any(member is known for known in penalties):
             return getattr(penalty, name, 0.0)
         return old
 
     return replace(rule, change)
-
-
-def _like(old: Any, new: Any) -> Any:
-    """A number for a number: `capturable` users of torch keep tensors."""
-    return new.item() if isinstance(new, Tensor) and not isinstance(old, Tensor) else new

@@ -55,8 +55,8 @@ class Encoder:
             "names": names,
             "shape": list(leaf.shape),
             "dtype": dtype_name(leaf.dtype),
-            "rule": self.rule(leaf.rule),
-            "setup": self.rule(record.setup_rule),
+            "rule": self.value(leaf.rule),
+            "setup": self.value(record.setup_rule),
             "frozen": leaf.frozen,
             "count": leaf.count,
         }
@@ -65,9 +65,6 @@ class Encoder:
         if record.pending is not None:
             entry["pending"] = self.parts(record.pending)
         return entry
-
-    def rule(self, rule: Rule | None) -> Any:
-        return self._value(rule)
 
     def parts(self, skeleton: Skeleton) -> dict[str, Any]:
         """The parts of a state by name, without the places of tensors that are not there."""
@@ -78,10 +75,11 @@ class Encoder:
         if isinstance(part, Tensor):
             return part.detach().clone()
         if part is None or isinstance(part, SCALARS):
-            return self._value(part)
+            return self.value(part)
         raise ValueError(f"{reprlib.repr(part)} in the state cannot be saved; tensors, numbers and strings can")
 
-    def _value(self, value: Any) -> Any:
+    def value(self, value: Any) -> Any:
+        """A rule, or a hyperparameter of one."""
         if value is None:
             return {"type": NONE}
         if isinstance(value, SCALARS):
@@ -89,7 +87,7 @@ class Encoder:
         if isinstance(value, torch.dtype):
             return dtype_name(value)
         if isinstance(value, list | tuple):
-            return [self._value(v) for v in value]
+            return [self.value(v) for v in value]
         if id(value) not in self._encoded:
             self._encoded[id(value)] = value, self._object(value)
         return self._encoded[id(value)][1]
@@ -99,7 +97,7 @@ class Encoder:
         if isinstance(value, Tensor):
             return value.detach().clone()
         if isinstance(value, Rule) or type(value) is SCHEDULES.get(name):
-            fields = {f.name: self._value(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            fields = {f.name: self.value(getattr(value, f.name)) for f in dataclasses.fields(value)}
             if "type" in fields:
                 raise ValueError(f"{name} has a hyperparameter 'type', the word for its class when saved")
             return {"type": name, **fields}

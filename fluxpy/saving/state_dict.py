@@ -141,7 +141,7 @@ def plain_rules(rules: Mapping[str, Rule | None]) -> list[list[Any]]:
     encoder = Encoder()
     found: dict[int, list[Any]] = {}
     for path, rule in rules.items():
-        found.setdefault(id(rule), [encoder.rule(rule), []])[1].append(path)
+        found.setdefault(id(rule), [encoder.value(rule), []])[1].append(path)
     return list(found.values())
 
 
@@ -199,7 +199,7 @@ def _decode(
             report.loaded.append(path)
             if notes:
                 report.schedules[path] = "; ".join(notes)
-            now = encoder.rule(record_of(leaf).setup_rule)
+            now = encoder.value(record_of(leaf).setup_rule)
             if not is_none(entry["setup"]) and (found := changes(now, entry["setup"])):
                 report.changed[path] = "; ".join(found)
     report.unexpected.extend(key for key in dict(entries.values()) if key not in used)
