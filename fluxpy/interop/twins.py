@@ -9,29 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import rules
 from ..leaf import init_state
 from ..pytree import entries_of, skeleton_of
 from ..rule import Rule, hyperparameters
-from ..rules import (
-    AdaDelta,
-    Adafactor,
-    AdaGrad,
-    Adam,
-    AdaMax,
-    AdamW,
-    AMSGrad,
-    Descent,
-    MixedPrecision,
-    Momentum,
-    Muon,
-    NAdam,
-    Nesterov,
-    OptimiserChain,
-    RAdam,
-    RMSProp,
-    Rprop,
-    WeightDecay,
-)
 from ..text import names_of
 from .groups import refuse_mode
 
@@ -56,25 +37,26 @@ class Twin:
 
 _MEAN = {"m": "exp_avg", "v": "exp_avg_sq", "t": "step"}
 _PENALTY = {"decoupled_weight_decay": False}
+_QUINTIC = {"ns_coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7}  # torch's defaults, and what our Muon computes
 
 TWINS: dict[type[Rule], Twin] = {
     twin.rule: twin
     for twin in (
-        Twin(Descent, ("SGD",), {}, {"momentum": 0, "nesterov": False}),
-        Twin(Nesterov, ("SGD",), {"": "momentum_buffer"}, {"dampening": 0, "nesterov": True}),
-        Twin(Momentum, ("SGD",), {"": "momentum_buffer"}, {"dampening": 0, "nesterov": False}),
-        Twin(Adam, ("Adam",), _MEAN, {"amsgrad": False, **_PENALTY}),
-        Twin(AdamW, ("AdamW", "Adam"), _MEAN, {"amsgrad": False, "decoupled_weight_decay": True}),
-        Twin(AMSGrad, ("Adam",), {**_MEAN, "peak": "max_exp_avg_sq"}, {"amsgrad": True, **_PENALTY}),
-        Twin(NAdam, ("NAdam",), {**_MEAN, "mu_product": "mu_product"}, _PENALTY),
-        Twin(RAdam, ("RAdam",), _MEAN, _PENALTY),
-        Twin(AdaMax, ("Adamax",), {"m": "exp_avg", "v": "exp_inf", "t": "step"}),
-        Twin(AdaGrad, ("Adagrad",), {"": "sum"}, {"lr_decay": 0}),
-        Twin(AdaDelta, ("Adadelta",), {"v": "square_avg", "u": "acc_delta"}),
-        Twin(RMSProp, ("RMSprop",), {"v": "square_avg", "m": "grad_avg"}, {"momentum": 0}),
-        Twin(Rprop, ("Rprop",), {"dx": "prev", "size": "step_size"}),
-        Twin(Adafactor, ("Adafactor",), {"row": "row_var", "column": "col_var", "v": "variance", "t": "step"}),
-        Twin(Muon, ("Muon",), {"": "momentum_buffer"}, {"ns_coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7}),
+        Twin(rules.Descent, ("SGD",), {}, {"momentum": 0, "nesterov": False}),
+        Twin(rules.Nesterov, ("SGD",), {"": "momentum_buffer"}, {"dampening": 0, "nesterov": True}),
+        Twin(rules.Momentum, ("SGD",), {"": "momentum_buffer"}, {"dampening": 0, "nesterov": False}),
+        Twin(rules.Adam, ("Adam",), _MEAN, {"amsgrad": False, **_PENALTY}),
+        Twin(rules.AdamW, ("AdamW", "Adam"), _MEAN, {"amsgrad": False, "decoupled_weight_decay": True}),
+        Twin(rules.AMSGrad, ("Adam",), {**_MEAN, "peak": "max_exp_avg_sq"}, {"amsgrad": True, **_PENALTY}),
+        Twin(rules.NAdam, ("NAdam",), {**_MEAN, "mu_product": "mu_product"}, _PENALTY),
+        Twin(rules.RAdam, ("RAdam",), _MEAN, _PENALTY),
+        Twin(rules.AdaMax, ("Adamax",), {"m": "exp_avg", "v": "exp_inf", "t": "step"}),
+        Twin(rules.AdaGrad, ("Adagrad",), {"": "sum"}, {"lr_decay": 0}),
+        Twin(rules.AdaDelta, ("Adadelta",), {"v": "square_avg", "u": "acc_delta"}),
+        Twin(rules.RMSProp, ("RMSprop",), {"v": "square_avg", "m": "grad_avg"}, {"momentum": 0}),
+        Twin(rules.Rprop, ("Rprop",), {"dx": "prev", "size": "step_size"}),
+        Twin(rules.Adafactor, ("Adafactor",), {"row": "row_var", "column": "col_var", "v": "variance", "t": "step"}),
+        Twin(rules.Muon, ("Muon",), {"": "momentum_buffer"}, _QUINTIC),
     )
 }
 
@@ -97,7 +79,7 @@ def rule_of(name: str, group: dict[str, Any]) -> Rule:
         raise ValueError(f"{what}: the param group lacks {names_of(missing)}")
     rule = twin.rule(**{f: _own(group[f]) for f in names})
     penalty = 0 if "weight_decay" in names else group.get("weight_decay", 0)
-    return OptimiserChain(WeightDecay(_own(penalty)), rule) if penalty else rule
+    return rules.OptimiserChain(rules.WeightDecay(_own(penalty)), rule) if penalty else rule
 
 
 def options_of(rule: Rule, name: str) -> dict[str, Any]:
@@ -106,9 +88,9 @@ def options_of(rule: Rule, name: str) -> dict[str, Any]:
     if rule.scheduled:
         raise ValueError(f"{what} keeps no schedules: {rule!r}; adjust it to a number first, and schedule it there")
     penalty, inner = 0.0, rule
-    if isinstance(rule, OptimiserChain) and len(rule) == 2 and type(rule[0]) is WeightDecay:
+    if isinstance(rule, rules.OptimiserChain) and len(rule) == 2 and type(rule[0]) is rules.WeightDecay:
         penalty, inner = rule[0].weight_decay, rule[1]
-    elif isinstance(rule, OptimiserChain) and len(rule) == 1:
+    elif isinstance(rule, rules.OptimiserChain) and len(rule) == 1:
         inner = rule[0]
     twin = TWINS.get(type(inner))
     if twin is None or name not in twin.classes or (penalty and "weight_decay" in hyperparameters(inner)):
@@ -126,7 +108,7 @@ def stepper_of(rule: Rule) -> Rule:
 
 def _members(rule: Rule) -> list[Rule]:
     """The rule and those inside it whose states are found in its own: members of chains, and what a master has."""
-    inner = rule.inner if isinstance(rule, OptimiserChain | MixedPrecision) else ()
+    inner = rule.inner if isinstance(rule, rules.OptimiserChain | rules.MixedPrecision) else ()
     return [rule, *(found for member in inner for found in _members(member))]
 
 
@@ -170,7 +152,7 @@ def _part(example: Any, value: Any, x: Tensor, what: str) -> Any:
 
 def write_state(rule: Rule, state: Any, count: int, x: Tensor) -> dict[str, Any]:
     """A state as torch has it."""
-    inner, own = (rule[len(rule) - 1], state[-1]) if isinstance(rule, OptimiserChain) else (rule, state)
+    inner, own = (rule[len(rule) - 1], state[-1]) if isinstance(rule, rules.OptimiserChain) else (rule, state)
     twin = TWINS[type(inner)]
     saved: dict[str, Any] = {"step": torch.tensor(float(count))}
     for name, part in entries_of(own):

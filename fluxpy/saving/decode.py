@@ -5,6 +5,7 @@ in a file only those of `fluxpy.schedules` are looked up.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,19 +16,7 @@ from ..pytree import HOLE, Skeleton, skeleton_of, tensors_in
 from ..rule import Rule, field_of
 from ..text import form, names_of
 from .format import SCALARS, SCHEDULES, state_template
-from .values import (
-    alike,
-    dense_copy,
-    describe,
-    describe_rule,
-    dtype_of,
-    is_none,
-    malformed,
-    may_replace,
-    names_in_file,
-    require_stored,
-    short_repr,
-)
+from .values import describe, is_none, kind_of_number, malformed, short_repr
 
 # A tensor as hyperparameter may have as many elements as the parameter, or so many: tables, and factors for each row.
 MAX_ELEMENTS = 65_536
@@ -121,7 +110,7 @@ class Decoder:
     def _state(self, own: Leaf, rule: Rule, saved: dict[str, Any]) -> Any:
         template = self._template(own, rule)
         if saved.keys() != set(template.spec.names):
-            raise Misfit("rule", f"expected the momenta {names_of(template.spec.names)}, got {names_in_file(saved)}")
+            raise Misfit("rule", f"expected the momenta {names_of(template.spec.names)}, got {_names_in_file(saved)}")
         device = next((t.device for t in tensors_in(own.state)), self._device)
         pairs = zip(template.spec.names, template.parts, strict=True)
         return template.spec.build([_decode_part(name, saved[name], example, device) for name, example in pairs])
@@ -130,7 +119,7 @@ class Decoder:
         """The numbers that a state goes on with, or one that is still to be made."""
         spec = self._template(own, rule).spec
         if not saved.keys() <= set(spec.names):
-            raise Misfit("rule", f"expected numbers among {names_of(spec.names)}, got {names_in_file(saved)}")
+            raise Misfit("rule", f"expected numbers among {names_of(spec.names)}, got {_names_in_file(saved)}")
         parts = [_decode_part(name, saved[name], None, self._device) if name in saved else HOLE for name in spec.names]
         return Skeleton(spec, parts)
 
@@ -146,16 +135,16 @@ def _decode_part(name: str, saved: Any, example: Any, device: torch.device | Non
     """One part of a state. `example` says what it must be, unless that is None: then it may be anything plain."""
     place = f"['state'][{name!r}]"
     if isinstance(saved, Tensor):
-        if isinstance(example, Tensor) and not alike(saved, example):
+        if isinstance(example, Tensor) and not _alike(saved, example):
             raise Misfit("shape", f"momentum {name!r}: expected {describe(example)}, got {describe(saved)}")
         number = type(example) in (int, float) and not saved.ndim  # a tensor, where a hyperparameter is one
         if not (isinstance(example, Tensor) or number or example is None):
             raise malformed(place, describe(example), saved)
         if example is None:
-            require_stored(saved, place)
-        return dense_copy(saved, device, place)
+            _require_stored(saved, place)
+        return _dense_copy(saved, device, place)
     saved = None if is_none(saved) else saved
-    if not (saved is None or isinstance(saved, SCALARS)) or not (example is None or alike(saved, example)):
+    if not (saved is None or isinstance(saved, SCALARS)) or not (example is None or _alike(saved, example)):
         raise malformed(place, describe(example), saved)
     return saved
 
@@ -172,7 +161,7 @@ class RuleDecoder:
         names = [field.name for field in dataclasses.fields(own)]
         sound = isinstance(saved, dict) and saved.get("type") == type(own).__name__
         if not sound or saved.keys() != {"type", *names}:
-            raise Misfit("rule", f"expected {type(own).__name__} ({names_of(names)}), got {describe_rule(saved)}")
+            raise Misfit("rule", f"expected {type(own).__name__} ({names_of(names)}), got {_describe_rule(saved)}")
         values = {name: self._hyperparameter(own, name, saved[name], f"{place}.{name}") for name in names}
         rule = object.__new__(type(own))  # not by a call: a rule may write an __init__ of its own
         rule.__dict__.update(values)
@@ -191,8 +180,8 @@ class RuleDecoder:
             return own
         value = self._value(saved, own, place)
         if isinstance(own, torch.dtype):
-            value = dtype_of(value, place)
-        if not may_replace(value, (own, field.default)):
+            value = _dtype_of(value, place)
+        if not _may_replace(value, (own, field.default)):
             raise malformed(place, f"a value like {own!r}", saved)
         if self._keep and not isinstance(own, Tensor) and not isinstance(value, Tensor) and own != value:
             raise Misfit("rule", f"expected {name}={own!r}, got {name}={value!r}, and it shapes the state")
@@ -220,8 +209,8 @@ class RuleDecoder:
             if saved.numel() > self._largest:
                 expected, got = f"a tensor of at most {self._largest:,} elements", form(saved.shape, saved.dtype)
                 raise ValueError(f"{place}: expected {expected}, got {got}")
-            require_stored(saved, place)
-            self._copies[id(saved)] = dense_copy(saved, self._device, place)
+            _require_stored(saved, place)
+            self._copies[id(saved)] = _dense_copy(saved, self._device, place)
         return self._copies[id(saved)]
 
     def _callable(self, saved: str, own: Any, place: str) -> Any:
@@ -241,3 +230,53 @@ class RuleDecoder:
             if key != "type"
         }
         return SCHEDULES[name](**arguments)
+
+
+# --- Single values, which may be anything -------------------------------------------------------------------------
+
+
+def _describe_rule(saved: Any) -> str:
+    if not isinstance(saved, dict):
+        return short_repr(saved)
+    name = saved.get("type")
+    names = [key for key in saved if not (isinstance(key, str) and key == "type")]
+    return f"{name if isinstance(name, str) else short_repr(name)} ({_names_in_file(names)})"
+
+
+def _names_in_file(keys: Iterable[Any]) -> str:
+    """The names in a file, which may be anything."""
+    keys = list(keys)
+    return names_of(keys) if all(isinstance(key, str) for key in keys) else short_repr(keys)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Tensors of one shape and kind of number, two numbers, or two values of one type."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and kind_of_number(a) == kind_of_number(b)
+    return type(a) is type(b) or (type(a) in (int, float) and type(b) in (int, float))
+
+
+def _may_replace(value: Any, known: tuple[Any, ...]) -> bool:
+    """Whether a hyperparameter may take a value, if these are known ones. Tensors and schedules go for any."""
+    if any(isinstance(v, Tensor | Callable | None) for v in known) or isinstance(value, Tensor | Callable):
+        return True
+    return any(_alike(value, v) for v in known)
+
+
+def _dtype_of(value: Any, place: str) -> torch.dtype:
+    dtype = vars(torch).get(value) if isinstance(value, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise malformed(place, "the name of a dtype", value)
+    return dtype
+
+
+def _require_stored(t: Tensor, place: str) -> None:
+    """Refuse a tensor that repeats stored numbers, as an expanded one: a copy of it may be of any size."""
+    if t.layout is torch.strided and t.numel() * t.element_size() > t.untyped_storage().nbytes():
+        raise ValueError(f"{place}: expected a tensor with all its elements, got an expanded {form(t.shape, t.dtype)}")
+
+
+def _dense_copy(t: Tensor, device: torch.device | None, place: str) -> Tensor:
+    if t.layout is not torch.strided or t.is_meta:
+        raise malformed(place, "a dense tensor", t)
+    return t.detach().to(device or t.device, copy=True)
