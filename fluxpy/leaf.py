@@ -319,11 +319,6 @@ def replace_leaf(
     record.numbers = numbers
 
 
-def pending_numbers(leaf: Leaf) -> Skeleton | None:
-    """The numbers that a leaf will continue with, where these are not those in its state."""
-    return record_of(leaf).pending
-
-
 def init_state(rule: Rule, x: Tensor, count: int, path: str) -> Any:
     """A new state for the parameter `x`, without gradient history and without memory shared with the parameter."""
     tensors, skeleton = _new_state(rule, x, count, path)

@@ -109,7 +109,7 @@ class Structure:
     the spec of optree, if there are other containers than tuples, lists and dicts.
     """
 
-    __slots__ = ("flat", "plan")
+    __slots__ = ("_names", "flat", "plan")
     known: ClassVar[dict[Any, "Structure"]] = {}  # by the spec of optree
     flats: ClassVar[dict[type, "Structure"]] = {}  # by that class
     specs: ClassVar[dict[Any, Any]] = {}  # of optree, by plan
@@ -117,6 +117,7 @@ class Structure:
 
     def __init__(self, plan: Any) -> None:
         self.plan = plan
+        self._names: list[str] = []
         self.flat: Any = None  # for a named tuple of leaves alone, its constructor: faster than optree
 
     @staticmethod
@@ -147,6 +148,13 @@ class Structure:
             example = put_together(self.plan, range(1_000_000))
             Structure.specs[self.plan] = optree.tree_structure(example, none_is_leaf=True, namespace=NAMESPACE)
         return Structure.specs[self.plan]
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each leaf, written as in Python: `["[0].m", "[0].t"]`."""
+        if not self._names:
+            self._names = [accessor.codify("").removeprefix(".") for accessor in self.spec.accessors()]
+        return self._names
 
     def build(self, parts: list[Any]) -> Any:
         """The pytree of these leaves."""
@@ -229,10 +237,6 @@ class Skeleton:
         """The pytree with `HOLE` in place of its tensors."""
         return self.spec.build(self.parts)
 
-    def places(self) -> list[str]:
-        """Where each part is, written as in Python: `[1].m`."""
-        return [accessor.codify("") for accessor in self.spec.spec.accessors()]
-
     def map(self, f: Callable[[Any], Any]) -> "Skeleton":
         """The skeleton of `f` of the pytree, for an `f` that changes numbers and passes tensors on."""
         parts, spec = flatten(f(self.bare()))
@@ -284,9 +288,9 @@ def map_tensors(f: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 
 def entries_of(tree: Any) -> list[tuple[str, Any]]:
-    """`(place, value)` of everything in a pytree, a place written as in Python: `[1].m`."""
-    skeleton = skeleton_of(tree)
-    return list(zip(skeleton.places(), skeleton.parts, strict=True))
+    """`(name, value)` of everything in a pytree, a name written as in Python: `[1].m`."""
+    parts, spec = flatten(tree)
+    return list(zip(spec.names, parts, strict=True))
 
 
 def register(cls: type, flatten: Any, unflatten: Any) -> None:

@@ -43,7 +43,6 @@ from fluxpy import (
     update,
 )
 from fluxpy.saving import file
-from fluxpy.saving.record import read_leaf
 
 resource = pytest.importorskip(
     "resource"
@@ -69,7 +68,7 @@ def run(width=2):
 def image(model, state):
     """All that a failed call must leave as it was."""
     tensors = [*model.state_dict().values(), *torch.utils._pytree.tree_leaves(state)]
-    rest = [(path, leaf.rule, leaf.frozen, read_leaf(leaf).count) for path, leaf in leaves(state)]
+    rest = [(path, leaf.rule, leaf.frozen, leaf.count) for path, leaf in leaves(state)]
     return [t.numpy().tobytes() for t in tensors], repr(rest)
 
 
@@ -349,7 +348,7 @@ def nested(kind, depth):
 def test_deep_trees(tmp_path, kind, depth):
     model, other = nested(kind, depth), nested(kind, depth)
     state, fresh = setup(Adam(), model), setup(Adam(), other)
-    update(state, model, {path: torch.ones(read_leaf(leaf).shape) for path, leaf in leaves(state)})
+    update(state, model, {path: torch.ones(leaf.shape) for path, leaf in leaves(state)})
     freeze(state)
     for name in FORMATS:
         save(tmp_path / name, model=model, state=state)
@@ -430,7 +429,7 @@ def test_a_schedule_that_gives_nan_changes_nothing():
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(ValueError, match="nan"):
         update(state, model, grads)
-    assert all(map(torch.equal, before, model.parameters())) and read_leaf(state[0].weight).count == 2
+    assert all(map(torch.equal, before, model.parameters())) and state[0].weight.count == 2
 
 
 def test_float16_that_overflows():

@@ -13,7 +13,8 @@ import fluxpy
 from fluxpy import Adam, DataLoader, Momentum, OptimiserChain, RMSProp, setup, value
 from fluxpy.learner import Callback, Checkpoint, EarlyStopping, Learner, LearningRateScheduler, lr_find
 
-X, Y = torch.randn(16, 4), torch.randint(0, 2, (16,))
+SEEDED = torch.Generator().manual_seed(0)
+X, Y = torch.randn(16, 4, generator=SEEDED), torch.randint(0, 2, (16,), generator=SEEDED)
 
 
 def data():

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..leaf import Leaf, pending_numbers
+from ..leaf import Leaf, record_of
 from ..pytree import HOLE, entries_of
 from ..saving.format import Encoder
-from ..saving.record import read_leaf
 from ..state import State, each_leaf
 from .sharding import all_gather, has_process_group
 
@@ -43,15 +42,14 @@ def assert_same_on_all_ranks(state: State | Leaf) -> None:
 
 def _describe(encoder: Encoder, leaf: Leaf) -> dict[str, str]:
     """What must be the same of a leaf, by name, as texts."""
-    record, pending = read_leaf(leaf), pending_numbers(leaf)
-    rule: Any = encoder.leaf(record, [])["rule"]
+    pending = record_of(leaf).pending
     entries = [] if leaf.state is None else entries_of(leaf.state)
-    numbers = {place: part for place, part in entries if not isinstance(part, Tensor)}
+    numbers = {name: part for name, part in entries if not isinstance(part, Tensor)}
     return {
-        "shape": f"{record.dtype}{list(record.shape)}",
-        "rule": re.sub(r" at 0x[0-9a-f]+", "", _text(rule)),
-        "frozen": str(record.frozen),
-        "count": str(record.count),
+        "shape": f"{leaf.dtype}{list(leaf.shape)}",
+        "rule": re.sub(r" at 0x[0-9a-f]+", "", _text(encoder.value(leaf.rule))),
+        "frozen": str(leaf.frozen),
+        "count": str(leaf.count),
         "state": f"{len(entries)} parts, {numbers}" if leaf.state is not None else "None",
         "pending": str(None if pending is None else [part for part in pending.parts if part is not HOLE]),
     }

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +15,6 @@ from ..state import State, bind, leaf_list, leaves, require_state, setup
 from ..text import bare_name, names_of
 from .groups import OPTIONS, Member, ParamGroup, ParamGroups
 from .twins import TWINS, options_of, read_state, rule_of, stepper_of, write_state
-
-
-class _Content(NamedTuple):
-    """What a leaf gets."""
-
-    rule: Rule | None
-    state: Any
-    steps: int
 
 
 def from_torch(optimizer: torch.optim.Optimizer, model: Any) -> Any:
@@ -52,24 +44,21 @@ def from_torch(optimizer: torch.optim.Optimizer, model: Any) -> Any:
     rules = {id(x): rule for group, rule in groups for x in group["params"]}
     if strange := sum(len(group["params"]) for group, _ in groups) - sum(id(x) in rules for x in params.values()):
         raise ValueError(f"from_torch: {strange} parameters of the optimiser are not in the model")
-    contents = []
-    for path, x in params.items():
+    found = [_momenta(rules.get(id(x)), x, optimizer.state.get(x, {}), path) for path, x in params.items()]
+    for leaf, x, (own, count) in zip(leaf_list(state), params.values(), found, strict=True):
         rule = rules.get(id(x))
-        contents.append(_content(rule, x, optimizer.state.get(x, {}), path))
-    for leaf, content, x in zip(leaf_list(state), contents, params.values(), strict=True):
-        frozen = leaf.frozen or content.rule is None
-        own = content.state
-        if own is None and not frozen:
-            own = init_state(content.rule, x, 0, "")  # pyright: ignore[reportArgumentType]
-        replace_leaf(leaf, rule=content.rule, frozen=frozen, state=own, count=content.steps, pending=None)
+        frozen = leaf.frozen or rule is None
+        if rule is not None and own is None and not frozen:
+            own = init_state(rule, x, 0, "")
+        replace_leaf(leaf, rule=rule, frozen=frozen, state=own, count=count, pending=None)
     return state
 
 
-def _content(rule: Rule | None, x: Tensor, saved: Mapping[str, Any], path: str) -> _Content:
-    """What a leaf gets of a rule and torch's state of its parameter, which is empty before the first step."""
+def _momenta(rule: Rule | None, x: Tensor, saved: Mapping[str, Any], path: str) -> tuple[Any, int]:
+    """The state and the count of a rule, of torch's state of a parameter, which is empty before the first step."""
     if rule is None or not any(value is not None for value in saved.values()):
-        return _Content(rule, None, 0)
-    return _Content(rule, *read_state(rule, x, dict(saved), path))
+        return None, 0
+    return read_state(rule, x, dict(saved), path)
 
 
 def to_torch(state: State | Leaf, model: Any, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -152,13 +141,12 @@ def load_from_torch(groups: ParamGroups, d: Mapping[str, Any]) -> None:
     contents, kept = [], {}
     for member, packed, saved in _matched(groups.current(), d["param_groups"], d["state"]):
         rule = _with_options(member.leaf.rule, packed)
-        contents.append((member.leaf, _content(rule, member.x, saved, member.path)))
+        contents.append((member.leaf, rule, *_momenta(rule, member.x, saved, member.path)))
         kept[id(member.leaf)] = {name: value for name, value in packed.items() if name not in OPTIONS}
     shared: dict[Any, Rule | None] = {}
-    for leaf, content in contents:
-        rule = shared.setdefault((id(leaf.rule), value_key(content.rule)), content.rule)
-        replace_leaf(leaf, rule=rule, count=content.steps)
-        replace_leaf(leaf, state=content.state)
+    for leaf, rule, own, count in contents:
+        replace_leaf(leaf, rule=shared.setdefault((id(leaf.rule), value_key(rule)), rule), count=count)
+        replace_leaf(leaf, state=own)
     for group in groups.current():
         group.kept |= kept[id(group.members[0].leaf)]
 
@@ -208,14 +196,10 @@ def _with_options(rule: Rule, group: dict[str, Any]) -> Rule:
         if callable(old):
             return old
         if member is stepper:
-            return _like(old, getattr(new, name))
+            value = getattr(new, name)  # for a number a number: `capturable` users of torch keep tensors
+            return value.item() if isinstance(value, Tensor) and not isinstance(old, Tensor) else value
         if any(member is known for known in penalties):
             return getattr(penalty, name, 0.0)
         return old
 
     return replace(rule, change)
-
-
-def _like(old: Any, new: Any) -> Any:
-    """A number for a number: `capturable` users of torch keep tensors."""
-    return new.item() if isinstance(new, Tensor) and not isinstance(old, Tensor) else new

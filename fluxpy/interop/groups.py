@@ -12,9 +12,8 @@ from torch import Tensor
 from ..adjust import adjust
 from ..leaf import Leaf
 from ..rule import Rule, at, hyperparameters, rule_key, rules_in, title, value_key
-from ..state import State, leaf_list, shape_of, tree_context
+from ..state import State, leaf_list, select, shape_of, tree_context
 from ..text import unknown
-from ..tree import TreeSpec
 from .live import LiveDict
 
 # All that a group of an optimiser of torch has.
@@ -74,7 +73,6 @@ class ParamGroup(LiveDict):
         self.take(members)
 
     def take(self, members: Sequence[Member]) -> None:
-        """Make these its leaves."""
         self.members = list(members)
         self._fixed = {"params": [m.x for m in members], "names": [m.path for m in members]}
         self._view: State | None = None
@@ -141,9 +139,8 @@ class ParamGroup(LiveDict):
     def view(self) -> State:
         """Its leaves as a view of the tree, for the verbs."""
         if self._view is None:
-            specs = tuple(TreeSpec("leaf", index=m.number) for m in self.members)
-            spec = TreeSpec("selection", tuple(m.path for m in self.members), specs)
-            self._view = State(spec, leaf_list(self._state))
+            own = {m.path for m in self.members}
+            self._view = select(self._state, lambda path, _: path in own)
         return self._view
 
     def _first(self) -> str:
@@ -230,9 +227,8 @@ class ParamGroups:
 
 def _equal(members: Sequence[Member]) -> list[list[Member]]:
     """The members with equal rules together, in the order of the first of each."""
-    keys: dict[int, Any] = {}
-    for rule in {id(m.leaf.rule): m.leaf.rule for m in members}.values():
-        keys[id(rule)] = rule_key(rule)
+    rules = {id(m.leaf.rule): m.leaf.rule for m in members}
+    keys = {number: rule_key(rule) for number, rule in rules.items()}
     found: dict[Any, list[Member]] = {}
     for member in members:
         found.setdefault(keys[id(member.leaf.rule)], []).append(member)

@@ -24,7 +24,7 @@ class LeafMomenta(LiveDict):
 
     def parts(self) -> dict[str, Any]:
         state = self._leaf.state
-        return {} if state is None else {place.removeprefix("."): part for place, part in entries_of(state)}
+        return {} if state is None else dict(entries_of(state))
 
     def __getitem__(self, name: str) -> Any:
         return self.parts()[name]
@@ -38,9 +38,8 @@ class LeafMomenta(LiveDict):
         if unknown := values.keys() - old.keys():
             raise ValueError(f"optimizer.state: no {names_of(sorted(unknown))} here; there is {names_of(old)}")
         for name, value in values.items():
-            if isinstance(value, Tensor) != isinstance(old[name], Tensor):
-                raise ValueError(f"optimizer.state: {name!r} is {_kind(old[name])}, but got {_kind(value)}")
-            if isinstance(value, Tensor) and value.shape != old[name].shape:
+            tensors = [x for x in (value, old[name]) if isinstance(x, Tensor)]
+            if tensors and (len(tensors) == 1 or value.shape != old[name].shape):
                 raise ValueError(f"optimizer.state: {name!r} is {_kind(old[name])}, but got {_kind(value)}")
         if any(value is not old[name] for name, value in values.items()):
             spec = skeleton_of(self._leaf.state).spec

@@ -73,7 +73,8 @@ class TorchOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         groups = [(group["names"], group.kept) for group in self._groups.current()]
-        return {"tree": self._tree, "params": self._params, "groups": groups, "training_weights": self._aside()}
+        training = None if self._exchange is None else self._exchange.training
+        return {"tree": self._tree, "params": self._params, "groups": groups, "training_weights": training}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make an optimiser of a tree and its parameters. As in torch, hooks are not kept by pickles and copies."""
@@ -89,7 +90,8 @@ class TorchOptimizer(Optimizer):
             self._groups.regroup(state["groups"])
         self._exchange: Exchange | None = None  # while it is in evaluation mode
         if state.get("training_weights") is not None:
-            self._resume(self._new_exchange(), state["training_weights"])
+            self._exchange = self._new_exchange()
+            self._exchange.resume(state["training_weights"])
         defaults: dict[str, Any] = {}
         for group in reversed(self._groups.current()):
             defaults |= group.shown()[0]
@@ -190,15 +192,6 @@ class TorchOptimizer(Optimizer):
         if self._exchange is not None:
             raise RuntimeError(f"{what} is refused after optimizer.eval(); call optimizer.train() first")
 
-    def _aside(self) -> dict[str, Tensor] | None:
-        """The training weights by path, in evaluation mode."""
-        return None if self._exchange is None else self._exchange.training
-
-    def _resume(self, exchange: Exchange, training: Mapping[str, Tensor]) -> None:
-        """Be in evaluation mode with these training weights."""
-        exchange.resume(training)
-        self._exchange = exchange
-
     def _follow_devices(self) -> bool:
         """Bring momenta to their parameters, after `model.to(...)`; whether any were elsewhere."""
         moved = False
@@ -268,7 +261,8 @@ class TorchOptimizer(Optimizer):
         load_state_dict(self._tree, {"leaves": d["state"], **rest})
         self._groups.regroup([(group["params"], group) for group in d["param_groups"]])
         if exchange is not None:
-            self._resume(exchange, training or {})
+            exchange.resume(training or {})
+            self._exchange = exchange
 
     def _check_weights(self, training: Any) -> None:
         """ValueError for training weights that are not those of parameters here."""
@@ -285,11 +279,9 @@ class TorchOptimizer(Optimizer):
 
 def _plain(group: ParamGroup) -> dict[str, Any]:
     """What a group shows as plain data. What is none, as a dtype, is in the rules that are saved with the leaves."""
-    values = {name: list(v) if isinstance(v, tuple) else v for name, v in group.items() if name not in _OWN}
+    others = ((name, v) for name, v in group.items() if name not in ("params", "names"))
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in others}
     return {name: v for name, v in values.items() if isinstance(v, bool | int | float | str | list | Tensor | None)}
-
-
-_OWN = ("params", "names")
 
 
 def _containers(spec: TreeSpec, params: Sequence[Tensor]) -> Any:

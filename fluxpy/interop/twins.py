@@ -9,29 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import rules
 from ..leaf import init_state
 from ..pytree import entries_of, skeleton_of
 from ..rule import Rule, hyperparameters
-from ..rules import (
-    AdaDelta,
-    Adafactor,
-    AdaGrad,
-    Adam,
-    AdaMax,
-    AdamW,
-    AMSGrad,
-    Descent,
-    MixedPrecision,
-    Momentum,
-    Muon,
-    NAdam,
-    Nesterov,
-    OptimiserChain,
-    RAdam,
-    RMSProp,
-    Rprop,
-    WeightDecay,
-)
 from ..text import names_of
 from .groups import refuse_mode
 
@@ -56,25 +37,26 @@ class Twin:
 
 _MEAN = {"m": "exp_avg", "v": "exp_avg_sq", "t": "step"}
 _PENALTY = {"decoupled_weight_decay": False}
+_QUINTIC = {"ns_coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7}  # torch's defaults, and what our Muon computes
 
 TWINS: dict[type[Rule], Twin] = {
     twin.rule: twin
     for twin in (
-        Twin(Descent, ("SGD",), {}, {"momentum": 0, "nesterov": False}),
-        Twin(Nesterov, ("SGD",), {"": "momentum_buffer"}, {"dampening": 0, "nesterov": True}),
-        Twin(Momentum, ("SGD",), {"": "momentum_buffer"}, {"dampening": 0, "nesterov": False}),
-        Twin(Adam, ("Adam",), _MEAN, {"amsgrad": False, **_PENALTY}),
-        Twin(AdamW, ("AdamW", "Adam"), _MEAN, {"amsgrad": False, "decoupled_weight_decay": True}),
-        Twin(AMSGrad, ("Adam",), {**_MEAN, "peak": "max_exp_avg_sq"}, {"amsgrad": True, **_PENALTY}),
-        Twin(NAdam, ("NAdam",), {**_MEAN, "mu_product": "mu_product"}, _PENALTY),
-        Twin(RAdam, ("RAdam",), _MEAN, _PENALTY),
-        Twin(AdaMax, ("Adamax",), {"m": "exp_avg", "v": "exp_inf", "t": "step"}),
-        Twin(AdaGrad, ("Adagrad",), {"": "sum"}, {"lr_decay": 0}),
-        Twin(AdaDelta, ("Adadelta",), {"v": "square_avg", "u": "acc_delta"}),
-        Twin(RMSProp, ("RMSprop",), {"v": "square_avg", "m": "grad_avg"}, {"momentum": 0}),
-        Twin(Rprop, ("Rprop",), {"dx": "prev", "size": "step_size"}),
-        Twin(Adafactor, ("Adafactor",), {"row": "row_var", "column": "col_var", "v": "variance", "t": "step"}),
-        Twin(Muon, ("Muon",), {"": "momentum_buffer"}, {"ns_coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7}),
+        Twin(rules.Descent, ("SGD",), {}, {"momentum": 0, "nesterov": False}),
+        Twin(rules.Nesterov, ("SGD",), {"": "momentum_buffer"}, {"dampening": 0, "nesterov": True}),
+        Twin(rules.Momentum, ("SGD",), {"": "momentum_buffer"}, {"dampening": 0, "nesterov": False}),
+        Twin(rules.Adam, ("Adam",), _MEAN, {"amsgrad": False, **_PENALTY}),
+        Twin(rules.AdamW, ("AdamW", "Adam"), _MEAN, {"amsgrad": False, "decoupled_weight_decay": True}),
+        Twin(rules.AMSGrad, ("Adam",), {**_MEAN, "peak": "max_exp_avg_sq"}, {"amsgrad": True, **_PENALTY}),
+        Twin(rules.NAdam, ("NAdam",), {**_MEAN, "mu_product": "mu_product"}, _PENALTY),
+        Twin(rules.RAdam, ("RAdam",), _MEAN, _PENALTY),
+        Twin(rules.AdaMax, ("Adamax",), {"m": "exp_avg", "v": "exp_inf", "t": "step"}),
+        Twin(rules.AdaGrad, ("Adagrad",), {"": "sum"}, {"lr_decay": 0}),
+        Twin(rules.AdaDelta, ("Adadelta",), {"v": "square_avg", "u": "acc_delta"}),
+        Twin(rules.RMSProp, ("RMSprop",), {"v": "square_avg", "m": "grad_avg"}, {"momentum": 0}),
+        Twin(rules.Rprop, ("Rprop",), {"dx": "prev", "size": "step_size"}),
+        Twin(rules.Adafactor, ("Adafactor",), {"row": "row_var", "column": "col_var", "v": "variance", "t": "step"}),
+        Twin(rules.Muon, ("Muon",), {"": "momentum_buffer"}, _QUINTIC),
     )
 }
 
@@ -90,13 +72,14 @@ def rule_of(name: str, group: dict[str, Any]) -> Rule:
         raise ValueError(f"{what} has no rule that does the same; known are {', '.join(known)}")
     twin = next((twin for twin in twins if not twin.wrong_modes(group)), None)
     if twin is None:
-        raise ValueError(f"{what} with {_written(twins[-1].wrong_modes(group))}: no rule has this mode")
+        wrong = ", ".join(f"{mode}={value!r}" for mode, value in twins[-1].wrong_modes(group).items())
+        raise ValueError(f"{what} with {wrong}: no rule has this mode")
     names = [f.name for f in fields(twin.rule)]
     if missing := [f for f in names if f not in group]:
         raise ValueError(f"{what}: the param group lacks {names_of(missing)}")
     rule = twin.rule(**{f: _own(group[f]) for f in names})
     penalty = 0 if "weight_decay" in names else group.get("weight_decay", 0)
-    return OptimiserChain(WeightDecay(_own(penalty)), rule) if penalty else rule
+    return rules.OptimiserChain(rules.WeightDecay(_own(penalty)), rule) if penalty else rule
 
 
 def options_of(rule: Rule, name: str) -> dict[str, Any]:
@@ -105,9 +88,9 @@ def options_of(rule: Rule, name: str) -> dict[str, Any]:
     if rule.scheduled:
         raise ValueError(f"{what} keeps no schedules: {rule!r}; adjust it to a number first, and schedule it there")
     penalty, inner = 0.0, rule
-    if isinstance(rule, OptimiserChain) and len(rule) == 2 and type(rule[0]) is WeightDecay:
+    if isinstance(rule, rules.OptimiserChain) and len(rule) == 2 and type(rule[0]) is rules.WeightDecay:
         penalty, inner = rule[0].weight_decay, rule[1]
-    elif isinstance(rule, OptimiserChain) and len(rule) == 1:
+    elif isinstance(rule, rules.OptimiserChain) and len(rule) == 1:
         inner = rule[0]
     twin = TWINS.get(type(inner))
     if twin is None or name not in twin.classes or (penalty and "weight_decay" in hyperparameters(inner)):
@@ -125,7 +108,7 @@ def stepper_of(rule: Rule) -> Rule:
 
 def _members(rule: Rule) -> list[Rule]:
     """The rule and those inside it whose states are found in its own: members of chains, and what a master has."""
-    inner = rule.inner if isinstance(rule, OptimiserChain | MixedPrecision) else ()
+    inner = rule.inner if isinstance(rule, rules.OptimiserChain | rules.MixedPrecision) else ()
     return [rule, *(found for member in inner for found in _members(member))]
 
 
@@ -135,13 +118,19 @@ def read_state(rule: Rule, x: Tensor, saved: dict[str, Any], path: str) -> tuple
     stepper = stepper_of(rule)
     fresh = init_state(rule, x, 0, path)
     step = int(saved.get("step", 0))
-    return _graft(rule, fresh, stepper, lambda state: _read(TWINS[type(stepper)], state, saved, x, path)), step
+
+    def graft(inner: Rule, state: Any) -> Any:
+        if inner is stepper:
+            return _read(TWINS[type(stepper)], state, saved, x, path)
+        return inner.map_inner_states(graft, state)
+
+    return graft(rule, fresh), step
 
 
 def _read(twin: Twin, fresh: Any, saved: dict[str, Any], x: Tensor, path: str) -> Any:
     parts = []
-    for place, part in entries_of(fresh):
-        name = twin.parts[place.removeprefix(".")]
+    for own_name, part in entries_of(fresh):
+        name = twin.parts[own_name]
         if saved.get(name) is None:
             raise ValueError(f"the state of {path!r} has no {name!r}, which {twin.rule.__name__} needs")
         parts.append(_part(part, saved[name], x, f"{name!r} of {path!r}"))
@@ -161,28 +150,17 @@ def _part(example: Any, value: Any, x: Tensor, what: str) -> Any:
     return value.to(device=x.device, dtype=wider, copy=True)
 
 
-def _graft(rule: Rule, state: Any, stepper: Rule, read: Any) -> Any:
-    """`state` of `rule` with `read` of the part that is the stepper's."""
-    if rule is stepper:
-        return read(state)
-    if isinstance(rule, MixedPrecision):
-        return state._replace(state=_graft(rule.rule, state.state, stepper, read))
-    if isinstance(rule, OptimiserChain):
-        return tuple([_graft(r, s, stepper, read) for r, s in zip(rule.rules, state, strict=True)])
-    return state
-
-
 def write_state(rule: Rule, state: Any, count: int, x: Tensor) -> dict[str, Any]:
     """A state as torch has it."""
-    inner, own = (rule[len(rule) - 1], state[-1]) if isinstance(rule, OptimiserChain) else (rule, state)
+    inner, own = (rule[len(rule) - 1], state[-1]) if isinstance(rule, rules.OptimiserChain) else (rule, state)
     twin = TWINS[type(inner)]
     saved: dict[str, Any] = {"step": torch.tensor(float(count))}
-    for place, part in entries_of(own):
+    for name, part in entries_of(own):
         if not isinstance(part, Tensor):
             part = torch.tensor(float(part), dtype=torch.float64)  # torch makes of it what it needs
         elif x.is_complex():
             part = torch.view_as_complex(part.contiguous())
-        saved[twin.parts[place.removeprefix(".")]] = part.detach().clone()
+        saved[twin.parts[name]] = part.detach().clone()
     if twin.classes in (("SGD",), ("Muon",)):  # which do not count
         del saved["step"]
     return saved
@@ -193,7 +171,3 @@ def _own(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_own, value))
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _written(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from .core import near, open_data
+from .events import name_of
 from .metrics import Accuracy, Loss, MatthewsCorrelationCoefficient, Mean, Metric, Outside, Perplexity, Top5Accuracy
 from .window import option
 
@@ -39,7 +40,6 @@ class Metrics:
         return [metric.name for metric in self.all]
 
     def update(self, step: Any) -> None:
-        """Count a batch."""
         if step.output is None and len(self.all) > 1:
             raise ValueError(f"the metric {self.names[1]!r} needs an output: return (loss, output) from training_step")
         for metric in self.all:
@@ -121,7 +121,7 @@ def _metric(metric: Any, name: str | None, loss: Any) -> Metric:
             return Outside(metric, name or type(metric).__name__)
         if not callable(metric):
             raise TypeError(f"a metric is a name, a function (output, target) -> number or an object, not {metric!r}")
-        own = getattr(metric, "__name__", type(metric).__name__)
+        own = name_of(metric)
         if name is None and own == "<lambda>":
             raise ValueError("a metric that is a lambda needs a name: metrics={'name': lambda output, target: ...}")
         return Mean(metric, name or own)

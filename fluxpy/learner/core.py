@@ -13,7 +13,7 @@ from ..containers import open_data
 from ..context import reads_at_once
 from ..data import require_batches
 from ..distributed.parallel import modules_in
-from ..distributed.sharding import all_gather, copy_whole, whole_tensor
+from ..distributed.sharding import all_gather, whole_tensor
 from ..gradient import Gradients
 from ..grads import in_order
 from ..leaf import Leaf
@@ -22,7 +22,7 @@ from ..rule import Rule, hyperparameters, rules_in
 from ..saving.checkpoint import write_checkpoint
 from ..saving.file import read as read_file
 from ..saving.file import remove_leftovers
-from ..saving.model import match_tensors, model_tensors
+from ..saving.model import match_tensors, model_tensors, write_tensors
 from ..saving.state_dict import changed_rules, changes_of_rules, plain_rules
 from ..show import tree_as_html
 from ..state import Rules, State, bind, select, tree_context
@@ -102,16 +102,8 @@ def match_model(model: Any, saved: dict[str, Tensor]) -> list[tuple[Tensor, Tens
     return pairs
 
 
-def load_model(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Write what `match_model` paired."""
-    with torch.no_grad():
-        for here, there in pairs:
-            copy_whole(here, there)
-    torch.clear_autocast_cache()  # an autocast around this has cast the old weights
-
-
 def copied(there: Tensor, like: Tensor) -> Tensor:
     """A copy where this parameter is, spread over the processes as that is."""
     here = torch.empty_like(like, dtype=there.dtype, requires_grad=False)
-    load_model([(here, there)])
+    write_tensors([(here, there)])
     return here

@@ -104,7 +104,7 @@ class Source:
 
     def generators(self) -> list[Any]:
         """What the data is drawn from, wherever the loader holds it: in samplers, in the data set, in lists of them."""
-        found: dict[int, Any] = {}
+        found: list[Any] = []
         seen: dict[int, Any] = {}
         todo = [(self.loader, 0)]
         while todo and len(seen) < _MOST:
@@ -113,13 +113,13 @@ class Source:
                 continue
             seen[id(x)] = x
             if isinstance(x, _GENERATORS):
-                found[id(x)] = x
+                found.append(x)
             elif isinstance(x, list | tuple | Mapping):
                 inside = list(x.values() if isinstance(x, Mapping) else x) if len(x) <= _MANY else []
                 todo += [(part, depth + 1) for part in inside]
             elif hasattr(x, "__dict__") and not isinstance(x, Tensor | nn.Module | type | ModuleType):
                 todo += [(part, depth + 1) for part in vars(x).values()]
-        return list(found.values())
+        return found
 
 
 _END = object()

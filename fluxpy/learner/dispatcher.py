@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from .events import EVENTS, Cancel, acting_order, listener, name_of
+from .events import EVENTS, Cancel, listeners, name_of
 
 
 class Dispatcher:
@@ -22,14 +22,12 @@ class Dispatcher:
         # The listeners of each event are found once, so that an event without listeners costs nothing.
         self._agreed: set[str] = set()  # events after which several processes agree on a cancel
         self._listeners: dict[str, list[tuple[Callable[[Any], Any], str]]] = {event: [] for event in EVENTS}
-        for callback in acting_order(callbacks):
-            for event, listeners in self._listeners.items():
-                call = listener(callback, event)
-                if call is not None:
-                    listeners.append((call, name_of(callback)))
-                    # What a class says holds for itself alone: one derived from it may cancel.
-                    if not learner.ranks.alone and vars(type(callback)).get("cancels", True):
-                        self._agreed.add(event)
+        for event in EVENTS:
+            for callback, call in listeners(callbacks, event):
+                self._listeners[event].append((call, name_of(callback)))
+                # What a class says holds for itself alone: one derived from it may cancel.
+                if not learner.ranks.alone and vars(type(callback)).get("cancels", True):
+                    self._agreed.add(event)
 
     @contextmanager
     def level(self, level: str, close: Callable[[bool], None] = lambda done: None) -> Iterator[None]:

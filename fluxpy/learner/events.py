@@ -14,7 +14,7 @@ one of them cancels is cancelled after that.
 import difflib
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Integral
 from typing import Any, ClassVar, SupportsIndex, overload
 
@@ -42,10 +42,8 @@ class Event(str):
     __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, str) and other not in EVENTS:
-            meant = difflib.get_close_matches(other, EVENTS)
-            if meant:
-                raise ValueError(f"there is no event {other!r}; did you mean {' or '.join(map(repr, meant))}?")
+        if isinstance(other, str) and other not in EVENTS and difflib.get_close_matches(other, EVENTS):
+            raise ValueError(f"there is no event {other!r}; {near(other, EVENTS)}")
         return str.__eq__(self, other) is True
 
     def __ne__(self, other: object) -> bool:
@@ -147,17 +145,14 @@ class Callback:
         return None
 
 
-def listener(callback: Any, event: str) -> Any:
-    """What to call with the Learner at an event; None where this callback does nothing then."""
-    if isinstance(callback, Callback) and type(callback).__call__ is Callback.__call__:
-        return getattr(callback, f"on_{event}", None)
+def listeners(callbacks: Iterable[Any], event: str) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
+    """The callbacks that do something at an event, in the order in which they act, each with what to call then."""
     name = Event(event)
-    return lambda learner: callback(learner, name)
-
-
-def acting_order(callbacks: Iterable[Any]) -> list[Any]:
-    """The callbacks in the order in which they act."""
-    return sorted(callbacks, key=lambda c: isinstance(c, Callback) and c.acts_last)
+    for callback in sorted(callbacks, key=lambda c: isinstance(c, Callback) and c.acts_last):
+        if not isinstance(callback, Callback) or type(callback).__call__ is not Callback.__call__:
+            yield callback, lambda learner, act=callback: act(learner, name)
+        elif (method := getattr(callback, f"on_{event}", None)) is not None:
+            yield callback, method
 
 
 def name_of(callback: Any) -> str:

@@ -306,8 +306,8 @@ class Learner:
 
     def explain(self, callbacks: Iterable[Any] = ()) -> str:
         """Which callbacks act at which event, in their order, as text."""
-        chosen = events.acting_order([*self.callbacks, *(events.checked(callbacks) or self._loop.callbacks)])
-        acting = {e: [events.name_of(c) for c in chosen if events.listener(c, e) is not None] for e in EVENTS}
+        chosen = [*self.callbacks, *(events.checked(callbacks) or self._loop.callbacks)]
+        acting = {e: [events.name_of(callback) for callback, _ in events.listeners(chosen, e)] for e in EVENTS}
         return "\n".join(f"{event:<26}{', '.join(names) or '-'}" for event, names in acting.items())
 
     # --- Saving -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from .learner import Learner
 
 LOSS = "the loss"  # how messages about it begin
-# What is kept of a run, besides its model and state, before it has begun.
-NEW: dict[str, Any] = {"lengths": {}, "row": {}, "seconds": {}, "rng_at_start": None, "window": {}}
 
 
 class Loop:
@@ -49,17 +48,17 @@ class Loop:
         self.callbacks = callbacks or []  # those of this fit only
         self.dispatcher = Dispatcher()
         self.saved = saved  # the saved run to go on with, until that is done
-        kept = saved or NEW
+        kept = saved or {}
         # The state with which the run began; before it has, nothing.
         self.beginning: dict[str, Any] = {name: kept[name] for name in ("rules", "frozen") if name in kept}
-        self.lengths: dict[str, int | None] = dict(kept["lengths"])  # how many batches each phase had
+        self.lengths: dict[str, int | None] = dict(kept.get("lengths", {}))  # how many batches each phase had
         self.uncompared = set(self.lengths)  # the phases of a saved run whose data was not seen yet
         # Of the epoch and the phase, until they are done:
-        self.row: dict[str, Any] = dict(kept["row"])  # what the history will have of the epoch
-        self.spent: dict[str, float] = dict(kept["seconds"])  # what a saved run had spent on them
+        self.row: dict[str, Any] = dict(kept.get("row", {}))  # what the history will have of the epoch
+        self.spent: dict[str, float] = dict(kept.get("seconds", {}))  # what a saved run had spent on them
         self.epoch_began = self.phase_began = 0.0  # by `time.monotonic`; earlier by what was spent
-        self.rng_at_start: dict[str, Any] | None = kept["rng_at_start"]  # with which the data of the phase was begun
-        self.window = Window(**kept["window"])  # gradients that wait for an update
+        self.rng_at_start: dict[str, Any] | None = kept.get("rng_at_start")  # with which the data was begun
+        self.window = Window(**kept.get("window", {}))  # gradients that wait for an update
         self.nonfinite: str | None = kept.get("nonfinite")  # what was not in the saved part of the phase
         # Of the batch:
         self.predicted = False  # whether it has told its output, in validation
@@ -171,7 +170,7 @@ class Loop:
         if getattr(source.loader, "persistent_workers", False):
             self.ranks.warn(
                 f"{source.name} has persistent_workers=True, whose random numbers nobody can save: the resumed run is "
-                "not exactly the one that was saved; with persistent_workers=False it is"
+                "exactly the one that was saved only with persistent_workers=False"
             )
 
     def _training(self) -> None:
@@ -263,10 +262,9 @@ class Loop:
 
     def _training_batch(self) -> None:
         learner, step = self.learner, self.learner.step
-        f = self._forward(learner.training_step)
-        (step.loss, step.output), step.grads = withgradient(
-            f, learner.model, step.input, step.target, state=learner.state
-        )
+        f = partial(self._run, learner.training_step)
+        args = learner.model, step.input, step.target
+        (step.loss, step.output), step.grads = withgradient(f, *args, state=learner.state)
         self.ranks.busy = False
         step.number = number(step.loss)
         if not self._is_finite(step):
@@ -280,31 +278,28 @@ class Loop:
     def _validation_batch(self) -> None:
         learner, step = self.learner, self.learner.step
         self.predicted = False
-        f = self._forward(learner.validation_step)
-        step.loss, step.output = f(learner.model, step.input, step.target)
+        step.loss, step.output = self._run(learner.validation_step, learner.model, step.input, step.target)
         step.number = number(step.loss)
         if not self.predicted:
             learner.predicted(step.output)
         learner.metrics.update(step)
 
-    def _forward(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def _run(self, step: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
         """A step under the autocast that was asked for, as (loss, output). After it all processes know each other's
         losses, and whether to go on."""
-        learner, ranks = self.learner, self.learner.ranks
+        learner, ranks = self.learner, self.ranks
 
-        def forward(*args: Any) -> Any:
-            def act() -> Any:
-                with learner.casting():
-                    return loss_and_output(step(*args), learner.step.output)
+        def act() -> tuple[Any, Any]:
+            with learner.casting():
+                return loss_and_output(step(*args), learner.step.output)
 
-            ranks.busy = ranks.spread
-            value, self.losses = ranks.attempt(
-                "a step", act, lambda value: value[0].item() if reads_at_once(value[0]) else 0.0
-            )
-            ranks.busy = learner.training
-            return value
+        def loss(value: tuple[Any, Any]) -> float:
+            return value[0].item() if reads_at_once(value[0]) else 0.0
 
-        return forward
+        ranks.busy = ranks.spread
+        value, self.losses = ranks.attempt("a step", act, loss)
+        ranks.busy = learner.training
+        return value
 
     def _is_finite(self, step: Step) -> bool:
         """Whether the loss is. On a device nothing is read: there what is not finite holds back update and metrics."""

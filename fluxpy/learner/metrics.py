@@ -1,8 +1,6 @@
 """Metrics over a phase: sums on the device, read only when asked for. All are right for batches of different sizes."""
 
-import functools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -62,7 +60,7 @@ class Metric:
 
     def total(self, every: list[Any]) -> Any:
         """What `peek` gave on each of several processes, together: the sums of their batches are added."""
-        return tuple(functools.reduce(operator.add, column) for column in zip(*every, strict=True))
+        return tuple(map(sum, zip(*every, strict=True)))
 
     def state_dict(self) -> list[Any]:
         """The sums as plain data."""

@@ -145,10 +145,8 @@ class Ranks:
         for name, mine in every[0].items():
             for rank, other in enumerate(every):
                 if other[name] != mine:
-                    raise ValueError(
-                        f"{place} must be called alike on all processes, but {name} is {mine!r} on rank 0 and "
-                        f"{other[name]!r} on rank {rank}"
-                    )
+                    found = f"{name} is {mine!r} on rank 0 and {other[name]!r} on rank {rank}"
+                    raise ValueError(f"{place} must be called alike on all processes, but {found}")
 
     def require_same_state(self, state: State | Leaf) -> None:
         """AssertionError where `adjust`, `freeze` and their like were called on some of them only."""

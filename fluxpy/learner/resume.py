@@ -9,18 +9,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from .. import leaves, load_state_dict, state_dict
-from . import events
-from .core import (
-    bind,
-    changed_rules,
-    changes_of_rules,
-    copied,
-    load_model,
-    match_model,
-    model_dict,
-    names_of,
-    plain_rules,
-)
+from . import core, events
 from .rng import random_state
 
 if TYPE_CHECKING:
@@ -51,7 +40,7 @@ def save(learner: "Learner", run: "Loop") -> dict[str, Any]:
     history = [dict(row) for row in learner.history if row["epoch"] < progress.epoch]
     saved = {
         "version": _VERSION,
-        "model": model_dict(learner.model, learner.state),
+        "model": core.model_dict(learner.model, learner.state),
         "state": state_dict(learner.state),
         "position": progress.position(),
         "within": progress.within,
@@ -91,13 +80,13 @@ def load(learner: "Learner", saved: Any, hyperparameters: str | None, last: "Loo
     load_weights(learner, saved)
     if saved["hyperparameters"] == "keep":
         saved["rules"] = present["rules"]
-    elif changed := changed_rules(changes_of_rules(present["rules"], saved["rules"]), _OPTION):
+    elif changed := core.changed_rules(core.changes_of_rules(present["rules"], saved["rules"]), _OPTION):
         learner.ranks.warn(changed)
     if changed := _changed_frozen(frozen, saved.get("frozen", frozen)):  # older files do not say
         learner.ranks.warn(changed)
-    params = bind(learner.state, learner.model).params
+    params = core.bind(learner.state, learner.model).params
     pairs = zip(saved["window"]["sums"], params, strict=False)
-    saved["window"] = saved["window"] | {"sums": [None if g is None else copied(g, x) for g, x in pairs]}
+    saved["window"] = saved["window"] | {"sums": [None if g is None else core.copied(g, x) for g, x in pairs]}
     learner.history = history_of(saved)
     load_callbacks(learner.callbacks, saved["callbacks"], learner.ranks.warn)
     return saved
@@ -121,7 +110,7 @@ def history_of(saved: dict[str, Any]) -> events.History:
 
 def as_now(learner: "Learner", saved: dict[str, Any]) -> dict[str, Any]:
     """A run that was loaded, with model and state as they are by now: a script may have changed them since."""
-    now = {"model": model_dict(learner.model, learner.state), "state": state_dict(learner.state)}
+    now = {"model": core.model_dict(learner.model, learner.state), "state": state_dict(learner.state)}
     return saved | now | {"hyperparameters": "load"}
 
 
@@ -141,22 +130,22 @@ def _of_rank(saved: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
 
 def load_weights(learner: "Learner", saved: dict[str, Any]) -> None:
     """Model and state as they were saved; ValueError where they do not fit, and nothing is done."""
-    pairs = match_model(learner.model, saved["model"])
+    pairs = core.match_model(learner.model, saved["model"])
     load_state_dict(learner.state, saved["state"], hyperparameters=saved["hyperparameters"])
-    load_model(pairs)
+    core.write_tensors(pairs)
 
 
 def beginning_of(state: Any) -> dict[str, list[Any]]:
     """What is kept of the state with which a run begins: the rule of each leaf, and which are frozen."""
     found = dict(leaves(state))
     frozen = [path for path, leaf in found.items() if leaf.frozen]
-    return {"rules": plain_rules({path: leaf.rule for path, leaf in found.items()}), "frozen": frozen}
+    return {"rules": core.plain_rules({path: leaf.rule for path, leaf in found.items()}), "frozen": frozen}
 
 
 def _changed_frozen(now: list[str], saved: list[str]) -> str | None:
     """What to warn of where this run began with other leaves frozen than the saved one."""
     told = {"frozen now, not then": set(now) - set(saved), "frozen then, not now": set(saved) - set(now)}
-    lines = [f"{what}: {names_of(sorted(paths))}" for what, paths in told.items() if paths]
+    lines = [f"{what}: {core.names_of(sorted(paths))}" for what, paths in told.items() if paths]
     first = "the saved run began with other frozen leaves than this one; those of the file count"
     last = "freeze and thaw others in a callback, or after Learner.load_state_dict"
     return "\n  ".join([first, *lines, last]) if lines else None

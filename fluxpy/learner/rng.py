@@ -25,9 +25,7 @@ def set_random_state(d: dict[str, Any]) -> None:
     """Go back to what `random_state` gave, but for the data, whose loaders may have to be made first."""
     for generator, state in zip(_GLOBAL, d["global"], strict=True):
         _set_state(generator, state)
-    if d["cuda"] and torch.cuda.is_available():
-        for index, state in enumerate(d["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state.cpu(), index)
+    torch.cuda.set_rng_state_all([state.cpu() for state in d["cuda"][: torch.cuda.device_count()]])
 
 
 def data_state(sources: Sources) -> list[list[Any]]:

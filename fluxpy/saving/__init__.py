@@ -1,7 +1,6 @@
 """Saving and loading: a state tree as plain data by name, and a whole run in one file.
 
 file         writes and reads one file: whole or not at all, checked, never run; knows no model and no state
-record       what is saved of one leaf
 format       rules, schedules and momenta as plain data
 decode       the way back, checked
 dcp          what a state spread over processes gives to torch.distributed.checkpoint

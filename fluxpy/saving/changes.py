@@ -18,9 +18,8 @@ def changes(now: Any, saved: Any, place: str = "") -> list[str]:
             inner = [(_at(place, key), now[key], saved[key]) for key in now if isinstance(key, str)]
             return [line for at, a, b in inner for line in changes(a, b, at)]
     elif isinstance(now, list) and isinstance(saved, list) and len(now) == len(saved) and _of_dicts(now):
-        return [
-            line for i, (a, b) in enumerate(zip(now, saved, strict=True)) for line in changes(a, b, f"{place}[{i}]")
-        ]
+        pairs = enumerate(zip(now, saved, strict=True))
+        return [line for i, (a, b) in pairs for line in changes(a, b, f"{place}[{i}]")]
     if _same(now, saved):
         return []
     functions = isinstance(now, dict) and isinstance(saved, dict) and "callable" in now and "callable" in saved

@@ -15,7 +15,7 @@ from ..leaf import Leaf
 from ..state import State, require_training_weights, tree_context
 from .file import read, write
 from .format import SCALARS, plain_scalar
-from .model import match_tensors, model_tensors
+from .model import match_tensors, model_tensors, write_tensors
 from .state_dict import Report, changed_rules, load_state_dict, state_dict
 
 MAX_DEPTH = 100  # of lists and dicts in extra
@@ -46,11 +46,10 @@ def save(
     """
     _refuse_positions("save", path, refused)
     _require_one_process("save", model, state)
-    tensors, plain = None if model is None else dict(model_tensors(model)), None
-    if state is not None:
-        plain = state_dict(state)
-        if model is not None:
-            require_training_weights(state, "save(..., model=, state=)")
+    tensors = None if model is None else dict(model_tensors(model))
+    plain = None if state is None else state_dict(state)
+    if model is not None and state is not None:
+        require_training_weights(state, "save(..., model=, state=)")
     write_checkpoint(path, tensors, plain, extra)
 
 
@@ -112,10 +111,7 @@ def load(
             raise ValueError(f"{where}: {error}") from error
         if not report.complete:
             problems.append(f"state: {report}")
-    with torch.no_grad():
-        for own, saved in pairs:  # all was checked before, so none of these can fail
-            own.copy_(saved)
-    torch.clear_autocast_cache()  # an autocast around this has cast the old weights
+    write_tensors(pairs)
     rules = report.changed if report is not None and hyperparameters == "load" else {}
     if changed := changed_rules(rules, 'hyperparameters="keep"'):
         warnings.warn(f"{where}: {changed}", stacklevel=2)

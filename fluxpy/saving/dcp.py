@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ..distributed.sharding import is_dtensor, require_own_part
 from ..leaf import Leaf, record_of
-from ..pytree import skeleton_of
-from .format import Encoder, part_names
-from .record import state_template
+from ..pytree import Skeleton
+from .format import Encoder, state_template
 from .values import malformed
 
 
@@ -59,12 +58,11 @@ def _places(leaf: Leaf) -> dict[str, Any]:
     record = record_of(leaf)
     if record.frozen or record.rule is None:
         return {}
-    try:
-        skeleton = skeleton_of(state_template(record.rule, record.shape, record.dtype))
-    except (RuntimeError, TypeError):  # an `init` that reads its parameter
+    template = state_template(record.rule, record.shape, record.dtype)
+    if template is None:
         return {}
-    pairs, plain = zip(part_names(skeleton), skeleton.parts, strict=True), Encoder().part
-    return {"state": {name: _place(record, part) if isinstance(part, Tensor) else plain(part) for name, part in pairs}}
+    parts = [_place(record, part) if isinstance(part, Tensor) else part for part in template.parts]
+    return {"state": Encoder().parts(Skeleton(template.spec, parts))}
 
 
 def _place(record: Any, t: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import schedules
+from ..leaf import Leaf, init_state, record_of
 from ..pytree import HOLE, Skeleton, skeleton_of
 from ..rule import Rule
 from ..text import dtype_name
-from .record import LeafRecord
 from .values import NONE
 
 SCALARS = (bool, int, float, str)  # bool first: it is a kind of int
@@ -29,14 +29,16 @@ SCHEDULES: dict[str, Any] = {
 
 def plain_scalar(value: Any) -> Any:
     """A number or string as Python's own: a member of an enumeration or a NumPy number is more than plain data."""
-    if type(value) in SCALARS:
-        return value
     return next(kind(value) for kind in SCALARS if isinstance(value, kind))
 
 
-def part_names(skeleton: Skeleton) -> list[str]:
-    """The name of each part of a state: `["[0].m", "[0].t"]`."""
-    return [place.removeprefix(".") for place in skeleton.places()]
+def state_template(rule: Rule, shape: torch.Size, dtype: torch.dtype) -> Skeleton | None:
+    """The state that `rule` starts with for such a parameter, on the meta device: its form without its memory. None
+    where the rule reads the parameter, which has no numbers there."""
+    try:
+        return skeleton_of(init_state(rule, torch.empty(shape, dtype=dtype, device="meta"), 0, ""))
+    except (RuntimeError, TypeError):
+        return None
 
 
 class Encoder:
@@ -46,52 +48,38 @@ class Encoder:
     def __init__(self) -> None:
         # Each object with its data, by its id. Keeping the object keeps the id from being given to another.
         self._encoded: dict[int, tuple[Any, Any]] = {}
-        self._part_names: dict[Any, list[str]] = {}
 
-    def leaf(self, record: LeafRecord, names: list[str]) -> dict[str, Any]:
+    def leaf(self, leaf: Leaf, names: list[str]) -> dict[str, Any]:
+        record, state = record_of(leaf), leaf.state
         entry = {
             "names": names,
-            "shape": list(record.shape),
-            "dtype": dtype_name(record.dtype),
-            "rule": self.rule(record.rule),
-            "setup": self.rule(record.setup_rule),
-            "frozen": record.frozen,
-            "count": record.count,
+            "shape": list(leaf.shape),
+            "dtype": dtype_name(leaf.dtype),
+            "rule": self.value(leaf.rule),
+            "setup": self.value(record.setup_rule),
+            "frozen": leaf.frozen,
+            "count": leaf.count,
         }
-        if record.state is not None:
-            entry["state"] = self._state(record.state)
+        if state is not None:
+            entry["state"] = self.parts(skeleton_of(state))
         if record.pending is not None:
-            entry["pending"] = self._numbers(record.pending)
+            entry["pending"] = self.parts(record.pending)
         return entry
 
-    def rule(self, rule: Rule | None) -> Any:
-        return self._value(rule)
+    def parts(self, skeleton: Skeleton) -> dict[str, Any]:
+        """The parts of a state by name, without the places of tensors that are not there."""
+        pairs = zip(skeleton.spec.names, skeleton.parts, strict=True)
+        return {name: self._part(part) for name, part in pairs if part is not HOLE}
 
-    def part(self, part: Any) -> Any:
-        """A part of a state."""
+    def _part(self, part: Any) -> Any:
         if isinstance(part, Tensor):
             return part.detach().clone()
         if part is None or isinstance(part, SCALARS):
-            return self._value(part)
+            return self.value(part)
         raise ValueError(f"{reprlib.repr(part)} in the state cannot be saved; tensors, numbers and strings can")
 
-    def _state(self, state: Any) -> dict[str, Any]:
-        skeleton = skeleton_of(state)
-        names = self._names(skeleton)
-        return {name: self.part(part) for name, part in zip(names, skeleton.parts, strict=True)}
-
-    def _numbers(self, skeleton: Skeleton) -> dict[str, Any]:
-        """The parts of a state that are no tensors."""
-        pairs = zip(self._names(skeleton), skeleton.parts, strict=True)
-        return {name: self.part(part) for name, part in pairs if part is not HOLE}
-
-    def _names(self, skeleton: Skeleton) -> list[str]:
-        names = self._part_names.get(skeleton.spec)
-        if names is None:
-            names = self._part_names[skeleton.spec] = part_names(skeleton)
-        return names
-
-    def _value(self, value: Any) -> Any:
+    def value(self, value: Any) -> Any:
+        """A rule, or a hyperparameter of one."""
         if value is None:
             return {"type": NONE}
         if isinstance(value, SCALARS):
@@ -99,7 +87,7 @@ class Encoder:
         if isinstance(value, torch.dtype):
             return dtype_name(value)
         if isinstance(value, list | tuple):
-            return [self._value(v) for v in value]
+            return [self.value(v) for v in value]
         if id(value) not in self._encoded:
             self._encoded[id(value)] = value, self._object(value)
         return self._encoded[id(value)][1]
@@ -109,7 +97,7 @@ class Encoder:
         if isinstance(value, Tensor):
             return value.detach().clone()
         if isinstance(value, Rule) or type(value) is SCHEDULES.get(name):
-            fields = {f.name: self._value(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            fields = {f.name: self.value(getattr(value, f.name)) for f in dataclasses.fields(value)}
             if "type" in fields:
                 raise ValueError(f"{name} has a hyperparameter 'type', the word for its class when saved")
             return {"type": name, **fields}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.sharding import copy_whole
 from ..leaf import Leaf
 from ..pytree import level, unwrap, unwritable
 from ..state import State
@@ -72,6 +73,14 @@ def match_tensors(own: dict[str, Tensor], saved: dict[str, Tensor]) -> tuple[lis
         if names:
             problems.append(f"{kind}: {names_of(sorted(names))}")
     return pairs, problems
+
+
+def write_tensors(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Overwrite what `match_tensors` paired. All was checked there, so that none of these fails."""
+    with torch.no_grad():
+        for own, saved in pairs:
+            copy_whole(own, saved)
+    torch.clear_autocast_cache()  # an autocast around this has cast the old weights
 
 
 def _problem(target: Tensor, saved: Tensor) -> str | None:

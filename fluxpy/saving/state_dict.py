@@ -3,18 +3,15 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-import torch
-
-from ..leaf import Leaf
+from ..leaf import Leaf, record_of
 from ..pytree import tensors_in
 from ..rule import Rule
 from ..state import State, paths_and_leaves, require_training_weights, tree_context
 from ..text import names_of
 from .changes import changes
 from .dcp import for_checkpoint, from_checkpoint, require_parts
-from .decode import Decoder, Misfit
+from .decode import Contents, Decoder, Misfit
 from .format import Encoder
-from .record import LeafRecord, read_leaf, write_leaf
 from .values import is_none, malformed
 
 VERSION = 3
@@ -93,7 +90,7 @@ def state_dict(state: State | Leaf) -> dict[str, Any]:
     spread = tree_context(state).spread if isinstance(state, State | Leaf) else False
     for leaf, names in _named_leaves(state, "state_dict"):
         try:
-            entry = encoder.leaf(read_leaf(leaf), names)
+            entry = encoder.leaf(leaf, names)
             leaves[names[0]] = for_checkpoint(entry, leaf) if spread else entry
         except ValueError as error:
             raise ValueError(f"state_dict: the leaf {names[0]!r}: {error}") from error
@@ -131,11 +128,11 @@ def load_state_dict(
     leaves = _named_leaves(state, "load_state_dict")
     require_training_weights(state, "load_state_dict")
     entries = _entries(d, prefix, rename or {})
-    report, records = _decode(leaves, entries, keep=hyperparameters == "keep")
+    report, contents = _decode(leaves, entries, keep=hyperparameters == "keep")
     if strict and not report.complete:
         raise ValueError(f"load_state_dict: this does not fit (see rename, strict): {report._replace(loaded=[])}")
-    for leaf, record in records:
-        write_leaf(leaf, record)
+    for leaf, new in contents:
+        new.write(leaf)
     return report
 
 
@@ -144,7 +141,7 @@ def plain_rules(rules: Mapping[str, Rule | None]) -> list[list[Any]]:
     encoder = Encoder()
     found: dict[int, list[Any]] = {}
     for path, rule in rules.items():
-        found.setdefault(id(rule), [encoder.rule(rule), []])[1].append(path)
+        found.setdefault(id(rule), [encoder.value(rule), []])[1].append(path)
     return list(found.values())
 
 
@@ -173,13 +170,13 @@ def _named_leaves(state: Any, verb: str) -> list[NamedLeaf]:
 
 def _decode(
     leaves: list[NamedLeaf], entries: dict[str, NamedEntry], keep: bool
-) -> tuple[Report, list[tuple[Leaf, LeafRecord]]]:
+) -> tuple[Report, list[tuple[Leaf, Contents]]]:
     """The new contents of each leaf that an entry fits, and a report. Changes nothing."""
-    own = [(leaf, names, read_leaf(leaf)) for leaf, names in leaves]
     encoder = Encoder()
-    decoder = Decoder(_device(record for _, _, record in own), keep)
-    report, records, used = Report([], [], [], {}, {}, {}, {}, {}), [], set()
-    for leaf, names, record in own:
+    device = next((t.device for leaf, _ in leaves for t in tensors_in(leaf.state)), None)
+    decoder = Decoder(device, keep)
+    report, contents, used = Report([], [], [], {}, {}, {}, {}, {}), [], set()
+    for leaf, names in leaves:
         path = names[0]
         found = dict(entries[name] for name in names if name in entries)
         used.update(found)
@@ -192,25 +189,21 @@ def _decode(
         [(key, entry)] = found.items()
         try:
             require_parts(leaf, entry)
-            new, notes = decoder.leaf(record, entry)
+            new, notes = decoder.leaf(leaf, entry)
         except Misfit as misfit:
             getattr(report, misfit.kind)[path] = str(misfit)
         except Exception as error:  # a value from a file may upset any code: the value is what is wrong
             raise ValueError(f"load_state_dict: leaves[{key!r}]: {error}") from error
         else:
-            records.append((leaf, new))
+            contents.append((leaf, new))
             report.loaded.append(path)
             if notes:
                 report.schedules[path] = "; ".join(notes)
-            if not is_none(entry["setup"]) and (found := changes(encoder.rule(record.setup_rule), entry["setup"])):
+            now = encoder.value(record_of(leaf).setup_rule)
+            if not is_none(entry["setup"]) and (found := changes(now, entry["setup"])):
                 report.changed[path] = "; ".join(found)
     report.unexpected.extend(key for key in dict(entries.values()) if key not in used)
-    return report, records
-
-
-def _device(records: Any) -> torch.device | None:
-    """The device of the first momentum in the tree."""
-    return next((t.device for record in records for t in tensors_in(record.state)), None)
+    return report, contents
 
 
 # --- What was saved -----------------------------------------------------------------------------------------------

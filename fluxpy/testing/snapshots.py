@@ -9,7 +9,6 @@ from ..distributed.sharding import local_tensors
 from ..leaf import Leaf
 from ..pytree import entries_of, is_parameter, places
 from ..rule import hyperparameters, rules_in, title
-from ..saving.record import read_leaf
 from ..state import State, bind, leaves, require_state
 from ..text import join
 from ..tree import check_model, walk
@@ -99,13 +98,13 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
 
 
 def _describe(leaf: Leaf) -> dict[str, Any]:
-    record = read_leaf(leaf)
-    found: dict[str, Any] = {"rule": None, "frozen": record.frozen, "count": record.count}
-    if record.rule is not None:
-        found |= {"rule": title(record.rule), **_hyperparameters(record.rule, taken=set(found))}
-    if record.state is not None:
-        for place, part in entries_of(record.state):
-            found["state" + place] = _copy(part)
+    found: dict[str, Any] = {"rule": None, "frozen": leaf.frozen, "count": leaf.count}
+    if leaf.rule is not None:
+        found |= {"rule": title(leaf.rule), **_hyperparameters(leaf.rule, taken=set(found))}
+    if leaf.state is not None:
+        for name, part in entries_of(leaf.state):
+            dot = "." if name and not name.startswith("[") else ""
+            found[f"state{dot}{name}"] = _copy(part)
     return found
 
 

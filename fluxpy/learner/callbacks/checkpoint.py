@@ -65,8 +65,7 @@ class Checkpoint(Callback):
         self.monitor = Monitor(monitor, mode)
         self._best: list[tuple[float, str]] = []  # value and file name, best first
         self._fits = 0  # how many were completed
-        self._batches = 0  # since the last save
-        self._place: Any = None  # of the run, at the last save
+        self._saved: dict[str, Any] = {}  # where the run was then; in a fit that has not saved, the step it began at
         self._lock = Lock(self.directory)
         self._signal: str | None = None
         self._previous: dict[int, Any] = {}  # handlers
@@ -106,15 +105,15 @@ class Checkpoint(Callback):
             remove_leftovers(self.directory)  # by a kill in the middle of a save
         if not learner.progress.resumed:
             self._best = []
-        self._batches, self._place, self._signal = 0, None, None
+        self._saved, self._signal = {"step": learner.progress.step}, None
         self._catch_signals()
 
     def on_batch_end(self, learner: Learner) -> None:
         if learner.training and self.every is not None:
-            self._batches += 1
             # Of a phase that is being cancelled the next batch never comes.
             ends = self._signal is not None or learner.progress.cancelled is not None
-            if self._batches >= self.every and not any(learner.ranks.numbers("Checkpoint", ends)):
+            due = learner.progress.step - self._saved["step"] >= self.every
+            if due and not any(learner.ranks.numbers("Checkpoint", ends)):
                 self._save(learner, self.last)
         self._stop_at_signal(learner)
 
@@ -129,7 +128,7 @@ class Checkpoint(Callback):
 
     def on_fit_end(self, learner: Learner) -> None:
         try:
-            if learner.error is None and self._place != learner.progress.position():
+            if learner.error is None and self._saved != learner.progress.position():
                 self._save(learner, self.last)
         finally:
             for number, previous in self._previous.items():
@@ -167,7 +166,7 @@ class Checkpoint(Callback):
         write = partial(write_checkpoint, path, model, state, extra)
         learner.ranks.attempt(f"Checkpoint of {path.name}", write if learner.ranks.first else lambda: None)
         if path == self.last:
-            self._batches, self._place = 0, learner.progress.position()
+            self._saved = learner.progress.position()
 
     def _rank(self, learner: Learner, value: float) -> None:
         """Keep this epoch if it is among the best. `last.flux` comes after that: should the run be killed in between,

@@ -60,13 +60,9 @@ def discriminative_rates(state: State, *patterns: str, factor: float) -> State:
     """
     layers = layers_from_top(state, *patterns)
     if len(layers) == 1 and not set("*?[") & set(patterns[0]):
-        raise ValueError(
-            f"{patterns[0]!r} is one layer, and rates shrink from layer to layer: for those in it write "
-            f"'{patterns[0]}.*'"
-        )
-    for i, layer in enumerate(layers):
-        if i:
-            adjust(select(state, layer), scale(factor**i))
+        raise ValueError(f"{patterns[0]!r} is one layer; for rates that shrink within it write '{patterns[0]}.*'")
+    for i, layer in enumerate(layers[1:], 1):
+        adjust(select(state, layer), scale(factor**i))
     return state
 
 

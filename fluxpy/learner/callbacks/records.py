@@ -36,7 +36,7 @@ class Rows(Callback):
         """What else a row has; tensors in it are read with the metrics."""
         return {}
 
-    def keep(self, rows: list[dict[str, Any]]) -> None:
+    def keep(self, learner: Learner, rows: list[dict[str, Any]]) -> None:
         """Take rows: `{"epoch": 0, "batch": 0, "phase": "train", "loss": 0.69, ...}`."""
         raise NotImplementedError
 
@@ -92,7 +92,7 @@ class Rows(Callback):
         if gathered and not ranks.apart:  # what others have of the last rows is lost with them
             every = zip(*ranks.gather(type(self).__name__, on_host(gathered)), strict=True)
             pairs = [tuple(map(list, zip(*of_all, strict=True))) for of_all in every]
-            self.keep([self.join(rows) | metrics.read(metrics.total(sums)) for rows, sums in pairs])
+            self.keep(learner, [self.join(rows) | metrics.read(metrics.total(sums)) for rows, sums in pairs])
 
     def join(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Of a row as each of several processes has it, by rank, one of all of them."""
@@ -117,7 +117,7 @@ class StatisticsRecorder(Rows):
         require_one_of("phase", phase, ("train", "validation"))
         return [row.get(name, math.nan) for row in self.records if row["phase"] == phase]
 
-    def keep(self, rows: list[dict[str, Any]]) -> None:
+    def keep(self, learner: Learner, rows: list[dict[str, Any]]) -> None:
         self.records += rows
 
     def on_fit_start(self, learner: Learner) -> None:
@@ -191,7 +191,7 @@ class CSVLogger(Rows):
     def more(self, learner: Learner) -> dict[str, Any]:
         return {"seconds": round(learner.seconds, 3)} if self.seconds else {}
 
-    def keep(self, rows: list[dict[str, Any]]) -> None:
+    def keep(self, learner: Learner, rows: list[dict[str, Any]]) -> None:
         if self._file is not None:
             self._write([[row[name] for name in self._columns] for row in rows])
 

@@ -158,10 +158,7 @@ def _check(path: str, leaf: Leaf, member: Any) -> None:
     """ValueError where it cannot be told what the rate of this leaf follows from."""
     found = rates(leaf, member)
     if any(_base(rate) is None for rate in found):
-        raise ValueError(
-            f"LearningRateScheduler: {path!r} has lr={found[-1]!r} already; give it a number as its base rate, or "
-            "leave the scheduler out"
-        )
+        raise ValueError(f"LearningRateScheduler: {path!r} has lr={found[-1]!r} already, and needs a base rate")
     if any(rate != found[0] for rate in found):
         raise ValueError(
             f"LearningRateScheduler: {path!r} has several rates, {found}, whose product is its step; say which is to "

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from ... import averaged, leaves, scale
-from ..core import adjust_rates, bind, load_model, match_model, model_dict, rates
+from ..core import adjust_rates, bind, match_model, model_dict, rates, write_tensors
 from ..events import Callback, CancelFit, require_whole
 from ..learner import Learner
 from .monitor import Monitor
@@ -95,7 +95,7 @@ class EarlyStopping(Plateau):
         # Not where something else stopped it: what is saved then has to go on with the present weights.
         over = self.waited >= self.patience or learner.progress.epoch >= learner.epoch_count
         if self._weights is not None and over and learner.error is None:
-            load_model(match_model(learner.model, self._weights))
+            write_tensors(match_model(learner.model, self._weights))
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"weights": self._weights}

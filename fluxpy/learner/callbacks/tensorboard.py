@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ... import leaves
 from ..core import Leaf, bind, hyperparameters, in_order, rates, rules_in, whole_tensor
+from ..events import name_of
 from ..learner import Learner
 from .records import Rows
 
@@ -101,9 +102,7 @@ class TensorBoardLogger(Rows):
         mean = sum(loss * n for loss, n in pairs) / max(samples, 1)
         return rows[0] | {"tensorboard": (step, moment, tags | {"batch/loss": mean}, samples)}
 
-    def keep(self, rows: list[dict[str, Any]]) -> None:
-        learner = self._learner
-        assert learner is not None
+    def keep(self, learner: Learner, rows: list[dict[str, Any]]) -> None:
         for row in rows if learner.ranks.first else ():
             step, moment, tags, _ = row["tensorboard"]
             for tag, number in ({f"batch/{name}": row[name] for name in learner.metrics.names} | tags).items():
@@ -169,8 +168,7 @@ class TensorBoardLogger(Rows):
             for name, by_path in found.items()
             for subtree, values in alike(by_path, 0).items()
         }
-        loss = getattr(learner.loss, "__name__", type(learner.loss).__name__)
-        numbers |= {"loss": loss, "epochs": learner.epoch_count}
+        numbers |= {"loss": name_of(learner.loss), "epochs": learner.epoch_count}
         numbers |= {name: _plain(value) for name, value in self.hyperparameters.items()}
         metrics = {f"epoch/{name}": 0 for name in learner.metrics.names}
         experiment, session_start, self._session_end = hparams(numbers, metrics)
