@@ -21,7 +21,7 @@ from .cohort import Cohort
 from .kernels import Recipe, to_device, wide_dtype
 from .layout import SIZE, Row
 from .packed import Chunks, rule_now
-from .step import FallBack, Prepare
+from .step import CohortUnit, FallBack, Prepare
 from .tape import Tape, Traced, drive
 
 _MOST = 32  # kernels of one chain; with more, its numbers are a part of the program and each step would make another
@@ -45,11 +45,11 @@ class Program(NamedTuple):
     moved: bool
 
 
-class CompiledUnit:
+class CompiledUnit(CohortUnit):
     """A cohort of elementwise rules that differ in real numbers alone, each chunk stepped by one kernel."""
 
     def __init__(self, cohort: Cohort) -> None:
-        self.cohort, self.context = cohort, cohort.context
+        super().__init__(cohort)
         self.chunks = Chunks(cohort, split=False, long=True)
         # Totals are of what the rule's own steps give, for which large leaves are cut.
         cut = bool(reducing(cohort.rule)) and max(cohort.sizes) > SIZE
@@ -69,23 +69,15 @@ class CompiledUnit:
         """The wrapper that keeps a master copy, if there is one: the kernel steps that copy."""
         return self.cohort.rule if self.cohort.rule.keeps_master else None
 
-    laid_out = True
-
-    def adopt_rules(self) -> Any:
+    def adopt_rules(self) -> bool:
         """Find the numbers in which the leaves' rules differ, by their place, with the value of each leaf."""
-        cohort = self.cohort
-        rules = cohort.rules()
-        if any(rule.traced for rule in rules):
-            return None
-        keys = {bucket_key(rule, self.context) for rule in rules}
-        if len(keys) > 1:
-            return None
+        cohort, rules = self.cohort, self.cohort.rules()
         key = rule_key(cohort.rule, loose=True)
         if key != self.key:
             self.key, self.programs = key, {}
         self.differing = {}
         if len(rules) == 1:
-            return keys.pop()
+            return True
         known = {id(rule): numbers_of(rule) for rule in rules}
         rows = [known[id(record.rule)] for record in cohort.records]
         device, wide = cohort.reals[0].device, wide_dtype([cohort.reals[0], *(row[0] for row in cohort.momenta)])
@@ -93,7 +85,7 @@ class CompiledUnit:
             if len(set(column)) > 1:
                 self.differing[place] = torch.tensor(column, dtype=wide, device=device)
         self.sizes = torch.tensor(cohort.sizes, device=device)
-        return keys.pop()
+        return True
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.now = rule_now(self.cohort)

@@ -22,14 +22,13 @@ from ..rule import (
     is_packable,
     map_inner,
     reducing,
-    rule_key,
     run_alone,
     title_key,
 )
 from .chunk import Chunk, shaped_like
 from .cohort import Cohort
 from .layout import LEAST_RUN, NumberRow, Row, Runs, Scratch, chunks_of, runs
-from .step import FallBack, Prepare, Request
+from .step import CohortUnit, FallBack, Prepare, Request
 from .tape import is_arithmetic
 
 Start = Callable[[Chunk, Any], Steps]
@@ -218,23 +217,16 @@ def _is_gradient(value: Tensor, chunk: Chunk, grads: Sequence[Tensor]) -> bool:
     return value.data_ptr() == source.data_ptr() and value.numel() == chunk.size and value.dtype == source.dtype
 
 
-class EagerUnit:
+class EagerUnit(CohortUnit):
     """A cohort stepped by its rule's own `steps`, chunk by chunk."""
 
     def __init__(self, cohort: Cohort, stack: bool = False) -> None:
-        self.cohort, self.context = cohort, cohort.context
+        super().__init__(cohort)
         self.stack = stack
         self.chunks = Chunks(cohort, split=not stack, stack=stack)
         self.trusted = self.chunks.one or (
             not stack and is_arithmetic(cohort.records[0], cohort.reals[0], self.context)
         )
-
-    laid_out = True
-
-    def adopt_rules(self) -> Any:
-        """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
-        keys = {rule_key(rule) for rule in self.cohort.rules()}
-        return keys.pop() if len(keys) == 1 and not self.cohort.rule.traced else None
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         rule = rule_now(self.cohort)

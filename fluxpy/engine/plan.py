@@ -219,12 +219,13 @@ class Plan:
     def _adopt_rules(self) -> None:
         """Take over what `adjust` did. Where the leaves of a cohort do not go together any more, it is dissolved."""
         for cohort in list(self.cohorts):
-            key = self.units[id(cohort)].adopt_rules()
-            if key is None:
-                self._drop(cohort)
+            (kind, _, *rest), rules = cohort.static_key, cohort.rules()
+            keys = {_rule_key(kind, rule, self.context) for rule in rules}
+            together = len(keys) == 1 and not any(rule.traced for rule in rules)
+            if together and self.units[id(cohort)].adopt_rules():
+                cohort.static_key = kind, keys.pop(), *rest
             else:
-                kind, _, *rest = cohort.static_key
-                cohort.static_key = kind, key, *rest
+                self._drop(cohort)
         for route in self.routes.values():
             route.alike = _alike_but_for_numbers(route.cohorts)
         self.hyper = self.context.hyper
