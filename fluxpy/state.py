@@ -13,7 +13,6 @@ from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar, overload
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -24,7 +23,7 @@ from .initial import make_states
 from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of, records_of
 from .members import holders_of
 from .patterns import assign_rules
-from .pytree import Skeleton, uncast
+from .pytree import Skeleton, plain_arithmetic
 from .rule import Rule, at, hyperparameters, rule_key, rules_in, title_key
 from .show import describe_tree, table, tree_as_html
 from .text import OF_STATES, WORDS, form, near_pattern
@@ -196,7 +195,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
         record.redistribute(sharding_of(x))
     leaves = [Leaf(record, context, bindings) for record in records]
     new = [index for index in range(len(params)) if rules[index] is not None and index not in taken]
-    with torch.inference_mode(False), torch.no_grad(), uncast():
+    with plain_arithmetic():
         _make_states(records, new, taken, local_tensors(params), names)
     if kept and (changed := _changed(kept, new, params, names)):
         warnings.warn(

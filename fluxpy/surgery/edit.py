@@ -12,20 +12,13 @@ from ..binding import Binding
 from ..context import Context
 from ..leaf import Numbers, Record
 from ..parameters import trainables
-from ..pytree import apart, is_transforming, modules_in, partition, uncast
+from ..pytree import apart, is_transforming, modules_in, partition, plain_arithmetic
 from ..rule import Rule, at, field_of, hyperparameters, rules_in
 from ..state import bind, leaves_of, tree_bindings, tree_context
 from ..text import form
 from .modules import Cut, Resize, concerned, follows, is_known, own_tensors, set_size
 
 Undo: TypeAlias = Callable[[], None]
-
-
-@contextmanager
-def plain() -> Iterator[None]:
-    """Within, arithmetic is as it is written, and what it makes may be kept."""
-    with torch.inference_mode(False), torch.no_grad(), uncast():
-        yield
 
 
 class Draft:
@@ -62,7 +55,7 @@ class Change:
 
 
 class Edit:
-    """A change of some parameters of a model, with their states.
+    """A change of some parameters of a model, with their states: see `editing`.
 
     `cut` may be called several times: each goes on from what the one before made of a tensor. Nothing is written
     before `write`.
@@ -142,6 +135,15 @@ class Edit:
         perform([*writes, *(partial(_set, *attribute) for attribute in self.attributes)], self.context)
         # A graph from before holds the old numbers: let its backward pass raise instead of using the new ones.
         torch.autograd.graph.increment_version([draft.x for draft in self.drafts.values()])
+
+
+@contextmanager
+def editing(verb: str, state: Any, model: Any) -> Iterator[Edit]:
+    """An edit to work out within, which is written at the end."""
+    with plain_arithmetic():
+        edit = Edit(verb, state, model)
+        yield edit
+        edit.write()
 
 
 # --- What may be changed ------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """resize_embedding, prune and merge: changes of several modules at once, on top of the others."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +10,7 @@ from ..leaf import init_state
 from ..pytree import level, modules_in, partition, unwrap
 from ..state import AnyState
 from ..text import near
-from .edit import Draft, Edit, plain
+from .edit import Draft, editing
 from .modules import input_of, is_known, output_of, own_tensors
 from .rows import Growing, Taking, fitting, made_rows, row_numbers
 
@@ -34,31 +34,28 @@ def resize_embedding(
     (Embedding(5, 2), Linear(in_features=2, out_features=5, bias=True))
     """
     verb = "resize_embedding"
-    with plain():
-        edit, first = Edit(verb, state, model), module_at(model, embedding, (nn.Embedding, nn.EmbeddingBag), verb)
+    with editing(verb, state, model) as edit:
+        first = module_at(model, embedding, (nn.Embedding, nn.EmbeddingBag), verb)
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(f"{verb}: size={size!r} must be a whole number, 0 or more")
         modules = [first] if head is None else [first, module_at(model, head, (nn.Linear,), verb)]
         others = [other for other in modules_in(model, wrappers=False) if other not in modules]
         modules += [other for other in others if _is_tied(other, first)]
-        parts = [edit.places(module, 0) for module in modules]
+        cuts, resizes = edit.places(modules, 0)
         old = len(first.weight)
         new = size - old
         if rows is not None and len(rows) != max(new, 0):
             raise ValueError(f"{verb}: from {old} to {size} needs {max(new, 0)} rows, but got {len(rows)}")
-        if len({cut.x.shape[cut.dim] for cuts, _ in parts for cut in cuts}) > 1:
+        if len({cut.x.shape[cut.dim] for cut in cuts}) > 1:
             raise ValueError(f"{verb}: {embedding!r} and {head!r} do not have equally many symbols")
         if new <= 0:
             change = Taking(verb, range(size))
         else:
-            made: dict[int, Tensor] = {}
-            for module, (cuts, resizes) in reversed(list(zip(modules, parts, strict=True))):
-                made |= made_rows(verb, module, cuts, resizes, new)
+            made = made_rows(verb, modules, cuts, resizes, new)
             if rows is not None:
                 made[id(first.weight)] = fitting(verb, f"{embedding}.weight", first.weight, 0, rows)
             change = Growing(verb, new, made)
-        edit.cut(_once(cut for cuts, _ in parts for cut in cuts), [r for _, found in parts for r in found], change)
-        edit.write()
+        edit.cut(cuts, resizes, change)
     return state, model
 
 
@@ -81,8 +78,8 @@ def prune(state: AnyState, model: Model, layer: str, keep: Any, readers: Sequenc
     >>> model[0].weight.shape, model[2]
     (torch.Size([2, 1, 3, 3]), Linear(in_features=18, out_features=2, bias=True))
     """
-    with plain():
-        edit, done = Edit("prune", state, model), set[tuple[int, int]]()
+    with editing("prune", state, model) as edit:
+        done = set[tuple[int, int]]()
         outputs, ends = 0, [(layer, output_of), *((reader, input_of) for reader in readers)]
         for path, end in ends:
             module = module_at(model, path, (nn.Module,), "prune")
@@ -102,7 +99,6 @@ def prune(state: AnyState, model: Model, layer: str, keep: Any, readers: Sequenc
             change = Taking("prune", (index[:, None] * len(each) + each).flatten())
             edit.cut([cut for cut in cuts if (id(cut.x), cut.dim) not in done], resizes, change)
             done |= {(id(cut.x), cut.dim) for cut in cuts}
-        edit.write()
     return state, model
 
 
@@ -121,8 +117,7 @@ def merge(
     >>> model["w"].tolist(), model["b"].tolist()
     ([[0.5, 0.5], [1.0, 1.0]], [[0.0], [0.0]])
     """
-    with plain():
-        edit = Edit("merge", state, model)
+    with editing("merge", state, model) as edit:
         by_path = {path: x for x, _, path in edit.known.values()}
         for weight, pair in pairs.items():
             for path in (weight, *pair):
@@ -139,7 +134,6 @@ def merge(
             b.value = torch.zeros_like(b.value)
             _empty(a)
             _empty(b)
-        edit.write()
     return state, model
 
 
@@ -175,7 +169,3 @@ def module_at(model: Any, path: str, kinds: tuple[type, ...], verb: str) -> Any:
         want = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{verb}: {path!r} must be an {want}, but is a {type(x).__name__}")
     return x
-
-
-def _once(cuts: Iterable[Any]) -> list[Any]:
-    return list({(id(cut.x), cut.dim): cut for cut in cuts}.values())

@@ -10,12 +10,12 @@ from torch import Tensor
 from ..grads import scatter
 from ..leaf import Record, record_of
 from ..parameters import trainables
-from ..pytree import modules_in, partition
+from ..pytree import modules_in, partition, plain_arithmetic
 from ..rebuild import Copies, like_parameter
 from ..rule import Rule, at, title
 from ..state import AnyState, bind, each_leaf, shape_of, tree_context
 from ..text import form, names_of
-from .edit import Change, Draft, Edit, perform, plain, replace_state, require_one_process
+from .edit import Change, Draft, Edit, editing, perform, replace_state, require_one_process
 from .modules import Cut, Resize, own_tensors, set_size
 
 Model = TypeVar("Model")
@@ -41,10 +41,8 @@ def take(state: AnyState, model: Model, index: Any, dim: int = 0) -> tuple[AnySt
     >>> model, state.weight.state.m.shape
     (Linear(in_features=2, out_features=2, bias=True), torch.Size([2, 2]))
     """
-    with plain():
-        edit = Edit("take", state, model)
+    with editing("take", state, model) as edit:
         edit.cut(*edit.places(model, dim), Taking("take", index))
-        edit.write()
     return state, model
 
 
@@ -65,8 +63,7 @@ def grow(state: AnyState, model: Model, rows: Any, dim: int = 0) -> tuple[AnySta
     >>> model, state.weight.state.m.shape
     (Embedding(5, 2), torch.Size([5, 2]))
     """
-    with plain():
-        edit = Edit("grow", state, model)
+    with editing("grow", state, model) as edit:
         cuts, resizes = edit.places(model, dim)
         if isinstance(rows, bool | float | str):
             raise TypeError(f"grow: rows must be a whole number, or a tensor for each parameter, but got {rows!r}")
@@ -75,7 +72,6 @@ def grow(state: AnyState, model: Model, rows: Any, dim: int = 0) -> tuple[AnySta
         else:
             change = given_rows(edit, shape_of(state), model, cuts, rows)
         edit.cut(cuts, resizes, change)
-        edit.write()
     return state, model
 
 
@@ -98,7 +94,7 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
         raise TypeError(
             "write surgery.reset(state, rows, dim), and the model, where it needs one, by name: model=model"
         )
-    with plain():
+    with plain_arithmetic():
         found = each_leaf(state, "surgery.reset")
         require_one_process("reset of rows", tree_context(state))
         tree_context(state).require_training_weights([record_of(leaf) for _, leaf in found], "surgery.reset")
