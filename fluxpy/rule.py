@@ -344,9 +344,18 @@ def hyperparameters(rule: Rule) -> dict[str, Any]:
     return {name: value for name, value in _items(rule) if not _holds_rules(value)}
 
 
+def all_hyperparameters(rule: Rule) -> dict[str, list[Any]]:
+    """Those of the rule and of all inside it, by name, with each value that one has, outermost first."""
+    found: dict[str, list[Any]] = {}
+    for inner in rules_in(rule):
+        for name, value in hyperparameters(inner).items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
 def no_hyperparameter(rule: Rule, name: str) -> str:
     """The message for a hyperparameter that neither the rule nor any inside it has."""
-    return unknown(title(rule), (own for inner in rules_in(rule) for own in hyperparameters(inner)), name)
+    return unknown(title(rule), all_hyperparameters(rule), name)
 
 
 def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool = True) -> Rule:

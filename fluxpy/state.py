@@ -24,9 +24,9 @@ from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_n
 from .members import holders_of
 from .patterns import assign_rules
 from .pytree import Skeleton, plain_arithmetic
-from .rule import Rule, at, hyperparameters, rule_key, rules_in, title_key
+from .rule import Rule, all_hyperparameters, at, hyperparameters, rule_key, title_key
 from .show import describe_tree, table, tree_as_html
-from .text import OF_STATES, WORDS, form, near_pattern
+from .text import OF_STATES, form, meant, near_pattern
 from .tree import Mirror, TreeSpec, check_model, explore, relaid, respec, rooted, spec_of, values_of, walk
 
 AnyState = TypeVar("AnyState", bound="State | Leaf")
@@ -71,8 +71,7 @@ class State(Mirror):
         """What to write instead of looking for a hyperparameter or a leaf's attribute on a branch."""
         leaf_names = ("rule", "state", "frozen", "count", "shape", "dtype")
         rules = {id(leaf.rule): leaf.rule for _, leaf in each_leaf(here, "leaves") if leaf.rule is not None}
-        names = {own for rule in rules.values() for inner in rules_in(rule) for own in hyperparameters(inner)}
-        word = next((word for word in (name, *WORDS.get(name, ())) if word in names), None)
+        word = meant(name, {own for rule in rules.values() for own in all_hyperparameters(rule)})
         if word is not None:
             return (
                 f"Hyperparameters are the leaves': fluxpy.adjust(branch, {word}=...) sets them, "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..fields import Hyper, hyper
-from ..rule import Assign, Rule, Run, Steps, hyperparameters, rules_in, run_alone
+from ..rule import Assign, Rule, Run, Steps, all_hyperparameters, rules_in, run_alone
 from ..text import named
 from .average import average, is_differentiable, like, real
 
@@ -55,7 +55,7 @@ class Wrapper(Rule):
         return self.map_inner_states(lambda rule, s: (), state)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in (names := _names(self)):
+        if name.startswith("_") or name not in (names := all_hyperparameters(self)):
             raise AttributeError(f"{type(self).__name__} has no hyperparameter {name!r}")
         first, *rest = names[name]
         if any(value != first for value in rest):
@@ -71,14 +71,6 @@ inner_accumulates: Any = property(lambda wrapper: any(rule.accumulates for rule 
 inner_evaluates: Any = property(lambda wrapper: any(rule.evaluates for rule in wrapper.inner))
 # For wrappers that are elementwise where the rules inside are.
 inner_elementwise: Any = property(lambda wrapper: all(rule.elementwise for rule in wrapper.inner))
-
-
-def _names(wrapper: Wrapper) -> dict[str, list[Any]]:
-    names: dict[str, list[Any]] = {}
-    for rule in rules_in(wrapper):
-        for name, value in hyperparameters(rule).items():
-            names.setdefault(name, []).append(value)
-    return names
 
 
 def refuse_inner(wrapper: Wrapper, rule: Any) -> None:
