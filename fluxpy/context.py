@@ -1,8 +1,7 @@
 """Context: what all leaves of one state tree share. A copy of a tree, or the result of a pure update, has its own."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -144,15 +143,6 @@ class Context:
             for back in reversed(self.late.undo):
                 back()
         self.late = None
-
-    @contextmanager
-    def in_parts(self) -> Iterator[None]:
-        """Within, an update comes leaf by leaf."""
-        self.partial = True
-        try:
-            yield
-        finally:
-            self.partial = False
 
     def require_training_weights(self, records: Iterable[Any], what: str) -> None:
         """RuntimeError where one of these leaves' parameters holds its weights to evaluate with."""

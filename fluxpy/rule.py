@@ -280,11 +280,7 @@ class ReducingRule(Rule):
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         """`steps` on one tensor that is its own whole tree."""
-        return run_alone(self, state, x, dx, self._demand_finite)
-
-    def _demand_finite(self, reduce: Reduce, total: Tensor) -> None:
-        if reduce.nonfinite == "raise" and not total.isfinite().all():
-            raise FloatingPointError(f"{type(reduce.rule).__name__}: the total {total.tolist()} is not finite")
+        return run_alone(self, state, x, dx, strict=True)
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         raise NotImplementedError(f"{type(self).__name__} must define steps(self, state, x, dx)")
@@ -295,16 +291,15 @@ def reducing(rule: Rule, over: Literal["array", "tree"] | None = None) -> list["
     return [inner for inner in rules_in(rule) if isinstance(inner, ReducingRule) and over in (None, inner.over)]
 
 
-def run_alone(
-    rule: Rule, state: Any, x: Tensor, dx: Any, check: Callable[[Reduce, Tensor], None] | None = None
-) -> tuple[Any, Any]:
-    """Run `rule.steps` on one tensor that is its own whole tree: `(state, change)`."""
+def run_alone(rule: Rule, state: Any, x: Tensor, dx: Any, *, strict: bool = False) -> tuple[Any, Any]:
+    """Run `rule.steps` on one tensor that is its own whole tree: `(state, change)`. A total may be what it is, unless
+    `strict`: then FloatingPointError for one that must be finite."""
     run = Run(rule.steps(state, x, dx))
     while run.asks is not None:
         asking, parts = run.asks.rule, run.asks.rule.parts([run.asks.tensor()])
         answer = parts[0] if asking.over == "array" else asking.combine(parts)
-        if check is not None:
-            check(run.asks, answer)
+        if strict and run.asks.nonfinite == "raise" and not answer.isfinite().all():
+            raise FloatingPointError(f"{type(asking).__name__}: the total {answer.tolist()} is not finite")
         run.tell(answer)
     return run.result
 
@@ -351,11 +346,6 @@ def all_hyperparameters(rule: Rule) -> dict[str, list[Any]]:
         for name, value in hyperparameters(inner).items():
             found.setdefault(name, []).append(value)
     return found
-
-
-def no_hyperparameter(rule: Rule, name: str) -> str:
-    """The message for a hyperparameter that neither the rule nor any inside it has."""
-    return unknown(title(rule), all_hyperparameters(rule), name)
 
 
 def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool = True) -> Rule:

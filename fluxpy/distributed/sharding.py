@@ -47,12 +47,6 @@ class Sharding:
             return NotImplemented
         return self is other or (self.shape, self.placements, self.mesh) == (other.shape, other.placements, other.mesh)
 
-    def __hash__(self) -> int:
-        return hash(self.shape)
-
-    def __repr__(self) -> str:
-        return f"Sharding({tuple(self.shape)}, {self.placements} on {self.mesh})"
-
     @cached_property
     def process_groups(self) -> tuple[Any, ...]:
         """The process groups whose members hold the other parts, one for each of `dims`."""

@@ -97,7 +97,9 @@ class CompiledUnit(CohortUnit):
         if not self.programs or self.now.accumulates:  # such a rule asks for no total until its window is full
             self.totals = self._count_totals(first)
         yield from self.asking.run(self._start, self.now, self.totals, others)
-        self.programs = {single: self._program(chunk) for single, chunk in self._kinds().items()}
+        # A chunk of each kind: of one leaf, whose own numbers and totals are 0-dim, and of several.
+        kinds = {not chunk.of_several: chunk for chunk in self.chunks.all}
+        self.programs = {single: self._program(chunk) for single, chunk in kinds.items()}
 
     def _start(self, chunk: Chunk, dx: Any) -> Steps:
         """The rule's own steps, for the totals that it asks for."""
@@ -111,10 +113,6 @@ class CompiledUnit(CohortUnit):
         if up is None:
             return [] if reads_at_once(self.lowered) else [self.lowered]
         return [up.to(self.lowered.device)]
-
-    def _kinds(self) -> dict[bool, Chunk]:
-        """A chunk of each kind: of one leaf, whose own numbers and totals are 0-dim, and of several."""
-        return {not chunk.of_several: chunk for chunk in self.chunks.all}
 
     def _target(self, chunk: Chunk) -> tuple[Row, list[Row], Rule, Skeleton]:
         """What the kernel steps, with which momenta, by which rule, with which numbers in its state."""

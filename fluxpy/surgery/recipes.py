@@ -39,8 +39,8 @@ def resize_embedding(
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(f"{verb}: size={size!r} must be a whole number, 0 or more")
         modules = [first] if head is None else [first, module_at(model, head, (nn.Linear,), verb)]
-        others = [other for other in modules_in(model, wrappers=False) if other not in modules]
-        modules += [other for other in others if _is_tied(other, first)]
+        others = [other for other in modules_in(model, wrappers=False) if other not in modules and is_known(other)]
+        modules += [other for other in others if any(x is first.weight for x in own_tensors(other).values())]  # tied
         cuts, resizes = edit.places(modules, 0)
         old = len(first.weight)
         new = size - old
@@ -57,11 +57,6 @@ def resize_embedding(
             change = Growing(verb, new, made)
         edit.cut(cuts, resizes, change)
     return state, model
-
-
-def _is_tied(module: nn.Module, to: Any) -> bool:
-    """Whether a module of PyTorch's has the weight of another."""
-    return is_known(module) and any(x is to.weight for x in own_tensors(module).values())
 
 
 def prune(state: AnyState, model: Model, layer: str, keep: Any, readers: Sequence[str] = ()) -> tuple[AnyState, Model]:

@@ -111,8 +111,9 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
                 raise
             if emptied is not None:
                 tensors, skeleton = partition(emptied)
-                tensors = _in_place_of(record.tensors or [], tensors)
-                new.append((record, (tensors, record.numbers.having(skeleton))))
+                pairs = zip(record.tensors or [], tensors, strict=True)  # in memory of their own, laid out as before
+                own = [torch.empty_like(old).copy_(t) if old.shape == t.shape else t.clone() for old, t in pairs]
+                new.append((record, (own, record.numbers.having(skeleton))))
         writes = [partial(replace_state, record, record.shape, replacement) for record, replacement in new]
         perform(writes, tree_context(state))
     return state
@@ -302,9 +303,3 @@ def _stand_in(record: Record, rule: Rule, count: int, dim: int) -> Tensor:
             "write surgery.reset(state, rows, model=model)"
         )
     return x
-
-
-def _in_place_of(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors in memory of their own, laid out like others."""
-    pairs = zip(old, new, strict=True)
-    return [torch.empty_like(a).copy_(b) if a.shape == b.shape else b.clone() for a, b in pairs]
