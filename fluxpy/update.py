@@ -206,7 +206,7 @@ def _run(plan: Plan, units: Sequence[Unit], grads: list[Any], context: Context) 
             return units
         except FallBack as fallback:
             if plan.totals is not None:
-                plan.totals.start_over()
+                plan.totals.used = 0
             context.structure += 1
             if fallback.reason is not None and not isinstance(fallback.__cause__, MemoryError | torch.OutOfMemoryError):
                 context.reference_only.add(fallback.reason)

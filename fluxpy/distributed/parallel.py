@@ -23,11 +23,7 @@ class Parallel:
     are the wrappers that a loss must call. (Of a compiled model it cannot be seen whether it does.)"""
 
     def __init__(
-        self,
-        replicas: list[DistributedDataParallel],
-        params: Sequence[Tensor],
-        paths: Sequence[str],
-        compiled: bool,
+        self, replicas: list[DistributedDataParallel], params: Sequence[Tensor], paths: Sequence[str], compiled: bool
     ) -> None:
         self.replicas, self.params, self.paths = replicas, list(params), list(paths)
         self.checked: list[bool] | None = None  # who trains, as DDP was last found to agree with it

@@ -78,7 +78,7 @@ class CompiledUnit(CohortUnit):
         self.differing = {}
         if len(rules) == 1:
             return True
-        known = {id(rule): numbers_of(rule) for rule in rules}
+        known = {id(rule): [v for _, v in entries_of(_written(rule)) if type(v) is float] for rule in rules}
         rows = [known[id(record.rule)] for record in cohort.records]
         device, wide = cohort.reals[0].device, wide_dtype([cohort.reals[0], *(row[0] for row in cohort.momenta)])
         for place, column in enumerate(zip(*rows, strict=True)):
@@ -176,7 +176,6 @@ class CompiledUnit(CohortUnit):
         raise FallBack from error
 
     def drop(self) -> None:
-        """Let go of a step's gradients and results."""
         self.chunks.clear()
         self.asking.clear()
 
@@ -245,11 +244,6 @@ def write_down(steps: Any, answers: list[Traced]) -> Any:
     except StopIteration as done:
         return done.value
     raise ValueError("it asks for another number of totals than before")
-
-
-def numbers_of(rule: Rule) -> list[float]:
-    """All real numbers among the hyperparameters of a rule and those inside it, in one order for all rules alike."""
-    return [v for _, v in entries_of(_written(rule)) if type(v) is float]
 
 
 def with_numbers(rule: Rule, now: Rule, new: dict[int, Any]) -> Rule:

@@ -160,7 +160,6 @@ class FusedListUnit(_Fused):
         yield  # never reached: it makes this method a generator
 
     def drop(self) -> None:
-        """Let go of a step's gradients."""
         self.grads = ()
 
     def commit(self) -> None:
@@ -261,7 +260,6 @@ class FusedUnit(_Fused):
         return Skeleton(self.front_skeleton.spec, self.cohort.skeleton.parts[first : first + size])
 
     def drop(self) -> None:
-        """Let go of a step's gradients and results."""
         self.chunks.clear()
 
     def commit(self) -> None:

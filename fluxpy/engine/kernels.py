@@ -103,12 +103,8 @@ def _direct(inner: Callable[..., Any], args: tuple[Any, ...], inputs: list[Tenso
 
     def run(*tensors: Tensor) -> None:
         length = len(tensors[1])
-        inner(
-            *[
-                tensors[i] if i is not None else length if other is None else other
-                for i, other in zip(order, fixed, strict=True)
-            ]
-        )
+        pairs = zip(order, fixed, strict=True)
+        inner(*[tensors[i] if i is not None else length if other is None else other for i, other in pairs])
 
     return run
 

@@ -12,19 +12,7 @@ from torch import Tensor
 
 from ..context import FiniteFlag, reads_at_once, require_all_finite
 from ..pytree import Skeleton, partition
-from ..rule import (
-    Assign,
-    Reduce,
-    ReducingRule,
-    Rule,
-    Steps,
-    at,
-    is_packable,
-    map_inner,
-    reducing,
-    run_alone,
-    title_key,
-)
+from ..rule import Assign, Reduce, ReducingRule, Rule, Steps, at, is_packable, map_inner, reducing, run_alone, title_key
 from .chunk import Chunk, shaped_like
 from .cohort import Cohort
 from .layout import LEAST_RUN, NumberRow, Row, Runs, Scratch, chunks_of, runs
@@ -252,7 +240,6 @@ class EagerUnit(CohortUnit):
             raise FallBack(title_key(self.cohort.rule))
 
     def drop(self) -> None:
-        """Let go of a step's gradients and results."""
         self.chunks.clear()
 
     def commit(self) -> None:

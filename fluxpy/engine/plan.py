@@ -143,8 +143,8 @@ class Plan:
         """A new route for these gradients, which are known to fit the parameters."""
         self.route = None
         here = addresses(self.params)
-        if here != self.addresses:
-            self._renew()
+        if here != self.addresses:  # lay all out anew
+            self._forget()
             self.addresses = here
         members, statics, alone = self._members(grads)
         live = {member.place for member in members}
@@ -207,7 +207,7 @@ class Plan:
         _take_back(self.new_states)
         if self.new_states:
             self.new_states = []
-            self.cohorts, self.units, self.routes, self.route = [], {}, {}, None
+            self._forget()
             self.context.structure += 1
 
     # --- What changed -------------------------------------------------------------------------------------------------
@@ -359,13 +359,9 @@ class Plan:
                 for part in (members for kind, members in parts.items() if kind != "alone"):
                     self._add(part, cohort.static_key)
 
-    def _renew(self) -> None:
-        """Lay all cohorts out anew, as the parameters are elsewhere."""
-        params = self.params
-        for cohort in list(self.cohorts):
-            self._drop(cohort)
-            moved = [member._replace(x=params[member.place]) for member in cohort.members]
-            self._add(moved, cohort.static_key)
+    def _forget(self) -> None:
+        """Let go of all cohorts."""
+        self.cohorts, self.units, self.routes, self.route = [], {}, {}, None
 
 
 _MAKERS: dict[str, Callable[[Cohort], CohortUnit]] = {

@@ -55,11 +55,9 @@ class ShadowUnit(CohortUnit):
         self.inner = fused.fused_unit(inner)
         cohort.hold([*inner.momenta[:row], shadows, *inner.momenta[row:]])
         scratch = Scratch()
+        pairs = ("shadow", shadows), ("x", cohort.reals)
         self.rows = [
-            (
-                Row(shadows[low:high], scratch, "shadow", start, size),
-                Row(cohort.reals[low:high], scratch, "x", start, size),
-            )
+            [Row(tensors[low:high], scratch, role, start, size) for role, tensors in pairs]
             for low, high, start, size in chunks_of(cohort.sizes, split=True)
         ]
         self.shadow_rule: Any = None
