@@ -170,9 +170,7 @@ def require_finite(
         return  # faster than isfinite() of a tensor
     what = f"{type(reduce.rule).__name__}: the norm of the gradient"
     if compiling and reduce.nonfinite == "skip":
-        raise ValueError(
-            'under torch.compile no number can be read: nonfinite is "raise" or "ignore" there, not "skip"'
-        )
+        raise ValueError('under torch.compile no number can be read: write nonfinite="raise" or "ignore", not "skip"')
     if readable:
         _refuse(total, reduce, what, shares)
     elif reduce.nonfinite == "skip":

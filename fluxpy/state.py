@@ -367,9 +367,7 @@ def select(state: State | Leaf, *what: str | Callable[[str, Leaf], bool]) -> Sta
     for one in what:
         if not isinstance(one, str) and (isinstance(one, type) or not callable(one)):
             way = "select(state, *patterns), or select(state, *module_paths(model, ...))"
-            raise TypeError(
-                f"select takes glob patterns and predicates (path, leaf) -> bool, but got {one!r}; write {way}"
-            )
+            raise TypeError(f"select takes glob patterns and predicates (path, leaf) -> bool, not {one!r}; write {way}")
         some = {
             path
             for path, leaf in places

@@ -370,9 +370,7 @@ def _check(binding: Binding, grads: Sequence[Any], inplace: bool) -> None:
     for record, x, path, dx in zip(binding.records, binding.local, binding.paths, grads, strict=True):
         _check_one(path, record, x, dx)
         if inplace and (unseen or x.is_inference() or not x.is_contiguous()) and unwritable(x):
-            raise ValueError(
-                f"{path!r} cannot be written in place (expanded, or made in inference mode); clone it first"
-            )
+            raise ValueError(f"{path!r} cannot be written in place (expanded, or of inference mode); clone it first")
     if not unseen:
         _check_overlap(binding)
 

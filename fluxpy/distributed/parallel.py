@@ -45,9 +45,7 @@ class Parallel:
     ) -> tuple[Any, list[Tensor | None]]:
         """The value of `f`, and the gradient of each parameter that trains, as the wrappers' hooks leave it."""
         if create_graph:
-            raise ValueError(
-                "create_graph=True is for one process: the hooks that average gradients over processes leave no graph"
-            )
+            raise ValueError("create_graph=True is for one process: the hooks that average gradients leave no graph")
         if trains != self.checked:
             self._check(trains)
         for ddp in self.replicas:

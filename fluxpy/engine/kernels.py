@@ -44,9 +44,7 @@ class Recipe:
         if self.key not in _KERNELS:
             casts = any(getattr(line.call, "__name__", "") in _CASTS for line in self.tape.lines)
             if casts and torch.__version__ < _ROUNDS_SINCE:
-                raise RuntimeError(
-                    f"before PyTorch {_ROUNDS_SINCE} compiled code leaves out the rounding that a cast asks for"
-                )
+                raise RuntimeError(f"before PyTorch {_ROUNDS_SINCE} compiled code leaves out the rounding of a cast")
             _KERNELS[self.key] = self._compile()
         return _KERNELS[self.key]
 

@@ -171,9 +171,8 @@ class Chunks:
             return mine.view(chunk.number_shape)
         if chunk.runs is not None:
             sizes = self.cohort.sizes[chunk.low : chunk.high]
-            return torch.cat(
-                [mine[low:high].view(-1, 1).expand(-1, sizes[low]).reshape(-1) for low, high in chunk.runs]
-            )
+            rows = [mine[low:high].view(-1, 1).expand(-1, sizes[low]).reshape(-1) for low, high in chunk.runs]
+            return torch.cat(rows)
         if chunk.sizes is None:
             chunk.sizes = torch.tensor(self.cohort.sizes[chunk.low : chunk.high], device=mine.device)
         return torch.repeat_interleave(mine, chunk.sizes, output_size=chunk.size)

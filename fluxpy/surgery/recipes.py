@@ -80,9 +80,7 @@ def prune(state: AnyState, model: Model, layer: str, keep: Any, readers: Sequenc
             module = module_at(model, path, (nn.Module,), "prune")
             name = end(module) if is_known(module) else None
             if name is None:
-                what = (
-                    "a linear layer or convolution" if end is output_of else "a module of PyTorch's that reads features"
-                )
+                what = "a linear layer or convolution" if end is output_of else "a module that reads features"
                 raise ValueError(f"prune: {path!r} is a {type(module).__name__}, and must be {what}")
             cuts, resizes = edit.places(module, name)
             size = resizes[0].size if resizes else outputs
@@ -121,9 +119,7 @@ def merge(
             w, a, b = (edit.draft(by_path[path]) for path in (weight, *pair))
             if w.value.ndim != 2 or (b.value.shape[:1], a.value.shape[1:]) != (w.value.shape[:1], w.value.shape[1:]):
                 shapes = ", ".join(str(list(d.value.shape)) for d in (w, a, b))
-                raise ValueError(
-                    f"merge: {weight!r}, its a and its b must be (out, in), (r, in), (out, r), not {shapes}"
-                )
+                raise ValueError(f"merge: {weight!r}, its a and b must be (out, in), (r, in), (out, r), not {shapes}")
             wide = torch.promote_types(w.value.dtype, torch.float32)
             _add(w, scale * (b.value.to(wide) @ a.value.to(wide)))
             b.value = torch.zeros_like(b.value)

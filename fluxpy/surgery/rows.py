@@ -91,9 +91,7 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
     tensor([1., 0., 1.])
     """
     if not isinstance(dim, int):
-        raise TypeError(
-            "write surgery.reset(state, rows, dim), and the model, where it needs one, by name: model=model"
-        )
+        raise TypeError("write surgery.reset(state, rows, dim), and the model, if needed, by name: model=model")
     with plain_arithmetic():
         found = each_leaf(state, "surgery.reset")
         require_one_process("reset of rows", tree_context(state))
@@ -163,9 +161,7 @@ class Taking(Change):
     def position(self, row: int, size: int) -> int:
         places = (row_numbers(self.index, size) == row).nonzero()
         if not len(places):
-            raise ValueError(
-                f"{self.verb}: row {row} is the padding of an embedding; set its padding_idx to None first"
-            )
+            raise ValueError(f"{self.verb}: row {row} is the padding of an embedding; set padding_idx to None first")
         return int(places[0, 0])
 
 
