@@ -129,12 +129,8 @@ class Line(NamedTuple):
 
 def describe_tree(state: Mirror) -> str:
     """The tree, a line a place."""
-    head, *lines = tree_lines(state)
-    return "\n".join(["  ".join(filter(None, [head.name, head.note])), *map(_plain, lines)])
-
-
-def _plain(line: Line) -> str:
-    return "  " * line.depth + "  ".join(filter(None, [line.name, line.shape, line.note]))
+    texts = ((line, "  ".join(filter(None, [line.name, line.shape, line.note]))) for line in tree_lines(state))
+    return "\n".join("  " * line.depth + text for line, text in texts)
 
 
 def tree_lines(state: Mirror) -> list[Line]:

@@ -27,7 +27,7 @@ from .compiled import bucket_key as compiled_key
 from .layout import Extents, addresses, extent
 from .packed import EagerUnit
 from .reference import ReferenceUnit
-from .signature import Signature
+from .signature import looks_of
 from .step import CohortUnit, FallBack, Unit
 from .tape import is_arithmetic, keeps_numbers
 
@@ -43,7 +43,7 @@ class Route:
         self.cohorts, self.units = cohorts, [*[plan.units[id(cohort)] for cohort in cohorts], *alone]
         self.present = [i for i, g in enumerate(grads) if g is not None]
         self.absent = [i for i, g in enumerate(grads) if g is None]
-        self.signature = Signature([*params, *(grads[i] for i in self.present)])
+        self.look_as_before = looks_of([*params, *(grads[i] for i in self.present)])
         self.odd = [_odd(cohort, grads) for cohort in cohorts]
         self.alike = _alike_but_for_numbers(cohorts)
         self.addresses = plan.addresses
@@ -65,7 +65,7 @@ class Route:
         if self.absent and any([grads[i] is not None for i in self.absent]):
             return False
         given = [grads[i] for i in self.present] if self.absent else grads
-        if not self.signature.matches(*self.params, *given):
+        if not self.look_as_before(*self.params, *given):
             return False
         if (here := addresses(self.params)) != self.addresses:
             memory = Extents(here, self.extents)

@@ -23,6 +23,17 @@ class Wrapper(Rule):
     assigns: ClassVar[bool] = False
     # Why nothing may go around it, for one that must see the parameter itself.
     outermost: ClassVar[str] = ""
+    # True for one that passes on the weights to evaluate with of the rule inside.
+    passes_evaluation: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "rule" in self._names:
+            refuse_outermost(self, self.rule)
+            if self.rule.evaluates and not self.passes_evaluation:
+                name = type(self).__name__
+                own = f"{name}: {self.rule!r} has weights of its own to evaluate with"
+                raise ValueError(f"{own}, which {name} would pass over")
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         return run_alone(self, state, x, dx)
@@ -71,15 +82,6 @@ inner_accumulates: Any = property(lambda wrapper: any(rule.accumulates for rule 
 inner_evaluates: Any = property(lambda wrapper: any(rule.evaluates for rule in wrapper.inner))
 # For wrappers that are elementwise where the rules inside are.
 inner_elementwise: Any = property(lambda wrapper: all(rule.elementwise for rule in wrapper.inner))
-
-
-def refuse_inner(wrapper: Wrapper, rule: Any) -> None:
-    """TypeError for what is no rule inside a wrapper, ValueError for what must be outermost or has evaluation weights
-    there."""
-    refuse_outermost(wrapper, rule)
-    if rule.evaluates:
-        name = type(wrapper).__name__
-        raise ValueError(f"{name}: {rule!r} has weights of its own to evaluate with, which {name} would pass over")
 
 
 def refuse_outermost(wrapper: Wrapper, rule: Any, form: str = "{}") -> None:
@@ -256,13 +258,12 @@ class MixedPrecision(Wrapper):
     rule: Rule
     _: KW_ONLY
     dtype: torch.dtype = hyper(default=torch.float32, fixed=True)
-    delegates = keeps_master = assigns = True
+    delegates = keeps_master = assigns = passes_evaluation = True
     outermost = "it replaces the parameter by its master copy"
     accumulates, evaluates = inner_accumulates, inner_evaluates
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_outermost(self, self.rule)
         if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point and self.dtype.itemsize > 1):
             allowed = "it must be a floating-point dtype of 16 bits or more"
             raise ValueError(f"MixedPrecision: dtype={self.dtype!r} is not allowed; {allowed}")
@@ -309,10 +310,6 @@ class Shadowed(Wrapper):
     rule: Rule
     delegates = keeps_shadow = assigns = True
     accumulates, elementwise = inner_accumulates, inner_elementwise
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_inner(self, self.rule)
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         run = Run(self.rule.steps(state.state, x, dx))
