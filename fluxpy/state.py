@@ -53,9 +53,6 @@ class State(Mirror):
                 adopt(leaf, context, bindings)
         return cls(spec, values)
 
-    def __reduce__(self) -> Any:
-        return State._rebuilt, rooted(self)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "State":
         spec, leaves = rooted(self)
         return State._rebuilt(spec, [copy.deepcopy(leaf, memo) for leaf in leaves])

@@ -35,7 +35,6 @@ class Parallel:
         self.ranks = {rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}  # of all that run it
         for ddp in replicas:
             self.ranks |= set(torch.distributed.get_process_group_ranks(ddp.process_group))
-        for ddp in replicas:
             if ddp not in _CALLS and not compiled:
                 _CALLS[ddp] = 0
                 ddp.register_forward_pre_hook(_note_call)

@@ -18,7 +18,7 @@ from ..pytree import HOLE, Skeleton, entries_of, skeleton_of
 from ..rule import Assign, Rule, Steps, reducing, replace, rule_key, rules_in, title, title_key
 from .chunk import Chunk
 from .cohort import Cohort
-from .kernels import Recipe, to_device, wide_dtype
+from .kernels import Recipe, Writes, to_device, wide_dtype
 from .layout import SIZE, Row
 from .packed import Chunks, rule_now
 from .step import CohortUnit, FallBack, Prepare
@@ -215,7 +215,7 @@ class CompiledUnit(CohortUnit):
         return [torch.repeat_interleave(column, sizes, output_size=chunk.size) for column in columns]
 
 
-def _outcome(state: Any, change: Any, x: Traced, before: Skeleton) -> tuple[Skeleton, tuple[tuple[int, int], ...]]:
+def _outcome(state: Any, change: Any, x: Traced, before: Skeleton) -> tuple[Skeleton, Writes]:
     """The numbers of the new state, and which result is written to which input."""
     skeleton = skeleton_of(state)
     if skeleton.spec != before.spec:

@@ -43,9 +43,6 @@ class Lowered(Wrapper):
                 "put Lowered around the rule inside that has the momenta, as in Averaged(Lowered(...))"
             )
         super().__post_init__()
-        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point and self.dtype.itemsize > 1):
-            allowed = "it must be a floating-point dtype of 16 bits or more"
-            raise ValueError(f"Lowered: dtype={self.dtype!r} is not allowed; {allowed}")
 
     def init(self, x: Tensor) -> Any:
         def lower(part: Tensor) -> Tensor:

@@ -28,6 +28,10 @@ class Wrapper(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        dtype = self.dtype if "dtype" in self._names else torch.float32
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+            want = "it must be a floating-point dtype of 16 bits or more"
+            raise ValueError(f"{type(self).__name__}: dtype={dtype!r} is not allowed; {want}")
         if "rule" in self._names:
             refuse_outermost(self, self.rule)
             if self.rule.evaluates and not self.passes_evaluation:
@@ -261,12 +265,6 @@ class MixedPrecision(Wrapper):
     delegates = keeps_master = assigns = passes_evaluation = True
     outermost = "it replaces the parameter by its master copy"
     accumulates, evaluates = inner_accumulates, inner_evaluates
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point and self.dtype.itemsize > 1):
-            allowed = "it must be a floating-point dtype of 16 bits or more"
-            raise ValueError(f"MixedPrecision: dtype={self.dtype!r} is not allowed; {allowed}")
 
     def init(self, x: Tensor) -> Master:
         if x.is_complex():

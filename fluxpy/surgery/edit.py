@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,18 +36,16 @@ class Draft:
         return at(self.record.rule, self.record.numbers.count)
 
 
-class Change:
+class Change(Protocol):
     """What is done to each tensor along a dimension: see `Taking` and `Growing`."""
 
     verb: str
 
-    def apply(self, draft: Draft, dim: int) -> None:
-        """Change a draft."""
-        raise NotImplementedError
+    def apply(self, draft: Draft, dim: int) -> None: ...
 
     def size(self, old: int) -> int:
         """What a dimension of size `old` becomes."""
-        raise NotImplementedError
+        ...
 
     def position(self, row: int, size: int) -> int:
         """Where a row that must stay is afterwards. ValueError where it is gone."""
