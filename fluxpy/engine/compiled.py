@@ -88,7 +88,7 @@ class CompiledUnit(CohortUnit):
         return True
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
-        self.now = rule_now(self.cohort)
+        self.now = rule_now(self.cohort.rule, self.cohort.numbers.count)
         self.chunks.load([grads[place] for place in self.cohort.places])
         first, others = self.chunks.all[0], ()
         if self.asking is not self.chunks:

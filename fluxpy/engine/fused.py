@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..pytree import HOLE, Skeleton, partition, tensors_in
-from ..rule import Rule, Steps, at, rule_key, title_key, value_key
+from ..rule import Rule, Steps, rule_key, title_key, value_key
 from .chunk import Chunk
 from .cohort import Cohort
 from .fused_kernels import KERNELS, Launch, Links, Lists, has_front, states_of, takes
 from .layout import Row, adjacent, views_like
-from .packed import Chunks, apart_from_written, fits, like_parameters, outcome_of, write_state
+from .packed import Chunks, apart_from_written, fits, like_parameters, outcome_of, rule_now, write_state
 from .step import CohortUnit, FallBack, Prepare
 from .tape import inputs_used
 
@@ -59,13 +59,7 @@ class _Fused(CohortUnit):
         for leaf in dict.fromkeys(self.keys):
             own = self.cohort.records[leaf].rule
             assert own is not None
-            try:
-                now = at(own, self.cohort.numbers.count) if own is not rule or rule.scheduled else rule
-            except Exception as error:
-                raise FallBack from error
-            if now.traced:
-                raise FallBack
-            found[leaf] = Links.of(now)
+            found[leaf] = Links.of(rule_now(own, self.cohort.numbers.count))
         self.now = {leaf: links.options(self.kernel, self.x) for leaf, links in found.items()}
         self.front, self.hyper = found[0].front, hyper
 

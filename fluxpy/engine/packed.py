@@ -216,7 +216,7 @@ class EagerUnit(CohortUnit):
         )
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
-        rule = rule_now(self.cohort)
+        rule = rule_now(self.cohort.rule, self.cohort.numbers.count)
         self.rule = batched(rule) if self.stack else rule
         self.chunks.load([grads[place] for place in self.cohort.places])
         yield from self.chunks.run(self._start, self.rule)
@@ -330,10 +330,10 @@ def _kept(outcome: Outcome) -> Outcome:
     return Outcome([t.clone() for t in outcome.tensors], outcome.skeleton, change)
 
 
-def rule_now(cohort: Cohort) -> Rule:
-    """A cohort's rule at its count. What schedules give must be numbers here."""
+def rule_now(rule: Rule, count: int) -> Rule:
+    """A rule at a count. What schedules give must be numbers here."""
     try:
-        rule = at(cohort.rule, cohort.numbers.count)
+        rule = at(rule, count)
     except Exception as error:
         raise FallBack from error
     if rule.traced:

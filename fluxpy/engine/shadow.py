@@ -83,7 +83,7 @@ class ShadowUnit(CohortUnit):
         return self.inner.adopt_rules()
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
-        self.shadow_rule = rule_now(self.cohort).shadow_rule
+        self.shadow_rule = rule_now(self.cohort.rule, self.cohort.numbers.count).shadow_rule
         self.inner.cohort.odd = self.cohort.odd
         try:
             yield from self.inner.prepare(grads)
