@@ -71,6 +71,8 @@ class Rule:
     accumulates: ClassVar[bool] = False
     # True for a rule around others whose own arithmetic is elementwise, whatever the rules inside are.
     delegates: ClassVar[bool] = False
+    # True for a rule around others whose `evaluation` is theirs, passed on.
+    passes_evaluation: ClassVar[bool] = False
     # True for a rule around one other (`rule`) that steps a copy in `dtype` instead of the parameter. The copy is the
     # first tensor of the state; `master_for(copy, x)` brings it up to date, and the parameter becomes the rounded copy.
     keeps_master: ClassVar[bool] = False
@@ -213,7 +215,8 @@ class Rule:
     @cached
     def evaluates(self) -> bool:
         """Whether it, or a rule inside it, has weights to evaluate with."""
-        return type(self).evaluation is not Rule.evaluation or any(rule.evaluates for rule in self.inner)
+        own = type(self).evaluation is not Rule.evaluation and not self.passes_evaluation
+        return own or any(rule.evaluates for rule in self.inner)
 
     @cached
     def traced(self) -> bool:

@@ -23,8 +23,6 @@ class Wrapper(Rule):
     assigns: ClassVar[bool] = False
     # Why nothing may go around it, for one that must see the parameter itself.
     outermost: ClassVar[str] = ""
-    # True for one that passes on the weights to evaluate with of the rule inside.
-    passes_evaluation: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,8 +80,6 @@ class Wrapper(Rule):
 
 # For wrappers that accumulate where the rules inside do.
 inner_accumulates: Any = property(lambda wrapper: any(rule.accumulates for rule in wrapper.inner))
-# For wrappers whose weights to evaluate with are those of the rules inside.
-inner_evaluates: Any = property(lambda wrapper: any(rule.evaluates for rule in wrapper.inner))
 # For wrappers that are elementwise where the rules inside are.
 inner_elementwise: Any = property(lambda wrapper: all(rule.elementwise for rule in wrapper.inner))
 
@@ -116,8 +112,8 @@ class OptimiserChain(Wrapper):
     """
 
     rules: tuple[Rule, ...]
-    delegates = True
-    accumulates, evaluates, elementwise = inner_accumulates, inner_evaluates, inner_elementwise
+    delegates = passes_evaluation = True
+    accumulates, elementwise = inner_accumulates, inner_elementwise
 
     def __init__(self, *rules: Rule) -> None:
         object.__setattr__(self, "rules", rules)
@@ -264,7 +260,7 @@ class MixedPrecision(Wrapper):
     dtype: torch.dtype = hyper(default=torch.float32, fixed=True)
     delegates = keeps_master = assigns = passes_evaluation = True
     outermost = "it replaces the parameter by its master copy"
-    accumulates, evaluates = inner_accumulates, inner_evaluates
+    accumulates = inner_accumulates
 
     def init(self, x: Tensor) -> Master:
         if x.is_complex():
