@@ -295,17 +295,13 @@ class FusedUnit(_Fused):
     def _run_kernel(
         self, chunk: Chunk, dx: Tensor, long: bool, calls: list[Call], options: dict[int, dict[str, Any]]
     ) -> None:
-        master, row = self.links.master, None
-        if master is not None:
-            row = chunk.momenta[0]
-            dx = dx.to(master.dtype)
-        grads = [dx]
-        if not long:
-            grads = self._cut(chunk, dx)
+        master = self.links.master
+        dx = dx if master is None else dx.to(master.dtype)
+        grads = [dx] if long else self._cut(chunk, dx)
         for run, places, leaf in calls:
             run(grads if places is None else [grads[i] for i in places], options[leaf])
-        if row is not None:
-            chunk.x.write(row.read())
+        if master is not None:
+            chunk.x.write(chunk.momenta[0].read())
 
     def _cut(self, chunk: Chunk, dx: Tensor) -> list[Tensor]:
         """A chunk's gradient, in the shapes of its leaves."""
