@@ -146,7 +146,9 @@ def thaw(state: AnyState, *refused: Never, count: int | None = None) -> AnyState
     _refuse_positions("thaw", state, refused)
     found = each_leaf(state, "thaw")
     if bare := [path for path, leaf in found if leaf.rule is None]:
-        raise ValueError(f"thaw: set up without a rule, so frozen for good (at {names_of(bare)}); call setup again")
+        raise ValueError(
+            f"thaw: set up with no rule (None), so frozen for good (at {names_of(bare)}); call setup again"
+        )
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
         raise ValueError(f"thaw: count={count!r} is not allowed; it must be a whole number, 0 or more")
     for _, leaf in found:
