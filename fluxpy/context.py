@@ -1,8 +1,7 @@
 """Context: what all leaves of one state tree share. A copy of a tree, or the result of a pure update, has its own."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -145,15 +144,6 @@ class Context:
                 back()
         self.late = None
 
-    @contextmanager
-    def in_parts(self) -> Iterator[None]:
-        """Within, an update comes leaf by leaf."""
-        self.partial = True
-        try:
-            yield
-        finally:
-            self.partial = False
-
     def require_training_weights(self, records: Iterable[Any], what: str) -> None:
         """RuntimeError where one of these leaves' parameters holds its weights to evaluate with."""
         if self.aside and any(id(record) in self.aside for record in records):
@@ -180,9 +170,7 @@ def require_finite(
         return  # faster than isfinite() of a tensor
     what = f"{type(reduce.rule).__name__}: the norm of the gradient"
     if compiling and reduce.nonfinite == "skip":
-        raise ValueError(
-            'under torch.compile no number can be read: nonfinite is "raise" or "ignore" there, not "skip"'
-        )
+        raise ValueError('under torch.compile no number can be read: write nonfinite="raise" or "ignore", not "skip"')
     if readable:
         _refuse(total, reduce, what, shares)
     elif reduce.nonfinite == "skip":

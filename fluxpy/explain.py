@@ -4,7 +4,7 @@ import inspect
 import re
 from collections.abc import Iterator
 
-from .rule import Rule, hyperparameters, rules_in
+from .rule import Rule, all_hyperparameters
 from .rules import AccumGrad, ClipGlobalNorm, ClipGrad, ClipNorm, OptimiserChain, SignDecay, WeightDecay
 
 
@@ -48,7 +48,7 @@ def _sentence(rule: Rule) -> str:
 
 def _steps(rule: Rule) -> bool:
     """Whether a rule makes a step of a gradient: it has a rate."""
-    return any("lr" in hyperparameters(inner) for inner in rules_in(rule))
+    return "lr" in all_hyperparameters(rule)
 
 
 def _warnings(members: list[Rule]) -> Iterator[str]:

@@ -18,8 +18,8 @@ from .context import Context
 from .distributed.sharding import Sharding
 from .distributed.spread import SpreadRecord
 from .pytree import Skeleton, apart, partition, register
-from .rule import Rule, at, hyperparameters, replace, rules_in, tensors_of
-from .text import OF_STATES, WORDS, note
+from .rule import Rule, all_hyperparameters, at, replace, rules_in, tensors_of
+from .text import OF_STATES, meant, note
 
 
 class Numbers:
@@ -234,10 +234,8 @@ _read_only("dtype", "fluxpy.setup(rule, model) for another model")
 def _no_such_name(leaf: Leaf, name: str) -> NoReturn:
     hint = ""
     if not name.startswith("_"):
-        inside = () if leaf.rule is None else rules_in(leaf.rule)
-        names = {own for rule in inside for own in hyperparameters(rule)}
-        if name in names or set(WORDS.get(name, ())) & names:
-            word = name if name in names else next(word for word in WORDS[name] if word in names)
+        word = None if leaf.rule is None else meant(name, all_hyperparameters(leaf.rule))
+        if word is not None:
             hint = f". Write leaf.rule.{word}, or fluxpy.value(leaf, {word!r}) for what the next update uses"
         elif name in OF_STATES:
             hint = f". {OF_STATES[name]}"

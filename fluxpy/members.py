@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from .rule import Rule, hyperparameters, no_hyperparameter, rules_in, title, value_key
+from .rule import Rule, all_hyperparameters, hyperparameters, rules_in, title, value_key
+from .text import unknown
 
 
 def members_of(rule: Rule, member: Any) -> list[Rule]:
@@ -29,7 +30,7 @@ def holders_of(rule: Rule, name: str, member: Any = None) -> list[Rule]:
     inside = [rule] if member is None else members_of(rule, member)
     found = [inner for outer in inside for inner in rules_in(outer) if name in hyperparameters(inner)]
     if not found:
-        raise ValueError(no_hyperparameter(inside[0], name))
+        raise ValueError(unknown(title(inside[0]), all_hyperparameters(inside[0]), name))
     values = [getattr(inner, name) for inner in found]
     if len(found) > 1 and any(value_key(value) != value_key(values[0]) for value in values):
         classes = [type(inner).__name__ for inner in found]

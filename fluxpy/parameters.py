@@ -137,9 +137,7 @@ def destructure(model: Model) -> tuple[Tensor, Callable[[Tensor], Model]]:
 
 def _require_one_process(verb: str, values: list[Tensor]) -> None:
     if any_dtensor(values):
-        raise ValueError(
-            f"{verb} is for one process: these parameters are spread over several, each of which has a part"
-        )
+        raise ValueError(f"{verb} is for one process: these parameters are spread over several")
 
 
 def flatten_parameters(model: Model, *, grad: bool = False) -> Model:

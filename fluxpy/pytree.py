@@ -330,6 +330,13 @@ def uncast() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def plain_arithmetic() -> Iterator[None]:
+    """Within, what is computed is not narrowed and not recorded, and may be kept and written to later."""
+    with torch.inference_mode(False), torch.no_grad(), uncast():
+        yield
+
+
 def is_unseen(x: Tensor) -> bool:
     """Whether a transform or `torch.compile` hides the numbers and the memory of a tensor."""
     return torch.compiler.is_compiling() or is_wrapped(x)

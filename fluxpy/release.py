@@ -17,7 +17,6 @@ from .context import Context, SkipUpdate, reads_at_once
 from .distributed.sharding import has_process_group
 from .engine.layout import SIZE, is_dense, views_like
 from .gradient import independent_loss, recorded, require_no_checkpoint
-from .leaf import Record
 from .pytree import is_transforming
 from .rule import reducing, title
 from .text import names_of
@@ -46,7 +45,7 @@ class Bucket:
             self.free.append(self.buffer)
         self.buffer = None
         self.grads: list[Tensor | None] = [None] * len(self.part.params)
-        self.waits_for, self.done = sum(map(trains, self.part.records)), False
+        self.waits_for, self.done = sum(not record.frozen for record in self.part.records), False
 
     def take(self, place: int, dx: Tensor) -> None:
         self.waits_for -= 1
@@ -110,10 +109,6 @@ class Buckets:
             self.all.append(Bucket(binding.part(places), self.free.setdefault(key, []), size))
 
 
-def trains(record: Record) -> bool:
-    return not record.frozen
-
-
 def release_step(f: Callable[..., Any], model: Any, args: Sequence[Any], binding: Binding, context: Context) -> Any:
     """One step of `trainstep(..., release=True)`."""
     buckets = _buckets(binding, context)
@@ -151,7 +146,7 @@ def _refuse(binding: Binding) -> None:
     """ValueError for what cannot be stepped alone."""
     rules: dict[int, tuple[Any, str]] = {}
     for record, path in zip(binding.records, binding.paths, strict=True):
-        if trains(record):
+        if not record.frozen:
             rules.setdefault(id(record.rule), (record.rule, path))
     for rule, path in rules.values():
         asking = [] if rule is None else reducing(rule)
@@ -173,7 +168,7 @@ def _refuse(binding: Binding) -> None:
 
 def _backward(loss: Tensor, buckets: Buckets, binding: Binding, context: Context) -> None:
     """The backward pass, with the steps in it."""
-    params = [x for x, record in zip(binding.params, binding.records, strict=True) if trains(record)]
+    params = [x for x, record in zip(binding.params, binding.records, strict=True) if not record.frozen]
     seen: set[int] = set()
     stepped = 0
 
@@ -192,11 +187,12 @@ def _backward(loss: Tensor, buckets: Buckets, binding: Binding, context: Context
 
     for bucket in buckets.all:
         bucket.clear()
+    context.partial = True
     try:
-        with _grads_aside(params, take), context.in_parts():
+        with _grads_aside(params, take):
             torch.autograd.backward(loss, inputs=params)
             if not seen:
-                raise independent_loss([trains(record) for record in binding.records])
+                raise independent_loss([not record.frozen for record in binding.records])
             for bucket in buckets.all:
                 if not bucket.done and bucket.concerned:
                     stepped += bucket.step(context)
@@ -209,6 +205,7 @@ def _backward(loss: Tensor, buckets: Buckets, binding: Binding, context: Context
             raise RuntimeError("release=True steps leaf by leaf, so that the whole update cannot be skipped") from error
         raise
     finally:
+        context.partial = False
         context.flag.lower()
         for bucket in buckets.all:
             bucket.clear()

@@ -71,6 +71,8 @@ class Rule:
     accumulates: ClassVar[bool] = False
     # True for a rule around others whose own arithmetic is elementwise, whatever the rules inside are.
     delegates: ClassVar[bool] = False
+    # True for a rule around others whose `evaluation` is theirs, passed on.
+    passes_evaluation: ClassVar[bool] = False
     # True for a rule around one other (`rule`) that steps a copy in `dtype` instead of the parameter. The copy is the
     # first tensor of the state; `master_for(copy, x)` brings it up to date, and the parameter becomes the rounded copy.
     keeps_master: ClassVar[bool] = False
@@ -213,7 +215,8 @@ class Rule:
     @cached
     def evaluates(self) -> bool:
         """Whether it, or a rule inside it, has weights to evaluate with."""
-        return type(self).evaluation is not Rule.evaluation or any(rule.evaluates for rule in self.inner)
+        own = type(self).evaluation is not Rule.evaluation and not self.passes_evaluation
+        return own or any(rule.evaluates for rule in self.inner)
 
     @cached
     def traced(self) -> bool:
@@ -280,11 +283,7 @@ class ReducingRule(Rule):
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         """`steps` on one tensor that is its own whole tree."""
-        return run_alone(self, state, x, dx, self._demand_finite)
-
-    def _demand_finite(self, reduce: Reduce, total: Tensor) -> None:
-        if reduce.nonfinite == "raise" and not total.isfinite().all():
-            raise FloatingPointError(f"{type(reduce.rule).__name__}: the total {total.tolist()} is not finite")
+        return run_alone(self, state, x, dx, strict=True)
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         raise NotImplementedError(f"{type(self).__name__} must define steps(self, state, x, dx)")
@@ -295,16 +294,15 @@ def reducing(rule: Rule, over: Literal["array", "tree"] | None = None) -> list["
     return [inner for inner in rules_in(rule) if isinstance(inner, ReducingRule) and over in (None, inner.over)]
 
 
-def run_alone(
-    rule: Rule, state: Any, x: Tensor, dx: Any, check: Callable[[Reduce, Tensor], None] | None = None
-) -> tuple[Any, Any]:
-    """Run `rule.steps` on one tensor that is its own whole tree: `(state, change)`."""
+def run_alone(rule: Rule, state: Any, x: Tensor, dx: Any, *, strict: bool = False) -> tuple[Any, Any]:
+    """Run `rule.steps` on one tensor that is its own whole tree: `(state, change)`. A total may be what it is, unless
+    `strict`: then FloatingPointError for one that must be finite."""
     run = Run(rule.steps(state, x, dx))
     while run.asks is not None:
         asking, parts = run.asks.rule, run.asks.rule.parts([run.asks.tensor()])
         answer = parts[0] if asking.over == "array" else asking.combine(parts)
-        if check is not None:
-            check(run.asks, answer)
+        if strict and run.asks.nonfinite == "raise" and not answer.isfinite().all():
+            raise FloatingPointError(f"{type(asking).__name__}: the total {answer.tolist()} is not finite")
         run.tell(answer)
     return run.result
 
@@ -344,9 +342,13 @@ def hyperparameters(rule: Rule) -> dict[str, Any]:
     return {name: value for name, value in _items(rule) if not _holds_rules(value)}
 
 
-def no_hyperparameter(rule: Rule, name: str) -> str:
-    """The message for a hyperparameter that neither the rule nor any inside it has."""
-    return unknown(title(rule), (own for inner in rules_in(rule) for own in hyperparameters(inner)), name)
+def all_hyperparameters(rule: Rule) -> dict[str, list[Any]]:
+    """Those of the rule and of all inside it, by name, with each value that one has, outermost first."""
+    found: dict[str, list[Any]] = {}
+    for inner in rules_in(rule):
+        for name, value in hyperparameters(inner).items():
+            found.setdefault(name, []).append(value)
+    return found
 
 
 def replace(rule: Rule, change: Callable[[Rule, str, Any], Any], validate: bool = True) -> Rule:

@@ -65,15 +65,11 @@ def _hyperparameters(rule: Rule, count: int) -> dict[str, _Held]:
             usual = field_of(member, name).default
             before = found.get(name, _Held([], True, False))
             is_default = usual is not dataclasses.MISSING and value_key(value) == value_key(usual)
-            scheduled = _is_scheduled(getattr(own, name))
+            scheduled = any(map(callable, given)) if isinstance(given := getattr(own, name), tuple) else callable(given)
             found[name] = _Held(
                 [*before.values, value], before.is_default and is_default, before.scheduled or scheduled
             )
     return found
-
-
-def _is_scheduled(value: Any) -> bool:
-    return any(map(callable, value)) if isinstance(value, tuple) else callable(value)
 
 
 def _key(held: _Held) -> Any:
@@ -133,12 +129,8 @@ class Line(NamedTuple):
 
 def describe_tree(state: Mirror) -> str:
     """The tree, a line a place."""
-    head, *lines = tree_lines(state)
-    return "\n".join(["  ".join(filter(None, [head.name, head.note])), *map(_plain, lines)])
-
-
-def _plain(line: Line) -> str:
-    return "  " * line.depth + "  ".join(filter(None, [line.name, line.shape, line.note]))
+    texts = ((line, "  ".join(filter(None, [line.name, line.shape, line.note]))) for line in tree_lines(state))
+    return "\n".join("  " * line.depth + text for line, text in texts)
 
 
 def tree_lines(state: Mirror) -> list[Line]:

@@ -13,7 +13,6 @@ from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar, overload
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -24,10 +23,10 @@ from .initial import make_states
 from .leaf import Leaf, Numbers, Record, adopt, bindings_of, context_of, first_numbers, record_of, records_of
 from .members import holders_of
 from .patterns import assign_rules
-from .pytree import Skeleton, uncast
-from .rule import Rule, at, hyperparameters, rule_key, rules_in, title_key
+from .pytree import Skeleton, plain_arithmetic
+from .rule import Rule, all_hyperparameters, at, hyperparameters, rule_key, title_key
 from .show import describe_tree, table, tree_as_html
-from .text import OF_STATES, WORDS, form, near_pattern
+from .text import OF_STATES, form, meant, near_pattern
 from .tree import Mirror, TreeSpec, check_model, explore, relaid, respec, rooted, spec_of, values_of, walk
 
 AnyState = TypeVar("AnyState", bound="State | Leaf")
@@ -54,9 +53,6 @@ class State(Mirror):
                 adopt(leaf, context, bindings)
         return cls(spec, values)
 
-    def __reduce__(self) -> Any:
-        return State._rebuilt, rooted(self)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "State":
         spec, leaves = rooted(self)
         return State._rebuilt(spec, [copy.deepcopy(leaf, memo) for leaf in leaves])
@@ -72,8 +68,7 @@ class State(Mirror):
         """What to write instead of looking for a hyperparameter or a leaf's attribute on a branch."""
         leaf_names = ("rule", "state", "frozen", "count", "shape", "dtype")
         rules = {id(leaf.rule): leaf.rule for _, leaf in each_leaf(here, "leaves") if leaf.rule is not None}
-        names = {own for rule in rules.values() for inner in rules_in(rule) for own in hyperparameters(inner)}
-        word = next((word for word in (name, *WORDS.get(name, ())) if word in names), None)
+        word = meant(name, {own for rule in rules.values() for own in all_hyperparameters(rule)})
         if word is not None:
             return (
                 f"Hyperparameters are the leaves': fluxpy.adjust(branch, {word}=...) sets them, "
@@ -196,7 +191,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
         record.redistribute(sharding_of(x))
     leaves = [Leaf(record, context, bindings) for record in records]
     new = [index for index in range(len(params)) if rules[index] is not None and index not in taken]
-    with torch.inference_mode(False), torch.no_grad(), uncast():
+    with plain_arithmetic():
         _make_states(records, new, taken, local_tensors(params), names)
     if kept and (changed := _changed(kept, new, params, names)):
         warnings.warn(
@@ -369,9 +364,7 @@ def select(state: State | Leaf, *what: str | Callable[[str, Leaf], bool]) -> Sta
     for one in what:
         if not isinstance(one, str) and (isinstance(one, type) or not callable(one)):
             way = "select(state, *patterns), or select(state, *module_paths(model, ...))"
-            raise TypeError(
-                f"select takes glob patterns and predicates (path, leaf) -> bool, but got {one!r}; write {way}"
-            )
+            raise TypeError(f"select takes glob patterns and predicates (path, leaf) -> bool, not {one!r}; write {way}")
         some = {
             path
             for path, leaf in places

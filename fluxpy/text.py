@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 import html
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -210,12 +210,16 @@ def hidden_window(outer: str) -> str:
     )
 
 
+def meant(name: str, names: Collection[str]) -> str | None:
+    """Which of these names of hyperparameters is meant, by this name or by another library's."""
+    return next((word for word in (name, *WORDS.get(name, ())) if word in names), None)
+
+
 def unknown(title: str, have: Iterable[str], name: str) -> str:
     """The message for a hyperparameter that a rule does not have."""
     have = list(dict.fromkeys(have))
-    known = [word for word in WORDS.get(name, ()) if word in have]
-    instead = [INSTEAD[word] for word in (name, *WORDS.get(name, ())) if word in INSTEAD]
-    hint = f"here it is called {known[0]!r}" if known else instead[0] if instead else near(name, have)
+    known, instead = meant(name, have), meant(name, INSTEAD)
+    hint = f"here it is called {known!r}" if known else INSTEAD[instead] if instead else near(name, have)
     return f"{title} has no hyperparameter {name!r}; {hint}"
 
 

@@ -303,7 +303,7 @@ class Mirror:
         return [key for key in self._spec.keys if isinstance(key, str)]
 
     def __reduce__(self) -> Any:
-        return type(self), rooted(self)
+        return type(self)._rebuilt, rooted(self)
 
 
 def _refuse_assignment(tree: Mirror, name: str, value: Any) -> None:

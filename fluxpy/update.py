@@ -206,7 +206,7 @@ def _run(plan: Plan, units: Sequence[Unit], grads: list[Any], context: Context) 
             return units
         except FallBack as fallback:
             if plan.totals is not None:
-                plan.totals.start_over()
+                plan.totals.used = 0
             context.structure += 1
             if fallback.reason is not None and not isinstance(fallback.__cause__, MemoryError | torch.OutOfMemoryError):
                 context.reference_only.add(fallback.reason)
@@ -370,9 +370,7 @@ def _check(binding: Binding, grads: Sequence[Any], inplace: bool) -> None:
     for record, x, path, dx in zip(binding.records, binding.local, binding.paths, grads, strict=True):
         _check_one(path, record, x, dx)
         if inplace and (unseen or x.is_inference() or not x.is_contiguous()) and unwritable(x):
-            raise ValueError(
-                f"{path!r} cannot be written in place (expanded, or made in inference mode); clone it first"
-            )
+            raise ValueError(f"{path!r} cannot be written in place (expanded, or of inference mode); clone it first")
     if not unseen:
         _check_overlap(binding)
 

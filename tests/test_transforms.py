@@ -150,6 +150,7 @@ def test_dual_numbers_go_through_updates(row: Row, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(by_func, slope, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own forward mode
 @pytest.mark.parametrize("row", [row for row in ROWS.values() if "lr" in row.adjusted], ids=lambda row: repr(row.rule))
 def test_a_rate_may_be_a_dual_number(row: Row) -> None:
     def given(lr: Any) -> Rule:

@@ -30,10 +30,9 @@ def assert_same_on_all_ranks(state: State | Leaf) -> None:
     encoder = Encoder()
     mine = {path: _describe(encoder, leaf) for path, leaf in found}
     digest = hashlib.sha256(json.dumps(mine).encode()).digest()
-    sent = torch.tensor(
-        [int.from_bytes(digest[:8], "little", signed=True)], device=_DEVICES.get(torch.distributed.get_backend(), "cpu")
-    )
-    received = all_gather(sent)
+    number = int.from_bytes(digest[:8], "little", signed=True)
+    device = _DEVICES.get(torch.distributed.get_backend(), "cpu")
+    received = all_gather(torch.tensor([number], device=device))
     if len(set(received.tolist())) > 1:
         every: list[Any] = [None] * len(received)
         torch.distributed.all_gather_object(every, mine)

@@ -12,6 +12,7 @@ from ..context import Context, require_all_finite
 from ..engine.reference import ReferenceUnit
 from ..engine.step import Prepare, Request
 from ..leaf import Record
+from .sharding import Sharding
 
 
 class GatheredUnit(ReferenceUnit):
@@ -49,7 +50,7 @@ class GatheredUnit(ReferenceUnit):
             try:
                 request = steps.send(answer)
             except StopIteration:
-                self._keep(inner)
+                self._keep(inner, sharding)
                 return None
             if request.reduce.rule.over == "array":  # all of it is here
                 require_all_finite(request.parts, request.reduce, self.context, request.paths)
@@ -57,10 +58,8 @@ class GatheredUnit(ReferenceUnit):
             elif (answer := next(known, None)) is None:
                 return request._replace(reduce=request.reduce._replace(value=request.parts))  # without the whole array
 
-    def _keep(self, inner: ReferenceUnit) -> None:
+    def _keep(self, inner: ReferenceUnit, sharding: Sharding) -> None:
         """Keep this process's part of the result."""
-        sharding = self.record.sharding
-        assert sharding is not None
         self.moved, self.skeleton = inner.moved, inner.skeleton
         self.value = sharding.part(inner.value if inner.change is None else inner.x - inner.change)
         self.spread_flags = [sharding.is_whole(t) for t in inner.news]

@@ -23,11 +23,7 @@ class Parallel:
     are the wrappers that a loss must call. (Of a compiled model it cannot be seen whether it does.)"""
 
     def __init__(
-        self,
-        replicas: list[DistributedDataParallel],
-        params: Sequence[Tensor],
-        paths: Sequence[str],
-        compiled: bool,
+        self, replicas: list[DistributedDataParallel], params: Sequence[Tensor], paths: Sequence[str], compiled: bool
     ) -> None:
         self.replicas, self.params, self.paths = replicas, list(params), list(paths)
         self.checked: list[bool] | None = None  # who trains, as DDP was last found to agree with it
@@ -39,7 +35,6 @@ class Parallel:
         self.ranks = {rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}  # of all that run it
         for ddp in replicas:
             self.ranks |= set(torch.distributed.get_process_group_ranks(ddp.process_group))
-        for ddp in replicas:
             if ddp not in _CALLS and not compiled:
                 _CALLS[ddp] = 0
                 ddp.register_forward_pre_hook(_note_call)
@@ -49,9 +44,7 @@ class Parallel:
     ) -> tuple[Any, list[Tensor | None]]:
         """The value of `f`, and the gradient of each parameter that trains, as the wrappers' hooks leave it."""
         if create_graph:
-            raise ValueError(
-                "create_graph=True is for one process: the hooks that average gradients over processes leave no graph"
-            )
+            raise ValueError("create_graph=True is for one process: the hooks that average gradients leave no graph")
         if trains != self.checked:
             self._check(trains)
         for ddp in self.replicas:

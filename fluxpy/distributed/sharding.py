@@ -47,12 +47,6 @@ class Sharding:
             return NotImplemented
         return self is other or (self.shape, self.placements, self.mesh) == (other.shape, other.placements, other.mesh)
 
-    def __hash__(self) -> int:
-        return hash(self.shape)
-
-    def __repr__(self) -> str:
-        return f"Sharding({tuple(self.shape)}, {self.placements} on {self.mesh})"
-
     @cached_property
     def process_groups(self) -> tuple[Any, ...]:
         """The process groups whose members hold the other parts, one for each of `dims`."""
@@ -109,10 +103,11 @@ class Sharding:
 
     def require_fits(self, t: Any, what: str) -> None:
         """ValueError for what is no tensor as large as the parameter, or is spread over another mesh."""
-        if not _is_tensor(t):
+        if not isinstance(t, Tensor):
             raise ValueError(f"{what} must be a tensor, but is {type(t).__name__}")
-        if not self.is_whole(t) or (is_dtensor(t) and t.device_mesh != self.mesh):
-            where = f" on {t.device_mesh}" if is_dtensor(t) else ""
+        mesh = getattr(t, "device_mesh", self.mesh)  # that of a DTensor
+        if not self.is_whole(t) or mesh != self.mesh:
+            where = f" on {mesh}" if is_dtensor(t) else ""
             raise ValueError(
                 f"{what} must have the shape {tuple(self.shape)} on {self.mesh}, as its parameter, but has "
                 f"{tuple(t.shape)}{where}"
@@ -157,10 +152,6 @@ def require_own_part(x: Any, what: str) -> None:
             f"{what} is a part of another process, at {there} of {mesh}: what torch.save writes of DTensors is for the "
             "process that wrote it; save and load by torch.distributed.checkpoint"
         )
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
 
 
 def has_process_group() -> bool:

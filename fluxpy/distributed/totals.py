@@ -39,12 +39,8 @@ class Totals:
         self.used = 0
 
     def start(self) -> None:
-        """Begin an update."""
+        """Begin an update. Of another attempt at the same one only `used` is 0 again."""
         self.known, self.used = [], 0
-
-    def start_over(self) -> None:
-        """Begin another attempt at the same update."""
-        self.used = 0
 
     def gather(self, parts: Tensor, places: Sequence[int]) -> tuple[Tensor, list[int]]:
         """What the leaves at these places give on all processes, and for each which of the leaves it is of."""

@@ -18,10 +18,10 @@ from ..pytree import HOLE, Skeleton, entries_of, skeleton_of
 from ..rule import Assign, Rule, Steps, reducing, replace, rule_key, rules_in, title, title_key
 from .chunk import Chunk
 from .cohort import Cohort
-from .kernels import Recipe, to_device, wide_dtype
+from .kernels import Recipe, Writes, to_device, wide_dtype
 from .layout import SIZE, Row
 from .packed import Chunks, rule_now
-from .step import FallBack, Prepare
+from .step import CohortUnit, FallBack, Prepare
 from .tape import Tape, Traced, drive
 
 _MOST = 32  # kernels of one chain; with more, its numbers are a part of the program and each step would make another
@@ -45,11 +45,11 @@ class Program(NamedTuple):
     moved: bool
 
 
-class CompiledUnit:
+class CompiledUnit(CohortUnit):
     """A cohort of elementwise rules that differ in real numbers alone, each chunk stepped by one kernel."""
 
     def __init__(self, cohort: Cohort) -> None:
-        self.cohort, self.context = cohort, cohort.context
+        super().__init__(cohort)
         self.chunks = Chunks(cohort, split=False, long=True)
         # Totals are of what the rule's own steps give, for which large leaves are cut.
         cut = bool(reducing(cohort.rule)) and max(cohort.sizes) > SIZE
@@ -69,34 +69,26 @@ class CompiledUnit:
         """The wrapper that keeps a master copy, if there is one: the kernel steps that copy."""
         return self.cohort.rule if self.cohort.rule.keeps_master else None
 
-    laid_out = True
-
-    def adopt_rules(self) -> Any:
+    def adopt_rules(self) -> bool:
         """Find the numbers in which the leaves' rules differ, by their place, with the value of each leaf."""
-        cohort = self.cohort
-        rules = cohort.rules()
-        if any(rule.traced for rule in rules):
-            return None
-        keys = {bucket_key(rule, self.context) for rule in rules}
-        if len(keys) > 1:
-            return None
+        cohort, rules = self.cohort, self.cohort.rules()
         key = rule_key(cohort.rule, loose=True)
         if key != self.key:
             self.key, self.programs = key, {}
         self.differing = {}
         if len(rules) == 1:
-            return keys.pop()
-        known = {id(rule): numbers_of(rule) for rule in rules}
+            return True
+        known = {id(rule): [v for _, v in entries_of(_written(rule)) if type(v) is float] for rule in rules}
         rows = [known[id(record.rule)] for record in cohort.records]
         device, wide = cohort.reals[0].device, wide_dtype([cohort.reals[0], *(row[0] for row in cohort.momenta)])
         for place, column in enumerate(zip(*rows, strict=True)):
             if len(set(column)) > 1:
                 self.differing[place] = torch.tensor(column, dtype=wide, device=device)
         self.sizes = torch.tensor(cohort.sizes, device=device)
-        return keys.pop()
+        return True
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
-        self.now = rule_now(self.cohort)
+        self.now = rule_now(self.cohort.rule, self.cohort.numbers.count)
         self.chunks.load([grads[place] for place in self.cohort.places])
         first, others = self.chunks.all[0], ()
         if self.asking is not self.chunks:
@@ -105,7 +97,9 @@ class CompiledUnit:
         if not self.programs or self.now.accumulates:  # such a rule asks for no total until its window is full
             self.totals = self._count_totals(first)
         yield from self.asking.run(self._start, self.now, self.totals, others)
-        self.programs = {single: self._program(chunk) for single, chunk in self._kinds().items()}
+        # A chunk of each kind: of one leaf, whose own numbers and totals are 0-dim, and of several.
+        kinds = {not chunk.of_several: chunk for chunk in self.chunks.all}
+        self.programs = {single: self._program(chunk) for single, chunk in kinds.items()}
 
     def _start(self, chunk: Chunk, dx: Any) -> Steps:
         """The rule's own steps, for the totals that it asks for."""
@@ -119,10 +113,6 @@ class CompiledUnit:
         if up is None:
             return [] if reads_at_once(self.lowered) else [self.lowered]
         return [up.to(self.lowered.device)]
-
-    def _kinds(self) -> dict[bool, Chunk]:
-        """A chunk of each kind: of one leaf, whose own numbers and totals are 0-dim, and of several."""
-        return {not chunk.of_several: chunk for chunk in self.chunks.all}
 
     def _target(self, chunk: Chunk) -> tuple[Row, list[Row], Rule, Skeleton]:
         """What the kernel steps, with which momenta, by which rule, with which numbers in its state."""
@@ -186,7 +176,6 @@ class CompiledUnit:
         raise FallBack from error
 
     def drop(self) -> None:
-        """Let go of a step's gradients and results."""
         self.chunks.clear()
         self.asking.clear()
 
@@ -226,7 +215,7 @@ class CompiledUnit:
         return [torch.repeat_interleave(column, sizes, output_size=chunk.size) for column in columns]
 
 
-def _outcome(state: Any, change: Any, x: Traced, before: Skeleton) -> tuple[Skeleton, tuple[tuple[int, int], ...]]:
+def _outcome(state: Any, change: Any, x: Traced, before: Skeleton) -> tuple[Skeleton, Writes]:
     """The numbers of the new state, and which result is written to which input."""
     skeleton = skeleton_of(state)
     if skeleton.spec != before.spec:
@@ -255,11 +244,6 @@ def write_down(steps: Any, answers: list[Traced]) -> Any:
     except StopIteration as done:
         return done.value
     raise ValueError("it asks for another number of totals than before")
-
-
-def numbers_of(rule: Rule) -> list[float]:
-    """All real numbers among the hyperparameters of a rule and those inside it, in one order for all rules alike."""
-    return [v for _, v in entries_of(_written(rule)) if type(v) is float]
 
 
 def with_numbers(rule: Rule, now: Rule, new: dict[int, Any]) -> Rule:

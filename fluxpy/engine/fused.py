@@ -1,6 +1,6 @@
 """Fused units: a chain's last rule run by one of PyTorch's fused kernels, the rules before it by their own `steps`."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..pytree import HOLE, Skeleton, partition, tensors_in
-from ..rule import Rule, Steps, at, rule_key, title_key, value_key
+from ..rule import Rule, Steps, rule_key, title_key, value_key
 from .chunk import Chunk
 from .cohort import Cohort
-from .fused_kernels import KERNELS, Launch, Links, Lists, bucket_key, has_front, states_of, takes
+from .fused_kernels import KERNELS, Launch, Links, Lists, has_front, states_of, takes
 from .layout import Row, adjacent, views_like
-from .packed import Chunks, apart_from_written, fits, like_parameters, outcome_of, write_state
-from .step import FallBack, Prepare
+from .packed import Chunks, apart_from_written, fits, like_parameters, outcome_of, rule_now, write_state
+from .step import CohortUnit, FallBack, Prepare
 from .tape import inputs_used
 
 _MOST_NUMBERS = 64  # of the state of rules before a kernel, for which it is known what they read
@@ -30,11 +30,11 @@ class Call(NamedTuple):
     leaf: int
 
 
-class _Fused(ABC):
+class _Fused(CohortUnit):
     """What fused units have in common: the kernel, its options for each rule, and its clock."""
 
     def __init__(self, cohort: Cohort) -> None:
-        self.cohort, self.context = cohort, cohort.context
+        super().__init__(cohort)
         before, own = states_of(cohort.rule, cohort.records[0].state)
         self.front_skeleton = partition(before)[1]
         self.links = Links.of(cohort.rule)
@@ -59,29 +59,19 @@ class _Fused(ABC):
         for leaf in dict.fromkeys(self.keys):
             own = self.cohort.records[leaf].rule
             assert own is not None
-            try:
-                now = at(own, self.cohort.numbers.count) if own is not rule or rule.scheduled else rule
-            except Exception as error:
-                raise FallBack from error
-            if now.traced:
-                raise FallBack
-            found[leaf] = Links.of(now)
+            found[leaf] = Links.of(rule_now(own, self.cohort.numbers.count))
         self.now = {leaf: links.options(self.kernel, self.x) for leaf, links in found.items()}
         self.front, self.hyper = found[0].front, hyper
 
-    def adopt_rules(self) -> Any:
-        """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
+    def adopt_rules(self) -> bool:
         rules, x = self.cohort.rules(), self.cohort.params[0]
-        found = {bucket_key(rule) for rule in rules}
-        if len(found) > 1 or any(rule.traced for rule in rules):
-            return None
         if not all(takes(rule, x, self.cohort.records[0].tensors or ()) for rule in rules):
-            return None
+            return False
         self.links, keys = Links.of(self.cohort.rule), _first_alike(self.cohort, rules)
         if keys != self.keys:
             self.keys = keys
             self.bind()
-        return found.pop()
+        return True
 
     @abstractmethod
     def bind(self) -> None:
@@ -164,7 +154,6 @@ class FusedListUnit(_Fused):
         yield  # never reached: it makes this method a generator
 
     def drop(self) -> None:
-        """Let go of a step's gradients."""
         self.grads = ()
 
     def commit(self) -> None:
@@ -181,8 +170,6 @@ class FusedListUnit(_Fused):
 class FusedUnit(_Fused):
     """A cohort in chunks: what is before the last rule by its own `steps`, then the kernel on the chunk."""
 
-    laid_out = True
-
     def __init__(self, cohort: Cohort) -> None:
         rule = cohort.rule
         self.chunks = Chunks(cohort, split=has_front(rule) or rule.keeps_master)  # a kernel alone needs no cache
@@ -192,11 +179,11 @@ class FusedUnit(_Fused):
         self.bind()
         self._look_at_front()
 
-    def adopt_rules(self) -> Any:
-        key = super().adopt_rules()
-        if key is not None:
-            self._look_at_front()
-        return key
+    def adopt_rules(self) -> bool:
+        if not super().adopt_rules():
+            return False
+        self._look_at_front()
+        return True
 
     def _look_at_front(self) -> None:
         """Cache whether the rules before the last do the same at every step (no schedule, no state)."""
@@ -267,7 +254,6 @@ class FusedUnit(_Fused):
         return Skeleton(self.front_skeleton.spec, self.cohort.skeleton.parts[first : first + size])
 
     def drop(self) -> None:
-        """Let go of a step's gradients and results."""
         self.chunks.clear()
 
     def commit(self) -> None:
@@ -309,17 +295,13 @@ class FusedUnit(_Fused):
     def _run_kernel(
         self, chunk: Chunk, dx: Tensor, long: bool, calls: list[Call], options: dict[int, dict[str, Any]]
     ) -> None:
-        master, row = self.links.master, None
-        if master is not None:
-            row = chunk.momenta[0]
-            dx = dx.to(master.dtype)
-        grads = [dx]
-        if not long:
-            grads = self._cut(chunk, dx)
+        master = self.links.master
+        dx = dx if master is None else dx.to(master.dtype)
+        grads = [dx] if long else self._cut(chunk, dx)
         for run, places, leaf in calls:
             run(grads if places is None else [grads[i] for i in places], options[leaf])
-        if row is not None:
-            chunk.x.write(row.read())
+        if master is not None:
+            chunk.x.write(chunk.momenta[0].read())
 
     def _cut(self, chunk: Chunk, dx: Tensor) -> list[Tensor]:
         """A chunk's gradient, in the shapes of its leaves."""

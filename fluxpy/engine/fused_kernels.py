@@ -54,10 +54,6 @@ def _adam_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
     return common | {"amsgrad": isinstance(rule, AMSGrad), "maximize": False}
 
 
-def _adamw_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
-    return _adam_options(rule, x, rule.weight_decay)
-
-
 def _sgd_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any]:
     momentum = getattr(rule, "momentum", 0.0)
     common = {"lr": rule.lr, "momentum": momentum, "weight_decay": weight_decay, "dampening": 0.0}
@@ -72,7 +68,7 @@ def _adagrad_options(rule: Any, x: Tensor, weight_decay: float) -> dict[str, Any
 KERNELS: dict[type[Rule], Kernel] = {
     Adam: Kernel(_adam(_TORCH._fused_adam_), _adam_options),
     AMSGrad: Kernel(_adam(_TORCH._fused_adam_), _adam_options),
-    AdamW: Kernel(_adam(_TORCH._fused_adamw_), _adamw_options),
+    AdamW: Kernel(_adam(_TORCH._fused_adamw_), _adam_options),
     Descent: Kernel(_sgd, _sgd_options),
     Momentum: Kernel(_sgd, _sgd_options),
     Nesterov: Kernel(_sgd, _sgd_options),
@@ -102,7 +98,8 @@ class Links(NamedTuple):
         return Links(master, OptimiserChain(*front) if len(front) > 1 else next(iter(front), None), decay, last)
 
     def options(self, kernel: Kernel, x: Tensor) -> dict[str, Any]:
-        return kernel.options(self.last, x, self.decay.weight_decay if self.decay else 0.0)
+        own = getattr(self.last, "weight_decay", 0.0)  # that of AdamW
+        return kernel.options(self.last, x, self.decay.weight_decay if self.decay else own)
 
 
 def has_front(rule: Rule) -> bool:

@@ -3,13 +3,14 @@
 import warnings
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .tape import Tape, run_line
 
+Writes: TypeAlias = tuple[tuple[int, int], ...]
 _KERNELS: dict[Any, Callable[..., None]] = {}  # for all trees: making one takes seconds
 
 _CASTS = {"to", "type", "half", "bfloat16"}  # operators that round
@@ -25,13 +26,7 @@ class Recipe:
     tensors like the inputs; where `masked`, the last input keeps all as it was."""
 
     def __init__(
-        self,
-        tape: Tape,
-        writes: tuple[tuple[int, int], ...],
-        numbers: Tensor,
-        like: Sequence[Tensor],
-        masked: bool,
-        size: int,
+        self, tape: Tape, writes: Writes, numbers: Tensor, like: Sequence[Tensor], masked: bool, size: int
     ) -> None:
         self.tape, self.writes, self.numbers, self.like, self.masked = tape, writes, numbers, like, masked
         self.threads = torch.get_num_threads() if size >= _LONG else 1
@@ -44,9 +39,7 @@ class Recipe:
         if self.key not in _KERNELS:
             casts = any(getattr(line.call, "__name__", "") in _CASTS for line in self.tape.lines)
             if casts and torch.__version__ < _ROUNDS_SINCE:
-                raise RuntimeError(
-                    f"before PyTorch {_ROUNDS_SINCE} compiled code leaves out the rounding that a cast asks for"
-                )
+                raise RuntimeError(f"before PyTorch {_ROUNDS_SINCE} compiled code leaves out the rounding of a cast")
             _KERNELS[self.key] = self._compile()
         return _KERNELS[self.key]
 
@@ -103,12 +96,8 @@ def _direct(inner: Callable[..., Any], args: tuple[Any, ...], inputs: list[Tenso
 
     def run(*tensors: Tensor) -> None:
         length = len(tensors[1])
-        inner(
-            *[
-                tensors[i] if i is not None else length if other is None else other
-                for i, other in zip(order, fixed, strict=True)
-            ]
-        )
+        pairs = zip(order, fixed, strict=True)
+        inner(*[tensors[i] if i is not None else length if other is None else other for i, other in pairs])
 
     return run
 

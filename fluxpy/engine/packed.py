@@ -12,24 +12,11 @@ from torch import Tensor
 
 from ..context import FiniteFlag, reads_at_once, require_all_finite
 from ..pytree import Skeleton, partition
-from ..rule import (
-    Assign,
-    Reduce,
-    ReducingRule,
-    Rule,
-    Steps,
-    at,
-    is_packable,
-    map_inner,
-    reducing,
-    rule_key,
-    run_alone,
-    title_key,
-)
+from ..rule import Assign, Reduce, ReducingRule, Rule, Steps, at, is_packable, map_inner, reducing, run_alone, title_key
 from .chunk import Chunk, shaped_like
 from .cohort import Cohort
 from .layout import LEAST_RUN, NumberRow, Row, Runs, Scratch, chunks_of, runs
-from .step import FallBack, Prepare, Request
+from .step import CohortUnit, FallBack, Prepare, Request
 from .tape import is_arithmetic
 
 Start = Callable[[Chunk, Any], Steps]
@@ -184,9 +171,8 @@ class Chunks:
             return mine.view(chunk.number_shape)
         if chunk.runs is not None:
             sizes = self.cohort.sizes[chunk.low : chunk.high]
-            return torch.cat(
-                [mine[low:high].view(-1, 1).expand(-1, sizes[low]).reshape(-1) for low, high in chunk.runs]
-            )
+            rows = [mine[low:high].view(-1, 1).expand(-1, sizes[low]).reshape(-1) for low, high in chunk.runs]
+            return torch.cat(rows)
         if chunk.sizes is None:
             chunk.sizes = torch.tensor(self.cohort.sizes[chunk.low : chunk.high], device=mine.device)
         return torch.repeat_interleave(mine, chunk.sizes, output_size=chunk.size)
@@ -218,26 +204,19 @@ def _is_gradient(value: Tensor, chunk: Chunk, grads: Sequence[Tensor]) -> bool:
     return value.data_ptr() == source.data_ptr() and value.numel() == chunk.size and value.dtype == source.dtype
 
 
-class EagerUnit:
+class EagerUnit(CohortUnit):
     """A cohort stepped by its rule's own `steps`, chunk by chunk."""
 
     def __init__(self, cohort: Cohort, stack: bool = False) -> None:
-        self.cohort, self.context = cohort, cohort.context
+        super().__init__(cohort)
         self.stack = stack
         self.chunks = Chunks(cohort, split=not stack, stack=stack)
         self.trusted = self.chunks.one or (
             not stack and is_arithmetic(cohort.records[0], cohort.reals[0], self.context)
         )
 
-    laid_out = True
-
-    def adopt_rules(self) -> Any:
-        """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
-        keys = {rule_key(rule) for rule in self.cohort.rules()}
-        return keys.pop() if len(keys) == 1 and not self.cohort.rule.traced else None
-
     def prepare(self, grads: Sequence[Any]) -> Prepare:
-        rule = rule_now(self.cohort)
+        rule = rule_now(self.cohort.rule, self.cohort.numbers.count)
         self.rule = batched(rule) if self.stack else rule
         self.chunks.load([grads[place] for place in self.cohort.places])
         yield from self.chunks.run(self._start, self.rule)
@@ -260,7 +239,6 @@ class EagerUnit:
             raise FallBack(title_key(self.cohort.rule))
 
     def drop(self) -> None:
-        """Let go of a step's gradients and results."""
         self.chunks.clear()
 
     def commit(self) -> None:
@@ -352,10 +330,10 @@ def _kept(outcome: Outcome) -> Outcome:
     return Outcome([t.clone() for t in outcome.tensors], outcome.skeleton, change)
 
 
-def rule_now(cohort: Cohort) -> Rule:
-    """A cohort's rule at its count. What schedules give must be numbers here."""
+def rule_now(rule: Rule, count: int) -> Rule:
+    """A rule at a count. What schedules give must be numbers here."""
     try:
-        rule = at(cohort.rule, cohort.numbers.count)
+        rule = at(rule, count)
     except Exception as error:
         raise FallBack from error
     if rule.traced:

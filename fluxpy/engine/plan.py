@@ -27,7 +27,7 @@ from .compiled import bucket_key as compiled_key
 from .layout import Extents, addresses, extent
 from .packed import EagerUnit
 from .reference import ReferenceUnit
-from .signature import Signature
+from .signature import looks_of
 from .step import CohortUnit, FallBack, Unit
 from .tape import is_arithmetic, keeps_numbers
 
@@ -43,7 +43,7 @@ class Route:
         self.cohorts, self.units = cohorts, [*[plan.units[id(cohort)] for cohort in cohorts], *alone]
         self.present = [i for i, g in enumerate(grads) if g is not None]
         self.absent = [i for i, g in enumerate(grads) if g is None]
-        self.signature = Signature([*params, *(grads[i] for i in self.present)])
+        self.look_as_before = looks_of([*params, *(grads[i] for i in self.present)])
         self.odd = [_odd(cohort, grads) for cohort in cohorts]
         self.alike = _alike_but_for_numbers(cohorts)
         self.addresses = plan.addresses
@@ -65,7 +65,7 @@ class Route:
         if self.absent and any([grads[i] is not None for i in self.absent]):
             return False
         given = [grads[i] for i in self.present] if self.absent else grads
-        if not self.signature.matches(*self.params, *given):
+        if not self.look_as_before(*self.params, *given):
             return False
         if (here := addresses(self.params)) != self.addresses:
             memory = Extents(here, self.extents)
@@ -143,8 +143,8 @@ class Plan:
         """A new route for these gradients, which are known to fit the parameters."""
         self.route = None
         here = addresses(self.params)
-        if here != self.addresses:
-            self._renew()
+        if here != self.addresses:  # lay all out anew
+            self._forget()
             self.addresses = here
         members, statics, alone = self._members(grads)
         live = {member.place for member in members}
@@ -207,7 +207,7 @@ class Plan:
         _take_back(self.new_states)
         if self.new_states:
             self.new_states = []
-            self.cohorts, self.units, self.routes, self.route = [], {}, {}, None
+            self._forget()
             self.context.structure += 1
 
     # --- What changed -------------------------------------------------------------------------------------------------
@@ -219,12 +219,13 @@ class Plan:
     def _adopt_rules(self) -> None:
         """Take over what `adjust` did. Where the leaves of a cohort do not go together any more, it is dissolved."""
         for cohort in list(self.cohorts):
-            key = self.units[id(cohort)].adopt_rules()
-            if key is None:
-                self._drop(cohort)
+            (kind, _, *rest), rules = cohort.static_key, cohort.rules()
+            keys = {_rule_key(kind, rule, self.context) for rule in rules}
+            together = len(keys) == 1 and not any(rule.traced for rule in rules)
+            if together and self.units[id(cohort)].adopt_rules():
+                cohort.static_key = kind, keys.pop(), *rest
             else:
-                kind, _, *rest = cohort.static_key
-                cohort.static_key = kind, key, *rest
+                self._drop(cohort)
         for route in self.routes.values():
             route.alike = _alike_but_for_numbers(route.cohorts)
         self.hyper = self.context.hyper
@@ -358,13 +359,9 @@ class Plan:
                 for part in (members for kind, members in parts.items() if kind != "alone"):
                     self._add(part, cohort.static_key)
 
-    def _renew(self) -> None:
-        """Lay all cohorts out anew, as the parameters are elsewhere."""
-        params = self.params
-        for cohort in list(self.cohorts):
-            self._drop(cohort)
-            moved = [member._replace(x=params[member.place]) for member in cohort.members]
-            self._add(moved, cohort.static_key)
+    def _forget(self) -> None:
+        """Let go of all cohorts."""
+        self.cohorts, self.units, self.routes, self.route = [], {}, {}, None
 
 
 _MAKERS: dict[str, Callable[[Cohort], CohortUnit]] = {

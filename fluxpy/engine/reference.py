@@ -140,7 +140,6 @@ class ReferenceUnit:
         self.own = record.numbers
 
     def drop(self) -> None:
-        """Let go of a step's gradient and results."""
         self.dx = self.state = self.value = self.change = None
         self.news, self.olds = [], []
 

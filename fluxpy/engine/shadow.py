@@ -13,7 +13,7 @@ from . import fused, fused_kernels
 from .cohort import Cohort
 from .layout import Row, Scratch, chunks_of, pack
 from .packed import rule_now
-from .step import FallBack, Prepare
+from .step import CohortUnit, FallBack, Prepare
 
 
 def takes(record: Record, x: Any) -> bool:
@@ -31,21 +31,16 @@ def stepper(rule: Rule) -> Rule:
 
 def bucket_key(rule: Rule) -> Any:
     """What rules must have in common to go together."""
-    return fused_kernels.bucket_key(stepper(rule)), _own_key(rule)
-
-
-def _own_key(rule: Rule) -> Any:
     assert rule.shadow_rule is not None
-    return tuple([value_key(value) for value in hyperparameters(rule.shadow_rule).values()])
+    own = tuple([value_key(value) for value in hyperparameters(rule.shadow_rule).values()])
+    return fused_kernels.bucket_key(stepper(rule)), own
 
 
-class ShadowUnit:
+class ShadowUnit(CohortUnit):
     """A cohort of rules that keep a shadow: what steps, by a unit of its own, and then the shadows."""
 
-    laid_out = True
-
     def __init__(self, cohort: Cohort) -> None:
-        self.cohort, self.context = cohort, cohort.context
+        super().__init__(cohort)
         self.bare: dict[int, tuple[Rule, Rule]] = {}  # by the id of a rule: that rule, and the one that steps in it
         self.stepping = [self._bare_record(record) for record in cohort.records]
         first, its = cohort.records[0].tensors or [], self.stepping[0].tensors or []
@@ -60,11 +55,9 @@ class ShadowUnit:
         self.inner = fused.fused_unit(inner)
         cohort.hold([*inner.momenta[:row], shadows, *inner.momenta[row:]])
         scratch = Scratch()
+        pairs = ("shadow", shadows), ("x", cohort.reals)
         self.rows = [
-            (
-                Row(shadows[low:high], scratch, "shadow", start, size),
-                Row(cohort.reals[low:high], scratch, "x", start, size),
-            )
+            [Row(tensors[low:high], scratch, role, start, size) for role, tensors in pairs]
             for low, high, start, size in chunks_of(cohort.sizes, split=True)
         ]
         self.shadow_rule: Any = None
@@ -83,20 +76,14 @@ class ShadowUnit:
         own.numbers = Numbers(record.numbers.count, skeleton)
         return own
 
-    def adopt_rules(self) -> Any:
-        """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
-        rules = self.cohort.rules()
-        keys = {_own_key(rule) for rule in rules if rule.shadow_rule is not None}
-        if len(keys) != 1 or any(rule.traced for rule in rules):
-            return None
+    def adopt_rules(self) -> bool:
         self.bare = {}
         for record, own in zip(self.cohort.records, self.stepping, strict=True):
             own.rule = self._bare_rule(record.rule)
-        key = self.inner.adopt_rules()
-        return None if key is None else (key, keys.pop())
+        return self.inner.adopt_rules()
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
-        self.shadow_rule = rule_now(self.cohort).shadow_rule
+        self.shadow_rule = rule_now(self.cohort.rule, self.cohort.numbers.count).shadow_rule
         self.inner.cohort.odd = self.cohort.odd
         try:
             yield from self.inner.prepare(grads)

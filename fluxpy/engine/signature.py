@@ -1,5 +1,6 @@
 """A cheap check that tensors still have the same type, dtype, shape, strides and device."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,22 +16,13 @@ def _tensor_guards() -> Any:
     return TensorGuards
 
 
-class Signature:
-    """Remembers what tensors look like."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.guards = self.known = None
-        make = _tensor_guards()
-        if make is None:
-            self.known = [_describe(t) for t in tensors]
-            return
-        self.guards = make(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-
-    def matches(self, *tensors: Any) -> bool:
-        """Whether each of these, which are as many, is a tensor that looks as before."""
-        if self.guards is not None:
-            return self.guards.check(*tensors)
-        return self.known == [_describe(t) for t in tensors]
+def looks_of(tensors: list[Tensor]) -> Callable[..., bool]:
+    """A check whether other objects, as many, are tensors that look as these do now."""
+    make = _tensor_guards()
+    if make is not None:
+        return make(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    known = [_describe(t) for t in tensors]
+    return lambda *others: known == [_describe(t) for t in others]
 
 
 def _describe(t: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..context import Context, require_all_finite, require_finite
 from ..distributed.totals import Totals
 from ..rule import Reduce, Rule, reducing, rule_key
+from .cohort import Cohort
 
 
 class FallBack(Exception):
@@ -57,12 +58,17 @@ class Unit(Protocol):
     def drop(self) -> None: ...
 
 
-class CohortUnit(Unit, Protocol):
+class CohortUnit(Unit):
     """The unit of a cohort, kept from step to step."""
 
-    def adopt_rules(self) -> Any:
-        """Take over other hyperparameters: what the rules have in common; None where they no longer go together."""
-        ...
+    laid_out = True
+
+    def __init__(self, cohort: Cohort) -> None:
+        self.cohort, self.context = cohort, cohort.context
+
+    def adopt_rules(self) -> bool:
+        """Take over other hyperparameters, with which the leaves still go together. Whether this unit can step so."""
+        return True
 
 
 def place_of(reduce: Reduce, rule: Rule, last: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..fields import Hyper, hyper
 from ..rule import Assign, Reduce, ReducingRule, Rule, Run, Steps
 from .average import average, like, real, wide
-from .wrap import Shadowed, Wrapper, inner_elementwise, refuse_inner
+from .wrap import Shadowed, Wrapper, inner_elementwise
 
 
 class Slow(NamedTuple):
@@ -87,7 +87,6 @@ class Cautious(Wrapper, ReducingRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_inner(self, self.rule)
         if self.rule.accumulates:
             raise ValueError(
                 "Cautious compares each change with its gradient, and a rule inside that gathers gradients has none "

@@ -91,7 +91,7 @@ def norms_of(values: Sequence[Tensor] | Tensor, p: Hyper) -> Tensor:
         try:
             return torch.stack(_foreach_norm(values, p, _wide(values[0])))
         except RuntimeError:  # empty arrays, or several dtypes or devices
-            return torch.stack([norm_of(x, p) for x in values])
+            pass
     return torch.stack([norm_of(x, p) for x in values])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..fields import hyper
 from ..pytree import Skeleton, skeleton_of
 from ..rule import Assign, Rule, Run, Steps
-from .wrap import Wrapper, inner_accumulates, inner_elementwise, refuse_inner
+from .wrap import Wrapper, inner_accumulates, inner_elementwise
 
 
 class Lowered(Wrapper):
@@ -37,16 +37,12 @@ class Lowered(Wrapper):
     accumulates, elementwise = inner_accumulates, inner_elementwise
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if isinstance(self.rule, Rule) and self.rule.evaluates:
             raise ValueError(
                 f"Lowered: {self.rule!r} keeps weights beside its momenta, which must not be rounded; "
                 "put Lowered around the rule inside that has the momenta, as in Averaged(Lowered(...))"
             )
-        refuse_inner(self, self.rule)
-        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point and self.dtype.itemsize > 1):
-            allowed = "it must be a floating-point dtype of 16 bits or more"
-            raise ValueError(f"Lowered: dtype={self.dtype!r} is not allowed; {allowed}")
+        super().__post_init__()
 
     def init(self, x: Tensor) -> Any:
         def lower(part: Tensor) -> Tensor:

@@ -79,11 +79,8 @@ def _newton_schulz(x: Tensor, steps: int) -> Tensor:
     wide = (x.mT if tall else x).bfloat16()
     many = math.prod(wide.shape[:-2])
     # One matrix alone by the product of two, which rounds as that of stacks does; a stack of one may not.
-    o, product = (
-        (wide.reshape(wide.shape[-2:]), torch.addmm)
-        if many == 1
-        else (wide.reshape(many, *wide.shape[-2:]), torch.baddbmm)
-    )
+    product = torch.addmm if many == 1 else torch.baddbmm
+    o = wide.reshape(wide.shape[-2:] if many == 1 else (many, *wide.shape[-2:]))
     o = o / torch.linalg.vector_norm(o, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = o @ o.mT

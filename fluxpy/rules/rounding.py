@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..rule import Assign, Rule, Run, Steps
 from .average import is_differentiable, wide
-from .wrap import Wrapper, inner_accumulates, inner_elementwise, inner_evaluates, refuse_outermost
+from .wrap import Wrapper, inner_accumulates, inner_elementwise
 
 # Of a float32, how many bits a dtype has no room for, and the factor that makes its smallest number, and with it the
 # steps between its subnormal ones, those of a float32 without these bits.
@@ -44,13 +44,9 @@ class StochasticRounding(Wrapper):
     """
 
     rule: Rule
-    delegates = assigns = True
+    delegates = assigns = passes_evaluation = True
     outermost = "it rounds what the parameter becomes"
-    accumulates, evaluates, elementwise = inner_accumulates, inner_evaluates, inner_elementwise
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_outermost(self, self.rule)
+    accumulates, elementwise = inner_accumulates, inner_elementwise
 
     def init(self, x: Tensor) -> Rounded:
         return Rounded(0, self.rule.init_any(wide(x)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..fields import Hyper, hyper
-from ..rule import Assign, Rule, Run, Steps, hyperparameters, rules_in, run_alone
+from ..rule import Assign, Rule, Run, Steps, all_hyperparameters, rules_in, run_alone
 from ..text import named
 from .average import average, is_differentiable, like, real
 
@@ -23,6 +23,19 @@ class Wrapper(Rule):
     assigns: ClassVar[bool] = False
     # Why nothing may go around it, for one that must see the parameter itself.
     outermost: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        dtype = self.dtype if "dtype" in self._names else torch.float32
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+            want = "it must be a floating-point dtype of 16 bits or more"
+            raise ValueError(f"{type(self).__name__}: dtype={dtype!r} is not allowed; {want}")
+        if "rule" in self._names:
+            refuse_outermost(self, self.rule)
+            if self.rule.evaluates and not self.passes_evaluation:
+                name = type(self).__name__
+                own = f"{name}: {self.rule!r} has weights of its own to evaluate with"
+                raise ValueError(f"{own}, which {name} would pass over")
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         return run_alone(self, state, x, dx)
@@ -55,7 +68,7 @@ class Wrapper(Rule):
         return self.map_inner_states(lambda rule, s: (), state)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in (names := _names(self)):
+        if name.startswith("_") or name not in (names := all_hyperparameters(self)):
             raise AttributeError(f"{type(self).__name__} has no hyperparameter {name!r}")
         first, *rest = names[name]
         if any(value != first for value in rest):
@@ -67,27 +80,8 @@ class Wrapper(Rule):
 
 # For wrappers that accumulate where the rules inside do.
 inner_accumulates: Any = property(lambda wrapper: any(rule.accumulates for rule in wrapper.inner))
-# For wrappers whose weights to evaluate with are those of the rules inside.
-inner_evaluates: Any = property(lambda wrapper: any(rule.evaluates for rule in wrapper.inner))
 # For wrappers that are elementwise where the rules inside are.
 inner_elementwise: Any = property(lambda wrapper: all(rule.elementwise for rule in wrapper.inner))
-
-
-def _names(wrapper: Wrapper) -> dict[str, list[Any]]:
-    names: dict[str, list[Any]] = {}
-    for rule in rules_in(wrapper):
-        for name, value in hyperparameters(rule).items():
-            names.setdefault(name, []).append(value)
-    return names
-
-
-def refuse_inner(wrapper: Wrapper, rule: Any) -> None:
-    """TypeError for what is no rule inside a wrapper, ValueError for what must be outermost or has evaluation weights
-    there."""
-    refuse_outermost(wrapper, rule)
-    if rule.evaluates:
-        name = type(wrapper).__name__
-        raise ValueError(f"{name}: {rule!r} has weights of its own to evaluate with, which {name} would pass over")
 
 
 def refuse_outermost(wrapper: Wrapper, rule: Any, form: str = "{}") -> None:
@@ -118,8 +112,8 @@ class OptimiserChain(Wrapper):
     """
 
     rules: tuple[Rule, ...]
-    delegates = True
-    accumulates, evaluates, elementwise = inner_accumulates, inner_evaluates, inner_elementwise
+    delegates = passes_evaluation = True
+    accumulates, elementwise = inner_accumulates, inner_elementwise
 
     def __init__(self, *rules: Rule) -> None:
         object.__setattr__(self, "rules", rules)
@@ -264,16 +258,9 @@ class MixedPrecision(Wrapper):
     rule: Rule
     _: KW_ONLY
     dtype: torch.dtype = hyper(default=torch.float32, fixed=True)
-    delegates = keeps_master = assigns = True
+    delegates = keeps_master = assigns = passes_evaluation = True
     outermost = "it replaces the parameter by its master copy"
-    accumulates, evaluates = inner_accumulates, inner_evaluates
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_outermost(self, self.rule)
-        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point and self.dtype.itemsize > 1):
-            allowed = "it must be a floating-point dtype of 16 bits or more"
-            raise ValueError(f"MixedPrecision: dtype={self.dtype!r} is not allowed; {allowed}")
+    accumulates = inner_accumulates
 
     def init(self, x: Tensor) -> Master:
         if x.is_complex():
@@ -317,10 +304,6 @@ class Shadowed(Wrapper):
     rule: Rule
     delegates = keeps_shadow = assigns = True
     accumulates, elementwise = inner_accumulates, inner_elementwise
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_inner(self, self.rule)
 
     def steps(self, state: Any, x: Tensor, dx: Any) -> Steps:
         run = Run(self.rule.steps(state.state, x, dx))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +12,13 @@ from ..binding import Binding
 from ..context import Context
 from ..leaf import Numbers, Record
 from ..parameters import trainables
-from ..pytree import apart, is_transforming, modules_in, partition, uncast
+from ..pytree import apart, is_transforming, modules_in, partition, plain_arithmetic
 from ..rule import Rule, at, field_of, hyperparameters, rules_in
 from ..state import bind, leaves_of, tree_bindings, tree_context
 from ..text import form
 from .modules import Cut, Resize, concerned, follows, is_known, own_tensors, set_size
 
 Undo: TypeAlias = Callable[[], None]
-
-
-@contextmanager
-def plain() -> Iterator[None]:
-    """Within, arithmetic is as it is written, and what it makes may be kept."""
-    with torch.inference_mode(False), torch.no_grad(), uncast():
-        yield
 
 
 class Draft:
@@ -43,18 +36,16 @@ class Draft:
         return at(self.record.rule, self.record.numbers.count)
 
 
-class Change:
+class Change(Protocol):
     """What is done to each tensor along a dimension: see `Taking` and `Growing`."""
 
     verb: str
 
-    def apply(self, draft: Draft, dim: int) -> None:
-        """Change a draft."""
-        raise NotImplementedError
+    def apply(self, draft: Draft, dim: int) -> None: ...
 
     def size(self, old: int) -> int:
         """What a dimension of size `old` becomes."""
-        raise NotImplementedError
+        ...
 
     def position(self, row: int, size: int) -> int:
         """Where a row that must stay is afterwards. ValueError where it is gone."""
@@ -62,7 +53,7 @@ class Change:
 
 
 class Edit:
-    """A change of some parameters of a model, with their states.
+    """A change of some parameters of a model, with their states: see `editing`.
 
     `cut` may be called several times: each goes on from what the one before made of a tensor. Nothing is written
     before `write`.
@@ -142,6 +133,15 @@ class Edit:
         perform([*writes, *(partial(_set, *attribute) for attribute in self.attributes)], self.context)
         # A graph from before holds the old numbers: let its backward pass raise instead of using the new ones.
         torch.autograd.graph.increment_version([draft.x for draft in self.drafts.values()])
+
+
+@contextmanager
+def editing(verb: str, state: Any, model: Any) -> Iterator[Edit]:
+    """An edit to work out within, which is written at the end."""
+    with plain_arithmetic():
+        edit = Edit(verb, state, model)
+        yield edit
+        edit.write()
 
 
 # --- What may be changed ------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """resize_embedding, prune and merge: changes of several modules at once, on top of the others."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +10,7 @@ from ..leaf import init_state
 from ..pytree import level, modules_in, partition, unwrap
 from ..state import AnyState
 from ..text import near
-from .edit import Draft, Edit, plain
+from .edit import Draft, editing
 from .modules import input_of, is_known, output_of, own_tensors
 from .rows import Growing, Taking, fitting, made_rows, row_numbers
 
@@ -34,37 +34,29 @@ def resize_embedding(
     (Embedding(5, 2), Linear(in_features=2, out_features=5, bias=True))
     """
     verb = "resize_embedding"
-    with plain():
-        edit, first = Edit(verb, state, model), module_at(model, embedding, (nn.Embedding, nn.EmbeddingBag), verb)
+    with editing(verb, state, model) as edit:
+        first = module_at(model, embedding, (nn.Embedding, nn.EmbeddingBag), verb)
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(f"{verb}: size={size!r} must be a whole number, 0 or more")
         modules = [first] if head is None else [first, module_at(model, head, (nn.Linear,), verb)]
-        others = [other for other in modules_in(model, wrappers=False) if other not in modules]
-        modules += [other for other in others if _is_tied(other, first)]
-        parts = [edit.places(module, 0) for module in modules]
+        others = [other for other in modules_in(model, wrappers=False) if other not in modules and is_known(other)]
+        modules += [other for other in others if any(x is first.weight for x in own_tensors(other).values())]  # tied
+        cuts, resizes = edit.places(modules, 0)
         old = len(first.weight)
         new = size - old
         if rows is not None and len(rows) != max(new, 0):
             raise ValueError(f"{verb}: from {old} to {size} needs {max(new, 0)} rows, but got {len(rows)}")
-        if len({cut.x.shape[cut.dim] for cuts, _ in parts for cut in cuts}) > 1:
+        if len({cut.x.shape[cut.dim] for cut in cuts}) > 1:
             raise ValueError(f"{verb}: {embedding!r} and {head!r} do not have equally many symbols")
         if new <= 0:
             change = Taking(verb, range(size))
         else:
-            made: dict[int, Tensor] = {}
-            for module, (cuts, resizes) in reversed(list(zip(modules, parts, strict=True))):
-                made |= made_rows(verb, module, cuts, resizes, new)
+            made = made_rows(verb, modules, cuts, resizes, new)
             if rows is not None:
                 made[id(first.weight)] = fitting(verb, f"{embedding}.weight", first.weight, 0, rows)
             change = Growing(verb, new, made)
-        edit.cut(_once(cut for cuts, _ in parts for cut in cuts), [r for _, found in parts for r in found], change)
-        edit.write()
+        edit.cut(cuts, resizes, change)
     return state, model
-
-
-def _is_tied(module: nn.Module, to: Any) -> bool:
-    """Whether a module of PyTorch's has the weight of another."""
-    return is_known(module) and any(x is to.weight for x in own_tensors(module).values())
 
 
 def prune(state: AnyState, model: Model, layer: str, keep: Any, readers: Sequence[str] = ()) -> tuple[AnyState, Model]:
@@ -81,16 +73,14 @@ def prune(state: AnyState, model: Model, layer: str, keep: Any, readers: Sequenc
     >>> model[0].weight.shape, model[2]
     (torch.Size([2, 1, 3, 3]), Linear(in_features=18, out_features=2, bias=True))
     """
-    with plain():
-        edit, done = Edit("prune", state, model), set[tuple[int, int]]()
+    with editing("prune", state, model) as edit:
+        done = set[tuple[int, int]]()
         outputs, ends = 0, [(layer, output_of), *((reader, input_of) for reader in readers)]
         for path, end in ends:
             module = module_at(model, path, (nn.Module,), "prune")
             name = end(module) if is_known(module) else None
             if name is None:
-                what = (
-                    "a linear layer or convolution" if end is output_of else "a module of PyTorch's that reads features"
-                )
+                what = "a linear layer or convolution" if end is output_of else "a module that reads features"
                 raise ValueError(f"prune: {path!r} is a {type(module).__name__}, and must be {what}")
             cuts, resizes = edit.places(module, name)
             size = resizes[0].size if resizes else outputs
@@ -102,7 +92,6 @@ def prune(state: AnyState, model: Model, layer: str, keep: Any, readers: Sequenc
             change = Taking("prune", (index[:, None] * len(each) + each).flatten())
             edit.cut([cut for cut in cuts if (id(cut.x), cut.dim) not in done], resizes, change)
             done |= {(id(cut.x), cut.dim) for cut in cuts}
-        edit.write()
     return state, model
 
 
@@ -121,8 +110,7 @@ def merge(
     >>> model["w"].tolist(), model["b"].tolist()
     ([[0.5, 0.5], [1.0, 1.0]], [[0.0], [0.0]])
     """
-    with plain():
-        edit = Edit("merge", state, model)
+    with editing("merge", state, model) as edit:
         by_path = {path: x for x, _, path in edit.known.values()}
         for weight, pair in pairs.items():
             for path in (weight, *pair):
@@ -131,15 +119,12 @@ def merge(
             w, a, b = (edit.draft(by_path[path]) for path in (weight, *pair))
             if w.value.ndim != 2 or (b.value.shape[:1], a.value.shape[1:]) != (w.value.shape[:1], w.value.shape[1:]):
                 shapes = ", ".join(str(list(d.value.shape)) for d in (w, a, b))
-                raise ValueError(
-                    f"merge: {weight!r}, its a and its b must be (out, in), (r, in), (out, r), not {shapes}"
-                )
+                raise ValueError(f"merge: {weight!r}, its a and b must be (out, in), (r, in), (out, r), not {shapes}")
             wide = torch.promote_types(w.value.dtype, torch.float32)
             _add(w, scale * (b.value.to(wide) @ a.value.to(wide)))
             b.value = torch.zeros_like(b.value)
             _empty(a)
             _empty(b)
-        edit.write()
     return state, model
 
 
@@ -175,7 +160,3 @@ def module_at(model: Any, path: str, kinds: tuple[type, ...], verb: str) -> Any:
         want = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"{verb}: {path!r} must be an {want}, but is a {type(x).__name__}")
     return x
-
-
-def _once(cuts: Iterable[Any]) -> list[Any]:
-    return list({(id(cut.x), cut.dim): cut for cut in cuts}.values())

@@ -10,12 +10,12 @@ from torch import Tensor
 from ..grads import scatter
 from ..leaf import Record, record_of
 from ..parameters import trainables
-from ..pytree import modules_in, partition
+from ..pytree import modules_in, partition, plain_arithmetic
 from ..rebuild import Copies, like_parameter
 from ..rule import Rule, at, title
 from ..state import AnyState, bind, each_leaf, shape_of, tree_context
 from ..text import form, names_of
-from .edit import Change, Draft, Edit, perform, plain, replace_state, require_one_process
+from .edit import Change, Draft, Edit, editing, perform, replace_state, require_one_process
 from .modules import Cut, Resize, own_tensors, set_size
 
 Model = TypeVar("Model")
@@ -41,10 +41,8 @@ def take(state: AnyState, model: Model, index: Any, dim: int = 0) -> tuple[AnySt
     >>> model, state.weight.state.m.shape
     (Linear(in_features=2, out_features=2, bias=True), torch.Size([2, 2]))
     """
-    with plain():
-        edit = Edit("take", state, model)
+    with editing("take", state, model) as edit:
         edit.cut(*edit.places(model, dim), Taking("take", index))
-        edit.write()
     return state, model
 
 
@@ -65,8 +63,7 @@ def grow(state: AnyState, model: Model, rows: Any, dim: int = 0) -> tuple[AnySta
     >>> model, state.weight.state.m.shape
     (Embedding(5, 2), torch.Size([5, 2]))
     """
-    with plain():
-        edit = Edit("grow", state, model)
+    with editing("grow", state, model) as edit:
         cuts, resizes = edit.places(model, dim)
         if isinstance(rows, bool | float | str):
             raise TypeError(f"grow: rows must be a whole number, or a tensor for each parameter, but got {rows!r}")
@@ -75,7 +72,6 @@ def grow(state: AnyState, model: Model, rows: Any, dim: int = 0) -> tuple[AnySta
         else:
             change = given_rows(edit, shape_of(state), model, cuts, rows)
         edit.cut(cuts, resizes, change)
-        edit.write()
     return state, model
 
 
@@ -95,10 +91,8 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
     tensor([1., 0., 1.])
     """
     if not isinstance(dim, int):
-        raise TypeError(
-            "write surgery.reset(state, rows, dim), and the model, where it needs one, by name: model=model"
-        )
-    with plain():
+        raise TypeError("write surgery.reset(state, rows, dim), and the model, if needed, by name: model=model")
+    with plain_arithmetic():
         found = each_leaf(state, "surgery.reset")
         require_one_process("reset of rows", tree_context(state))
         tree_context(state).require_training_weights([record_of(leaf) for _, leaf in found], "surgery.reset")
@@ -115,8 +109,9 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
                 raise
             if emptied is not None:
                 tensors, skeleton = partition(emptied)
-                tensors = _in_place_of(record.tensors or [], tensors)
-                new.append((record, (tensors, record.numbers.having(skeleton))))
+                pairs = zip(record.tensors or [], tensors, strict=True)  # in memory of their own, laid out as before
+                own = [torch.empty_like(old).copy_(t) if old.shape == t.shape else t.clone() for old, t in pairs]
+                new.append((record, (own, record.numbers.having(skeleton))))
         writes = [partial(replace_state, record, record.shape, replacement) for record, replacement in new]
         perform(writes, tree_context(state))
     return state
@@ -166,9 +161,7 @@ class Taking(Change):
     def position(self, row: int, size: int) -> int:
         places = (row_numbers(self.index, size) == row).nonzero()
         if not len(places):
-            raise ValueError(
-                f"{self.verb}: row {row} is the padding of an embedding; set its padding_idx to None first"
-            )
+            raise ValueError(f"{self.verb}: row {row} is the padding of an embedding; set padding_idx to None first")
         return int(places[0, 0])
 
 
@@ -306,9 +299,3 @@ def _stand_in(record: Record, rule: Rule, count: int, dim: int) -> Tensor:
             "write surgery.reset(state, rows, model=model)"
         )
     return x
-
-
-def _in_place_of(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors in memory of their own, laid out like others."""
-    pairs = zip(old, new, strict=True)
-    return [torch.empty_like(a).copy_(b) if a.shape == b.shape else b.clone() for a, b in pairs]

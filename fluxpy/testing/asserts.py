@@ -111,9 +111,8 @@ def _parameters(x: Any) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
     if isinstance(x, Mapping) and x and all(isinstance(v, Tensor) for v in x.values()):
         return {str(name): v for name, v in x.items()}, {}
     spec, values = walk(x)
-    return {path: values[index] for index, path in spec.leaves.items()}, {
-        names[0]: tuple(names) for names in spec.names.values()
-    }
+    tensors = {path: values[index] for index, path in spec.leaves.items()}
+    return tensors, {names[0]: tuple(names) for names in spec.names.values()}
 
 
 def _assert_leaves(state: Any, pattern: str, problems: Callable[[Leaf], Iterable[str]]) -> None:

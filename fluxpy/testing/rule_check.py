@@ -24,10 +24,7 @@ PROMISES = (
         "the state holds no memory of the parameter or the gradient, which others write to; clone it",
         apply_promises.keeps_no_reference,
     ),
-    (
-        "evaluation gives a tensor of the parameter's shape, and writes to nothing",
-        apply_promises.evaluates_in_form,
-    ),
+    ("evaluation gives a tensor of the parameter's shape, and writes to nothing", apply_promises.evaluates_in_form),
     ("from the same inputs, apply gives the same", apply_promises.is_deterministic),
     (
         "apply reads no tensor on the host, which would wait for the device; as .item(), float(t), or `if t > 0`",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..distributed.sharding import local_tensors
 from ..leaf import Leaf
 from ..pytree import entries_of, is_parameter, places
-from ..rule import hyperparameters, rules_in, title
+from ..rule import all_hyperparameters, title
 from ..state import State, bind, leaves, require_state
 from ..text import join
 from ..tree import check_model, walk
@@ -110,11 +110,9 @@ def _describe(leaf: Leaf) -> dict[str, Any]:
 
 def _hyperparameters(rule: Any, taken: set[str]) -> dict[str, Any]:
     """By name, of inner rules too; one whose name is taken as `rule.<name>`."""
-    values: dict[str, list[Any]] = {}
-    for inner in rules_in(rule):
-        for name, value in hyperparameters(inner).items():
-            values.setdefault(f"rule.{name}" if name in taken else name, []).append(_copy(value))
-    return {name: found[0] if len(found) == 1 else tuple(found) for name, found in values.items()}
+    values = {name: _copy(tuple(found)) for name, found in all_hyperparameters(rule).items()}
+    single = {name: found[0] if len(found) == 1 else found for name, found in values.items()}
+    return {f"rule.{name}" if name in taken else name: value for name, value in single.items()}
 
 
 def _buffers(model: Any) -> Iterator[tuple[str, Tensor]]:
