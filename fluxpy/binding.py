@@ -15,7 +15,7 @@ from .cached import cached
 from .distributed.parallel import Parallel, parallel_of, reshard
 from .distributed.sharding import any_dtensor, local_tensors, sharding_of
 from .pytree import level, unwrap
-from .text import form, join, names_of
+from .text import FLAGS_CHANGED, form, join, names_of
 from .tree import TreeSpec, explore
 
 
@@ -96,11 +96,7 @@ class Binding:
         ]
         if changed:
             self.warned = True
-            warnings.warn(
-                f"requires_grad of {names_of(changed)} was changed after setup, and is not looked at: "
-                "the state decides what trains. Write fluxpy.thaw or fluxpy.freeze of that branch of the state",
-                stacklevel=stacklevel,
-            )
+            warnings.warn(FLAGS_CHANGED.format(names_of(changed)), stacklevel=stacklevel)
 
     def fork(
         self, spec: TreeSpec, model: Any, containers: dict[int, Any], plan: Any, forget: Callable[[], None]

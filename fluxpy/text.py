@@ -106,6 +106,40 @@ ELSEWHERE = {
     **dict.fromkeys(("fit", "Trainer"), "fluxpy.Learner(model, loss, rule).fit(...), or fluxpy.train"),
 }
 
+# Messages of the core; what stands in braces is filled in there.
+COPY_STAYS = (
+    "a copy of the model would go on with the old numbers. Update in place, or take the parameters as a dict of "
+    "tensors, with torch.func.functional_call"
+)
+FLAGS_CHANGED = (
+    "requires_grad of {} was changed after setup, and is not looked at: the state decides what trains. Write "
+    "fluxpy.thaw or fluxpy.freeze of that branch of the state"
+)
+MAKES_NO_MODULE = (
+    "torch.compile cannot make modules: inside it, a pure update takes the parameters as a dict of tensors "
+    "(dict(model.named_parameters()), with torch.func.functional_call), or compile the loss alone"
+)
+OF_NO_PARAMETER = (
+    "was it detached, computed under no_grad or inference_mode, or from another model? Reentrant activation "
+    "checkpointing hides parameters too: pass use_reentrant=False to torch.utils.checkpoint"
+)
+PURE_SPREAD = (
+    "update(..., inplace=False) is for one process: a model whose parameters are spread over processes cannot be "
+    "copied; update it in place"
+)
+RECORDED = (
+    "{} updates in a row were recorded to differentiate through them, and all are kept in memory. If that is not "
+    "wanted: detach the parameters, update in place, or update inside torch.no_grad()"
+)
+SAME_MEMORY = (
+    "the parameters {!r} and {!r} are in the same memory, which an update would step twice; tie them by using one "
+    "Parameter at both places, or clone one"
+)
+SPREAD_OUTSIDE = (
+    "parameters that are spread over processes are updated outside of torch.func, torch.compile and inference_mode"
+)
+UNWRITABLE = "{!r} cannot be written in place (expanded, or made in inference mode); clone it first"
+
 
 def dtype_name(dtype: object) -> str:
     """A dtype without its module: `float32`."""
@@ -199,6 +233,14 @@ def hidden_total(outer: str, inner: str) -> str:
     return (
         f"{outer} runs the rules inside by apply, on one array, but {inner} there needs a total: write steps(self, "
         "state, x, dx) in place of apply, and in it state, change = yield from self.rule.steps(state, x, dx)"
+    )
+
+
+def not_dense(path: str, layout: object) -> str:
+    """The message for a parameter of another layout than the strided one."""
+    return (
+        f"the parameter {path!r} is no dense tensor ({layout}), and no rule steps such. Where it is not to train, let "
+        "the module hold it by register_buffer, or pass it to the loss beside the model; else make it to_dense()"
     )
 
 

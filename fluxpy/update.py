@@ -28,7 +28,7 @@ from .pytree import is_forward_mode, is_transforming, is_wrapped, memories, memo
 from .rebuild import Copies, as_parameter, like_parameter, rebuild
 from .rule import tensors_of
 from .state import AnyState, State, bind, require_state, shape_of, tree_context
-from .text import form
+from .text import PURE_SPREAD, RECORDED, SAME_MEMORY, SPREAD_OUTSIDE, UNWRITABLE, form
 
 Model = TypeVar("Model")
 _MANY = 100  # updates to differentiate through
@@ -62,10 +62,7 @@ def update(state: AnyState, model: Model, grads: Any = None, *, inplace: bool = 
         apply_gradients(binding, context, grads)
         return state, model
     if binding.spread:
-        raise ValueError(
-            "update(..., inplace=False) is for one process: a model whose parameters are spread over processes cannot "
-            "be copied; update it in place"
-        )
+        raise ValueError(PURE_SPREAD)
     return _pure(state, binding, context, model, grads)
 
 
@@ -218,10 +215,7 @@ def _run(plan: Plan, units: Sequence[Unit], grads: list[Any], context: Context) 
 def _local(binding: Binding, grads: list[Any]) -> list[Any]:
     """What this process holds of the gradients of parameters that are spread over processes."""
     if is_transforming() or any(x.is_inference() for x in binding.local):
-        raise ValueError(
-            "parameters that are spread over processes are updated outside of torch.func, torch.compile and "
-            "inference_mode"
-        )
+        raise ValueError(SPREAD_OUTSIDE)
     binding.note_writes()
     return local_gradients([record.sharding for record in binding.records], grads, binding.paths)
 
@@ -354,11 +348,7 @@ def _watch_history(binding: Binding, fork: Context) -> None:
     before = None if is_transforming() else next((x for x in binding.params if x.grad_fn is not None), None)
     fork.recorded = 0 if before is None else fork.recorded + 1
     if fork.recorded == _MANY:
-        warnings.warn(
-            f"{_MANY} updates in a row were recorded to differentiate through them, and all are kept in memory. If "
-            "that is not wanted: detach the parameters, update in place, or update inside torch.no_grad()",
-            stacklevel=5,
-        )
+        warnings.warn(RECORDED.format(_MANY), stacklevel=5)
 
 
 # --- What does not fit --------------------------------------------------------------------------------------------
@@ -370,9 +360,7 @@ def _check(binding: Binding, grads: Sequence[Any], inplace: bool) -> None:
     for record, x, path, dx in zip(binding.records, binding.local, binding.paths, grads, strict=True):
         _check_one(path, record, x, dx)
         if inplace and (unseen or x.is_inference() or not x.is_contiguous()) and unwritable(x):
-            raise ValueError(
-                f"{path!r} cannot be written in place (expanded, or made in inference mode); clone it first"
-            )
+            raise ValueError(UNWRITABLE.format(path))
     if not unseen:
         _check_overlap(binding)
 
@@ -407,19 +395,16 @@ def _check_overlap(binding: Binding) -> None:
     """ValueError where two parameters share memory, which an update would step twice."""
     devices: dict[torch.device, list[int]] = {}
     for place, x in enumerate(binding.local):
-        if x.numel():
+        if x.numel() and x.data_ptr():  # those on "meta", and of FakeTensorMode, have no memory
             devices.setdefault(x.device, []).append(place)
-    for places in [places for device, places in devices.items() if device.type != "meta"]:
+    for places in devices.values():
         here = [binding.local[place] for place in places]
         # Of a tensor with gaps only the first element is looked at: others may lie in the gaps.
         sizes = [x.nbytes if is_dense(x) else x.element_size() for x in here]
         pair = Extents(addresses(here), sizes).overlap
         if pair is not None:
             other, path = (binding.paths[places[i]] for i in pair)
-            raise ValueError(
-                f"the parameters {other!r} and {path!r} are in the same memory, which an update would step twice; "
-                "tie them by using one Parameter at both places, or clone one"
-            )
+            raise ValueError(SAME_MEMORY.format(other, path))
 
 
 def check_finite(state: State | Leaf) -> None:
