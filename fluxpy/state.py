@@ -27,7 +27,7 @@ from .patterns import assign_rules
 from .pytree import Skeleton, uncast
 from .rule import Rule, at, hyperparameters, rule_key, rules_in, title_key
 from .show import describe_tree, table, tree_as_html
-from .text import OF_STATES, WORDS, form, near_pattern
+from .text import OF_STATES, WORDS, form, near_pattern, not_dense
 from .tree import Mirror, TreeSpec, check_model, explore, relaid, respec, rooted, spec_of, values_of, walk
 
 AnyState = TypeVar("AnyState", bound="State | Leaf")
@@ -220,6 +220,8 @@ def _records(
     records: list[Record] = []
     for index, x in enumerate(params):
         rule = rules[index]
+        if x.layout != torch.strided or x.is_nested:
+            raise ValueError(not_dense(names[index][0], "nested" if x.is_nested else x.layout))
         before = _kept(kept, names[index], x) if kept and rule is not None else None
         if before is None:
             record = Record(rule, rule is None, x.shape, x.dtype, start)

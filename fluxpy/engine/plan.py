@@ -287,7 +287,8 @@ class Plan:
         `known` remembers what depends on the rule and the dtypes alone."""
         rule, tensors, skeleton = record.rule, record.tensors, record.numbers.skeleton
         assert rule is not None and tensors is not None and skeleton is not None
-        if type(x) not in PLAIN or (dx is not None and type(dx) not in PLAIN) or x.is_conj() or is_wrapped(x):
+        plain = type(x) in PLAIN and (dx is None or type(dx) in PLAIN)
+        if not plain or x.is_conj() or x.is_neg() or is_wrapped(x):
             return None
         form = packed_form(x, tensors)
         dtypes = tuple([t.dtype for t in tensors])
