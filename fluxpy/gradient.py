@@ -13,7 +13,7 @@ from .distributed.parallel import Parallel, parallel_of
 from .leaf import Leaf
 from .pytree import is_transforming
 from .state import State, bind, require_state
-from .text import ASSIGN_GRADIENTS, OF_GRADIENTS, OF_NO_PARAMETER
+from .text import ASSIGN_GRADIENTS, HIDDEN_PARAMETERS, OF_GRADIENTS, OF_NO_PARAMETER
 from .tree import Mirror, TreeSpec, check_model, spec_of, values_of, walk
 
 Model = TypeVar("Model")
@@ -261,10 +261,7 @@ def _backward(loss: Tensor, params: list[Tensor], create_graph: bool) -> tuple[T
 def require_no_checkpoint(loss: Tensor, hidden: Exception | None = None) -> None:
     """RuntimeError where reentrant checkpointing may hide parameters. `hidden` is the error that shows that it does."""
     if hidden or _has_checkpoint(loss):
-        raise RuntimeError(
-            "reentrant activation checkpointing hides parameters from the gradient; "
-            "pass use_reentrant=False to torch.utils.checkpoint"
-        ) from hidden
+        raise RuntimeError(HIDDEN_PARAMETERS) from hidden
 
 
 def _grad(loss: Tensor, params: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .engine.layout import clone_all
-from .leaf import Record
-from .pytree import HOLE, PLAIN, is_transforming
+from .leaf import Record, init_state
+from .pytree import HOLE, PLAIN, is_transforming, partition
 
 Entry: TypeAlias = tuple[Record, Tensor, str]  # a record without a state, its parameter and the path
 
@@ -32,6 +32,20 @@ def make_states(todo: Iterable[Entry]) -> None:
         made = _copy_one(entries) if len(entries) > 2 and _may_share(entries) else 0
         for record, x, path in entries[made:]:
             record.make_state(x, path)
+
+
+def catch_up(entries: Iterable[Entry]) -> None:
+    """Where a rule reads a parameter's values for its state, states that no update used yet begin with those of now:
+    somebody may have loaded weights since. Not where one may differentiate: there such a state is a constant."""
+    reads: dict[int, bool] = {}  # by the id of a rule
+    for record, x, path in entries:
+        if record.untrained and reads.get(id(record.rule), True) and not record.needs_whole:
+            with torch.no_grad():
+                with _ValueWatch() as watch:
+                    new, _ = partition(init_state(record.rule, x, record.numbers.count, path))
+                reads[id(record.rule)] = watch.values_read
+                for old, t in zip(record.tensors or (), new if watch.values_read else (), strict=False):
+                    old.copy_(t)
 
 
 def _may_share(entries: Sequence[Entry]) -> bool:

@@ -23,12 +23,13 @@ from .engine.plan import Plan, Route
 from .engine.reference import ReferenceUnit
 from .engine.step import FallBack, Unit, run_to_results
 from .grads import in_order
+from .initial import catch_up
 from .leaf import Leaf, Record, miss_update, rules_of
 from .pytree import is_forward_mode, is_transforming, is_wrapped, memories, memory, uncast, unwritable
 from .rebuild import Copies, as_parameter, like_parameter, rebuild
 from .rule import tensors_of
 from .state import AnyState, State, bind, require_state, shape_of, tree_context
-from .text import PURE_SPREAD, RECORDED, SAME_MEMORY, SPREAD_OUTSIDE, UNWRITABLE, form
+from .text import CHANGED_FORM, MOMENTA_ELSEWHERE, PURE_SPREAD, RECORDED, SAME_MEMORY, SPREAD_OUTSIDE, UNWRITABLE, form
 
 Model = TypeVar("Model")
 _MANY = 100  # updates to differentiate through
@@ -178,6 +179,7 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
     if route is None:
         binding.warn_of_flags()
         _check(binding, grads, inplace)
+        catch_up(binding.leaves)
         written = set(memories(binding.local))  # a gradient that shares it would change while it is read
         if not written.isdisjoint(memories(g for g in grads if g is not None)):
             grads = [g.clone() if g is not None and memory(g) in written else g for g in grads]
@@ -245,7 +247,7 @@ def _reference_units(binding: Binding, context: Context, grads: Sequence[Any], *
     """A unit for each leaf that steps."""
     return [
         unit_alone(record, x, place, path, context, inplace=inplace)
-        for place, (record, x, path) in enumerate(zip(binding.records, binding.local, binding.paths, strict=True))
+        for place, (record, x, path) in enumerate(binding.leaves)
         if record.takes_part(grads[place])
     ]
 
@@ -292,7 +294,10 @@ def _pure_by_copy(state: Any, binding: Binding, context: Context, model: Any, gr
 def _pure_by_reference(state: Any, binding: Binding, context: Context, model: Any, found: list[Any]) -> tuple[Any, Any]:
     """Each rule's `apply`, leaf by leaf: one can differentiate through it."""
     _check(binding, found, inplace=False)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and _has_history(binding, found)):
+    watched = torch.is_grad_enabled() and _has_history(binding, found)
+    if not (watched or is_transforming() or is_forward_mode()):
+        catch_up(binding.leaves)
+    with torch.set_grad_enabled(watched):
         fork = context.fork(len(binding.params))
         _watch_history(binding, fork)
         units = _reference_units(binding, fork, found, inplace=False)
@@ -368,10 +373,8 @@ def _check(binding: Binding, grads: Sequence[Any], inplace: bool) -> None:
 def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
     shape, dtype, device = x.shape, x.dtype, x.device
     if shape != record.local_shape or dtype != record.dtype:
-        raise ValueError(
-            f"the model does not fit the state: {path!r} was {form(record.shape, record.dtype)} at setup and is now "
-            f"{form(x.shape, x.dtype)}; after model.to(...) write fluxpy.follow(state, model), else call setup again"
-        )
+        was, now = form(record.shape, record.dtype), form(shape, dtype)
+        raise ValueError(CHANGED_FORM.format(path, was, now, "after model.to(...) write fluxpy.follow(state, model)"))
     if dx is None:
         return
     if not isinstance(dx, Tensor):
@@ -385,10 +388,7 @@ def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
         )
     for t in record.tensors or ():
         if t.device != device and t.ndim:
-            raise ValueError(
-                f"the momenta of {path!r} are on {t.device}, the parameter on {x.device}: after model.to(...) write "
-                "fluxpy.follow(state, model)"
-            )
+            raise ValueError(MOMENTA_ELSEWHERE.format(path, t.device, device))
 
 
 def _check_overlap(binding: Binding) -> None:

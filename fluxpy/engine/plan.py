@@ -187,6 +187,8 @@ class Plan:
         skipped, new_states, self.new_states = self.context.flag.skipped, self.new_states, []
         if skipped is not None:  # which only the device knows by now
             self.context.late = Late(skipped, [partial(_take_back, new_states)])
+        for cohort in self.route.cohorts if self.route is not None and skipped is None else ():
+            cohort.numbers.fresh = False  # now, as an interrupt may come
         for record, x, path in self.sitting_out:
             key = id(record.rule), id(record.numbers), id(record.pending)
             if self.context.late is not None:
