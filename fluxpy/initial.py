@@ -39,12 +39,16 @@ def catch_up(entries: Iterable[Entry]) -> None:
     somebody may have loaded weights since. Not where one may differentiate: there such a state is a constant."""
     reads: dict[int, bool] = {}  # by the id of a rule
     for record, x, path in entries:
-        if record.untrained and reads.get(id(record.rule), True) and not record.needs_whole:
+        rule, count = record.rule, record.numbers.count
+        if rule is not None and record.untrained and reads.get(id(rule), True) and not record.needs_whole:
             with torch.no_grad():
-                with _ValueWatch() as watch:
-                    new, _ = partition(init_state(record.rule, x, record.numbers.count, path))
-                reads[id(record.rule)] = watch.values_read
-                for old, t in zip(record.tensors or (), new if watch.values_read else (), strict=False):
+                if id(rule) not in reads:  # asked of one element, as a state may be large
+                    corner = x[(slice(1),) * x.ndim]
+                    with _ValueWatch() as watch:
+                        init_state(rule, corner, count, path)
+                    reads[id(rule)] = watch.values_read
+                new = partition(init_state(rule, x, count, path))[0] if reads[id(rule)] else []
+                for old, t in zip(record.tensors or [], new, strict=False):
                     old.copy_(t)
 
 

@@ -144,6 +144,10 @@ OF_NO_PARAMETER = (
     "was it detached, computed under no_grad or inference_mode, or from another model? Reentrant activation "
     "checkpointing hides parameters too: pass use_reentrant=False to torch.utils.checkpoint"
 )
+OTHER_OBJECT = (
+    "an object of the class {}, in which nobody can look for parameters; make that an nn.Module, or a dataclass that "
+    "optree knows: @optree.dataclasses.dataclass(namespace='fluxpy')"
+)
 PURE_SPREAD = (
     "update(..., inplace=False) is for one process: a model whose parameters are spread over processes cannot be "
     "copied; update it in place"
