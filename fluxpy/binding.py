@@ -15,7 +15,7 @@ from .cached import cached
 from .distributed.parallel import Parallel, parallel_of, reshard
 from .distributed.sharding import any_dtensor, local_tensors, sharding_of
 from .pytree import level, unwrap
-from .text import form, join, names_of
+from .text import CHANGED_FORM, FLAGS_CHANGED, NO_BRANCH, OF_DTENSORS, form, join, names_of
 from .tree import TreeSpec, explore
 
 
@@ -29,10 +29,7 @@ class Binding:
 
     def __init__(self, spec: TreeSpec, model: Any, records: Sequence[Any] = (), walked: Any = None) -> None:
         if spec.kind in ("slice", "selection"):
-            raise ValueError(
-                "a slice or a selection of the state has no matching branch of a model; "
-                "pass the whole state or a branch of it (frozen leaves are passed by)"
-            )
+            raise ValueError(NO_BRANCH)
         self.spec = self.walked = spec
         if is_compiling():  # which would check by the identity of each object whether a graph can be used again
             self.params = parameters_at(spec, model)
@@ -96,11 +93,7 @@ class Binding:
         ]
         if changed:
             self.warned = True
-            warnings.warn(
-                f"requires_grad of {names_of(changed)} was changed after setup, and is not looked at: "
-                "the state decides what trains. Write fluxpy.thaw or fluxpy.freeze of that branch of the state",
-                stacklevel=stacklevel,
-            )
+            warnings.warn(FLAGS_CHANGED.format(names_of(changed)), stacklevel=stacklevel)
 
     def fork(
         self, spec: TreeSpec, model: Any, containers: dict[int, Any], plan: Any, forget: Callable[[], None]
@@ -120,6 +113,11 @@ class Binding:
         other.local, other.__dict__["parallel"] = other.params, None  # a copy is without its wrappers
         other.off_at_setup = other._off_at_setup()
         return other
+
+    @property
+    def leaves(self) -> Iterable[tuple[Any, Tensor, str]]:
+        """Each record with its parameter and path."""
+        return zip(self.records, self.local, self.paths, strict=True)
 
     def note_writes(self) -> None:
         """Let autograd see what is written to the local tensors of parameters that are spread over processes."""
@@ -218,11 +216,8 @@ def _redistribute(binding: Binding) -> list[bool]:
     shardings = [sharding_of(x) for x in binding.params]
     for record, x, path in zip(binding.records, binding.params, binding.paths, strict=True):
         if x.shape != record.shape:  # before anything is put together for it
-            raise ValueError(
-                f"the model does not fit the state: {path!r} was {form(record.shape, record.dtype)} at setup and is "
-                f"now {form(x.shape, x.dtype)}; of a parameter that is spread over processes give the DTensor itself, "
-                "not to_local() of it, else call setup again"
-            )
+            was, now = form(record.shape, record.dtype), form(x.shape, x.dtype)
+            raise ValueError(CHANGED_FORM.format(path, was, now, OF_DTENSORS))
     return [record.redistribute(sharding) for record, sharding in zip(binding.records, shardings, strict=True)]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .pytree import is_wrapped
 from .rule import Reduce
+from .text import EVALUATION_WEIGHTS
 
 
 class SkipUpdate(Exception):
@@ -147,10 +148,7 @@ class Context:
     def require_training_weights(self, records: Iterable[Any], what: str) -> None:
         """RuntimeError where one of these leaves' parameters holds its weights to evaluate with."""
         if self.aside and any(id(record) in self.aside for record in records):
-            raise RuntimeError(
-                f"{what} is refused within fluxpy.averaged(...), and between eval() and train() of a TorchOptimizer: "
-                "the parameters hold the weights to evaluate with; do it after that"
-            )
+            raise RuntimeError(EVALUATION_WEIGHTS.format(what))
 
     def __reduce__(self) -> Any:
         return Context, (self.compile,), {"updates": self.updates, "flag": self.flag}

@@ -72,7 +72,7 @@ class Exchange:
         """Put the weights to evaluate with in, but where they are in already. `end` also undoes one that failed."""
         binding, aside = self.binding, self.context.aside
         self.context.settle()
-        for record, x, path in zip(binding.records, binding.local, binding.paths, strict=True):
+        for record, x, path in binding.leaves:
             if id(record) not in aside and (value := _evaluation(record, x, path)) is not None:
                 own = x.detach().clone()
                 self._keep(path, record, x, own)
@@ -84,7 +84,7 @@ class Exchange:
     def resume(self, training: Mapping[str, Tensor]) -> None:
         """Begin where others put the weights to evaluate with in: these are the training weights, by path."""
         binding = self.binding
-        for record, x, path in zip(binding.records, binding.local, binding.paths, strict=True):
+        for record, x, path in binding.leaves:
             if path in training:
                 self._keep(path, record, x, training[path])
 

@@ -38,6 +38,8 @@ def plain(value: Any) -> Any:
     """Lists as tuples and NumPy's numbers as Python's own, so that rules that hold them can be saved and compared."""
     if isinstance(value, list | tuple):
         return tuple(plain(v) for v in value)
+    if type(value) is np.longdouble:  # of which Python has none, so that NumPy would give it back
+        return float(value)
     return plain(value.tolist()) if isinstance(value, _NUMPY) else value
 
 

@@ -27,7 +27,7 @@ def follow(state: AnyState, model: Any) -> AnyState:
     require_state(state, "follow")
     binding = bind(state, model)
     tree_context(state).settle()
-    pairs = list(zip(binding.records, binding.local, binding.paths, strict=True))
+    pairs = list(binding.leaves)
     for record, x, path in pairs:
         if record.local_shape != x.shape:
             was, now = form(record.shape, record.dtype), form(x.shape, x.dtype)

@@ -13,7 +13,7 @@ from .distributed.parallel import Parallel, parallel_of
 from .leaf import Leaf
 from .pytree import is_transforming
 from .state import State, bind, require_state
-from .text import ASSIGN_GRADIENTS, OF_GRADIENTS
+from .text import ASSIGN_GRADIENTS, HIDDEN_PARAMETERS, OF_GRADIENTS, OF_NO_PARAMETER
 from .tree import Mirror, TreeSpec, check_model, spec_of, values_of, walk
 
 Model = TypeVar("Model")
@@ -211,14 +211,8 @@ def _detached(value: Any) -> Any:
 
 def independent_loss(trains: list[bool]) -> ValueError:
     """The error for a loss that depends on no parameter that trains."""
-    why = _WHY if any(trains) else "all of them are frozen; thaw some, or let some require grad"
+    why = OF_NO_PARAMETER if any(trains) else "all of them are frozen; thaw some, or let some require grad"
     return ValueError(f"the loss depends on no parameter of the model: {why}")
-
-
-_WHY = (
-    "was it detached, computed under no_grad or inference_mode, or from another model? Reentrant activation "
-    "checkpointing hides parameters too: pass use_reentrant=False to torch.utils.checkpoint"
-)
 
 
 def _flips(params: list[Tensor], trains: list[bool]) -> list[Tensor]:
@@ -267,10 +261,7 @@ def _backward(loss: Tensor, params: list[Tensor], create_graph: bool) -> tuple[T
 def require_no_checkpoint(loss: Tensor, hidden: Exception | None = None) -> None:
     """RuntimeError where reentrant checkpointing may hide parameters. `hidden` is the error that shows that it does."""
     if hidden or _has_checkpoint(loss):
-        raise RuntimeError(
-            "reentrant activation checkpointing hides parameters from the gradient; "
-            "pass use_reentrant=False to torch.utils.checkpoint"
-        ) from hidden
+        raise RuntimeError(HIDDEN_PARAMETERS) from hidden
 
 
 def _grad(loss: Tensor, params: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .engine.layout import clone_all
-from .leaf import Record
-from .pytree import HOLE, PLAIN, is_transforming
+from .leaf import Record, init_state
+from .pytree import HOLE, PLAIN, is_transforming, partition
+from .rule import Rule, title_key
 
 Entry: TypeAlias = tuple[Record, Tensor, str]  # a record without a state, its parameter and the path
 
@@ -32,6 +33,36 @@ def make_states(todo: Iterable[Entry]) -> None:
         made = _copy_one(entries) if len(entries) > 2 and _may_share(entries) else 0
         for record, x, path in entries[made:]:
             record.make_state(x, path)
+
+
+def catch_up(entries: Iterable[Entry], known: dict[Any, bool]) -> None:
+    """Where a rule reads a parameter's values for its state, states that no update used yet begin with those of now:
+    somebody may have loaded weights since. Not where one may differentiate: there such a state is a constant. `known`
+    has the answers for rules that were asked before."""
+    reading: dict[int, bool] = {}  # by the id of a rule
+    for record, x, path in entries:
+        rule = record.rule
+        if rule is None or not record.untrained or record.needs_whole:
+            continue
+        if id(rule) not in reading:
+            key = "reads", title_key(rule)
+            reading[id(rule)] = known[key] if key in known else known.setdefault(key, _reads_values(rule, x))
+        if reading[id(rule)]:
+            new, _ = partition(init_state(rule, x, record.numbers.count, path))
+            for old, t in zip(record.tensors or (), new, strict=False):
+                old.detach().copy_(t)
+
+
+def _reads_values(rule: Rule, x: Tensor) -> bool:
+    """Whether a rule reads the values of a parameter like `x` for its state. It is asked of one element, as a state may
+    be large."""
+    corner = x.detach()[(slice(1),) * x.ndim]
+    try:
+        with torch.random.fork_rng(devices=[]), _ValueWatch() as watch:
+            init_state(rule, corner, 0, "")
+    except Exception:  # an array that it does not take
+        return True
+    return watch.values_read
 
 
 def _may_share(entries: Sequence[Entry]) -> bool:

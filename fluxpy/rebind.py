@@ -4,7 +4,7 @@ import functools
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -17,17 +17,18 @@ _MOST, _DEEPEST = 5_000, 8  # how far an object is looked into, for what is a pa
 
 
 class Rebinding:
-    """`known` has the copy of each tensor and module of the model, by the identity of the original."""
+    """`known` has the copy of each tensor and module of the model, by the identity of the original, and `view` gives
+    that of a tensor in their memory."""
 
-    def __init__(self, known: dict[int, Any]) -> None:
-        self.known = known
+    def __init__(self, known: dict[int, Any], view: Callable[[Tensor], Tensor | None]) -> None:
+        self.known, self.view = known, view
         self.free: dict[int, Any] = {}  # what holds no part of the model
         self.made: dict[int, Any] = {}  # new functions, by the identity of the old
 
     def of(self, x: Any) -> Any:
         """`x`, or what stands for it in the copy. TypeError for an object that holds a part of the model."""
-        if self._is_part(x):
-            return self.known[id(x)]
+        if (part := self._part(x)) is not None:
+            return part
         kind: Any = type(x)
         if kind in (list, tuple):
             return kind([self.of(part) for part in x])
@@ -58,15 +59,19 @@ class Rebinding:
         new.__dict__.update(self.of(f.__dict__))
         return new
 
-    def _is_part(self, x: Any) -> bool:
-        return isinstance(x, Tensor | nn.Module) and id(x) in self.known
+    def _part(self, x: Any) -> Any:
+        """The copy of a part of the model; None of anything else."""
+        found = self.known.get(id(x)) if isinstance(x, Tensor | nn.Module) else None
+        if found is None and isinstance(x, Tensor) and (found := self.view(x)) is not None:
+            self.known[id(x)] = found
+        return found
 
     def holds(self, x: Any) -> bool:
         """Whether a part of the model can be reached from `x` in a few steps."""
         todo, seen = [(x, 0)], {}
         while todo and len(seen) < _MOST:
             x, depth = todo.pop()
-            if self._is_part(x):
+            if self._part(x) is not None:
                 return True
             if id(x) not in seen and id(x) not in self.free and depth < _DEEPEST:
                 seen[id(x)] = x

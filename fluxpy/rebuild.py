@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pytree import is_unseen, level, unwrap
+from .engine.layout import extent
+from .pytree import is_unseen, level, memories, memory, unwrap
 from .rebind import Rebinding
+from .text import COPY_STAYS, MAKES_NO_MODULE, form
 from .tree import TreeSpec
 
 _HOOKS = {dict, OrderedDict, set}
@@ -28,18 +30,12 @@ def _refilled(x: Any, spec: TreeSpec, new: dict[int, Any]) -> Any:
     if spec.kind == "leaf":
         return new[spec.index]
     if isinstance(x, nn.Module):
-        raise TypeError(_NO_MODULE)
+        raise TypeError(MAKES_NO_MODULE)
     inside = level(x)
     if inside is None:
         return x
     pairs = zip(inside.children, spec.children, strict=True)
     return inside.make([_refilled(child, place, new) for child, place in pairs])
-
-
-_NO_MODULE = (
-    "torch.compile cannot make modules: inside it, a pure update takes the parameters as a dict of tensors "
-    "(dict(model.named_parameters()), with torch.func.functional_call), or compile the loss alone"
-)
 
 
 class Copies:
@@ -52,6 +48,7 @@ class Copies:
 
     def __init__(self, model: Any, old: Sequence[Tensor], new: Sequence[Any]) -> None:
         self.known: dict[int, Any] = {id(x): value for x, value in zip(old, new, strict=True)}
+        self.old, self.places = old, dict[int, list[Tensor]]()  # by their memory, buffers too
         self.containers: dict[int, Any] = {}  # new for old, by the identity of the old
         self.rest: list[tuple[nn.Module, str]] = []  # attributes that may hold something of the model besides
         self.model = self.of(model)
@@ -95,13 +92,31 @@ class Copies:
 
     def _buffer(self, b: Tensor | None) -> Tensor | None:
         if b is not None and id(b) not in self.known:
-            self.known[id(b)] = b.clone()
+            view = self.view(b)
+            self.known[id(b)] = b.clone() if view is None else view
+            self.places.setdefault(memory(b), []).append(b)
         return None if b is None else self.known[id(b)]
 
+    def view(self, t: Tensor) -> Tensor | None:
+        """Of a tensor in the memory of a parameter or buffer, the same view of the copy; None of any other."""
+        if not self.places:
+            for x, place in zip(self.old, memories(self.old), strict=True):
+                self.places.setdefault(place, []).append(x)
+        for x in self.places.get(memory(t), ()):
+            new, start, room = self.known[id(x)], t.storage_offset() - x.storage_offset(), extent(x) - extent(t)
+            low = start * t.element_size()
+            if 0 <= low <= room and t.dtype == x.dtype and new.stride() == x.stride():
+                with torch.enable_grad():
+                    whole = new if t.requires_grad else new.detach()
+                    return whole.as_strided(t.shape, t.stride(), new.storage_offset() + start)
+            if -extent(t) < low < extent(x):
+                raise TypeError(f"holds {form(t.shape, t.dtype)} in the memory of a parameter, which is no part of it")
+        return None
+
     def finish(self) -> None:
-        """Let what is bound to the model follow: parameters and modules in plain attributes (as in nn.LSTM), hooks,
-        methods, functions. TypeError, with the path, where that cannot be."""
-        rebinding = Rebinding(self.known)
+        """Let what is bound to the model follow: parameters and modules in plain attributes (as in nn.LSTM), views of
+        parameters, hooks, methods, functions. TypeError, with the path, where that cannot be."""
+        rebinding = Rebinding(self.known, self.view)
         for module, key in self.rest:
             held = module.__dict__
             if key == "_compiled_call_impl":  # of module.compile(), bound to the old one
@@ -110,7 +125,7 @@ class Copies:
                 try:
                     held[key] = rebinding.of(held[key])
                 except TypeError as error:
-                    raise TypeError(f"{self._path(module)}.{key} {error}: {_STAYS}") from None
+                    raise TypeError(f"{self._path(module)}.{key} {error}: {COPY_STAYS}") from None
 
     def _path(self, module: nn.Module) -> str:
         found = self.model.named_modules() if isinstance(self.model, nn.Module) else ()
@@ -120,10 +135,6 @@ class Copies:
 
 _REGISTERED = {"_parameters", "_buffers", "_modules"}
 _EMPTIABLE = {dict, OrderedDict, set, list, tuple}
-_STAYS = (
-    "a copy of the model would go on with the old numbers. Update in place, or take the parameters as a dict of "
-    "tensors, with torch.func.functional_call"
-)
 
 
 def like_parameter(new: Tensor, old: Tensor) -> Tensor:
@@ -132,9 +143,14 @@ def like_parameter(new: Tensor, old: Tensor) -> Tensor:
 
 
 def as_parameter(new: Tensor, old: Tensor) -> Tensor:
-    """A tensor without history as a parameter in place of `old`."""
-    if type(old) is nn.Parameter and type(new) is Tensor:  # as its constructor does, in half the time
-        return Tensor._make_subclass(nn.Parameter, new, old.requires_grad)
-    if isinstance(old, nn.Parameter):
-        return nn.Parameter(new, requires_grad=old.requires_grad)
-    return new.requires_grad_(old.requires_grad)
+    """A tensor without history as a parameter in place of `old`, of its class, with its attributes and hooks."""
+    kind, train = type(old), old.requires_grad
+    if type(new) is not Tensor or not (kind is Tensor or issubclass(kind, nn.Parameter)):  # it may hold its numbers
+        return nn.Parameter(new, requires_grad=train) if isinstance(old, nn.Parameter) else new.requires_grad_(train)
+    # As the constructor of parameters does, in half the time.
+    made = new.requires_grad_(train) if kind is Tensor else Tensor._make_subclass(kind, new, train)
+    vars(made).update(vars(old))
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if (held := getattr(old, hooks)) is not None:
+            setattr(made, hooks, held.copy())
+    return made

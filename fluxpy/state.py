@@ -13,6 +13,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -26,7 +27,7 @@ from .patterns import assign_rules
 from .pytree import Skeleton, plain_arithmetic
 from .rule import Rule, all_hyperparameters, at, hyperparameters, rule_key, title_key
 from .show import describe_tree, table, tree_as_html
-from .text import OF_STATES, form, meant, near_pattern
+from .text import NEW_TENSORS, OF_STATES, form, meant, near_pattern, not_dense, starts_anew
 from .tree import Mirror, TreeSpec, check_model, explore, relaid, respec, rooted, spec_of, values_of, walk
 
 AnyState = TypeVar("AnyState", bound="State | Leaf")
@@ -194,12 +195,7 @@ def setup(rule: Rules, model: Any, *, compile: bool = False, keep: State | Leaf 
     with plain_arithmetic():
         _make_states(records, new, taken, local_tensors(params), names)
     if kept and (changed := _changed(kept, new, params, names)):
-        warnings.warn(
-            f"setup(keep=) starts anew where shape or dtype changed: {'; '.join(changed[:8])}"
-            f"{f' ({len(changed)} in all)' if len(changed) > 8 else ''}. Rows that are still meant can "
-            "keep their momenta: change the old model and state together by fluxpy.surgery (take, grow)",
-            stacklevel=2,
-        )
+        warnings.warn(starts_anew(changed), stacklevel=2)
     if taken and keep is not None:
         _warn_of_new_tensors(keep, kept, taken, params)
     if isinstance(model, nn.Module) and not (context.spread or is_compiling()):
@@ -215,6 +211,8 @@ def _records(
     records: list[Record] = []
     for index, x in enumerate(params):
         rule = rules[index]
+        if x.layout != torch.strided or x.is_nested:
+            raise ValueError(not_dense(names[index][0], "nested" if x.is_nested else x.layout))
         before = _kept(kept, names[index], x) if kept and rule is not None else None
         if before is None:
             record = Record(rule, rule is None, x.shape, x.dtype, start)
@@ -258,11 +256,7 @@ def _warn_of_new_tensors(
     paths = {id(record_of(leaf)): path for path, leaf in reversed(kept.items())}
     new = [paths[id(taken[index])] for index, is_same in same.items() if not is_same and taken[index].numbers.count]
     if new:
-        warnings.warn(
-            f"setup(..., keep=): {', '.join(map(repr, new))} are new tensors of the old shape, and go on with the old "
-            "momenta and counts; fluxpy.reset that branch for them to start anew",
-            stacklevel=3,
-        )
+        warnings.warn(NEW_TENSORS.format(", ".join(map(repr, new))), stacklevel=3)
 
 
 def _make_states(records: list[Record], new: list[int], old: Iterable[int], params: list[Tensor], names: Any) -> None:

@@ -106,6 +106,65 @@ ELSEWHERE = {
     **dict.fromkeys(("fit", "Trainer"), "fluxpy.Learner(model, loss, rule).fit(...), or fluxpy.train"),
 }
 
+# Messages of the core; what stands in braces is filled in there.
+CHANGED_FORM = "the model does not fit the state: {!r} was {} at setup and is now {}; {}, else call setup again"
+OF_DTENSORS = "of a parameter that is spread over processes give the DTensor itself, not to_local() of it"
+COPY_STAYS = (
+    "a copy of the model would go on with the old numbers. Update in place, or take the parameters as a dict of "
+    "tensors, with torch.func.functional_call"
+)
+EVALUATION_WEIGHTS = (
+    "{} is refused within fluxpy.averaged(...), and between eval() and train() of a TorchOptimizer: the parameters "
+    "hold the weights to evaluate with; do it after that"
+)
+FLAGS_CHANGED = (
+    "requires_grad of {} was changed after setup, and is not looked at: the state decides what trains. Write "
+    "fluxpy.thaw or fluxpy.freeze of that branch of the state"
+)
+HIDDEN_PARAMETERS = (
+    "reentrant activation checkpointing hides parameters from the gradient; pass use_reentrant=False to "
+    "torch.utils.checkpoint"
+)
+MAKES_NO_MODULE = (
+    "torch.compile cannot make modules: inside it, a pure update takes the parameters as a dict of tensors "
+    "(dict(model.named_parameters()), with torch.func.functional_call), or compile the loss alone"
+)
+MOMENTA_ELSEWHERE = (
+    "the momenta of {!r} are on {}, the parameter on {}: after model.to(...) write fluxpy.follow(state, model)"
+)
+NEW_TENSORS = (
+    "setup(..., keep=): {} are new tensors of the old shape, and go on with the old momenta and counts; fluxpy.reset "
+    "that branch for them to start anew"
+)
+NO_BRANCH = (
+    "a slice or a selection of the state has no matching branch of a model; pass the whole state or a branch of it "
+    "(frozen leaves are passed by)"
+)
+OF_NO_PARAMETER = (
+    "was it detached, computed under no_grad or inference_mode, or from another model? Reentrant activation "
+    "checkpointing hides parameters too: pass use_reentrant=False to torch.utils.checkpoint"
+)
+OTHER_OBJECT = (
+    "an object of the class {}, in which nobody can look for parameters; make that an nn.Module, or a dataclass that "
+    "optree knows: @optree.dataclasses.dataclass(namespace='fluxpy')"
+)
+PURE_SPREAD = (
+    "update(..., inplace=False) is for one process: a model whose parameters are spread over processes cannot be "
+    "copied; update it in place"
+)
+RECORDED = (
+    "{} updates in a row were recorded to differentiate through them, and all are kept in memory. If that is not "
+    "wanted: detach the parameters, update in place, or update inside torch.no_grad()"
+)
+SAME_MEMORY = (
+    "the parameters {!r} and {!r} are in the same memory, which an update would step twice; tie them by using one "
+    "Parameter at both places, or clone one"
+)
+SPREAD_OUTSIDE = (
+    "parameters that are spread over processes are updated outside of torch.func, torch.compile and inference_mode"
+)
+UNWRITABLE = "{!r} cannot be written in place (expanded, or made in inference mode); clone it first"
+
 
 def dtype_name(dtype: object) -> str:
     """A dtype without its module: `float32`."""
@@ -199,6 +258,23 @@ def hidden_total(outer: str, inner: str) -> str:
     return (
         f"{outer} runs the rules inside by apply, on one array, but {inner} there needs a total: write steps(self, "
         "state, x, dx) in place of apply, and in it state, change = yield from self.rule.steps(state, x, dx)"
+    )
+
+
+def not_dense(path: str, layout: object) -> str:
+    """The message for a parameter of another layout than the strided one."""
+    return (
+        f"the parameter {path!r} is no dense tensor ({layout}), and no rule steps such. Where it is not to train, let "
+        "the module hold it by register_buffer, or pass it to the loss beside the model; else make it to_dense()"
+    )
+
+
+def starts_anew(changed: list[str]) -> str:
+    """The message for leaves, a line for each, that `setup(keep=)` cannot keep."""
+    return (
+        f"setup(keep=) starts anew where shape or dtype changed: {'; '.join(changed[:8])}"
+        f"{f' ({len(changed)} in all)' if len(changed) > 8 else ''}. Rows that are still meant can keep their momenta: "
+        "change the old model and state together by fluxpy.surgery (take, grow)"
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .cached import cached
 from .pytree import is_parameter, level, register, unwrap
-from .text import join, names_of, near
+from .text import OTHER_OBJECT, join, names_of, near
 
 
 class TreeSpec:
@@ -211,10 +211,7 @@ def check_model(x: Any, call: str) -> None:
     elif isinstance(x, type):
         what = f"the class {name}; pass an instance, {name}(...)"
     else:
-        what = (
-            f"an object of the class {name}, in which nobody can look for parameters; make that an nn.Module, or a "
-            "dataclass that optree knows: @optree.dataclasses.dataclass(namespace='fluxpy')"
-        )
+        what = OTHER_OBJECT.format(name)
     raise TypeError(f"{call}: a model is an nn.Module, or a pytree of tensors, but got {what}")
 
 

@@ -23,12 +23,13 @@ from .engine.plan import Plan, Route
 from .engine.reference import ReferenceUnit
 from .engine.step import FallBack, Unit, run_to_results
 from .grads import in_order
+from .initial import catch_up
 from .leaf import Leaf, Record, miss_update, rules_of
 from .pytree import is_forward_mode, is_transforming, is_wrapped, memories, memory, uncast, unwritable
 from .rebuild import Copies, as_parameter, like_parameter, rebuild
 from .rule import tensors_of
 from .state import AnyState, State, bind, require_state, shape_of, tree_context
-from .text import form
+from .text import CHANGED_FORM, MOMENTA_ELSEWHERE, PURE_SPREAD, RECORDED, SAME_MEMORY, SPREAD_OUTSIDE, UNWRITABLE, form
 
 Model = TypeVar("Model")
 _MANY = 100  # updates to differentiate through
@@ -62,10 +63,7 @@ def update(state: AnyState, model: Model, grads: Any = None, *, inplace: bool = 
         apply_gradients(binding, context, grads)
         return state, model
     if binding.spread:
-        raise ValueError(
-            "update(..., inplace=False) is for one process: a model whose parameters are spread over processes cannot "
-            "be copied; update it in place"
-        )
+        raise ValueError(PURE_SPREAD)
     return _pure(state, binding, context, model, grads)
 
 
@@ -181,6 +179,7 @@ def _route_for(binding: Binding, context: Context, grads: list[Any], inplace: bo
     if route is None:
         binding.warn_of_flags()
         _check(binding, grads, inplace)
+        catch_up(binding.leaves, context.traceable)
         written = set(memories(binding.local))  # a gradient that shares it would change while it is read
         if not written.isdisjoint(memories(g for g in grads if g is not None)):
             grads = [g.clone() if g is not None and memory(g) in written else g for g in grads]
@@ -218,10 +217,7 @@ def _run(plan: Plan, units: Sequence[Unit], grads: list[Any], context: Context) 
 def _local(binding: Binding, grads: list[Any]) -> list[Any]:
     """What this process holds of the gradients of parameters that are spread over processes."""
     if is_transforming() or any(x.is_inference() for x in binding.local):
-        raise ValueError(
-            "parameters that are spread over processes are updated outside of torch.func, torch.compile and "
-            "inference_mode"
-        )
+        raise ValueError(SPREAD_OUTSIDE)
     binding.note_writes()
     return local_gradients([record.sharding for record in binding.records], grads, binding.paths)
 
@@ -251,7 +247,7 @@ def _reference_units(binding: Binding, context: Context, grads: Sequence[Any], *
     """A unit for each leaf that steps."""
     return [
         unit_alone(record, x, place, path, context, inplace=inplace)
-        for place, (record, x, path) in enumerate(zip(binding.records, binding.local, binding.paths, strict=True))
+        for place, (record, x, path) in enumerate(binding.leaves)
         if record.takes_part(grads[place])
     ]
 
@@ -298,7 +294,10 @@ def _pure_by_copy(state: Any, binding: Binding, context: Context, model: Any, gr
 def _pure_by_reference(state: Any, binding: Binding, context: Context, model: Any, found: list[Any]) -> tuple[Any, Any]:
     """Each rule's `apply`, leaf by leaf: one can differentiate through it."""
     _check(binding, found, inplace=False)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and _has_history(binding, found)):
+    watched = torch.is_grad_enabled() and _has_history(binding, found)
+    if not (watched or is_transforming() or is_forward_mode()):
+        catch_up(binding.leaves, context.traceable)
+    with torch.set_grad_enabled(watched):
         fork = context.fork(len(binding.params))
         _watch_history(binding, fork)
         units = _reference_units(binding, fork, found, inplace=False)
@@ -354,11 +353,7 @@ def _watch_history(binding: Binding, fork: Context) -> None:
     before = None if is_transforming() else next((x for x in binding.params if x.grad_fn is not None), None)
     fork.recorded = 0 if before is None else fork.recorded + 1
     if fork.recorded == _MANY:
-        warnings.warn(
-            f"{_MANY} updates in a row were recorded to differentiate through them, and all are kept in memory. If "
-            "that is not wanted: detach the parameters, update in place, or update inside torch.no_grad()",
-            stacklevel=5,
-        )
+        warnings.warn(RECORDED.format(_MANY), stacklevel=5)
 
 
 # --- What does not fit --------------------------------------------------------------------------------------------
@@ -370,7 +365,7 @@ def _check(binding: Binding, grads: Sequence[Any], inplace: bool) -> None:
     for record, x, path, dx in zip(binding.records, binding.local, binding.paths, grads, strict=True):
         _check_one(path, record, x, dx)
         if inplace and (unseen or x.is_inference() or not x.is_contiguous()) and unwritable(x):
-            raise ValueError(f"{path!r} cannot be written in place (expanded, or of inference mode); clone it first")
+            raise ValueError(UNWRITABLE.format(path))
     if not unseen:
         _check_overlap(binding)
 
@@ -378,10 +373,8 @@ def _check(binding: Binding, grads: Sequence[Any], inplace: bool) -> None:
 def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
     shape, dtype, device = x.shape, x.dtype, x.device
     if shape != record.local_shape or dtype != record.dtype:
-        raise ValueError(
-            f"the model does not fit the state: {path!r} was {form(record.shape, record.dtype)} at setup and is now "
-            f"{form(x.shape, x.dtype)}; after model.to(...) write fluxpy.follow(state, model), else call setup again"
-        )
+        was, now = form(record.shape, record.dtype), form(shape, dtype)
+        raise ValueError(CHANGED_FORM.format(path, was, now, "after model.to(...) write fluxpy.follow(state, model)"))
     if dx is None:
         return
     if not isinstance(dx, Tensor):
@@ -395,29 +388,23 @@ def _check_one(path: str, record: Record, x: Tensor, dx: Any) -> None:
         )
     for t in record.tensors or ():
         if t.device != device and t.ndim:
-            raise ValueError(
-                f"the momenta of {path!r} are on {t.device}, the parameter on {x.device}: after model.to(...) write "
-                "fluxpy.follow(state, model)"
-            )
+            raise ValueError(MOMENTA_ELSEWHERE.format(path, t.device, device))
 
 
 def _check_overlap(binding: Binding) -> None:
     """ValueError where two parameters share memory, which an update would step twice."""
     devices: dict[torch.device, list[int]] = {}
     for place, x in enumerate(binding.local):
-        if x.numel():
+        if x.numel() and x.data_ptr():  # those on "meta", and of FakeTensorMode, have no memory
             devices.setdefault(x.device, []).append(place)
-    for places in [places for device, places in devices.items() if device.type != "meta"]:
+    for places in devices.values():
         here = [binding.local[place] for place in places]
         # Of a tensor with gaps only the first element is looked at: others may lie in the gaps.
         sizes = [x.nbytes if is_dense(x) else x.element_size() for x in here]
         pair = Extents(addresses(here), sizes).overlap
         if pair is not None:
             other, path = (binding.paths[places[i]] for i in pair)
-            raise ValueError(
-                f"the parameters {other!r} and {path!r} are in the same memory, which an update would step twice; "
-                "tie them by using one Parameter at both places, or clone one"
-            )
+            raise ValueError(SAME_MEMORY.format(other, path))
 
 
 def check_finite(state: State | Leaf) -> None:

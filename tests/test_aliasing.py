@@ -7,9 +7,10 @@ import pytest
 import torch
 from helpers import CHAINS, FEW, Run, assert_alike, grads_of, image, model_of, tensors_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fluxpy
-from fluxpy import AdaGrad, Adam, AdamW, Descent, Momentum, RMSProp, Rule, setup, update
+from fluxpy import AdaGrad, Adam, AdamW, Descent, Momentum, OptimiserChain, RMSProp, Rule, WeightDecay, setup, update
 
 SHAPES = {"a": (4, 3), "b": (4, 3), "c": (5,)}
 
@@ -127,6 +128,19 @@ def test_parameters_that_come_to_lie_in_one_memory(name):
         with pytest.raises(ValueError, match="are in the same memory"):
             update(state, model, grads_of(model))
         assert_alike(image(state, model), before)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("rule", [AdamW(0.1), OptimiserChain(WeightDecay(0.1), RMSProp(0.1))])
+def test_tensors_that_have_no_memory_share_none(rule, inplace):
+    """As those of PyTorch's FakeTensorMode, by which people find out what a step takes."""
+    with FakeTensorMode():
+        model = nn.Linear(3, 2)
+        state = setup(rule, model)
+        for _ in range(3):
+            state, model = update(state, model, {"weight": torch.ones(2, 3), "bias": torch.ones(2)}, inplace=inplace)
+    assert state.weight.count == 3
 
 
 def test_parameters_beside_each_other_on_one_memory_are_no_such_case():

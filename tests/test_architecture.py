@@ -268,7 +268,7 @@ def test_the_core_does_not_grow() -> None:
     core = set().union(*({file, *reached(file, below)} for file in ("update.py", "adjust.py", "gradient.py")))
     core -= {"show.py", "text.py"}  # what is shown and said
     own = [file for file in core if not file.startswith(("rules/", "distributed/"))]
-    assert sum((ROOT / file).read_text().count("\n") for file in own) <= 7_430
+    assert sum((ROOT / file).read_text().count("\n") for file in own) <= 7_450
 
 
 # --- The package --------------------------------------------------------------------------------------------------

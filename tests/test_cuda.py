@@ -80,6 +80,20 @@ def test_a_skip_is_known_late(rule):
         torch.testing.assert_close(x, y.cpu())
 
 
+def test_rows_given_on_the_device_or_not():
+    ends = []
+    for device in ("cpu", "cuda"):
+        model = {"w": torch.arange(12.0, device=device).view(4, 3)}
+        state = setup(fluxpy.Adam(0.1), model)
+        update(state, model, {"w": torch.ones(4, 3, device=device)})
+        fluxpy.surgery.reset(state, rows=torch.tensor([True, False, False, True], device=device))
+        fluxpy.surgery.reset(state, rows=torch.tensor([1], device=device))
+        fluxpy.surgery.take(state, model, torch.tensor([3, 2], device=device))
+        ends.append([t.cpu() for t in (model["w"], *state["w"].state[:2])])
+    for x, y in zip(*ends, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_train_moves_batches():
     model = nn.Linear(3, 2).cuda()
     data = fluxpy.DataLoader((torch.randn(8, 3), torch.randn(8, 2)), batch_size=4)

@@ -815,6 +815,20 @@ def test_the_default_dtype_has_no_say(dtype):
     pair.check(1e-4)
 
 
+@pytest.mark.parametrize("name", ["Adam", "Prodigy", "ClipGlobalNorm", "Muon"])
+def test_the_default_device_has_no_say(name):
+    """Of "meta" no number could be read."""
+    ends, shapes = [], [(4, 3)] * 3
+    for device in ("cpu", "meta"):
+        pair = Pair(ROWS[name].rule, shapes=shapes)
+        grads = [pair.grads() for _ in range(3)]
+        with torch.device(device):
+            for given in grads:
+                update(pair.state, pair.model, given)
+        ends.append([*pair.model, *optree.tree_leaves(pair.state, namespace="fluxpy")])
+    assert all(map(torch.equal, *ends))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "rule",

@@ -14,7 +14,23 @@ from rule_table import ROWS, Row
 from torch import Tensor, nn
 
 import fluxpy
-from fluxpy import Adam, Rule, leaves, reset, setup, update
+from fluxpy import (
+    AccumGrad,
+    Adam,
+    Averaged,
+    Lookahead,
+    MixedPrecision,
+    Muon,
+    OptimiserChain,
+    Prodigy,
+    Rule,
+    ScheduleFreeAdamW,
+    ScheduleFreeSGD,
+    leaves,
+    reset,
+    setup,
+    update,
+)
 from fluxpy.state import tree_bindings
 
 MANY = 5
@@ -207,3 +223,82 @@ def test_a_state_that_never_stepped_keeps_no_model_alive() -> None:
     finally:
         gc.enable()
     assert fluxpy.state_dict(state)
+
+
+class FromValues(Rule):
+    """A user's rule that begins with the parameter."""
+
+    lr: float = 0.1
+
+    def init(self, x: Tensor) -> Any:
+        return {"start": x.clone()}
+
+    def apply(self, state: Any, x: Tensor, dx: Tensor) -> Any:
+        return state, self.lr * dx + 0.1 * (x - state["start"])
+
+
+BEGIN_WITH_VALUES = {
+    "ScheduleFreeSGD": ScheduleFreeSGD(0.1),
+    "ScheduleFreeAdamW": ScheduleFreeAdamW(0.1),
+    "Lookahead": Lookahead(Adam(0.1), k=2),
+    "Prodigy": Prodigy(d0=1e-2),
+    "Averaged": Averaged(Adam(0.1)),
+    "master": MixedPrecision(ScheduleFreeSGD(0.1), dtype=torch.float64),
+    "window": OptimiserChain(AccumGrad(2), Prodigy(d0=1e-2)),
+    "whole": Lookahead(Muon(0.1), k=2),
+    "own": FromValues(),
+}
+
+
+def replaced(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            path = next(path for path, x in model.named_parameters() if x is module.weight)
+            module.weight = nn.Parameter(weights[path].clone())
+
+
+WRITTEN: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "loaded": lambda model, weights: model.load_state_dict(weights),
+    "assigned": lambda model, weights: model.load_state_dict({k: t.clone() for k, t in weights.items()}, assign=True),
+    "data": lambda model, weights: [x.data.copy_(weights[path]) for path, x in model.named_parameters()],
+    "replaced": replaced,
+}
+
+
+WAYS = [("loaded", way) for way in ("pure", "compiled")] + [(name, "in place") for name in WRITTEN]
+
+
+@pytest.mark.parametrize(("write", "way"), WAYS)
+@pytest.mark.parametrize("rule", BEGIN_WITH_VALUES.values(), ids=BEGIN_WITH_VALUES)
+def test_what_is_written_before_the_first_update_is_what_a_run_begins_with(rule: Rule, write: str, way: str) -> None:
+    """As weights that are loaded after `setup`."""
+
+    def net(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(*[nn.Linear(2, 2, bias=False, dtype=torch.float64) for _ in range(4)])
+
+    model, twin = net(1), net(2)
+    state = setup(rule, model, compile=way == "compiled")
+    WRITTEN[write](model, twin.state_dict())
+    states = [state, setup(rule, twin, compile=way == "compiled")]
+    models = [model, twin]
+    for turn in range(5):
+        grads = {path: torch.sin(x.detach() + turn) for path, x in twin.named_parameters()}
+        for i in range(2):
+            states[i], models[i] = update(states[i], models[i], grads, inplace=way != "pure")
+    for x, y in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(x, y)
+    for x, y in zip(tensors_of(states[0]), tensors_of(states[1]), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_state_that_was_used_or_loaded_is_kept() -> None:
+    rule, model = ScheduleFreeSGD(0.1), {"w": torch.ones(3)}
+    states = [setup(rule, model) for _ in range(2)]
+    update(states[0], {"w": torch.ones(3)}, {"w": torch.ones(3)})
+    fluxpy.load_state_dict(states[1], fluxpy.state_dict(setup(rule, {"w": torch.zeros(3)})))
+    for state in states:
+        z = state["w"].state.z.clone()
+        before = {"w": torch.full((3,), 7.0)}
+        update(state, before, {"w": torch.zeros(3)})
+        assert torch.equal(state["w"].state.z, z)

@@ -137,6 +137,22 @@ def test_momenta_on_another_device_are_refused_by_name(rule, layout):
             assert {leaf.count for _, leaf in leaves(run.state)} <= {start, start // 2}
 
 
+@needs_compiler
+@pytest.mark.parametrize("way", ["in place", "pure", "compiled"])
+@few_chains
+def test_a_parameter_may_be_a_negated_view(rule, way):
+    """As the imaginary part of a conjugate is. PyTorch's kernels refuse it, or take what is in memory."""
+    model, twin = ({k: torch.full((3, 2), 2.0, dtype=torch.float64) for k in "abc"} for _ in range(2))
+    model["b"] = torch._neg_view(-model["b"])
+    states = [setup(rule, m, compile=way == "compiled") for m in (model, twin)]
+    for turn in range(5):
+        grads = {k: draw for k, draw in zip("abc", torch.randn(3, 3, 2, dtype=torch.float64) * (turn + 1), strict=True)}
+        states[0], model = update(states[0], model, grads, inplace=way != "pure")
+        states[1], twin = update(states[1], twin, grads, inplace=way != "pure")
+    for k, x in twin.items():
+        torch.testing.assert_close(model[k], x, rtol=1e-12, atol=1e-12)
+
+
 # --- Gradients that lie elsewhere ---------------------------------------------------------------------------------
 
 

@@ -388,3 +388,23 @@ def test_arrays_are_taken_as_they_come():
     model = Net()
     batches = DataLoader((X.numpy(), np.asarray(Y)), batch_size=4)
     assert len(train(loss, model, batches, setup(Adam(), model))) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.jagged])
+def test_parameters_that_are_no_dense_tensors_are_refused(layout, train):
+    held = torch.eye(3).to_sparse(layout=layout) if layout != torch.jagged else None
+    if held is None:
+        held = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    model = nn.Linear(3, 2)
+    model.graph = nn.Parameter(held, requires_grad=train)
+    for x in (model, {"head": nn.Linear(3, 2), "graph": held}):
+        with pytest.raises(ValueError, match=r"'graph' is no dense tensor \([\w.]+\).*register_buffer"):
+            setup(Adam(), x)
+    del model.graph
+    model.register_buffer("graph", held)
+    state = setup(Adam(), model)
+    for inplace in (True, False):
+        _, new = update(state, model, {"weight": torch.ones(2, 3)}, inplace=inplace)
+    assert type(new.graph) is type(held)

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fluxpy import Descent, destructure, gradient, setup, update
+from fluxpy import (
+    ClipGlobalNorm,
+    Descent,
+    Momentum,
+    OptimiserChain,
+    Rule,
+    destructure,
+    gradient,
+    setup,
+    thaw,
+    update,
+)
 
 INPUT = torch.linspace(-1, 1, 12).reshape(4, 3)
 
@@ -102,7 +113,23 @@ def compiled() -> Net:
     return net
 
 
+class Views(Net):
+    """Beside its parameters it holds tensors that lie in their memory, and buffers that lie in each other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row, self.trained = self.inner[0].weight.data[1], self.inner[0].weight[0]
+        self.register_buffer("turned", self.inner[0].weight.detach().t())
+        self.register_buffer("pair", torch.zeros(2))
+        self.register_buffer("second", self.pair[1:])
+
+    def body(self, x: Tensor) -> Tensor:
+        self.pair.add_(1)
+        return super().body(x) * (self.row.sum() + self.trained.sum() + self.second) + x @ self.turned
+
+
 FOLLOW = {
+    "views": Views,
     "a method": lambda: Net(lambda net: net.body),
     "a lambda": lambda: Net(lambda net: lambda x: net.body(x)),
     "a lambda in a list": lambda: Net(lambda net: dict(f=[lambda x: net.body(x)])["f"][0]),
@@ -157,7 +184,14 @@ def test_what_is_bound_to_a_model_follows_its_copy(make: Callable[[], Any]) -> N
     )
 
 
+def overlapping() -> Net:
+    net, flat = Net(), torch.ones(12)
+    net.inner[0].weight.data, net.part = flat[:9].view(3, 3), flat
+    return net
+
+
 REFUSED = {
+    "what overlaps": (lambda: overlapping(), r"Net\.part holds float32\[12\] in the memory of a parameter"),
     "an object": (lambda: Net(lambda net: Helper(net.inner[0])), r"Net\.extra holds .* object of .*Helper"),
     "inside": (lambda: nn.Sequential(Net(lambda net: Helper(0, {"a": [net.body]}))), r"Sequential\.0\.extra holds"),
     "with slots": (lambda: Net(lambda net: Wrapped(net)), r"Net\.extra holds .*Wrapped"),
@@ -212,3 +246,47 @@ def test_ordinary_attributes_are_no_alarm_and_stay_shared() -> None:
     _, copy = update(setup(Descent(0.5), net), net, gradient(loss, net), inplace=False)
     assert all(getattr(copy, name) is value for name, value in others.items() if name != "method")
     copy.load_state_dict(net.state_dict())
+
+
+class Marked(nn.Parameter):
+    """A user's own parameters."""
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "thawed"])
+@pytest.mark.parametrize(
+    "rule", [Descent(0.5), OptimiserChain(ClipGlobalNorm(0.5), Momentum(0.5))], ids=["one", "chain"]
+)
+def test_parameters_keep_their_class_attributes_and_hooks(rule: Rule, frozen: bool) -> None:
+    ends = []
+    for inplace in (True, False):
+        model, fired = Net(), list[str]()
+        weight = model.inner[0].weight = Marked(model.inner[0].weight.detach())
+        weight.group = ["a"]
+        weight.register_hook(lambda g: g * torch.tensor([1.0, 0.0, 2.0]))  # holds a column
+        weight.register_post_accumulate_grad_hook(lambda x, fired=fired: fired.append("there"))
+        weight.requires_grad_(not frozen)
+        state = thaw(setup(rule, model))
+        for _ in range(3):
+            state, model = update(state, model, gradient(loss, model, state=state), inplace=inplace)
+        new = model.inner[0].weight
+        assert type(new) is Marked
+        assert new.group is weight.group
+        assert torch.equal(new[:, 1], Net().inner[0].weight[:, 1])
+        loss(model.requires_grad_()).backward()
+        assert fired == ["there"]
+        ends.append([x.detach() for x in model.parameters()])
+        assert len(weight._backward_hooks) == 1  # which the copy has its own of
+        assert (new._backward_hooks is weight._backward_hooks) is (new is weight)
+    for x, y in zip(*ends, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_hooks_and_attributes_of_tensors_that_are_no_parameters() -> None:
+    model = {"w": torch.ones(3, requires_grad=True)}
+    model["w"].register_hook(lambda g: g * 0)
+    model["w"].group = "a"
+    with torch.no_grad():
+        _, new = update(setup(Descent(0.5), model), model, {"w": torch.ones(3)}, inplace=False)
+    assert new["w"].group == "a"
+    assert torch.equal(new["w"], torch.full((3,), 0.5))
+    assert torch.equal(gradient(lambda m: m["w"].sum(), new)["w"], torch.zeros(3))

@@ -81,6 +81,7 @@ def test_schedules_are_plain_data(schedule: Schedule) -> None:
 
 def test_numpy_numbers_and_lists_become_plain() -> None:
     schedule = join([linear(np.float64(1.0), 0.0, np.int64(5)), constant(np.float32(0.5))], [np.int64(3)])
+    assert type(constant(np.longdouble(0.5)).value) is float
     first = schedule.schedules[0]
     assert isinstance(first, linear) and type(first.start) is float and type(first.steps) is int
     assert schedule == join((linear(1.0, 0.0, 5), constant(0.5)), (3,)) and type(schedule.boundaries[0]) is int

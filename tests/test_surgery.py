@@ -1142,3 +1142,15 @@ def test_steps_of_new_rows_are_larger_at_first_and_the_docs_say_so() -> None:
     surgery.grow(state, x, torch.zeros(1))
     update(state, x, torch.ones(2))
     assert math.isclose(-x[1].item(), 0.1 / 0.001**0.5, rel_tol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [[0, 3], slice(1, 3), torch.tensor([True, False, False, False, True])], ids=type)
+def test_rows_are_found_whatever_the_default_device(rows: Any) -> None:
+    ends = []
+    for device in ("cpu", "meta"):
+        state, model = begin(Adam(0.1))
+        with torch.device(device):
+            surgery.reset(state, rows=rows)
+            surgery.take(state, model, rows)
+        ends.append(image(state, model))
+    assert_alike(*ends)

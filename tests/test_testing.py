@@ -504,3 +504,8 @@ def test_values_to_try_can_be_given() -> None:
     check_rule(Late, adjusted={"warm": 9.0})
     with pytest.raises(TypeError, match=r"AccumGrad\(\) does not work .*give check_rule an instance"):
         check_rule(fluxpy.AccumGrad)
+
+
+def test_a_rule_is_checked_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        check_rule(AdamW())

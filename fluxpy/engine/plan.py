@@ -187,6 +187,8 @@ class Plan:
         skipped, new_states, self.new_states = self.context.flag.skipped, self.new_states, []
         if skipped is not None:  # which only the device knows by now
             self.context.late = Late(skipped, [partial(_take_back, new_states)])
+        for cohort in self.route.cohorts if self.route is not None and skipped is None else ():
+            cohort.numbers.fresh = False  # now, as an interrupt may come
         for record, x, path in self.sitting_out:
             key = id(record.rule), id(record.numbers), id(record.pending)
             if self.context.late is not None:
@@ -288,7 +290,8 @@ class Plan:
         `known` remembers what depends on the rule and the dtypes alone."""
         rule, tensors, skeleton = record.rule, record.tensors, record.numbers.skeleton
         assert rule is not None and tensors is not None and skeleton is not None
-        if type(x) not in PLAIN or (dx is not None and type(dx) not in PLAIN) or x.is_conj() or is_wrapped(x):
+        plain = type(x) in PLAIN and (dx is None or type(dx) in PLAIN)
+        if not plain or x.is_conj() or x.is_neg() or is_wrapped(x):
             return None
         form = packed_form(x, tensors)
         dtypes = tuple([t.dtype for t in tensors])

@@ -201,7 +201,7 @@ def _total(rule: ReducingRule, value: Tensor) -> Tensor:
 
 def _counts_once(rule: ReducingRule) -> bool:
     """Whether a number gives the same to a total however many elements it stands for."""
-    number = torch.tensor(0.7)
+    number = torch.tensor(0.7, device="cpu")
     return torch.equal(rule.part(number.expand(2)), rule.part(number))
 
 

@@ -123,7 +123,7 @@ def reset(state: AnyState, rows: Any, dim: int = 0, *, model: Any = None) -> Any
 def row_numbers(index: Any, size: int) -> Tensor:
     """The rows that an index means, among `size`, as whole numbers from 0."""
     try:
-        found = torch.as_tensor(list(range(size)[index]) if isinstance(index, slice) else index)
+        found = torch.as_tensor(list(range(size)[index]) if isinstance(index, slice) else index, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"the rows must be a list of whole numbers, or a mask, but got {index!r}") from error
     if found.ndim != 1:
@@ -268,7 +268,7 @@ def _emptied(path: str, record: Record, x: Tensor | None, rows: Any, dim: int) -
     if not -len(record.shape) <= dim < len(record.shape):
         raise ValueError(f"reset: {path!r} of shape {list(record.shape)} has no dim {dim}")
     dim %= len(record.shape)
-    gone = torch.zeros(record.shape[dim], dtype=torch.bool)
+    gone = torch.zeros(record.shape[dim], dtype=torch.bool, device="cpu")
     gone[row_numbers(rows, len(gone))] = True
     if not record.tensors or record.rule is None:
         return None

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..rule import Rule, at, title
 from ..text import named
 from . import apply_promises, tree_promises
@@ -89,7 +91,8 @@ def check_rule(rule: Rule | type[Rule], *, adjusted: Mapping[str, Any] | None = 
     trial = Trial(at(rule, 0), adjusted or {})
     for promise, check in PROMISES:
         try:
-            check(trial)
+            with torch.device("cpu"):  # whatever the default device is
+                check(trial)
         except Exception as error:
             example = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
             raise AssertionError(f"{title(rule)} breaks a promise: {promise}. Here: {example}") from error
