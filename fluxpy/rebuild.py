@@ -149,7 +149,8 @@ def as_parameter(new: Tensor, old: Tensor) -> Tensor:
         return nn.Parameter(new, requires_grad=train) if isinstance(old, nn.Parameter) else new.requires_grad_(train)
     # As the constructor of parameters does, in half the time.
     made = new.requires_grad_(train) if kind is Tensor else Tensor._make_subclass(kind, new, train)
-    vars(made).update(vars(old))
+    if own := vars(old):  # of most there is none, and none is made
+        vars(made).update(own)
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         if (held := getattr(old, hooks)) is not None:
             setattr(made, hooks, held.copy())

@@ -62,16 +62,16 @@ class CompiledUnit(CohortUnit):
         self.differing: dict[int, Tensor] = {}
         self.key: Any = None
         self.lowered = torch.zeros((), dtype=torch.bool, device=cohort.params[0].device)  # a flag that is not up
-        self.adopt_rules()
+        self.adopt_rules(cohort.rules())
 
     @property
     def master(self) -> Any:
         """The wrapper that keeps a master copy, if there is one: the kernel steps that copy."""
         return self.cohort.rule if self.cohort.rule.keeps_master else None
 
-    def adopt_rules(self) -> bool:
+    def adopt_rules(self, rules: list[Rule]) -> bool:
         """Find the numbers in which the leaves' rules differ, by their place, with the value of each leaf."""
-        cohort, rules = self.cohort, self.cohort.rules()
+        cohort = self.cohort
         key = rule_key(cohort.rule, loose=True)
         if key != self.key:
             self.key, self.programs = key, {}

@@ -63,8 +63,8 @@ class _Fused(CohortUnit):
         self.now = {leaf: links.options(self.kernel, self.x) for leaf, links in found.items()}
         self.front, self.hyper = found[0].front, hyper
 
-    def adopt_rules(self) -> bool:
-        rules, x = self.cohort.rules(), self.cohort.params[0]
+    def adopt_rules(self, rules: list[Rule]) -> bool:
+        x = self.cohort.params[0]
         if not all(takes(rule, x, self.cohort.records[0].tensors or ()) for rule in rules):
             return False
         self.links, keys = Links.of(self.cohort.rule), _first_alike(self.cohort, rules)
@@ -179,8 +179,8 @@ class FusedUnit(_Fused):
         self.bind()
         self._look_at_front()
 
-    def adopt_rules(self) -> bool:
-        if not super().adopt_rules():
+    def adopt_rules(self, rules: list[Rule]) -> bool:
+        if not super().adopt_rules(rules):
             return False
         self._look_at_front()
         return True

@@ -224,7 +224,7 @@ class Plan:
             (kind, _, *rest), rules = cohort.static_key, cohort.rules()
             keys = {_rule_key(kind, rule, self.context) for rule in rules}
             together = len(keys) == 1 and not any(rule.traced for rule in rules)
-            if together and self.units[id(cohort)].adopt_rules():
+            if together and self.units[id(cohort)].adopt_rules(rules):
                 cohort.static_key = kind, keys.pop(), *rest
             else:
                 self._drop(cohort)

@@ -76,11 +76,11 @@ class ShadowUnit(CohortUnit):
         own.numbers = Numbers(record.numbers.count, skeleton)
         return own
 
-    def adopt_rules(self) -> bool:
+    def adopt_rules(self, rules: list[Rule]) -> bool:
         self.bare = {}
         for record, own in zip(self.cohort.records, self.stepping, strict=True):
             own.rule = self._bare_rule(record.rule)
-        return self.inner.adopt_rules()
+        return self.inner.adopt_rules(self.inner.cohort.rules())
 
     def prepare(self, grads: Sequence[Any]) -> Prepare:
         self.shadow_rule = rule_now(self.cohort.rule, self.cohort.numbers.count).shadow_rule

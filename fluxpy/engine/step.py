@@ -66,8 +66,9 @@ class CohortUnit(Unit):
     def __init__(self, cohort: Cohort) -> None:
         self.cohort, self.context = cohort, cohort.context
 
-    def adopt_rules(self) -> bool:
-        """Take over other hyperparameters, with which the leaves still go together. Whether this unit can step so."""
+    def adopt_rules(self, rules: list[Rule]) -> bool:
+        """Take over other hyperparameters, those of the leaves' `rules`, each object once, with which they still go
+        together. Whether this unit can step so."""
         return True
 
 
