@@ -77,7 +77,7 @@ class AdamW(Adam):
 
     def apply(self, state: Any, x: Tensor, dx: Tensor) -> tuple[Any, Any]:
         state, step = super().apply(state, x, dx)
-        return state, plus(step, self.lr * self.weight_decay, x, own=True)
+        return state, plus(step, self.lr * self.weight_decay, x)
 
 
 class PeakMoments(NamedTuple):
@@ -136,7 +136,7 @@ class NAdam(Adam):
         m, v, t = super().averages(state, x, dx)
         mu, mu_next = (self.betas[0] * (1 - 0.5 * 0.96 ** (i * self.momentum_decay)) for i in (t, t + 1))
         state = NesterovMoments(m, v, t, state.mu_product * mu)
-        ahead = plus((1 - mu) / (1 - state.mu_product) * dx, mu_next / (1 - state.mu_product * mu_next), m, own=True)
+        ahead = plus((1 - mu) / (1 - state.mu_product) * dx, mu_next / (1 - state.mu_product * mu_next), m)
         return state, self.lr * ahead / self.denominator(state, x)
 
 
@@ -255,8 +255,8 @@ class AdEMAMix(Adam):
         beta1, beta2, beta3 = self.betas
         m, slow = average(beta1, state.m, dx), average(beta3, state.slow, dx)
         state = MixedMoments(m, average_square(beta2, state.v, dx), state.t + 1, slow)
-        mixed = plus(self.lr / (1 - beta1**state.t) * m, self.lr * self.alpha, slow, own=True)
-        return state, plus(mixed / self.denominator(state, x), self.lr * self.weight_decay, x, own=True)
+        mixed = plus(self.lr / (1 - beta1**state.t) * m, self.lr * self.alpha, slow)
+        return state, plus(mixed / self.denominator(state, x), self.lr * self.weight_decay, x)
 
 
 class ADOPT(Adam):

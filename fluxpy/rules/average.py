@@ -12,15 +12,13 @@ def plus(a: Tensor, factor: Hyper, b: Tensor, *, own: bool = False) -> Tensor:
     `spare`."""
     if not _is_number(factor, a):
         return a + factor * b
-    return torch.add(a, b, alpha=factor, out=spare(a) if own and _alike(a, b) else None)
+    alike = own and a.dtype == b.dtype and a.shape == b.shape
+    return torch.add(a, b, alpha=factor, out=spare(a) if alike else None)
 
 
-def plus_square(a: Tensor, factor: Hyper, b: Tensor, *, own: bool = False) -> Tensor:
-    """`a + factor · b²`. The factor first: the square of a float16 of 256 is not finite, a thousandth of it is. For
-    `own` see `plus`."""
-    if not _is_number(factor, a):
-        return a + factor * b * b
-    return torch.addcmul(a, b, b, value=factor, out=spare(a) if own and _alike(a, b) else None)
+def plus_square(a: Tensor, factor: Hyper, b: Tensor) -> Tensor:
+    """`a + factor · b²`. The factor first: the square of a float16 of 256 is not finite, a thousandth of it is."""
+    return torch.addcmul(a, b, b, value=factor) if _is_number(factor, a) else a + factor * b * b
 
 
 def scaled(made: Tensor, factor: Hyper) -> Tensor:
@@ -33,11 +31,11 @@ def average(beta: Hyper, old: Tensor, new: Tensor) -> Tensor:
     """`beta · old + (1 - beta) · new`, in one pass over memory where `beta` is a number and both are of one dtype."""
     if _is_number(beta, old) and old.dtype == new.dtype:
         return old.lerp(new, 1 - beta)
-    return plus(beta * old, 1 - beta, new, own=True)
+    return plus(beta * old, 1 - beta, new)
 
 
 def average_square(beta: Hyper, old: Tensor, new: Tensor) -> Tensor:
-    return plus_square(beta * old, 1 - beta, new, own=True)
+    return plus_square(beta * old, 1 - beta, new)
 
 
 def _is_number(factor: Hyper, a: Tensor) -> bool:
@@ -50,10 +48,6 @@ def is_differentiable() -> bool:
     return torch.is_grad_enabled() or is_forward_mode()
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape
-
-
 def root(v: Tensor) -> Tensor:
     """`√v`. Its slope at zero counts as zero: the true one, infinite, times that of `dx²`, zero, would be NaN."""
     if not is_differentiable():
@@ -64,8 +58,9 @@ def root(v: Tensor) -> Tensor:
 
 def spare(made: Tensor) -> Tensor | None:
     """For `out=`: the memory of a tensor that a rule made itself and does not need any more; None where somebody may
-    differentiate through the step or transforms it. What is made anew for each operation leaves the cache, and where it
-    is large, to map its memory costs more than the operation."""
+    differentiate through the step or transforms it. For rules of whole arrays: where these are large, to map new memory
+    for each operation costs more than the operation. (A chunk of many leaves stays in the cache: there it is no
+    faster.)"""
     free = type(made) is Tensor and not is_differentiable() and not is_transforming()
     return made if free else None
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Reduce, ReducingRule, Steps
-from .average import decayed, known, larger, like, plus, plus_square, quotient, real, root, scaled, wide
+from .average import decayed, known, larger, like, plus, plus_square, quotient, real, root, wide
 
 
 class Distance(NamedTuple):
@@ -105,13 +105,12 @@ class Prodigy(ReducingRule):
         weight = d / self.d0 * rate
         r = fade * state.r + weight * (yield Reduce(_SUM, lambda: dx * (state.x0 - x)))
         agreement = _beside((yield Reduce(_TOTAL_NUMBER, r)), state.d)
-        s = plus(fade * state.s, weight, dx, own=True)
+        s = plus(fade * state.s, weight, dx)
         # Not a 1-norm, which takes PyTorch five times as long.
         length = _beside((yield Reduce(_TOTAL_SUM, lambda: s.abs())), state.d)
-        m = plus(beta1 * state.m, (1 - beta1) * d, dx, own=True)
-        v = plus_square(beta2 * state.v, (1 - beta2) * d * d, dx, own=True)
+        m, v = plus(beta1 * state.m, (1 - beta1) * d, dx), plus_square(beta2 * state.v, (1 - beta2) * d * d, dx)
         d = larger(d, self.d_coef * known(quotient(agreement, length)))
-        change = scaled(decayed(m / (root(v) + d * self.eps), self.weight_decay, x, own=True), rate)
+        change = rate * decayed(m / (root(v) + d * self.eps), self.weight_decay, x)
         return Distance(m, v, s, state.x0, r, larger(state.d, d)), like(change, given).to(given.dtype)
 
 

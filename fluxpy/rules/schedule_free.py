@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Rule
-from .average import average_square, decayed, eps_for, larger, like, plus, quotient, root, scaled
+from .average import average_square, decayed, eps_for, larger, like, plus, quotient, root
 
 
 class Mean(NamedTuple):
@@ -112,7 +112,7 @@ def _go(rule: ScheduleFreeSGD | ScheduleFreeAdamW, beta: Hyper, state: S, x: Ten
     total = state.total + weight
     share = quotient(weight, total)  # of the new z in the average
     dx = decayed(dx, rule.weight_decay, x)
-    change = plus(scaled(x - state.z, share), lr * (1 - beta * (1 - share)), dx, own=True)
+    change = plus(share * (x - state.z), lr * (1 - beta * (1 - share)), dx)
     return state._replace(z=plus(state.z, -lr, dx), t=t, total=total, peak=peak), change
 
 
