@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Rule
-from .average import average, decayed, larger, scaled, smaller, spare, wide
+from .average import average, decayed, larger, smaller, spare, wide
 
 
 class Factors(NamedTuple):
@@ -64,7 +64,7 @@ class Adafactor(Rule):
         beta2 = 1 - t**self.beta2_decay
         smallest = larger(eps1 * eps1, torch.finfo(x.dtype).tiny)
         square = dx * dx
-        room = spare(square)  # once it is averaged
+        room = spare(square, x)  # once it is averaged
         if isinstance(state, Factors):
             row = average(beta2, state.row, square.mean(-1, keepdim=True))
             column = average(beta2, state.column, square.mean(-2, keepdim=True))
@@ -77,8 +77,8 @@ class Adafactor(Rule):
         u = torch.mul(u, dx, out=room)
         one = max(x.numel(), 1) ** 0.5  # the norm of an array whose rms is 1
         size = larger(torch.linalg.vector_norm(x), eps2 * one) / larger(torch.linalg.vector_norm(u), self.d * one)
-        step = scaled(u, smaller(self.lr, t**-0.5) * self.d * size)
-        return state, decayed(step, self.lr * self.weight_decay, x, own=True).to(dtype)
+        u = torch.mul(u, smaller(self.lr, t**-0.5) * self.d * size, out=room)
+        return state, decayed(u, self.lr * self.weight_decay, x, room).to(dtype)
 
     def take(self, state: Any, x: Tensor, index: Tensor, dim: int) -> Any:
         """Averages of what stays; those over a dimension that is changed stay as they were."""

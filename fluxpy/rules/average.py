@@ -7,24 +7,14 @@ from ..fields import Hyper
 from ..pytree import is_forward_mode, is_transforming
 
 
-def plus(a: Tensor, factor: Hyper, b: Tensor, *, own: bool = False) -> Tensor:
-    """`a + factor · b`, in one pass over memory where the factor is a number. `own`: `a` may be written over, see
-    `spare`."""
-    if not _is_number(factor, a):
-        return a + factor * b
-    alike = own and a.dtype == b.dtype and a.shape == b.shape
-    return torch.add(a, b, alpha=factor, out=spare(a) if alike else None)
+def plus(a: Tensor, factor: Hyper, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """`a + factor · b`, in one pass over memory where the factor is a number, and then in `out`, if that is given."""
+    return torch.add(a, b, alpha=factor, out=out) if _is_number(factor, a) else a + factor * b
 
 
 def plus_square(a: Tensor, factor: Hyper, b: Tensor) -> Tensor:
     """`a + factor · b²`. The factor first: the square of a float16 of 256 is not finite, a thousandth of it is."""
     return torch.addcmul(a, b, b, value=factor) if _is_number(factor, a) else a + factor * b * b
-
-
-def scaled(made: Tensor, factor: Hyper) -> Tensor:
-    """`factor · made`, written over `made`, see `spare`."""
-    room = spare(made)
-    return factor * made if room is None else torch.mul(made, factor, out=room)
 
 
 def average(beta: Hyper, old: Tensor, new: Tensor) -> Tensor:
@@ -56,13 +46,13 @@ def root(v: Tensor) -> Tensor:
     return torch.where(zero, 0.0, torch.where(zero, 1.0, v).sqrt())
 
 
-def spare(made: Tensor) -> Tensor | None:
-    """For `out=`: the memory of a tensor that a rule made itself and does not need any more; None where somebody may
-    differentiate through the step or transforms it. For rules of whole arrays: where these are large, to map new memory
-    for each operation costs more than the operation. (A chunk of many leaves stays in the cache: there it is no
-    faster.)"""
-    free = type(made) is Tensor and not is_differentiable() and not is_transforming()
-    return made if free else None
+def spare(made: Tensor, x: Tensor) -> Tensor | None:
+    """For `out=`: the memory of a tensor like `x` that a rule made itself and does not need any more; None where
+    somebody may differentiate through the step or transforms it. For rules of whole arrays: where these are large, to
+    map new memory for each operation costs more than the operation. (A chunk of many leaves stays in the cache: there
+    it is no faster.)"""
+    like = type(made) is Tensor and made.dtype == x.dtype and made.shape == x.shape
+    return made if like and not is_differentiable() and not is_transforming() else None
 
 
 def eps_for(x: Tensor, eps: Hyper) -> Hyper:
@@ -96,9 +86,9 @@ def smaller(a: Hyper, b: Hyper) -> Hyper:
     return -larger(-a, -b)
 
 
-def decayed(step: Tensor, factor: Hyper, x: Tensor, *, own: bool = False) -> Tensor:
-    """`step + factor · x`, at no cost where the factor is zero. For `own` see `plus`."""
-    return step if isinstance(factor, int | float) and factor == 0 else plus(step, factor, x, own=own)
+def decayed(step: Tensor, factor: Hyper, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """`step + factor · x`, at no cost where the factor is zero. For `out` see `plus`."""
+    return step if isinstance(factor, int | float) and factor == 0 else plus(step, factor, x, out)
 
 
 def wide(x: Tensor) -> Tensor:

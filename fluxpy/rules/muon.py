@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..fields import Hyper, hyper
 from ..rule import Rule, is_wrapped
-from .average import average, plus, scaled
+from .average import average, plus, spare
 
 
 class Muon(Rule):
@@ -59,7 +59,8 @@ class Muon(Rule):
         step = orthogonal(matrix, self.ns_steps).to(x.dtype, memory_format=torch.contiguous_format).reshape(x.shape)
         match = self.adjust_lr_fn == "match_rms_adamw"
         scale = 0.2 * math.sqrt(max(rows, columns)) if match else math.sqrt(max(1, rows / max(columns, 1)))
-        return m, plus(scaled(step, self.lr * scale), self.lr * self.weight_decay, x, own=True)
+        room = spare(step, x)
+        return m, plus(torch.mul(step, self.lr * scale, out=room), self.lr * self.weight_decay, x, room)
 
 
 def orthogonal(x: Tensor, steps: int) -> Tensor:
