@@ -267,9 +267,13 @@ def _pure(state: Any, binding: Binding, context: Context, model: Any, grads: Any
     found = in_order(binding, grads)
     context.settle()
     complete = all(r.frozen or r.rule is None or r.tensors is not None for r in binding.records)  # needs no new state
-    watched = is_transforming() or is_forward_mode() or _has_history(binding, found)
+    history = _has_history(binding, found)
+    watched = history or is_transforming() or is_forward_mode()
     if watched or not complete or torch.is_inference_mode_enabled():
-        with uncast():
+        _check(binding, found, inplace=False)
+        if not watched:
+            catch_up(binding.leaves, context.traceable)
+        with uncast(), torch.set_grad_enabled(history):
             return _pure_by_reference(state, binding, context, model, found)
     with torch.no_grad(), uncast():
         return _pure_by_copy(state, binding, context, model, found)
@@ -293,34 +297,29 @@ def _pure_by_copy(state: Any, binding: Binding, context: Context, model: Any, gr
 
 def _pure_by_reference(state: Any, binding: Binding, context: Context, model: Any, found: list[Any]) -> tuple[Any, Any]:
     """Each rule's `apply`, leaf by leaf: one can differentiate through it."""
-    _check(binding, found, inplace=False)
-    watched = torch.is_grad_enabled() and _has_history(binding, found)
-    if not (watched or is_transforming() or is_forward_mode()):
-        catch_up(binding.leaves, context.traceable)
-    with torch.set_grad_enabled(watched):
-        fork = context.fork(len(binding.params))
-        _watch_history(binding, fork)
-        units = _reference_units(binding, fork, found, inplace=False)
-        try:
-            run_to_results(units, found, fork)
-            fork.flag.read_skip()
-            skipped = False
-        except SkipUpdate:
-            units, skipped = [], True
-        fork.updates += 1
-        stepped = {unit.place: unit for unit in units}
-        records, new = [], []
-        for place, (record, x) in enumerate(zip(binding.records, binding.params, strict=True)):
-            unit = stepped.get(place)
-            fresh = record.clone(record.numbers.copy()) if unit is None else record.copy(record.numbers, None)
-            if unit is not None:
-                unit.store(fresh)
-            records.append(fresh)
-            new.append(x.clone() if unit is None else unit.value)
-        if not skipped:
-            _sit_out(binding, records)
-        new = [like_parameter(value, x) for value, x in zip(new, binding.params, strict=True)]
-        return _tree(state, binding, records, fork)[0], rebuild(model, binding.spec, binding.params, new)
+    fork = context.fork(len(binding.params))
+    _watch_history(binding, fork)
+    units = _reference_units(binding, fork, found, inplace=False)
+    try:
+        run_to_results(units, found, fork)
+        fork.flag.read_skip()
+        skipped = False
+    except SkipUpdate:
+        units, skipped = [], True
+    fork.updates += 1
+    stepped = {unit.place: unit for unit in units}
+    records, new = [], []
+    for place, (record, x) in enumerate(zip(binding.records, binding.params, strict=True)):
+        unit = stepped.get(place)
+        fresh = record.clone(record.numbers.copy()) if unit is None else record.copy(record.numbers, None)
+        if unit is not None:
+            unit.store(fresh)
+        records.append(fresh)
+        new.append(x.clone() if unit is None else unit.value)
+    if not skipped:
+        _sit_out(binding, records)
+    new = [like_parameter(value, x) for value, x in zip(new, binding.params, strict=True)]
+    return _tree(state, binding, records, fork)[0], rebuild(model, binding.spec, binding.params, new)
 
 
 def _tree(state: Any, binding: Binding, records: list[Record], context: Context) -> tuple[Any, Bindings]:
