@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import like_a_device
+from learner_parts import Learner
 from torch import nn
 from torch.nn import functional as F
 
@@ -29,10 +30,6 @@ from fluxpy.learner.events import Event
 
 CANCELS = [CancelBatch, CancelTraining, CancelValidation, CancelEpoch, CancelFit]
 TRAIN, VALID = 2, 2  # batches of each phase
-
-
-def Learner(*args, **kwargs):
-    return _Learner(*args, default_callbacks=False, **kwargs)
 
 
 def net(p=0.0):

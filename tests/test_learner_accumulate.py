@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import like_a_device
+from learner_parts import Learner
 from torch import nn
 from torch.nn import functional as F
 
@@ -10,10 +11,6 @@ import fluxpy
 from fluxpy import Adam, DataLoader, Descent, setup
 from fluxpy.learner import Callback, CancelBatch, CancelEpoch, CancelFit, CancelTraining, LearningRateScheduler
 from fluxpy.learner import Learner as _Learner
-
-
-def Learner(*args, **kwargs):
-    return _Learner(*args, default_callbacks=False, **kwargs)
 
 
 def net(p=0.0, dtype=torch.float64):

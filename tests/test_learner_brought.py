@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from learner_parts import Learner, net
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -22,15 +23,6 @@ from fluxpy import Adam, DataLoader, Descent, setup, train, trainstep
 from fluxpy.learner import Checkpoint, CSVLogger, EarlyStopping, ReduceOnPlateau, StatisticsRecorder, lr_find
 from fluxpy.learner import Learner as _Learner
 from fluxpy.learner import lock as lock_file
-
-
-def Learner(*args, **kwargs):
-    return _Learner(*args, default_callbacks=False, **kwargs)
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
 def data(rows=16, size=4):

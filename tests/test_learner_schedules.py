@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from learner_parts import Learner, net
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,17 +26,7 @@ from fluxpy import (
     value,
 )
 from fluxpy.learner import FreezeUntil, LearningRateScheduler, ThawFromTop, discriminative_rates, lr_find
-from fluxpy.learner import Learner as _Learner
 from fluxpy.schedules import Segment, linear, segments
-
-
-def Learner(*args, **kwargs):
-    return _Learner(*args, default_callbacks=False, **kwargs)
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
 def data(n=4, size=4):

@@ -8,6 +8,7 @@ from collections import OrderedDict, UserDict
 import pytest
 import torch
 import torch.utils._pytree as torch_pytree
+from learner_parts import Learner, net
 from torch import nn
 from torch.nn import functional as F
 
@@ -35,15 +36,6 @@ from fluxpy.learner import (
     TensorBoardLogger,
 )
 from fluxpy.learner import Learner as _Learner
-
-
-def Learner(*args, **kwargs):
-    return _Learner(*args, default_callbacks=False, **kwargs)
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
 def arrays(rows=20, seed=0):
